@@ -1,0 +1,101 @@
+"""The `mrd-ray` command: parse, call one function, print where the results went."""
+
+import sys
+import time
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from mrd_ray.config import DemoConfig, PlanConfig, ScoreConfig
+from mrd_ray.errors import UserError
+
+# exit codes; argparse itself ends with 2 on a bad command line
+_DONE, _FAILED, _SOME_WITHOUT_SCORE, _INTERRUPTED = 0, 1, 3, 130
+
+
+def parser() -> ArgumentParser:
+    """The command line, made from the config classes."""
+    top = ArgumentParser(
+        prog="mrd-ray",
+        description="How hard is each sample to unlearn from a language model? (arXiv 2504.06658, on Ray)",
+        allow_abbrev=False,
+    )
+    commands = top.add_subcommands(required=True, dest="command")
+    for name, config in _COMMANDS.items():
+        command = ArgumentParser(description=config.__doc__, allow_abbrev=False)
+        command.add_argument("--config", action="config", help="YAML file of these settings; flags go over it.")
+        command.add_class_arguments(config, as_group=False)
+        commands.add_subcommand(name, command, help=(config.__doc__ or "").strip().splitlines()[0])
+    return top
+
+
+_COMMANDS = {"score": ScoreConfig, "plan": PlanConfig, "demo": DemoConfig}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code says whether every sample has a score (0) or not (3)."""
+    line = parser()
+    parsed = line.parse_args(arguments)
+    values = line.instantiate(parsed)[parsed.command]
+    settings = {key: value for key, value in values.items() if key not in ("config", "__path__")}
+    try:
+        config = _COMMANDS[parsed.command](**settings)
+        match config:
+            case ScoreConfig():
+                return _score(config)
+            case PlanConfig():
+                return _plan(config)
+            case DemoConfig():
+                from mrd_ray.demo.demo import prepare
+
+                return _score(prepare(config))
+    except UserError as problem:
+        Console(stderr=True).print(f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return _FAILED
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return _INTERRUPTED
+    return _FAILED
+
+
+def _score(config: ScoreConfig) -> int:
+    from mrd_ray.scoring import summary
+    from mrd_ray.scoring.score import score
+
+    started = time.monotonic()
+    finished = score(config)
+    console = Console()
+    summary.show(console, finished.scores, finished.samples, config)
+    console.print(f"\nScores:  {finished.run.path('scores.parquet')}", soft_wrap=True)
+    console.print(f"Summary: {finished.run.path('summary.png')}", soft_wrap=True)
+    console.print(f"Took {time.monotonic() - started:.0f} s")
+    return _SOME_WITHOUT_SCORE if finished.num_errors else _DONE
+
+
+def _plan(config: PlanConfig) -> int:
+    from mrd_ray.scoring.estimate import plan
+
+    found = plan(config)
+    table = Table(show_header=False)
+    table.add_row("samples", f"{found.samples:,} ({found.unscorable:,} cannot be scored)")
+    table.add_row("tokens, padding included", f"{found.padded_tokens:,} in {found.micro_batches:,} micro-batches")
+    table.add_row("work units", f"{found.units:,} for {found.actors:,} actor(s)")
+    table.add_row("model", f"{found.parameters / 1e6:,.1f} M parameters")
+    table.add_row("memory for weights", f"{found.weight_bytes_per_actor / 2**30:,.2f} GiB per actor, two copies")
+    table.add_row("forwards", f"{found.forward_flops:.3g} FLOPs")
+    table.add_row("perturbations", f"{found.perturbation_bytes:.3g} bytes read and written")
+    table.add_row("rate", f"{found.tflops_per_actor:.3g} TFLOP/s per actor ({found.tflops_source})")
+    table.add_row("duration", _duration(found.seconds))
+    Console().print(table)
+    return _DONE
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = seconds / 3600, seconds / 60
+    return f"about {hours:,.1f} h" if hours >= 2 else f"about {minutes:.0f} min" if minutes >= 2 else f"about {seconds:.0f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

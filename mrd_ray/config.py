@@ -1,0 +1,149 @@
+"""Every setting, in one frozen tree per command. The descriptions here are the ones `--help` prints."""
+
+import string
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import field_validator, model_validator
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(_Frozen):
+    """The causal language model whose memory is measured."""
+
+    path: str = Field(description="Directory of a Hugging Face model, or a hub id such as Qwen/Qwen3-0.6B.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    tokenizer: str | None = Field(None, description="Directory or hub id of the tokenizer; the model's own if unset.")
+    dtype: Literal["float32", "float64"] = Field(
+        "float32",
+        description="Precision of weights and forward. Lower ones round sigma away, so they are not offered.",
+    )
+
+
+class DataConfig(_Frozen):
+    """The forget set, and what of each sample is scored."""
+
+    path: str = Field(
+        description="A .jsonl, .json, .csv, .parquet or .txt file (local path or fsspec URI), "
+        "or the id of a Hugging Face dataset."
+    )
+    name: str | None = Field(None, description="Configuration of a hub dataset, e.g. forget10 of locuslab/TOFU.")
+    split: str = Field("train", description="Split of a hub dataset.")
+    text: str | None = Field(None, description="Column that holds whole texts.")
+    prompt: str | None = Field(None, description="Column that holds prompts; goes with data.response.")
+    response: str | None = Field(None, description="Column that holds responses; goes with data.prompt.")
+    id: str | None = Field(
+        None,
+        description="Column with a unique id per sample. Unset: a column named sample_id or id where there is one, "
+        "else a digest of the sample's text.",
+    )
+    template: str = Field(
+        "Question: {prompt}\nAnswer: {response}",
+        description="How prompt and response are joined: a format string with {prompt} and {response}, "
+        "or 'chat' for the tokenizer's chat template.",
+    )
+    score_on: Literal["all", "response"] = Field(
+        "all", description="Which tokens count: every one after the first, or the response alone."
+    )
+    max_tokens: PositiveInt | None = Field(
+        None, description="Longest sample in tokens; unset, the model's context length."
+    )
+    truncate: bool = Field(
+        False, description="Cut longer samples to data.max_tokens. Otherwise they are reported as errors."
+    )
+    window_tokens: PositiveInt = Field(256, description="A .txt file is cut into samples of this many tokens.")
+    max_samples: PositiveInt | None = Field(None, description="Use only the first so many rows.")
+
+    @field_validator("template")
+    @classmethod
+    def _template_has_both_fields(cls, template: str) -> str:
+        if template == "chat":
+            return template
+        try:
+            pieces = [piece for piece in string.Formatter().parse(template) if piece[1] is not None]
+        except ValueError as problem:
+            raise ValueError(f"data.template is not a format string: {problem}") from None
+        fields = [name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+                  for _, name, spec, conversion in pieces if name is not None]  # fmt: skip
+        if sorted(fields) != ["prompt", "response"]:
+            raise ValueError(
+                "data.template must hold {prompt} and {response} once each and no other field "
+                f"(write {{{{ and }}}} for literal braces), or be 'chat'; its fields are {fields}"
+            )
+        return template
+
+    @model_validator(mode="after")
+    def _columns_agree(self) -> "DataConfig":
+        if (self.prompt is None) != (self.response is None):
+            raise ValueError("data.prompt and data.response go together; set both or neither")
+        if self.text is not None and self.prompt is not None:
+            raise ValueError("set data.text, or data.prompt with data.response, not both")
+        if self.text is not None and self.score_on == "response":
+            raise ValueError("data.score_on: response needs data.prompt and data.response; data.text has no response")
+        return self
+
+
+class ScoringConfig(_Frozen):
+    """Memory Removal Difficulty: Algorithm 1 of arXiv 2504.06658."""
+
+    sigma: PositiveFloat = Field(1e-5, description="Standard deviation of the parameter noise.")
+    num_draws: PositiveInt = Field(200, lt=2**32, description="K, the number of perturbations. Can grow in a later run.")
+    statistic: Literal["mean_abs", "abs_mean"] = Field(
+        "mean_abs", description="Which one is `mrd`: E|Delta| (Algorithm 1) or |E Delta| (Definition 3.1)."
+    )
+    seed: NonNegativeInt = Field(0, lt=2**32, description="Seed of the noise.")
+    micro_batch_tokens: PositiveInt = Field(
+        4096, description="Tokens per forward, padding included. Part of the run's identity: shapes decide rounding."
+    )
+
+
+class RayConfig(_Frozen):
+    """The actor pool. Each actor holds a replica of the model: two copies of its weights, plus activations."""
+
+    actors: PositiveInt | None = Field(None, description="Number of actors; unset, as many as the cluster has room for.")
+    cpus_per_actor: PositiveFloat = Field(1.0, description="CPUs per actor; also its number of threads (at least one).")
+    gpus_per_actor: NonNegativeFloat | None = Field(
+        None, description="GPUs per actor; unset, one if the cluster has any, else none."
+    )
+
+
+class RunConfig(_Frozen):
+    """Where results go."""
+
+    dir: str = Field(description="Run directory: a local path or an fsspec URI. Starting again on it resumes.")
+
+
+class ScoreConfig(_Frozen):
+    """Score every sample of a forget set by how hard it is to unlearn (its MRD)."""
+
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig
+    scoring: ScoringConfig = Field(ScoringConfig(), description=str(ScoringConfig.__doc__))
+    ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
+
+
+class PlanConfig(_Frozen):
+    """Say what scoring would cost, without loading the model's weights or starting Ray."""
+
+    model: ModelConfig
+    data: DataConfig
+    scoring: ScoringConfig = Field(ScoringConfig(), description=str(ScoringConfig.__doc__))
+    ray: RayConfig = Field(RayConfig(actors=1), description="The cluster's shape.")
+    tflops: PositiveFloat | None = Field(
+        None,
+        description="Sustained float32 TFLOP/s of one actor. Unset: measured on this machine's CPU for CPU actors; "
+        "a cautious guess for GPU actors.",
+    )
+
+
+class DemoConfig(_Frozen):
+    """Score a bundled set of invented authors on a small real model that has memorised it."""
+
+    dir: str = Field("runs/demo", description="Run directory of the scores.")
+    cache: str = Field("~/.cache/mrd_ray", description="Folder that keeps the model between runs.")
+    num_draws: PositiveInt = Field(24, description="K; few, since the demo is for two CPU cores.")
+    ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))

@@ -1,0 +1,157 @@
+"""Forget sets as rows: one dict per sample, with the place it came from. Files through fsspec, hub ids through datasets."""
+
+import csv
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import datasets
+import fsspec
+import pyarrow.parquet as pq
+
+from mrd_ray.config import DataConfig
+from mrd_ray.errors import UserError
+
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+
+
+class Row(NamedTuple):
+    """One sample as read. `number` counts from 1: the line of a JSON-lines file, else the record."""
+
+    number: int
+    values: dict[str, Any]
+
+
+def rows(data: DataConfig) -> Iterator[Row]:
+    """The rows of a table-like source (not of .txt, see `text`). Raises UserError naming file, row and cause."""
+    suffix = PurePosixPath(data.path).suffix.lower()
+    match suffix:
+        case ".jsonl":
+            records = _json_lines(data.path)
+        case ".json":
+            records = _json(data.path)
+        case ".csv":
+            records = _csv(data.path)
+        case ".parquet":
+            records = _parquet(data.path)
+        case _:
+            records = _dataset(data)
+    count = 0
+    for count, row in enumerate(itertools.islice(records, data.max_samples), 1):
+        yield row
+    if count == 0:
+        raise UserError(f"data.path: {data.path} holds no rows")
+
+
+def text(path: str) -> str:
+    """The whole of a plain text file."""
+    with _open(path) as file:
+        content = file.read()
+    if not content.strip():
+        raise UserError(f"data.path: {path} is empty")
+    return content
+
+
+def _open(path: str, mode: str = "rt") -> Any:
+    """An open file. Bad UTF-8 surfaces where it is read, as UserError (see `_decoded`)."""
+    try:
+        return fsspec.open(path, mode, **({} if "b" in mode else {"encoding": "utf-8-sig", "newline": ""})).open()
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as problem:
+        raise UserError(f"data.path: cannot read {path}: {problem.strerror or problem}") from None
+    except (ImportError, ValueError) as problem:  # unknown protocol, or its package is not installed
+        raise UserError(f"data.path: cannot open {path}: {problem}") from None
+
+
+def _decoded(path: str, lines: Iterator[str]) -> Iterator[tuple[int, str]]:
+    """Number lines from 1; an undecodable one is an error that names it."""
+    number = 0
+    while True:
+        number += 1
+        try:
+            line = next(lines)
+        except StopIteration:
+            return
+        except UnicodeDecodeError as problem:
+            raise UserError(f"{path}, at or after line {number}: not UTF-8 text ({problem.reason})") from None
+        yield number, line
+
+
+def _object(path: str, number: int, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, row {number}: expected a JSON object with named columns, found {value!r:.60}")
+    return Row(number, value)
+
+
+def _json_lines(path: str) -> Iterator[Row]:
+    with _open(path) as file:
+        for number, line in _decoded(path, file):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as problem:
+                raise UserError(f"{path}, line {number}: broken JSON: {problem.msg} at column {problem.colno}") from None
+            yield _object(path, number, value)
+
+
+def _json(path: str) -> Iterator[Row]:
+    """A list of objects; many published .json files are in truth JSON lines and are read as such."""
+    with _open(path) as file:
+        try:
+            first = file.read(1)
+            while first.isspace():
+                first = file.read(1)
+        except UnicodeDecodeError as problem:
+            raise UserError(f"{path}: not UTF-8 text ({problem.reason})") from None
+    if first != "[":
+        yield from _json_lines(path)
+        return
+    try:
+        values = json.loads(text(path))
+    except json.JSONDecodeError as problem:
+        raise UserError(f"{path}, line {problem.lineno}: broken JSON: {problem.msg}") from None
+    for number, value in enumerate(values, 1):
+        yield _object(path, number, value)
+
+
+def _csv(path: str) -> Iterator[Row]:
+    with _open(path) as file:
+        reader = csv.DictReader((line for _, line in _decoded(path, file)), strict=True)
+        try:
+            for number, values in enumerate(reader, 1):
+                if None in values or None in values.values():
+                    raise UserError(
+                        f"{path}, row {number} (line {reader.line_num}): expected {len(reader.fieldnames or ())} fields "
+                        "as in the header; quote fields that hold commas"
+                    )
+                yield Row(number, values)
+        except csv.Error as problem:
+            raise UserError(f"{path}, line {reader.line_num}: broken CSV: {problem}") from None
+
+
+def _parquet(path: str) -> Iterator[Row]:
+    with _open(path, "rb") as file:
+        try:
+            number = 0
+            for batch in pq.ParquetFile(file).iter_batches():
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(number, values)
+        except OSError as problem:  # pyarrow.ArrowInvalid on a non-Parquet file is a ValueError, below
+            raise UserError(f"{path}: cannot read Parquet: {problem}") from None
+        except ValueError as problem:
+            raise UserError(f"{path}: not a Parquet file: {problem}") from None
+
+
+def _dataset(data: DataConfig) -> Iterator[Row]:
+    try:
+        table = datasets.load_dataset(data.path, data.name, split=data.split, streaming=True)
+        for number, values in enumerate(table, 1):
+            yield Row(number, values)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
+        raise UserError(
+            f"data.path: {data.path} is not a file ending in {', '.join(FILE_SUFFIXES)}, and it could not be loaded "
+            f"as a Hugging Face dataset (data.name={data.name}, data.split={data.split}): {problem}"
+        ) from None

@@ -1,0 +1,152 @@
+"""One row -> its tokens and which of them count."""
+
+import string
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from mrd_ray.config import DataConfig
+from mrd_ray.errors import UserError
+
+
+class Unscorable(Exception):
+    """This sample has no score; the message is the reason that its row carries."""
+
+
+class Tokens(NamedTuple):
+    """token_ids[t] is scored, given those before it, where scored[t]; the first never is."""
+
+    token_ids: list[int]
+    scored: list[bool]
+
+
+class Columns(NamedTuple):
+    """Which columns hold what; see DataConfig."""
+
+    text: str | None
+    prompt: str | None
+    response: str | None
+    id: str | None
+
+
+_KNOWN_PAIRS = (("prompt", "response"), ("question", "answer"))
+
+
+def choose_columns(data: DataConfig, present: list[str]) -> Columns:
+    """The configured columns, or the well-known ones if exactly one choice is present. Raises UserError."""
+
+    def require(setting: str, name: str) -> str:
+        if name not in present:
+            raise UserError(f"{data.path}: no column {name!r} (data.{setting}); its columns are {', '.join(present)}")
+        return name
+
+    id_column = require("id", data.id) if data.id else next((c for c in ("sample_id", "id") if c in present), None)
+    if data.text is not None:
+        return Columns(require("text", data.text), None, None, id_column)
+    if data.prompt is not None and data.response is not None:
+        return Columns(None, require("prompt", data.prompt), require("response", data.response), id_column)
+    found = [Columns(None, p, r, id_column) for p, r in _KNOWN_PAIRS if p in present and r in present]
+    if "text" in present and data.score_on == "all":
+        found.append(Columns("text", None, None, id_column))
+    if len(found) != 1:
+        raise UserError(
+            f"{data.path}: cannot tell which columns to score; set data.text, or data.prompt and data.response. "
+            f"Its columns are {', '.join(present)}"
+        )
+    return found[0]
+
+
+def _cell(values: dict[str, Any], column: str) -> str:
+    value = values.get(column)
+    if value is None:
+        raise Unscorable(f"column {column!r} is missing or null")
+    if not isinstance(value, str):
+        raise Unscorable(f"column {column!r} is not text but {type(value).__name__}: {value!r:.40}")
+    if not value.strip():
+        raise Unscorable(f"column {column!r} is empty")
+    return value
+
+
+class Rendered(NamedTuple):
+    """The text of a sample, the characters start..stop of it to score, and whether the tokenizer adds its tokens."""
+
+    text: str
+    start: int
+    stop: int
+    add_special_tokens: bool
+
+
+def render(
+    values: dict[str, Any], columns: Columns, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> Rendered:
+    """A row's columns put together. Raises Unscorable."""
+    if columns.text is not None:
+        text = _cell(values, columns.text)
+        return Rendered(text, 0, len(text), True)
+    assert columns.prompt is not None and columns.response is not None
+    prompt, response = _cell(values, columns.prompt), _cell(values, columns.response)
+    if data.template == "chat":
+        text, start, stop = _render_chat(prompt, response, tokenizer)
+    else:
+        text, start, stop = _render_template(data.template, prompt, response)
+    if data.score_on == "all":
+        start, stop = 0, len(text)
+    return Rendered(text, start, stop, data.template != "chat")  # a chat template writes its special tokens itself
+
+
+def _render_template(template: str, prompt: str, response: str) -> tuple[str, int, int]:
+    text, start = "", 0
+    for literal, field, _, _ in string.Formatter().parse(template):
+        text += literal
+        if field == "prompt":
+            text += prompt
+        elif field == "response":  # its place is known from here alone: its words may occur in the prompt too
+            start = len(text)
+            text += response
+    return text, start, start + len(response)
+
+
+def _render_chat(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int, int]:
+    question = {"role": "user", "content": prompt}
+    answer = {"role": "assistant", "content": response}
+    whole = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    opening = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    # templates may trim the content, or (with reasoning models) put things between the opening and the answer
+    response = response.strip()
+    after = len(opening) if whole.startswith(opening) else whole.find(prompt.strip()) + len(prompt.strip())
+    start = whole.find(response, after)
+    if start < 0:
+        raise Unscorable("the chat template changes the response, so its tokens cannot be found")
+    return whole, start, start + len(response)
+
+
+def tokenize(
+    rendered: Rendered, data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
+) -> Tokens:
+    """Tokens of a sample; those that overlap the characters to score are scored. Raises Unscorable."""
+    everything = data.score_on == "all"
+    encoded = tokenizer(
+        rendered.text,
+        add_special_tokens=rendered.add_special_tokens,
+        return_offsets_mapping=not everything,
+        verbose=False,
+    )
+    token_ids = list(encoded["input_ids"])
+    if everything:
+        scored = [True] * len(token_ids)
+    else:
+        scored = [
+            first < rendered.stop and last > rendered.start and last > first  # special tokens are empty
+            for first, last in encoded["offset_mapping"]
+        ]
+    if max_tokens is not None and len(token_ids) > max_tokens:
+        if not data.truncate:
+            raise Unscorable(
+                f"{len(token_ids)} tokens, over the limit of {max_tokens}; shorten it or set data.truncate"
+            )
+        token_ids, scored = token_ids[:max_tokens], scored[:max_tokens]
+    if token_ids:
+        scored[0] = False
+    if not any(scored):
+        raise Unscorable(f"{len(token_ids)} token(s), none of which can be scored: each needs at least one before it")
+    return Tokens(token_ids, scored)

@@ -1,0 +1,91 @@
+"""Algorithm 1 of arXiv 2504.06658: Delta_k = sum_t r_t over draws delta_k = sigma z_k, and its moments."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
+from mrd_ray.mrd.perturb import Replica
+
+
+def draw_seed(seed: int, k: int) -> int:
+    """The noise seed of draw k: runs with different `seed` (both under 2^32) share no draw."""
+    return seed << 32 | k
+
+
+def exact_sum(values: Iterable[float]) -> list[float]:
+    """The sum without rounding, as floats of falling magnitude whose exact sum it is (Shewchuk, 1997).
+
+    Adding such sums up is exact too. So moments of a sample come out with the same bits however its draws were
+    cut into units and in whatever order those finished. Non-finite input gives [nan].
+    """
+    rest = list(values)
+    parts: list[float] = []
+    if not all(map(math.isfinite, rest)):
+        return [math.nan]
+    while remainder := math.fsum(rest):
+        parts.append(remainder)
+        rest.append(-remainder)
+    return parts
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Partial moments of Delta for one sample over `num_draws` draws; the sums are `exact_sum`s."""
+
+    num_draws: int
+    sum_abs: list[float]
+    sum: list[float]
+    sum_squares: list[float]
+
+    @classmethod
+    def of(cls, deltas: Sequence[float]) -> "Moments":
+        return cls(
+            len(deltas), exact_sum(map(abs, deltas)), exact_sum(deltas), exact_sum(delta * delta for delta in deltas)
+        )
+
+    @classmethod
+    def merge(cls, parts: Sequence["Moments"]) -> "Moments":
+        """Moments of all the draws of `parts` together."""
+        return cls(
+            sum(part.num_draws for part in parts),
+            exact_sum(value for part in parts for value in part.sum_abs),
+            exact_sum(value for part in parts for value in part.sum),
+            exact_sum(value for part in parts for value in part.sum_squares),
+        )
+
+
+def delta(theta: torch.Tensor, perturbed: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+    """Delta of each sample: float64 [B], from log(-P_t) at theta and at theta + delta_k, both float64 [B, T - 1].
+
+    r_t = (P_t(theta) - P_t(theta + delta_k)) / P_t(theta) = -expm1(log(-P_t(theta + delta_k)) - log(-P_t(theta)))
+    """
+    return torch.where(scored, -torch.expm1(perturbed - theta), 0.0).sum(1)
+
+
+def draw_deltas(
+    replica: Replica,
+    likelihood: Likelihood,
+    batches: Sequence[MicroBatch],
+    theta: Sequence[torch.Tensor],
+    sigma: float,
+    seed: int,
+    draws: range,
+) -> list[torch.Tensor]:
+    """Delta_k of every sample for every k in `draws`: per batch, float64 [B, len(draws)] on the CPU.
+
+    The loops are turned inside out against Algorithm 1, which perturbs anew for each sample: one perturbation
+    serves all batches. Since z depends on (seed, k) alone, the numbers are the same.
+
+    Args:
+        likelihood: of the replica's model.
+        theta: per batch, `likelihood.log_neg_log_probs` of the restored replica.
+    """
+    columns: list[list[torch.Tensor]] = [[] for _ in batches]
+    for k in draws:
+        replica.perturb(sigma, draw_seed(seed, k))
+        for column, batch, at_theta in zip(columns, batches, theta, strict=True):
+            column.append(delta(at_theta, likelihood.log_neg_log_probs(batch), batch.scored).cpu())
+    return [torch.stack(column, 1) for column in columns]

@@ -1,0 +1,142 @@
+"""A run directory: what it is a run of, who holds it, and files that are whole or absent."""
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from filelock import FileLock, Timeout
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import BaseModel
+
+from mrd_ray.errors import UserError
+
+_PACKAGES = ("mrd-ray", "ray", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
+
+
+class RunDirectory:
+    """Files of one run under a local path or fsspec URI. Only the driver writes to it."""
+
+    def __init__(self, uri: str) -> None:
+        """Raises UserError if the directory cannot be made."""
+        self.uri = uri
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(uri)
+            with self._writing(""):
+                self._fs.makedirs(self.path("units"), exist_ok=True)
+        except (ImportError, ValueError) as problem:
+            raise UserError(f"run.dir: cannot open {uri}: {problem}") from None
+
+    def path(self, name: str) -> str:
+        """The full path of a file of this run, as its file system names it."""
+        return f"{self._root}/{name}" if name else self._root
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory; a second run on it is refused. The lock ends with the process, however it ends.
+
+        Only local and shared POSIX file systems can lock; on object stores two runs at once are not noticed.
+        """
+        if not isinstance(self._fs, LocalFileSystem):
+            yield
+            return
+        with self._writing(".lock"):
+            lock = FileLock(self.path(".lock"), blocking=False)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise UserError(
+                    f"run.dir: another run is working in {self.uri}; wait for it, or use another directory"
+                ) from None
+        with lock:
+            yield
+
+    def exists(self, name: str) -> bool:
+        return bool(self._fs.exists(self.path(name)))
+
+    def names(self, folder: str) -> list[str]:
+        """Sorted names of the finished files in a folder."""
+        self._fs.invalidate_cache()
+        files = self._fs.ls(self.path(folder), detail=False)
+        return sorted(name for file in files if not (name := file.rsplit("/", 1)[-1]).endswith(".tmp"))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file whole or not at all: a kill at any moment leaves the old one. Raises UserError."""
+        target = self.path(name)
+        with self._writing(name):
+            if not isinstance(self._fs, LocalFileSystem):
+                self._fs.pipe_file(target, content)  # object stores publish an object when it is complete
+                return
+            with open(target + ".tmp", "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(target + ".tmp", target)
+
+    def read(self, name: str) -> bytes:
+        content: bytes = self._fs.cat_file(self.path(name))
+        return content
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        self.write(name, sink.getvalue())
+
+    def read_table(self, name: str) -> pa.Table:
+        """Raises UserError if the file is damaged."""
+        try:
+            return pq.read_table(pa.BufferReader(self.read(name)))
+        except (OSError, pa.ArrowInvalid) as problem:
+            raise UserError(
+                f"{self.path(name)} is damaged ({problem}); delete it and start the same command again"
+            ) from None
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as problem:
+            raise UserError(
+                f"run.dir: cannot write {self.path(name)}: {problem.strerror or problem}. "
+                "What is already there stays; start the same command again once that is mended"
+            ) from None
+
+    def claim(self, identity: dict[str, Any], config: BaseModel) -> None:
+        """Make this the directory of runs with `identity`, or find that it is already. Raises UserError if not so.
+
+        Args:
+            identity: setting or digest by name; everything that a score depends on, but for the number of draws.
+        """
+        manifest: dict[str, Any] = {"identity": identity, "invocations": []}
+        if self.exists("manifest.json"):
+            manifest = json.loads(self.read("manifest.json"))
+            differing = [
+                f"  {key}: {was} there, {now} now"
+                for key in sorted(manifest["identity"].keys() | identity.keys())
+                if (was := manifest["identity"].get(key)) != (now := identity.get(key))
+            ]
+            if differing:
+                raise UserError(
+                    "\n".join([f"run.dir: {self.uri} holds a run of something else. What differs:", *differing])
+                    + "\nUse another directory, or the settings of its config.yaml."
+                )
+        manifest["invocations"].append(
+            {
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "command": sys.argv,
+                "versions": {package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
+                "hardware": {"platform": platform.platform(), "cpus": os.cpu_count()},
+                "config": config.model_dump(),
+            }
+        )
+        self.write("manifest.json", json.dumps(manifest, indent=2).encode())
+        self.write("config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())

@@ -1,0 +1,46 @@
+"""Work units through a pool of actors: Ray Data, and nothing of what a score is."""
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
+
+import pyarrow as pa
+import ray
+
+from mrd_ray.scoring.actor import ScoringActor, Task
+from mrd_ray.scoring.pool import Pool
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[None]:
+    """Join the running cluster (RAY_ADDRESS, or the job's), or start a local one that ends with this block."""
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(log_to_driver=True, include_dashboard=False, logging_level=logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def results(units: Iterable[pa.Table], task: Task, pool: Pool) -> Iterator[pa.Table]:
+    """One-row tables of actor.UNIT_SCHEMA -> one-row tables of actor.RESULT_SCHEMA, in the order they finish.
+
+    Ray restarts actors that die and runs their units again.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    dataset = ray.data.from_arrow(list(units)).map_batches(
+        ScoringActor,
+        fn_constructor_args=[task],
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=pool.actors),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+    )
+    for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow"):
+        yield batch

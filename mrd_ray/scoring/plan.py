@@ -1,0 +1,189 @@
+"""Cut (samples x draws) into work units, and say what they cost."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from mrd_ray.errors import UserError
+from mrd_ray.scoring.pool import Pool
+
+# Perturbing every weight once costs about as much as the forward of so many tokens: 7-10 ns a weight against
+# 2 FLOP a weight and token. True of CPUs (30 GFLOP/s a core) as of GPUs (memory traffic against float32 FLOPs).
+DRAW_TOKENS = 256
+_BLOCK_TOKENS = 64 * DRAW_TOKENS  # a unit's samples: enough that perturbing stays under 2% of it
+_UNIT_SECONDS = 30.0  # aimed at: little is lost with a killed actor, and scheduling costs nothing beside it
+_MAX_UNIT_SECONDS = 180.0  # a single draw over a unit's samples may take so long before the samples are divided
+_UNITS_PER_ACTOR = 4  # at least, if the work can be divided so far, to even out the finish
+# Cautious sustained float32 rates. They decide only how work is cut, never a score.
+CPU_TFLOPS_PER_THREAD, GPU_TFLOPS = 0.03, 15.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Samples in micro-batches: the shapes of all forwards, fixed by the samples alone, whatever the cluster.
+
+    order: int64 [n], indices of the samples (sorted by sample_id) by length, then id.
+    bounds: int64 [m + 1]; micro-batch i is order[bounds[i]:bounds[i + 1]].
+    padded_tokens: int64 [m], positions in each micro-batch's forward.
+    """
+
+    order: np.ndarray
+    bounds: np.ndarray
+    padded_tokens: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.padded_tokens)
+
+    def samples(self, micro_batch: int) -> np.ndarray:
+        """Indices of its samples."""
+        return self.order[self.bounds[micro_batch] : self.bounds[micro_batch + 1]]
+
+
+def layout(lengths: np.ndarray, micro_batch_tokens: int) -> Layout:
+    """Cut samples, given their int [n] lengths in order of sample_id, into micro-batches of so many padded tokens.
+
+    A sample longer than `micro_batch_tokens` has a micro-batch of its own. Length 0 marks a sample to leave out.
+    """
+    order = np.argsort(lengths, kind="stable")
+    order = order[np.searchsorted(lengths[order], 1) :]
+    bounds, widths = [0], []
+    for position, length in enumerate(lengths[order]):  # lengths rise, so the newest is the padded width
+        if position > bounds[-1] and (position - bounds[-1] + 1) * length > micro_batch_tokens:
+            widths.append(lengths[order[position - 1]])
+            bounds.append(position)
+    if len(order):
+        widths.append(lengths[order[-1]])
+        bounds.append(len(order))
+    edges = np.asarray(bounds, np.int64)
+    return Layout(order, edges, np.diff(edges) * np.asarray(widths, np.int64))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A rectangle of work: micro-batches first..stop, draws first..stop (both stops excluded)."""
+
+    first_micro_batch: int
+    stop_micro_batch: int
+    first_draw: int
+    stop_draw: int
+
+    @property
+    def unit_id(self) -> str:
+        return f"m{self.first_micro_batch:08d}-{self.stop_micro_batch:08d}_k{self.first_draw:08d}-{self.stop_draw:08d}"
+
+    @classmethod
+    def of_id(cls, unit_id: str) -> "Unit":
+        """The unit of this id. Raises UserError if it is none."""
+        match = re.fullmatch(r"m(\d+)-(\d+)_k(\d+)-(\d+)", unit_id)
+        if match is None:
+            raise UserError(f"{unit_id!r} is not a unit of this engine; move it out of the run's units folder")
+        return cls(*map(int, match.groups()))
+
+
+def missing(num_micro_batches: int, num_draws: int, done: Iterable[Unit]) -> list[Unit]:
+    """What of the grid is not in `done`, in rectangles as large as may be. Raises UserError if done reaches past it."""
+    finished: list[list[tuple[int, int]]] = [[] for _ in range(num_micro_batches)]
+    for unit in done:
+        if unit.stop_draw > num_draws:
+            raise UserError(
+                f"scoring.num_draws: {num_draws}, but this run directory already holds draws up to {unit.stop_draw}. "
+                "It can only grow; use another directory for fewer"
+            )
+        for micro_batch in range(unit.first_micro_batch, unit.stop_micro_batch):
+            finished[micro_batch].append((unit.first_draw, unit.stop_draw))
+    gaps = [_gaps(sorted(ranges), num_draws) for ranges in finished]
+    rectangles = []
+    first = 0
+    for stop in range(1, num_micro_batches + 1):
+        if stop == num_micro_batches or gaps[stop] != gaps[first]:
+            rectangles += [Unit(first, stop, *gap) for gap in gaps[first]]
+            first = stop
+    return rectangles
+
+
+def _gaps(ranges: Sequence[tuple[int, int]], end: int) -> list[tuple[int, int]]:
+    gaps, reached = [], 0
+    for start, stop in [*ranges, (end, end)]:
+        if start < reached and start != end:
+            raise UserError(f"draws {start} to {reached} of a sample are there twice; the units folder is damaged")
+        if start > reached:
+            gaps.append((reached, start))
+        reached = max(reached, stop)
+    return gaps
+
+
+def cut(layout: Layout, rectangles: Sequence[Unit], actors: int, tokens_per_second: float) -> list[Unit]:
+    """Cut what is missing into units for so many actors of such a speed (in token-forwards).
+
+    A unit spans many samples, so that a perturbation is shared by many, and few draws; draws cost nothing to cut,
+    since an actor keeps what it knows of the unperturbed weights from one unit to the next.
+    """
+    total = sum(
+        int(layout.padded_tokens[r.first_micro_batch : r.stop_micro_batch].sum()) * (r.stop_draw - r.first_draw)
+        for r in rectangles
+    )
+    per_actor = max(1, total // (actors * _UNITS_PER_ACTOR))
+    units = []
+    for r in rectangles:
+        draws = r.stop_draw - r.first_draw
+        # fewer tokens only if single draws of a full block would be too long, or too few to go round
+        block_tokens = min(_BLOCK_TOKENS, int(tokens_per_second * _MAX_UNIT_SECONDS), per_actor)
+        for first, stop in _blocks(layout, r.first_micro_batch, r.stop_micro_batch, block_tokens):
+            tokens = int(layout.padded_tokens[first:stop].sum())
+            budget = min(tokens_per_second * _UNIT_SECONDS, per_actor)
+            pieces = min(draws, math.ceil(draws * tokens / budget))
+            edges = [r.first_draw + draws * piece // pieces for piece in range(pieces + 1)]
+            units += [Unit(first, stop, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return units
+
+
+def _blocks(layout: Layout, first: int, stop: int, tokens: int) -> list[tuple[int, int]]:
+    """Runs of micro-batches of up to so many tokens each, at least one micro-batch long."""
+    blocks, start, held = [], first, 0
+    for micro_batch in range(first, stop):
+        size = int(layout.padded_tokens[micro_batch])
+        if micro_batch > start and held + size > tokens:
+            blocks.append((start, micro_batch))
+            start, held = micro_batch, 0
+        held += size
+    blocks.append((start, stop))
+    return blocks
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model's architecture says about cost.
+
+    parameters: number of weights. flops_per_token: of a forward, attention over the context left out.
+    """
+
+    parameters: int
+    flops_per_token: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "ModelCost":
+        """Build the architecture without storage and count. No weights are read."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        looked_up = 0 if config.get_text_config().tie_word_embeddings else model.get_input_embeddings().weight.numel()
+        return cls(parameters, 2 * (parameters - looked_up))
+
+
+def assumed_tflops(pool: Pool) -> float:
+    """A cautious rate of one actor, in TFLOP/s, where none was measured."""
+    return GPU_TFLOPS * pool.gpus if pool.gpus else CPU_TFLOPS_PER_THREAD * pool.threads
+
+
+def token_forwards(layout: Layout, units: Sequence[Unit]) -> int:
+    """Work of `units` in forwards of one token, perturbations counted as what they cost in the same measure."""
+    return sum(
+        (int(layout.padded_tokens[unit.first_micro_batch : unit.stop_micro_batch].sum()) + DRAW_TOKENS)
+        * (unit.stop_draw - unit.first_draw)
+        for unit in units
+    )

@@ -1,0 +1,113 @@
+"""What a person looks at first: the distribution of scores, the hardest and easiest samples, errors, settings."""
+
+import io
+import textwrap
+from collections import Counter
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mrd_ray.config import ScoreConfig
+
+_SHOWN = 10
+_STATISTIC = {"mean_abs": "E|Δ|", "abs_mean": "|E Δ|"}
+
+
+def ranked(scores: pa.Table, samples: pa.Table) -> list[dict[str, Any]]:
+    """Scored samples with their text, hardest to unlearn (smallest MRD) first."""
+    texts = dict(zip(samples["sample_id"].to_pylist(), samples["text"].to_pylist(), strict=True))
+    rows = [row | {"text": texts[row["sample_id"]]} for row in scores.to_pylist() if row["error"] is None]
+    return sorted(rows, key=lambda row: (row["mrd"], row["sample_id"]))
+
+
+def errors(scores: pa.Table) -> Counter[str]:
+    """How many samples have no score, by reason."""
+    return Counter(reason for reason in scores["error"].to_pylist() if reason is not None)
+
+
+def settings(config: ScoreConfig) -> str:
+    """The settings that a score depends on, in a line."""
+    scoring = config.scoring
+    return (
+        f"model {config.model.path} ({config.model.dtype}), data {config.data.path} (score_on {config.data.score_on}), "
+        f"statistic {scoring.statistic} = {_STATISTIC[scoring.statistic]}, sigma {scoring.sigma:g}, "
+        f"K = {scoring.num_draws}, seed {scoring.seed}"
+    )
+
+
+def show(console: Console, scores: pa.Table, samples: pa.Table, config: ScoreConfig) -> None:
+    """Print the summary."""
+    rows = ranked(scores, samples)
+    console.print(f"[bold]{len(rows)} of {len(scores)} samples scored[/] · {escape(settings(config))}", soft_wrap=True)
+    if rows:
+        mrd = np.array([row["mrd"] for row in rows])
+        quantiles = np.quantile(mrd, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
+        table = Table("min", "5%", "25%", "median", "75%", "95%", "max", title="MRD", title_justify="left")
+        table.add_row(*(f"{value:.3g}" for value in quantiles))
+        console.print(table)
+        shown = min(_SHOWN, len(rows))
+        console.print(_samples(f"The {shown} hardest to unlearn (smallest MRD)", rows[:shown]))
+        console.print(_samples(f"The {shown} easiest to unlearn (largest MRD)", rows[: -shown - 1 : -1]))
+    if reasons := errors(scores):
+        table = Table("samples", "reason", title="Without a score", title_justify="left")
+        for reason, count in reasons.most_common(_SHOWN):
+            table.add_row(str(count), escape(reason))
+        console.print(table)
+        if len(reasons) > _SHOWN:
+            console.print(f"... and {len(reasons) - _SHOWN} more reasons, in the error column of scores.parquet")
+
+
+def _samples(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table("MRD", "± s.e.", "tokens", "log p", "sample", "text", title=title, title_justify="left")
+    for row in rows:
+        error = "-" if row["mrd_se"] is None else f"{row['mrd_se']:.1g}"
+        table.add_row(
+            f"{row['mrd']:.3g}", error, str(row["num_tokens"]), f"{row['log_prob']:.3g}",
+            escape(row["sample_id"]), escape(_short(row["text"], 160)),
+        )  # fmt: skip
+    return table
+
+
+def _short(text: str, width: int) -> str:
+    return textwrap.shorten(text, width, placeholder=" ...")
+
+
+def figure(scores: pa.Table, samples: pa.Table, config: ScoreConfig) -> bytes:
+    """The summary as a PNG."""
+    rows = ranked(scores, samples)
+    page = matplotlib.figure.Figure(figsize=(13, 9.5), layout="constrained")
+    histogram, sorted_scores = page.add_gridspec(2, 2, height_ratios=[1, 1.15])[0, :].subgridspec(1, 2).subplots()
+    name = f"MRD, {_STATISTIC[config.scoring.statistic]}"
+    if rows:
+        mrd = np.array([row["mrd"] for row in rows])
+        se = np.array([row["mrd_se"] or 0.0 for row in rows])
+        edges = np.histogram_bin_edges(mrd, "auto" if len(mrd) < 100_000 else 100)
+        histogram.hist(mrd, bins=edges, color="#4878a8", edgecolor="white", linewidth=0.5)
+        sorted_scores.errorbar(
+            np.arange(1, len(mrd) + 1), mrd, yerr=se, fmt=".", markersize=3, color="#4878a8", ecolor="#b8c8dc"
+        )
+    histogram.set(title="Distribution of scores", xlabel=name, ylabel="samples")
+    sorted_scores.set(title="Hardest to easiest, ± standard error", xlabel="rank", ylabel=name)
+    for column, (title, part) in enumerate(
+        {"Hardest to unlearn": rows[:_SHOWN], "Easiest to unlearn": rows[: -_SHOWN - 1 : -1]}.items()
+    ):
+        axis = page.add_subplot(2, 2, 3 + column)
+        axis.axis("off")
+        axis.set_title(title, loc="left")
+        lines = [f"{row['mrd']:<9.3g} {textwrap.fill(_short(row['text'], 150), 78, subsequent_indent=' ' * 10)}"
+                 for row in part]  # fmt: skip
+        axis.text(0, 1, "\n".join(lines).replace("$", r"\$"), va="top", family="monospace", fontsize=7)
+    without = sum(errors(scores).values())
+    note = f"{len(rows)} samples scored, {without} without a score"
+    for reason, count in errors(scores).most_common(3):
+        note += f"\n{count} x {_short(reason, 150)}"
+    page.suptitle(textwrap.fill(settings(config), 150), fontsize=9)
+    page.supxlabel(note.replace("$", r"\$"), fontsize=8, x=0.01, ha="left")
+    content = io.BytesIO()
+    page.savefig(content, format="png", dpi=110)
+    return content.getvalue()
