@@ -66,7 +66,7 @@ def _score(config: ScoreConfig) -> int:
 
     started = time.monotonic()
     finished = score(config)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=120)  # a job's log has no width of its own
     summary.show(console, finished.scores, finished.samples, config)
     console.print(f"\nScores:  {finished.run.path('scores.parquet')}", soft_wrap=True)
     console.print(f"Summary: {finished.run.path('summary.png')}", soft_wrap=True)
@@ -94,7 +94,13 @@ def _plan(config: PlanConfig) -> int:
 
 def _duration(seconds: float) -> str:
     hours, minutes = seconds / 3600, seconds / 60
-    return f"about {hours:,.1f} h" if hours >= 2 else f"about {minutes:.0f} min" if minutes >= 2 else f"about {seconds:.0f} s"
+    return (
+        f"about {hours:,.1f} h"
+        if hours >= 2
+        else f"about {minutes:.0f} min"
+        if minutes >= 2
+        else f"about {seconds:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,17 @@
 import string
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 
 class _Frozen(BaseModel):
@@ -90,7 +99,9 @@ class ScoringConfig(_Frozen):
     """Memory Removal Difficulty: Algorithm 1 of arXiv 2504.06658."""
 
     sigma: PositiveFloat = Field(1e-5, description="Standard deviation of the parameter noise.")
-    num_draws: PositiveInt = Field(200, lt=2**32, description="K, the number of perturbations. Can grow in a later run.")
+    num_draws: PositiveInt = Field(
+        200, lt=2**32, description="K, the number of perturbations. Can grow in a later run."
+    )
     statistic: Literal["mean_abs", "abs_mean"] = Field(
         "mean_abs", description="Which one is `mrd`: E|Delta| (Algorithm 1) or |E Delta| (Definition 3.1)."
     )
@@ -103,7 +114,9 @@ class ScoringConfig(_Frozen):
 class RayConfig(_Frozen):
     """The actor pool. Each actor holds a replica of the model: two copies of its weights, plus activations."""
 
-    actors: PositiveInt | None = Field(None, description="Number of actors; unset, as many as the cluster has room for.")
+    actors: PositiveInt | None = Field(
+        None, description="Number of actors; unset, as many as the cluster has room for."
+    )
     cpus_per_actor: PositiveFloat = Field(1.0, description="CPUs per actor; also its number of threads (at least one).")
     gpus_per_actor: NonNegativeFloat | None = Field(
         None, description="GPUs per actor; unset, one if the cluster has any, else none."
@@ -143,7 +156,9 @@ class PlanConfig(_Frozen):
 class DemoConfig(_Frozen):
     """Score a bundled set of invented authors on a small real model that has memorised it."""
 
-    dir: str = Field("runs/demo", description="Run directory of the scores.")
-    cache: str = Field("~/.cache/mrd_ray", description="Folder that keeps the model between runs.")
+    model: str | None = Field(None, description="Your own model (directory or hub id); else SmolLM2-135M-Instruct.")
+    data: str | None = Field(None, description="Your own forget set; else 40 questions about invented authors.")
+    dir: str | None = Field(None, description="Run directory of the scores; unset, a folder under runs/.")
+    cache: str = Field("~/.cache/mrd_ray", description="Folder that keeps the demo's model between runs.")
     num_draws: PositiveInt = Field(24, description="K; few, since the demo is for two CPU cores.")
     ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import (
@@ -30,7 +31,9 @@ def _fetch(setting: str, path: str, revision: str | None = None) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(path, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "*.h5", "*.msgpack"]))
+        return Path(
+            snapshot_download(path, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "*.h5", "*.msgpack"])
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as problem:
         reason = str(problem).splitlines()[0]
         raise UserError(
@@ -98,6 +101,7 @@ def load_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
     """The model in eval mode, in true `dtype` arithmetic (no TF32). Raises UserError on non-finite weights."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    transformers.utils.logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
     except (OSError, ValueError, RuntimeError) as problem:

@@ -133,7 +133,8 @@ class RunDirectory:
             {
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "command": sys.argv,
-                "versions": {package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
+                "versions": {package: version(package) for package in _PACKAGES}
+                | {"python": platform.python_version()},
                 "hardware": {"platform": platform.platform(), "cpus": os.cpu_count()},
                 "config": config.model_dump(),
             }

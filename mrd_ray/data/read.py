@@ -92,7 +92,9 @@ def _json_lines(path: str) -> Iterator[Row]:
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as problem:
-                raise UserError(f"{path}, line {number}: broken JSON: {problem.msg} at column {problem.colno}") from None
+                raise UserError(
+                    f"{path}, line {number}: broken JSON: {problem.msg} at column {problem.colno}"
+                ) from None
             yield _object(path, number, value)
 
 

@@ -125,7 +125,9 @@ def _id(values: dict[str, Any], columns: Columns, sample: dict[str, Any], seen: 
 
 def _refuse_duplicates(path: str, table: pa.Table) -> None:
     counts = pc.value_counts(table["sample_id"])
-    repeated = [entry["values"] for entry in counts.to_pylist() if entry["counts"] > 1] if len(counts) < len(table) else []
+    repeated = (
+        [entry["values"] for entry in counts.to_pylist() if entry["counts"] > 1] if len(counts) < len(table) else []
+    )
     if not repeated:
         return
     first = repeated[0]

@@ -76,9 +76,7 @@ class Rendered(NamedTuple):
     add_special_tokens: bool
 
 
-def render(
-    values: dict[str, Any], columns: Columns, data: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> Rendered:
+def render(values: dict[str, Any], columns: Columns, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """A row's columns put together. Raises Unscorable."""
     if columns.text is not None:
         text = _cell(values, columns.text)

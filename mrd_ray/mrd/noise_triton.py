@@ -56,9 +56,7 @@ def _add_noise_kernel(out, base, sigma, seed, name_hash, start, count, BLOCKS: t
         _store_pair(out, base, sigma, words[j], block * 8 + 2 * j, start, count)
 
 
-def add_noise_cuda(
-    out: torch.Tensor, base: torch.Tensor, sigma: float, seed: int, name_hash: int, start: int
-) -> None:
+def add_noise_cuda(out: torch.Tensor, base: torch.Tensor, sigma: float, seed: int, name_hash: int, start: int) -> None:
     """out = base + sigma * z for flat tensors of one dtype; see `noise.add_noise`."""
     if not out.numel():
         return

@@ -29,9 +29,7 @@ def score(moments: Moments) -> Score:
     mean_square = math.fsum(moments.sum_squares) / k
     mean_abs = math.fsum(moments.sum_abs) / k
     mean = math.fsum(moments.sum) / k
-    return Score(
-        mean_abs, _standard_error(mean_square, mean_abs, k), abs(mean), _standard_error(mean_square, mean, k)
-    )
+    return Score(mean_abs, _standard_error(mean_square, mean_abs, k), abs(mean), _standard_error(mean_square, mean, k))
 
 
 def _standard_error(mean_square: float, mean: float, k: int) -> float:

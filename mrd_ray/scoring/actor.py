@@ -115,7 +115,9 @@ class ScoringActor:
                 block = self._block_of(unit["samples"])
                 samples = self._score(block, range(unit["first_draw"], unit["stop_draw"]))
             except torch.OutOfMemoryError as problem:
-                self._fatal = f"a single sample does not fit on the device beside the weights; lower data.max_tokens: {problem}"
+                self._fatal = (
+                    f"a single sample does not fit on the device beside the weights; lower data.max_tokens: {problem}"
+                )
         result = {
             "unit_id": unit["unit_id"],
             "worker": f"{os.uname().nodename}:{os.getpid()}",
@@ -140,9 +142,7 @@ class ScoringActor:
 
     def _score(self, block: "Block", draws: range) -> list[dict[str, Any]]:
         task = self._task
-        deltas = draw_deltas(
-            self._replica, self._likelihood, block.batches, block.theta, task.sigma, task.seed, draws
-        )
+        deltas = draw_deltas(self._replica, self._likelihood, block.batches, block.theta, task.sigma, task.seed, draws)
         log_probs = [
             sum_log_probs(theta, batch.scored) for theta, batch in zip(block.theta, block.batches, strict=True)
         ]
@@ -165,6 +165,8 @@ def _result(sample_id: str, log_prob: float, deltas: list[float], draws: range) 
     if not math.isfinite(log_prob):
         error = "its log-probability is not finite under the model as it is"
     elif broken := [k for k, value in zip(draws, deltas, strict=True) if not math.isfinite(value)]:
-        error = f"its relative change is not finite in {len(broken)} draw(s), first in draw {broken[0]}: sigma too large?"
+        error = (
+            f"its relative change is not finite in {len(broken)} draw(s), first in draw {broken[0]}: sigma too large?"
+        )
     moments = Moments.of(deltas)
     return {"sample_id": sample_id, "log_prob": log_prob, "error": error} | vars(moments)

@@ -1,6 +1,5 @@
 """`mrd-ray score`, start to end."""
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,22 +101,22 @@ def _work_off(
     with pipeline.cluster():
         pool = Pool.of(config.ray, ray.cluster_resources())
         units = plan.cut(layout, rectangles, pool.actors, plan.assumed_tflops(pool) * 1e12 / cost.flops_per_token)
-        task = Task(
-            config.model, files_digest, config.scoring.sigma, config.scoring.seed, pool.threads, pool.gpus > 0
-        )
+        task = Task(config.model, files_digest, config.scoring.sigma, config.scoring.seed, pool.threads, pool.gpus > 0)
         tables = [_unit_table(unit, samples, layout) for unit in units]
         work = {unit.unit_id: plan.token_forwards(layout, [unit]) for unit in units}
-        started, scored = time.monotonic(), 0
+        scored = 0
         with Meter("Scoring", sum(work.values())) as meter:
-            meter.advance(0, f"{len(units)} units to do, starting {pool.actors} actor(s)")
+            meter.advance(0, f"{len(units)} unit(s) to do, starting {pool.actors} actor(s)")
             for count, result in enumerate(pipeline.results(tables, task, pool), 1):
-                (row,) = result.select(["unit_id", "fatal"]).to_pylist()
+                (row,) = result.select(["unit_id", "seconds", "fatal"]).to_pylist()
                 if row["fatal"] is not None:
                     raise UserError(row["fatal"])
                 run.write_table(f"units/{row['unit_id']}.parquet", result)
+                if count == 1:
+                    meter.working_since(row["seconds"])
                 unit = plan.Unit.of_id(row["unit_id"])
                 scored += len(result["samples"][0]) * (unit.stop_draw - unit.first_draw)
-                rate = scored / (time.monotonic() - started)
+                rate = scored / meter.working_seconds
                 meter.advance(work[row["unit_id"]], f"unit {count} of {len(units)}, {rate:.3g} samples x draws/s")
 
 

@@ -68,7 +68,7 @@ def _samples(title: str, rows: list[dict[str, Any]]) -> Table:
         error = "-" if row["mrd_se"] is None else f"{row['mrd_se']:.1g}"
         table.add_row(
             f"{row['mrd']:.3g}", error, str(row["num_tokens"]), f"{row['log_prob']:.3g}",
-            escape(row["sample_id"]), escape(_short(row["text"], 160)),
+            escape(row["sample_id"]), escape(_short(row["text"], 150)),
         )  # fmt: skip
     return table
 

