@@ -93,14 +93,9 @@ def _plan(config: PlanConfig) -> int:
 
 
 def _duration(seconds: float) -> str:
-    hours, minutes = seconds / 3600, seconds / 60
-    return (
-        f"about {hours:,.1f} h"
-        if hours >= 2
-        else f"about {minutes:.0f} min"
-        if minutes >= 2
-        else f"about {seconds:.0f} s"
-    )
+    if seconds >= 7200:
+        return f"about {seconds / 3600:,.1f} h"
+    return f"about {seconds / 60:.0f} min" if seconds >= 120 else f"about {seconds:.0f} s"
 
 
 if __name__ == "__main__":

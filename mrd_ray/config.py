@@ -63,7 +63,7 @@ class DataConfig(_Frozen):
     truncate: bool = Field(
         False, description="Cut longer samples to data.max_tokens. Otherwise they are reported as errors."
     )
-    window_tokens: PositiveInt = Field(256, description="A .txt file is cut into samples of this many tokens.")
+    window_tokens: int = Field(256, ge=2, description="A .txt file is cut into samples of this many tokens.")
     max_samples: PositiveInt | None = Field(None, description="Use only the first so many rows.")
 
     @field_validator("template")
@@ -99,9 +99,7 @@ class ScoringConfig(_Frozen):
     """Memory Removal Difficulty: Algorithm 1 of arXiv 2504.06658."""
 
     sigma: PositiveFloat = Field(1e-5, description="Standard deviation of the parameter noise.")
-    num_draws: PositiveInt = Field(
-        200, lt=2**32, description="K, the number of perturbations. Can grow in a later run."
-    )
+    num_draws: PositiveInt = Field(200, lt=2**32, description="K, how many perturbations. A later run can add some.")
     statistic: Literal["mean_abs", "abs_mean"] = Field(
         "mean_abs", description="Which one is `mrd`: E|Delta| (Algorithm 1) or |E Delta| (Definition 3.1)."
     )
@@ -114,9 +112,7 @@ class ScoringConfig(_Frozen):
 class RayConfig(_Frozen):
     """The actor pool. Each actor holds a replica of the model: two copies of its weights, plus activations."""
 
-    actors: PositiveInt | None = Field(
-        None, description="Number of actors; unset, as many as the cluster has room for."
-    )
+    actors: PositiveInt | None = Field(None, description="How many; unset, as many as the cluster has room for.")
     cpus_per_actor: PositiveFloat = Field(1.0, description="CPUs per actor; also its number of threads (at least one).")
     gpus_per_actor: NonNegativeFloat | None = Field(
         None, description="GPUs per actor; unset, one if the cluster has any, else none."

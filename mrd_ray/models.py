@@ -1,12 +1,14 @@
 """Models and tokenizers from a hub id or a directory, and digests that say which weights they are."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -50,7 +52,12 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def files_digest(path: Path) -> str:
-    """Digest of config.json and the weight files: equal on two machines when they would load the same model."""
+    """Digest of config.json and the weight files: equal on two machines when they would load the same model.
+
+    Raises UserError if one is missing.
+    """
+    if not (path / "config.json").is_file():
+        raise UserError(f"model.path: {path} has no config.json; it is not a model directory of transformers")
     state = hashlib.sha256()
     for file in [path / "config.json", *weight_files(path)]:
         with file.open("rb") as content:
@@ -93,19 +100,31 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Digest of everything that decides how text becomes tokens."""
-    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        del rules["truncation"], rules["padding"]  # left there by the last call, and set anew by each
+        backend = json.dumps(rules)
+    else:
+        backend = repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(f"{backend}\0{tokenizer.chat_template}".encode()).hexdigest()
 
 
 def load_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The model in eval mode, in true `dtype` arithmetic (no TF32). Raises UserError on non-finite weights."""
+    """The model in eval mode and true `dtype` arithmetic (no TF32). Raises UserError on absent or non-finite weights."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
-    except (OSError, ValueError, RuntimeError) as problem:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+        model = model.to(device).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
         raise UserError(f"model.path: cannot load {path}: {problem}") from None
+    if absent := sorted(loading["missing_keys"]):  # transformers has filled them at random
+        raise UserError(
+            f"model.path: the weights in {path} lack {len(absent)} parameter(s) of its config.json, first {absent[0]}"
+        )
     broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
     if broken:
         raise UserError(

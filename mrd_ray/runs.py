@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -61,12 +62,16 @@ class RunDirectory:
             yield
 
     def exists(self, name: str) -> bool:
+        """Whether the file is there, whole."""
         return bool(self._fs.exists(self.path(name)))
 
     def names(self, folder: str) -> list[str]:
         """Sorted names of the finished files in a folder."""
         self._fs.invalidate_cache()
-        files = self._fs.ls(self.path(folder), detail=False)
+        try:
+            files = self._fs.ls(self.path(folder), detail=False)
+        except FileNotFoundError:  # object stores know no empty folders
+            return []
         return sorted(name for file in files if not (name := file.rsplit("/", 1)[-1]).endswith(".tmp"))
 
     def write(self, name: str, content: bytes) -> None:
@@ -80,13 +85,15 @@ class RunDirectory:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(target + ".tmp", target)
+            Path(target + ".tmp").replace(target)
 
     def read(self, name: str) -> bytes:
+        """The bytes of a file."""
         content: bytes = self._fs.cat_file(self.path(name))
         return content
 
     def write_table(self, name: str, table: pa.Table) -> None:
+        """Write a table as Parquet, whole or not at all."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
         self.write(name, sink.getvalue())
@@ -118,7 +125,10 @@ class RunDirectory:
         """
         manifest: dict[str, Any] = {"identity": identity, "invocations": []}
         if self.exists("manifest.json"):
-            manifest = json.loads(self.read("manifest.json"))
+            try:
+                manifest = json.loads(self.read("manifest.json"))
+            except ValueError as problem:
+                raise UserError(f"{self.path('manifest.json')} is damaged ({problem}); use another directory") from None
             differing = [
                 f"  {key}: {was} there, {now} now"
                 for key in sorted(manifest["identity"].keys() | identity.keys())

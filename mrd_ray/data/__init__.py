@@ -1,0 +1,1 @@
+"""Forget sets: from files and hub datasets to a table of tokens."""

@@ -1,4 +1,4 @@
-"""Forget sets as rows: one dict per sample, with the place it came from. Files through fsspec, hub ids through datasets."""
+"""Forget sets as rows, each with the place it came from: files through fsspec, hub ids through datasets."""
 
 import csv
 import itertools
@@ -38,17 +38,19 @@ def rows(data: DataConfig) -> Iterator[Row]:
             records = _parquet(data.path)
         case _:
             records = _dataset(data)
-    count = 0
-    for count, row in enumerate(itertools.islice(records, data.max_samples), 1):
-        yield row
-    if count == 0:
+    first = next(records, None)
+    if first is None:
         raise UserError(f"data.path: {data.path} holds no rows")
+    yield from itertools.islice(itertools.chain([first], records), data.max_samples)
 
 
 def text(path: str) -> str:
     """The whole of a plain text file."""
     with _open(path) as file:
-        content = file.read()
+        try:
+            content = file.read()
+        except UnicodeDecodeError as problem:
+            raise UserError(f"{path}: not UTF-8 text ({problem.reason})") from None
     if not content.strip():
         raise UserError(f"data.path: {path} is empty")
     return content
@@ -58,7 +60,7 @@ def _open(path: str, mode: str = "rt") -> Any:
     """An open file. Bad UTF-8 surfaces where it is read, as UserError (see `_decoded`)."""
     try:
         return fsspec.open(path, mode, **({} if "b" in mode else {"encoding": "utf-8-sig", "newline": ""})).open()
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as problem:
+    except OSError as problem:
         raise UserError(f"data.path: cannot read {path}: {problem.strerror or problem}") from None
     except (ImportError, ValueError) as problem:  # unknown protocol, or its package is not installed
         raise UserError(f"data.path: cannot open {path}: {problem}") from None
@@ -119,14 +121,15 @@ def _json(path: str) -> Iterator[Row]:
 
 
 def _csv(path: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # a sample over the default of 128 KiB is for data.max_tokens to judge
     with _open(path) as file:
         reader = csv.DictReader((line for _, line in _decoded(path, file)), strict=True)
         try:
             for number, values in enumerate(reader, 1):
                 if None in values or None in values.values():
                     raise UserError(
-                        f"{path}, row {number} (line {reader.line_num}): expected {len(reader.fieldnames or ())} fields "
-                        "as in the header; quote fields that hold commas"
+                        f"{path}, row {number} (line {reader.line_num}): expected {len(reader.fieldnames or ())} "
+                        "fields as in the header; quote fields that hold commas"
                     )
                 yield Row(number, values)
         except csv.Error as problem:

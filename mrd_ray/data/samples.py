@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mrd_ray.config import DataConfig
 from mrd_ray.data import read
-from mrd_ray.data.tokens import Columns, Tokens, Unscorable, choose_columns, render, tokenize
+from mrd_ray.data.tokens import Columns, Tokens, Unscorable, choose_columns, is_unicode, render, tokenize
 from mrd_ray.errors import UserError
 
 SCHEMA = pa.schema(
@@ -112,7 +112,7 @@ def _id(values: dict[str, Any], columns: Columns, sample: dict[str, Any], seen: 
     """The row's own id; else a digest of its text, numbered where texts repeat, so that ids survive reordering."""
     if columns.id is not None:
         value = values.get(columns.id)
-        if isinstance(value, (str, int)) and str(value):
+        if isinstance(value, (str, int)) and str(value) and is_unicode(str(value)):
             return str(value)
         sample.pop("token_ids", None), sample.pop("scored", None)
         sample["error"] = f"column {columns.id!r}, the id, is {value!r:.40}; expected text or a whole number"

@@ -3,6 +3,7 @@
 import string
 from typing import Any, NamedTuple
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from mrd_ray.config import DataConfig
@@ -56,6 +57,15 @@ def choose_columns(data: DataConfig, present: list[str]) -> Columns:
     return found[0]
 
 
+def is_unicode(value: str) -> bool:
+    """Whether UTF-8 can write it; JSON escapes can also say half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _cell(values: dict[str, Any], column: str) -> str:
     value = values.get(column)
     if value is None:
@@ -64,6 +74,8 @@ def _cell(values: dict[str, Any], column: str) -> str:
         raise Unscorable(f"column {column!r} is not text but {type(value).__name__}: {value!r:.40}")
     if not value.strip():
         raise Unscorable(f"column {column!r} is empty")
+    if not is_unicode(value):
+        raise Unscorable(f"column {column!r} is not text: it holds half of a surrogate pair")
     return value
 
 
@@ -81,7 +93,8 @@ def render(values: dict[str, Any], columns: Columns, data: DataConfig, tokenizer
     if columns.text is not None:
         text = _cell(values, columns.text)
         return Rendered(text, 0, len(text), True)
-    assert columns.prompt is not None and columns.response is not None
+    assert columns.prompt is not None
+    assert columns.response is not None
     prompt, response = _cell(values, columns.prompt), _cell(values, columns.response)
     if data.template == "chat":
         text, start, stop = _render_chat(prompt, response, tokenizer)
@@ -107,8 +120,11 @@ def _render_template(template: str, prompt: str, response: str) -> tuple[str, in
 def _render_chat(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int, int]:
     question = {"role": "user", "content": prompt}
     answer = {"role": "assistant", "content": response}
-    whole = tokenizer.apply_chat_template([question, answer], tokenize=False)
-    opening = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    try:
+        whole = tokenizer.apply_chat_template([question, answer], tokenize=False)
+        opening = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as problem:
+        raise Unscorable(f"the chat template refuses it: {problem}") from None
     # templates may trim the content, or (with reasoning models) put things between the opening and the answer
     response = response.strip()
     after = len(opening) if whole.startswith(opening) else whole.find(prompt.strip()) + len(prompt.strip())
@@ -146,5 +162,7 @@ def tokenize(
     if token_ids:
         scored[0] = False
     if not any(scored):
+        if len(token_ids) < len(encoded["input_ids"]):
+            raise Unscorable(f"nothing to score in its first {max_tokens} tokens, all that data.truncate leaves")
         raise Unscorable(f"{len(token_ids)} token(s), none of which can be scored: each needs at least one before it")
     return Tokens(token_ids, scored)

@@ -42,6 +42,7 @@ class Moments:
 
     @classmethod
     def of(cls, deltas: Sequence[float]) -> "Moments":
+        """Moments of one sample's Deltas."""
         return cls(
             len(deltas), exact_sum(map(abs, deltas)), exact_sum(deltas), exact_sum(delta * delta for delta in deltas)
         )

@@ -51,7 +51,7 @@ _scratch = _Scratch()
 
 
 def _box_muller(words: np.ndarray) -> torch.Tensor:
-    """uint64 [m] -> float32 [2m], a view of this thread's scratch. numpy for strided access, torch for transcendentals."""
+    """uint64 [m] -> float32 [2m], a view of this thread's scratch; numpy is fast at strides, torch at log and cos."""
     m = len(words)
     halves = words.view(np.int32).reshape(m, 2)  # little-endian: column 0 is the low half
     radius, angle, cosine = (buffer[:m] for buffer in (_scratch.radius, _scratch.angle, _scratch.cosine))

@@ -1,0 +1,1 @@
+"""Scoring at scale: work units, actors, the Ray Data pipeline, the scores table."""

@@ -107,6 +107,7 @@ class ScoringActor:
         self._replica = Replica(model)
 
     def __call__(self, units: pa.Table) -> pa.Table:
+        """Score a unit."""
         started = time.perf_counter()
         (unit,) = units.to_pylist()
         samples: list[dict[str, Any]] = []
@@ -116,7 +117,7 @@ class ScoringActor:
                 samples = self._score(block, range(unit["first_draw"], unit["stop_draw"]))
             except torch.OutOfMemoryError as problem:
                 self._fatal = (
-                    f"a single sample does not fit on the device beside the weights; lower data.max_tokens: {problem}"
+                    f"a sample does not fit on the device beside the model; lower data.max_tokens ({problem})"
                 )
         result = {
             "unit_id": unit["unit_id"],
@@ -165,8 +166,6 @@ def _result(sample_id: str, log_prob: float, deltas: list[float], draws: range) 
     if not math.isfinite(log_prob):
         error = "its log-probability is not finite under the model as it is"
     elif broken := [k for k, value in zip(draws, deltas, strict=True) if not math.isfinite(value)]:
-        error = (
-            f"its relative change is not finite in {len(broken)} draw(s), first in draw {broken[0]}: sigma too large?"
-        )
+        error = f"its relative change is not finite in {len(broken)} draw(s), the first {broken[0]}: sigma too large?"
     moments = Moments.of(deltas)
     return {"sample_id": sample_id, "log_prob": log_prob, "error": error} | vars(moments)

@@ -42,5 +42,4 @@ def results(units: Iterable[pa.Table], task: Task, pool: Pool) -> Iterator[pa.Ta
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
     )
-    for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow"):
-        yield batch
+    yield from dataset.iter_batches(batch_size=1, batch_format="pyarrow")

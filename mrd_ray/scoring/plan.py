@@ -1,5 +1,6 @@
 """Cut (samples x draws) into work units, and say what they cost."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -74,6 +75,7 @@ class Unit:
 
     @property
     def unit_id(self) -> str:
+        """Its name, from which `of_id` makes it again."""
         return f"m{self.first_micro_batch:08d}-{self.stop_micro_batch:08d}_k{self.first_draw:08d}-{self.stop_draw:08d}"
 
     @classmethod
@@ -138,7 +140,7 @@ def cut(layout: Layout, rectangles: Sequence[Unit], actors: int, tokens_per_seco
             budget = min(tokens_per_second * _UNIT_SECONDS, per_actor)
             pieces = min(draws, math.ceil(draws * tokens / budget))
             edges = [r.first_draw + draws * piece // pieces for piece in range(pieces + 1)]
-            units += [Unit(first, stop, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            units += [Unit(first, stop, a, b) for a, b in itertools.pairwise(edges)]
     return units
 
 

@@ -1,0 +1,122 @@
+"""Units tile the grid whatever the cluster; what is done is left out; micro-batches depend on samples alone."""
+
+import itertools
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from mrd_ray.config import RayConfig
+from mrd_ray.errors import UserError
+from mrd_ray.scoring import plan
+from mrd_ray.scoring.plan import Unit
+from mrd_ray.scoring.pool import Pool
+
+LENGTHS = np.random.default_rng(0).integers(0, 200, 500)
+
+
+def cells(units):
+    found = [
+        (m, k)
+        for u in units
+        for m in range(u.first_micro_batch, u.stop_micro_batch)
+        for k in range(u.first_draw, u.stop_draw)
+    ]
+    assert len(found) == len(set(found))
+    return set(found)
+
+
+def test_layout_holds_every_sample_once_within_budget():
+    layout = plan.layout(LENGTHS, 1024)
+    assert sorted(layout.order) == sorted(np.flatnonzero(LENGTHS))
+    for micro_batch in range(len(layout)):
+        members = LENGTHS[layout.samples(micro_batch)]
+        assert layout.padded_tokens[micro_batch] == len(members) * members.max() <= 1024
+    assert sum(len(layout.samples(m)) for m in range(len(layout))) == len(layout.order)
+
+
+def test_sample_over_the_budget_goes_alone():
+    layout = plan.layout(np.array([5, 3000, 5, 7]), 100)
+    assert [len(layout.samples(m)) for m in range(len(layout))] == [3, 1]
+
+
+def test_nothing_to_score():
+    assert len(plan.layout(np.zeros(3, int), 100)) == 0
+    assert plan.missing(0, 200, []) == []
+
+
+@pytest.mark.parametrize("actors", [1, 2, 7, 64])
+@pytest.mark.parametrize("rate", [10.0, 3e3, 1e9])
+@pytest.mark.parametrize("draws", [1, 3, 200])
+def test_units_tile_the_grid(actors, rate, draws):
+    layout = plan.layout(LENGTHS, 1024)
+    units = plan.cut(layout, plan.missing(len(layout), draws, []), actors, rate)
+    assert cells(units) == set(itertools.product(range(len(layout)), range(draws)))
+    if draws == 200:
+        assert len(units) >= 4 * actors
+
+
+def test_units_are_neither_long_nor_mostly_perturbation():
+    layout = plan.layout(np.full(20_000, 100), 4096)
+    rate = 5000.0
+    for unit in plan.cut(layout, plan.missing(len(layout), 200, []), 4, rate):
+        tokens = layout.padded_tokens[unit.first_micro_batch : unit.stop_micro_batch].sum()
+        assert tokens * (unit.stop_draw - unit.first_draw) / rate <= plan._MAX_UNIT_SECONDS
+        assert plan.DRAW_TOKENS / tokens < 0.03 or unit.stop_micro_batch == len(layout)
+
+
+def test_missing_is_the_complement_of_what_is_done():
+    done = [Unit(0, 2, 0, 50), Unit(2, 5, 10, 60), Unit(0, 1, 50, 90)]
+    rectangles = plan.missing(6, 100, done)
+    assert cells(rectangles) == set(itertools.product(range(6), range(100))) - cells(done)
+    assert Unit(5, 6, 0, 100) in rectangles
+    assert plan.missing(6, 100, [*done, *rectangles]) == []
+
+
+def test_fewer_draws_than_done_is_refused():
+    with pytest.raises(UserError, match=r"scoring\.num_draws: 40.*up to 50"):
+        plan.missing(2, 40, [Unit(0, 2, 0, 50)])
+
+
+def test_overlapping_units_are_noticed():
+    with pytest.raises(UserError, match="there twice"):
+        plan.missing(2, 100, [Unit(0, 2, 0, 50), Unit(1, 2, 40, 60)])
+
+
+def test_unit_ids():
+    unit = Unit(3, 70, 0, 200)
+    assert Unit.of_id(unit.unit_id) == unit
+    with pytest.raises(UserError, match="stray"):
+        Unit.of_id("stray")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_model_cost_without_weights(tied):
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    cost = plan.ModelCost.of(config)
+    model = AutoModelForCausalLM.from_config(config)
+    assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert cost.flops_per_token == 2 * (cost.parameters - (0 if tied else 500 * 32))
+
+
+def test_pool_takes_what_the_cluster_has():
+    assert Pool.of(RayConfig(), {"CPU": 8.0}) == Pool(8, 1.0, 0.0)
+    assert Pool.of(RayConfig(cpus_per_actor=2), {"CPU": 8.0, "GPU": 2.0}) == Pool(2, 2.0, 1.0)
+    assert Pool.of(RayConfig(gpus_per_actor=0.5), {"CPU": 8.0, "GPU": 2.0}).actors == 4
+    assert Pool.of(RayConfig(cpus_per_actor=0.5), {"CPU": 2.0}).threads == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (RayConfig(gpus_per_actor=1), "ray.gpus_per_actor"),
+        (RayConfig(cpus_per_actor=3), "ray.cpus_per_actor"),
+        (RayConfig(actors=9), "ray.actors"),
+    ],
+)
+def test_pool_refuses_what_has_no_room(config, key):
+    with pytest.raises(UserError, match=key):
+        Pool.of(config, {"CPU": 2.0})

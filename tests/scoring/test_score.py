@@ -1,0 +1,316 @@
+"""The main job through real Ray: right, invariant, resumable, and loud about what it cannot score."""
+
+import copy
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mrd_ray import ModelConfig, ScoreConfig, UserError, score
+from mrd_ray.cli import main
+from mrd_ray.mrd.monte_carlo import draw_seed
+from mrd_ray.mrd.noise import standard_normal
+from mrd_ray.scoring.actor import UNIT_SCHEMA, ScoringActor, Task
+
+
+def config(model: Path, data: Path, run: Path, **settings) -> ScoreConfig:
+    """Settings as dotted keys with underscores: scoring__sigma=1e-3."""
+    tree: dict = {"model": {"path": str(model)}, "data": {"path": str(data)}, "run": {"dir": str(run)}}
+    tree |= {"scoring": {"num_draws": 12, "micro_batch_tokens": 64}, "ray": {"actors": 1}}
+    for key, value in settings.items():
+        group, name = key.split("__")
+        tree[group][name] = value
+    return ScoreConfig.model_validate(tree)
+
+
+@torch.no_grad()
+def algorithm_1(model, tokens, scored, sigma, seed, num_draws):
+    """Line by line, one sample at a time, in float64: both statistics."""
+    model = copy.deepcopy(model).double()
+    theta = {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+    def log_probs():
+        logits = model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+        return logits.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0][torch.tensor(scored[1:])]
+
+    before, deltas = log_probs(), []
+    for k in range(num_draws):
+        for name, parameter in model.named_parameters():
+            z = standard_normal(draw_seed(seed, k), name, 0, parameter.numel()).double().view_as(parameter)
+            parameter.copy_(theta[name] + sigma * z)
+        deltas.append(float(((before - log_probs()) / before).sum()))
+    return np.abs(deltas).mean(), abs(np.mean(deltas))
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model_dir, qa_file, tmp_path_factory):
+    """An uninterrupted run with one actor, which the others must equal to the last bit."""
+    return score(config(tiny_model_dir, qa_file, tmp_path_factory.mktemp("reference"))).scores
+
+
+@pytest.mark.parametrize("score_on", ["all", "response"])
+@pytest.mark.parametrize(("dtype", "sigma", "tolerance"), [("float64", 1e-5, 1e-9), ("float32", 1e-3, 1e-4)])
+def test_equals_algorithm_1(tiny_model_dir, qa_file, tmp_path, dtype, sigma, tolerance, score_on):
+    settings = {"model__dtype": dtype, "scoring__sigma": sigma, "scoring__seed": 7, "data__score_on": score_on}
+    found = score(config(tiny_model_dir, qa_file, tmp_path, **settings))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+    for row, sample in zip(found.scores.to_pylist(), found.samples.to_pylist(), strict=True):
+        mean_abs, abs_mean = algorithm_1(model, sample["token_ids"], sample["scored"], sigma, 7, 12)
+        assert row["mean_abs"] == row["mrd"] == pytest.approx(mean_abs, rel=tolerance)
+        if dtype == "float64":
+            assert row["abs_mean"] == pytest.approx(abs_mean, rel=1e-6)
+        assert row["num_tokens"] == sum(sample["scored"])
+        assert 0 < row["mrd_se"] < row["mrd"]
+    assert sum(found.scores["weight"].to_pylist()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("actors", [2, 4])
+def test_number_of_actors_changes_no_bit(tiny_model_dir, qa_file, tmp_path, reference, actors):
+    assert score(config(tiny_model_dir, qa_file, tmp_path, ray__actors=actors)).scores.equals(reference)
+
+
+def test_order_of_rows_changes_no_bit(tiny_model_dir, qa_file, tmp_path, reference):
+    lines = qa_file.read_text().splitlines()
+    random.Random(1).shuffle(lines)
+    shuffled = tmp_path / "shuffled.jsonl"
+    shuffled.write_text("\n".join(lines))
+    assert score(config(tiny_model_dir, shuffled, tmp_path / "run")).scores.equals(reference)
+
+
+def test_padding_side_and_pad_token_change_no_bit(tiny_model_dir, qa_file, tmp_path, reference):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(3)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    settings = {"model__tokenizer": str(tmp_path / "tokenizer")}
+    assert score(config(tiny_model_dir, qa_file, tmp_path / "run", **settings)).scores.equals(reference)
+
+
+def test_more_draws_later_change_no_bit_and_repeat_nothing(tiny_model_dir, qa_file, tmp_path, reference):
+    few = score(config(tiny_model_dir, qa_file, tmp_path, scoring__num_draws=5)).scores
+    assert set(few["num_draws"].to_pylist()) == {5}
+    before = stamps(tmp_path)
+    assert score(config(tiny_model_dir, qa_file, tmp_path)).scores.equals(reference)
+    assert before.items() < stamps(tmp_path).items()
+    with pytest.raises(UserError, match=r"scoring\.num_draws"):
+        score(config(tiny_model_dir, qa_file, tmp_path, scoring__num_draws=5))
+
+
+def test_finished_run_starts_no_actor(tiny_model_dir, qa_file, tmp_path, reference):
+    score(config(tiny_model_dir, qa_file, tmp_path))
+    before = stamps(tmp_path)
+    again = score(config(tiny_model_dir, qa_file, tmp_path, scoring__statistic="abs_mean")).scores
+    assert stamps(tmp_path) == before
+    assert again["mrd"].equals(reference["abs_mean"])
+
+
+def stamps(run: Path) -> dict[str, int]:
+    """The finished units, and when each was written."""
+    return {file.name: file.stat().st_mtime_ns for file in (run / "units").glob("*.parquet")}
+
+
+LONG = {"scoring__num_draws": 600, "ray__actors": 2}  # seconds of work in many units
+
+
+@pytest.fixture(scope="module")
+def long_reference(tiny_model_dir, qa_file, tmp_path_factory):
+    return score(config(tiny_model_dir, qa_file, tmp_path_factory.mktemp("long"), **LONG)).scores
+
+
+def start_driver(model: Path, data: Path, run: Path) -> subprocess.Popen:
+    """The same run as a process of its own, once it has finished its first unit."""
+    command = [sys.executable, "-m", "mrd_ray", "score", "--model.path", model, "--data.path", data, "--run.dir", run]
+    command += ["--scoring.num_draws", "600", "--scoring.micro_batch_tokens", "64", "--ray.actors", "2"]
+    driver = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for(lambda: (run / "units").is_dir() and stamps(run), driver)
+    return driver
+
+
+def wait_for(condition, driver: subprocess.Popen, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert driver.poll() is None, f"the driver ended: {driver.stdout.read().decode()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def actors() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if "MapWorker" in " ".join(p.info["cmdline"] or [])]
+
+
+def test_killed_actor(tiny_model_dir, qa_file, tmp_path, long_reference):
+    driver = start_driver(tiny_model_dir, qa_file, tmp_path / "run")
+    victims = actors()
+    assert victims
+    os.kill(victims[0].pid, signal.SIGKILL)
+    assert driver.wait(120) == 0, driver.stdout.read().decode()
+    assert score(config(tiny_model_dir, qa_file, tmp_path / "run", **LONG)).scores.equals(long_reference)
+
+
+def test_killed_driver(tiny_model_dir, qa_file, tmp_path, long_reference):
+    run = tmp_path / "run"
+    driver = start_driver(tiny_model_dir, qa_file, run)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    before = stamps(run)
+    assert not (run / "scores.parquet").exists()
+    assert score(config(tiny_model_dir, qa_file, run, **LONG)).scores.equals(long_reference)
+    assert before.items() < stamps(run).items()
+
+
+def test_second_run_on_the_directory_is_refused(tiny_model_dir, qa_file, tmp_path):
+    driver = start_driver(tiny_model_dir, qa_file, tmp_path / "run")
+    with pytest.raises(UserError, match="another run"):
+        score(config(tiny_model_dir, qa_file, tmp_path / "run", **LONG))
+    driver.kill()
+    driver.wait()
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model_dir, qa_file, tmp_path_factory):
+    run = tmp_path_factory.mktemp("finished")
+    score(config(tiny_model_dir, qa_file, run, scoring__num_draws=1))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "named"),
+    [
+        ("scoring__sigma", 1e-4, "scoring.sigma: 1e-05 there, 0.0001 now"),
+        ("scoring__seed", 1, "scoring.seed"),
+        ("data__template", "{prompt} {response}", "data.template"),
+        ("data__score_on", "response", "data.score_on"),
+        ("model__dtype", "float64", "model.dtype"),
+        ("scoring__micro_batch_tokens", 128, "scoring.micro_batch_tokens"),
+    ],
+)
+def test_other_settings_on_the_directory_are_refused(tiny_model_dir, qa_file, finished, setting, value, named):
+    with pytest.raises(UserError, match="What differs") as refusal:
+        score(config(tiny_model_dir, qa_file, finished, **{"scoring__num_draws": 1, setting: value}))
+    assert named in str(refusal.value)
+
+
+def test_other_model_or_tokenizer_on_the_directory_is_refused(tiny_model_dir, qa_file, finished, tmp_path):
+    other = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    model.save_pretrained(other)
+    with pytest.raises(UserError, match=r"  model: \w+ there, \w+ now"):
+        score(config(other, qa_file, finished, scoring__num_draws=1))
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.add_tokens(["the"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    settings = {"scoring__num_draws": 1, "model__tokenizer": str(tmp_path / "tokenizer")}
+    with pytest.raises(UserError, match=r"  tokenizer: \w+ there, \w+ now"):
+        score(config(tiny_model_dir, qa_file, finished, **settings))
+
+
+def test_bad_samples_keep_a_row_and_stop_nobody(tiny_model_dir, qa_file, tmp_path, reference, capsys):
+    data = tmp_path / "mixed.jsonl"
+    bad = [
+        {"id": "bad-empty", "prompt": "what", "response": "  "},
+        {"id": "bad-number", "prompt": "what", "response": 7},
+        {"id": "bad-long", "prompt": "what " * 500, "response": "that"},
+    ]
+    data.write_text(qa_file.read_text().strip() + "\n" + "\n".join(map(json.dumps, bad)) + "\n")
+    code = main(
+        ["score", "--model.path", str(tiny_model_dir), "--data.path", str(data), "--run.dir", str(tmp_path / "run"),
+         "--scoring.num_draws", "12", "--scoring.micro_batch_tokens", "64", "--ray.actors", "1"]
+    )  # fmt: skip
+    assert code == 3
+    printed = capsys.readouterr().out
+    assert "Without a score" in printed
+    assert "is empty" in printed
+    table = pq.read_table(tmp_path / "run" / "scores.parquet")
+    errors = {row["sample_id"]: row["error"] for row in table.to_pylist() if row["error"]}
+    assert errors.keys() == {"bad-empty", "bad-number", "bad-long"}
+    assert "not text but int" in errors["bad-number"]
+    assert "over the limit" in errors["bad-long"]
+    good = table.filter(pc.is_null(table["error"]))
+    assert good["mrd"].to_pylist() == reference["mrd"].to_pylist()
+    assert sum(good["weight"].to_pylist()) == pytest.approx(1)
+    assert (tmp_path / "run" / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_sample_can_be_scored(tiny_model_dir, tmp_path):
+    data = tmp_path / "empty.jsonl"
+    data.write_text('{"text": ""}\n{"text": null}\n')
+    found = score(config(tiny_model_dir, data, tmp_path / "run"))
+    assert found.num_errors == 2
+    assert found.scores["mrd"].null_count == 2
+
+
+def test_sigma_that_breaks_the_forward_is_an_error_of_the_sample(tiny_model_dir, qa_file, tmp_path):
+    found = score(config(tiny_model_dir, qa_file, tmp_path, scoring__sigma=1e30, scoring__num_draws=2))
+    assert found.num_errors == len(found.scores)
+    assert "sigma too large" in found.scores["error"][0].as_py()
+
+
+def test_nan_weights_are_refused_by_name(tiny_model_dir, qa_file, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        score(config(tmp_path / "model", qa_file, tmp_path / "run"))
+
+
+def test_gpu_that_is_not_there(tiny_model_dir, qa_file, tmp_path):
+    with pytest.raises(UserError, match=r"ray\.gpus_per_actor: 1 asked for, but the cluster has 0"):
+        score(config(tiny_model_dir, qa_file, tmp_path, ray__gpus_per_actor=1))
+
+
+def test_full_disk_is_named_and_survived(tiny_model_dir, qa_file, tmp_path, reference):
+    (tmp_path / "scores.parquet.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"scores\.parquet: No space left on device"):
+        score(config(tiny_model_dir, qa_file, tmp_path))
+    before = stamps(tmp_path)
+    (tmp_path / "scores.parquet.tmp").unlink()
+    assert score(config(tiny_model_dir, qa_file, tmp_path)).scores.equals(reference)
+    assert stamps(tmp_path) == before
+
+
+def test_nodes_with_other_weights_are_noticed(tiny_model_dir, qa_file):
+    """An actor whose copy of the model is not the driver's gives no score."""
+    actor = ScoringActor(Task(ModelConfig(path=str(tiny_model_dir)), "0" * 64, 1e-5, 0, 1, False))
+    unit = {"unit_id": "u", "first_draw": 0, "stop_draw": 1, "samples": []}
+    (row,) = actor(pa.Table.from_pylist([unit], UNIT_SCHEMA)).to_pylist()
+    assert "holds other weights" in row["fatal"]
+
+
+def test_config_yaml_replays(tiny_model_dir, qa_file, tmp_path, reference):
+    score(config(tiny_model_dir, qa_file, tmp_path / "run"))
+    before = stamps(tmp_path / "run")
+    assert main(["score", "--config", str(tmp_path / "run" / "config.yaml")]) == 0
+    assert stamps(tmp_path / "run") == before
+
+
+def test_tofu_forget10(stories_dir, tofu_dir, tmp_path):
+    """Real model, real text: all 400 samples through two actors, some checked line by line in float64."""
+    settings = {"scoring__num_draws": 3, "scoring__sigma": 1e-4, "scoring__micro_batch_tokens": 4096}
+    found = score(config(stories_dir, tofu_dir / "forget10.json", tmp_path, **settings, ray__actors=2))
+    assert len(found.scores) == 400
+    assert found.num_errors == 0
+    model = AutoModelForCausalLM.from_pretrained(stories_dir, dtype=torch.float32).eval()
+    rows, samples = found.scores.to_pylist(), found.samples.to_pylist()
+    for i in range(0, 400, 67):
+        expected, _ = algorithm_1(model, samples[i]["token_ids"], samples[i]["scored"], 1e-4, 0, 3)
+        assert rows[i]["mrd"] == pytest.approx(expected, rel=2e-3)
