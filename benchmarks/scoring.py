@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import platform
-import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,9 +38,11 @@ from mrd_ray.scoring.score import lengths
 
 Part = Literal["noise", "memory", "naive", "ideal", "engine"]
 Raw = dict[str, Any]
+Row = tuple[str, float, float | None, str]  # what, value, the least it should be, detail
 PACKAGES = ("mrd-ray", "ray", "torch", "transformers", "numpy", "pyarrow")
 LONG_UNIT = 30.0  # seconds; shorter units would flatter or damn the engine by chance
 PAPER_DRAWS = 200
+MIB = 2**20
 
 
 def main(
@@ -73,7 +74,11 @@ def main(
         micro_batch_tokens: tokens per forward, padding included.
         sigma: standard deviation of the parameter noise.
     """
-    raw: Raw = {"configuration": dict(locals()), "hardware": hardware(), "versions": versions()}
+    raw: Raw = {
+        "configuration": dict(locals()),
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+    }
     file = Path(out) / time.strftime("scoring-%Y%m%d-%H%M%S.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -85,7 +90,7 @@ def main(
         console.log(f"{part}: {name}")
 
     if "noise" in parts:
-        keep("noise", "seconds per repeat", noise_seconds())
+        keep("noise", "seconds per normal", noise_seconds())
     if "memory" in parts:
         keep("memory", "cases", memory_cases())
     if {"naive", "ideal", "engine"} & set(parts):
@@ -117,7 +122,9 @@ def main(
     raw["summary"] = [{"what": what, "value": value, "target": target, "detail": detail}
                       for what, value, target, detail in rows]  # fmt: skip
     file.write_text(json.dumps(raw, indent=1))
-    table = Table("what", "value", "target", "detail", title=f"Scoring on {raw['hardware']['cpu']}", title_justify="left")
+    table = Table(
+        "what", "value", "target", "detail", title=f"Scoring on {raw['hardware']['cpu']}", title_justify="left"
+    )
     for what, value, target, detail in rows:
         met = "" if target is None else f"[{'green' if value >= target else 'red'}]>= {target:g}"
         table.add_row(what, f"{value:.4g}", met, detail)
@@ -281,28 +288,128 @@ def memory_cases() -> list[Raw]:
 
 
 def _memory_case(folder: str, vocabulary: int, draws: int) -> Raw:
-    before = _resident("VmRSS")
-    path = Path(folder) / str(vocabulary)
-    actor = ScoringActor(Task(ModelConfig(path=str(path)), models.files_digest(path), 1e-5, 0, 1, False))
+    """Bytes of one case, in a process of its own."""
+    before, path = _resident("VmRSS"), Path(folder) / str(vocabulary)
+    task = Task(ModelConfig(path=str(path)), models.files_digest(path), sigma=1e-5, seed=0, threads=1, on_gpu=False)
+    actor = ScoringActor(task)
     loaded = _resident("VmHWM")
-    tokens = random.Random(0)
-    samples = [
-        {"micro_batch": 0, "sample_id": str(i), "token_ids": tokens.choices(range(vocabulary), k=128),
-         "scored": [False] + [True] * 127} for i in range(32)
-    ]  # fmt: skip
+    ids = np.random.default_rng(0).integers(vocabulary, size=(32, 128)).tolist()
+    scored = [False] + [True] * 127
+    samples = [{"micro_batch": 0, "sample_id": str(i), "token_ids": x, "scored": scored} for i, x in enumerate(ids)]
     unit = {"unit_id": "benchmark", "first_draw": 0, "stop_draw": draws, "samples": samples}
     (result,) = actor(pa.Table.from_pylist([unit], UNIT_SCHEMA)).to_pylist()
+    peak = _resident("VmHWM")
     if result["fatal"] or any(sample["error"] for sample in result["samples"]):
         raise RuntimeError(f"the unit failed: {result}")
-    weights = LlamaForCausalLM.from_pretrained(path).num_parameters() * 4
-    found = {"vocabulary": vocabulary, "draws": draws, "tokens": 32 * 128, "weights": weights}
-    return found | {"before": before, "peak when loaded": loaded, "peak": 0}
+    weights = sum(tensor.nbytes for tensor in actor._replica.base.values())
+    return {
+        "vocabulary": vocabulary, "draws": draws, "weights": weights,
+        "before": before, "peak when loaded": loaded, "peak": peak,
+    }  # fmt: skip
 
 
 def _resident(field: Literal["VmRSS", "VmHWM"]) -> int:
     """Bytes now, or at most so far. Not getrusage: its ru_maxrss begins with that of the process that spawned us."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
+
+
+def summary(raw: Raw) -> list[Row]:
+    """Medians and ratios of the raw timings: the rows of the table."""
+    rows: list[Row] = []
+    for way, seconds in raw.get("noise", {}).get("seconds per normal", {}).items():
+        detail = f"M normals/s on one core, median of {len(seconds)}; best {1e-6 / min(seconds):.4g}"
+        rows.append((way, 1e-6 / median(seconds), None, detail))
+    for case in raw.get("memory", {}).get("cases", []):
+        detail = (
+            f"MiB at peak over {case['before'] / MIB:.0f} before loading, less 2 x {case['weights'] / MIB:.0f} weights"
+        )
+        over = (case["peak"] - case["before"] - 2 * case["weights"]) / MIB
+        rows.append((f"memory, vocabulary {case['vocabulary']:,}, K = {case['draws']}", over, None, detail))
+
+    settings, naive, ideal, one, two = raw["configuration"], None, None, None, None
+    if "naive" in raw:
+        naive = _naive_costs(raw)
+        rows.append(("naive, s per sample x draw", naive["draw"], None, naive["detail"]))
+    if "ideal" in raw:
+        halves = [raw["ideal"][half] for half in ("first half", "second half")]
+        per_draw = [draw["perturb"] + draw["forward"] for half in halves for draw in half]
+        ideal = raw["ideal"]["theta"] + sum(per_draw)
+        detail = f"theta {raw['ideal']['theta']:.3g} s; s per draw of all samples {_spread(per_draw)}"
+        rows.append((f"ideal, s for K = {len(per_draw)}", ideal, None, detail))
+    if "engine" in raw:
+        one, two = (_engine_costs(raw["engine"][actors]) for actors in "12")
+        rows += [(f"engine, {name}, s for K = {cost['draws']}", cost["busy"], None, cost["detail"])
+                 for name, cost in (("1 actor", one), ("2 actors", two))]  # fmt: skip
+        detail = f"sample-draws/s {two['throughput']:.3g} over {one['throughput']:.3g}, as the actors time their units"
+        rows.append(("two actors / one", two["throughput"] / one["throughput"], 1.9, detail))
+        detail = "the same by the wall clock, starting Ray, loading and writing included (short runs suffer)"
+        rows.append(("", two["wall throughput"] / one["wall throughput"], None, detail))
+        rows.append(("", two["per draw"] / one["per draw"], None, "s of a draw beside another actor / alone"))
+    if ideal is not None and one is not None:
+        rows.append(("ideal / engine", ideal / one["busy"], 0.95, "same samples and draws, time inside units"))
+        rows.append(("", ideal / one["span"], None, "the same, from first unit's start to last one's end, so with Ray"))
+        mine = [fmean(draw["abs_delta"][i] for half in halves for draw in half) for i in raw["engine"]["1"]["mean_abs"]]
+        off = max(abs(a / b - 1) for a, b in zip(mine, raw["engine"]["1"]["mean_abs"].values(), strict=True))
+        rows.append(("", off, None, "largest relative difference between their scores"))
+    if naive is not None and one is not None:
+        for draws in (settings["draws"], PAPER_DRAWS):  # both sides bear their pass over the unperturbed model
+            theirs = naive["theta"] / draws + naive["draw"]
+            ours = (one["theta"] / draws + one["per draw"]) / raw["work"]["samples"]
+            detail = f"per sample x draw at K = {draws}: {theirs:.3g} s over {ours:.3g} s"
+            rows.append(("naive / engine", theirs / ours, 6.0, detail))
+    return rows
+
+
+def _naive_costs(raw: Raw) -> Raw:
+    """Seconds per sample: of the unperturbed forward, and of a draw."""
+    runs = [run for half in ("first half", "second half") for run in raw["naive"][half]]
+    mean_tokens = raw["work"]["tokens"] / raw["work"]["samples"]
+    # over all samples this changes nothing; over some, perturbing costs each sample the same and a forward by tokens
+    scale = mean_tokens / fmean(run["tokens"] for run in runs)
+    weights = [p + r for run in runs for p, r in zip(run["perturb"], run["restore"], strict=True)]
+    forwards = [seconds for run in runs for seconds in run["forward"]]
+    detail = f"K = {len(runs[0]['forward'])}; perturb and restore {_spread(weights)}, forward {_spread(forwards)}"
+    if len(runs) < raw["work"]["samples"]:
+        detail = f"[yellow]EXTRAPOLATED by tokens from {len(runs)} of {raw['work']['samples']} samples[/]; {detail}"
+    return {"theta": scale * fmean(r["theta"] for r in runs), "draw": fmean(weights) + scale * fmean(forwards),
+            "detail": detail}  # fmt: skip
+
+
+def _engine_costs(run: Raw) -> Raw:
+    """What the units of one engine run say; `theta` and `per draw` are seconds for all samples on one actor."""
+    units, draws = run["units"], run["draws"]
+    workers = {unit["worker"]: 0.0 for unit in units}
+    for unit in units:
+        workers[unit["worker"]] += unit["seconds"]
+    busy, seconds = max(workers.values()), [unit["seconds"] for unit in units]
+    steady = [unit for unit in units if not unit["with_theta"]] or units
+    per_draw = sum(u["seconds"] for u in steady) / sum(u["token_draws"] for u in steady)
+    per_draw *= sum(unit["token_draws"] for unit in units) / draws
+    long = sum(second >= LONG_UNIT for second in seconds)
+    colour = "green" if long == len(units) else "red"
+    detail = f"{len(units)} units of {_spread(seconds)} s, [{colour}]{long} of {len(units)} >= {LONG_UNIT:g} s[/]; "
+    detail += f"wall clock {run['wall']:.4g} s with start-up; {len(workers)} actor(s) took part"
+    return {
+        "draws": draws, "busy": busy, "per draw": per_draw, "theta": sum(seconds) - per_draw * draws, "detail": detail,
+        "span": max(u["finished"] for u in units) - min(u["finished"] - u["seconds"] for u in units),
+        "throughput": run["samples"] * draws / busy, "wall throughput": run["samples"] * draws / run["wall"],
+    }  # fmt: skip
+
+
+def _spread(seconds: list[float]) -> str:
+    return f"{min(seconds):.3g} .. {median(seconds):.3g} .. {max(seconds):.3g}"
+
+
+def hardware() -> Raw:
+    """The machine, and how busy it was before we began."""
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return {
+        "cpu": names[0] if names else platform.machine(), "cores": os.cpu_count(), "load average": os.getloadavg(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "platform": platform.platform(),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -38,10 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code says whether every sample has a score (0) or not (3)."""
     line = parser()
     parsed = line.parse_args(arguments)
-    values = line.instantiate(parsed)[parsed.command]
-    settings = {key: value for key, value in values.items() if key not in ("config", "__path__")}
     try:
-        config = _COMMANDS[parsed.command](**settings)
+        values = line.instantiate(parsed)[parsed.command]
+        config = _COMMANDS[parsed.command](
+            **{key: value for key, value in values.items() if key not in ("config", "__path__")}
+        )
+    except ValidationError as problem:  # settings that are each in range but contradict one another
+        line.error("; ".join(error["msg"].removeprefix("Value error, ") for error in problem.errors()))
+    try:
         match config:
             case ScoreConfig():
                 return _score(config)

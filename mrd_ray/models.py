@@ -58,6 +58,8 @@ def files_digest(path: Path) -> str:
     """
     if not (path / "config.json").is_file():
         raise UserError(f"model.path: {path} has no config.json; it is not a model directory of transformers")
+    if not (path / "config.json").is_file():
+        raise UserError(f"model.path: {path} has no config.json; expected a Hugging Face model directory")
     state = hashlib.sha256()
     for file in [path / "config.json", *weight_files(path)]:
         with file.open("rb") as content:
@@ -110,7 +112,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def load_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The model in eval mode and true `dtype` arithmetic (no TF32). Raises UserError on absent or non-finite weights."""
+    """The model in eval mode and true `dtype` arithmetic, no TF32. Raises UserError on absent or non-finite weights."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     transformers.utils.logging.disable_progress_bar()

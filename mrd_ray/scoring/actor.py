@@ -116,9 +116,7 @@ class ScoringActor:
                 block = self._block_of(unit["samples"])
                 samples = self._score(block, range(unit["first_draw"], unit["stop_draw"]))
             except torch.OutOfMemoryError as problem:
-                self._fatal = (
-                    f"a sample does not fit on the device beside the model; lower data.max_tokens ({problem})"
-                )
+                self._fatal = f"a sample does not fit on the device beside the model; lower data.max_tokens ({problem})"
         result = {
             "unit_id": unit["unit_id"],
             "worker": f"{os.uname().nodename}:{os.getpid()}",

@@ -1,0 +1,88 @@
+"""Every format, and for every kind of bad file a message that names file, row and cause."""
+
+import json
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mrd_ray.config import DataConfig
+from mrd_ray.data import read
+from mrd_ray.errors import UserError
+
+ROWS = [{"q": "one, two", "a": 'say "yes"'}, {"q": "dré", "a": "line\nbreak"}]
+
+
+def rows_of(path, **settings):
+    return [row.values for row in read.rows(DataConfig(path=str(path), **settings))]
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "lines.json", "d.csv", "d.parquet"])
+def test_formats(tmp_path, name):
+    path = tmp_path / name
+    if name == "d.json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    elif name == "d.csv":
+        path.write_bytes('\ufeffq,a\n"one, two","say ""yes"""\ndré,"line\nbreak"\n'.encode())
+    elif name == "d.parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    else:
+        path.write_text("\n\n".join(map(json.dumps, ROWS)))
+    assert rows_of(path) == ROWS
+    assert rows_of(path, max_samples=1) == ROWS[:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.jsonl", b'{"q": 1}\n\n{"q": \n', r"d\.jsonl, line 3: broken JSON: .* at column \d+"),
+        ("d.jsonl", b'{"q": 1}\n[1]\n', r"d\.jsonl, row 2: expected a JSON object"),
+        ("d.jsonl", b"", r"d\.jsonl holds no rows"),
+        ("d.jsonl", b'{"q": "\xff\xfe"}\n', r"d\.jsonl, at or after line 1: not UTF-8"),
+        ("d.json", b"[{}, 3]", r"d\.json, row 2: expected a JSON object"),
+        ("d.json", b'[{"q": 1},\n oops]', r"d\.json, line 2: broken JSON"),
+        ("d.json", b"", r"d\.json holds no rows"),
+        ("d.csv", b"q,a\n1,2\n1,2,3\n", r"d\.csv, row 2 \(line 3\): expected 2 fields"),
+        ("d.csv", b"q,a\n1\n", r"d\.csv, row 1 \(line 2\): expected 2 fields"),
+        ("d.csv", b"q,a\n", r"d\.csv holds no rows"),
+        ("d.csv", b'q,a\n"open,2\n', r"d\.csv, line \d+: broken CSV"),
+        ("d.parquet", b"not parquet at all", r"d\.parquet: not a Parquet file"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        rows_of(path)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_missing_file(tmp_path, suffix):
+    path = tmp_path / f"none.{suffix}"
+    with pytest.raises(UserError, match=re.escape(f"data.path: cannot read {path}")):
+        rows_of(path)
+
+
+def test_unknown_protocol():
+    with pytest.raises(UserError, match="nosuch"):
+        rows_of("nosuch://bucket/d.jsonl")
+
+
+def test_hub_id_that_cannot_be_loaded():
+    with pytest.raises(UserError, match=r"nobody/nothing.*could not be loaded as a Hugging Face dataset"):
+        rows_of("nobody/nothing")
+
+
+def test_dataset_folder_through_datasets(tmp_path):
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "set" / "train-0.parquet")
+    assert rows_of(tmp_path / "set") == ROWS
+
+
+def test_text_file(tmp_path):
+    (tmp_path / "t.txt").write_text("a b")
+    assert read.text(str(tmp_path / "t.txt")) == "a b"
+    (tmp_path / "t.txt").write_text(" \n")
+    with pytest.raises(UserError, match=r"t\.txt is empty"):
+        read.text(str(tmp_path / "t.txt"))

@@ -1,0 +1,165 @@
+"""Rows become tokens: which count, under which id, and with which reason if none."""
+
+import json
+import random
+
+import pytest
+from transformers import AutoTokenizer
+
+from mrd_ray.config import DataConfig
+from mrd_ray.data import samples
+from mrd_ray.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir):
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture
+def build(tmp_path, tokenizer):
+    def build(rows, context=128, tokenizer=tokenizer, **settings):
+        path = tmp_path / "d.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return samples.build(DataConfig(path=str(path), **settings), tokenizer, context)
+
+    return build
+
+
+def scored_text(row, tokenizer):
+    return tokenizer.decode([token for token, counts in zip(row["token_ids"], row["scored"], strict=True) if counts])
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        ([{"text": "what is it"}], "what is it"),
+        ([{"prompt": "a b", "response": "c d"}], "Question: a b\nAnswer: c d"),
+        ([{"question": "a b", "answer": "c d", "x": 1}], "Question: a b\nAnswer: c d"),
+    ],
+)
+def test_columns_are_found(build, rows, text):
+    assert build(rows)["text"].to_pylist() == [text]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ({"foo": "a"}, {}, r"cannot tell which columns.*foo"),
+        ({"text": "a", "prompt": "b", "response": "c"}, {}, "cannot tell which columns"),
+        ({"foo": "a"}, {"text": "bar"}, r"d\.jsonl: no column 'bar' \(data\.text\); its columns are foo"),
+        ({"text": "a"}, {"id": "key"}, r"no column 'key' \(data\.id\)"),
+        ({"prompt": "a", "response": "b"}, {"template": "chat"}, "no chat template"),
+    ],
+)
+def test_columns_that_cannot_be_used(build, row, settings, message):
+    with pytest.raises(UserError, match=message):
+        build([row], **settings)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("", "is empty"),
+        (" \n", "is empty"),
+        (None, "missing or null"),
+        (7, "not text but int"),
+        (["a"], "not text but list"),
+        ("a", "none of which can be scored"),
+        ("what " * 500, "over the limit of 128"),
+    ],
+)
+def test_bad_sample_keeps_its_row_and_reason(build, value, reason):
+    table = build([{"id": "ok", "text": "what is it"}, {"id": "zbad", "text": value}])
+    good, bad = table.to_pylist()
+    assert good["error"] is None
+    assert good["token_ids"]
+    assert reason in bad["error"]
+    assert bad["token_ids"] is None
+
+
+def test_truncation_only_when_asked(build):
+    long = [{"text": "what is the river " * 30}]
+    assert build(long, max_tokens=10)["error"][0].is_valid
+    (row,) = build(long, max_tokens=10, truncate=True).to_pylist()
+    assert len(row["token_ids"]) == len(row["scored"]) == 10
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["Question: {prompt}\nAnswer: {response}", "{{x}} {prompt}|{response} {{y}}", "A: {response}\nQ: {prompt}"],
+)
+@pytest.mark.parametrize(("prompt", "response"), [("is it blue?", "blue"), ("plum cakes. plum", "plum cakes.")])
+def test_response_alone_is_scored(build, tokenizer, template, prompt, response):
+    row = {"prompt": prompt, "response": response}
+    (found,) = build([row], template=template, score_on="response").to_pylist()
+    assert found["text"] == template.format(**row)
+    assert scored_text(found, tokenizer).strip() == response
+    (everything,) = build([row], template=template).to_pylist()
+    assert everything["scored"] == [False] + [True] * (len(everything["token_ids"]) - 1)
+
+
+def test_chat_template_that_trims(build, tiny_model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    row = {"prompt": " is it blue? ", "response": " blue "}
+    (found,) = build([row], tokenizer=tokenizer, template="chat", score_on="response").to_pylist()
+    assert found["text"] == "<user>is it blue?<end><assistant>blue<end>"
+    assert scored_text(found, tokenizer) == "blue"
+
+
+def test_ids(build):
+    rows = [{"id": 7, "text": "what is it"}, {"id": "x", "text": "what is it"}, {"id": None, "text": "what is it"}]
+    table = build(rows)
+    assert table["sample_id"].to_pylist() == ["7", "row-3", "x"]
+    assert "expected text or a whole number" in table["error"][1].as_py()
+
+
+def test_duplicate_ids_are_refused_with_their_rows(build):
+    rows = [{"id": 7, "text": "what"}, {"id": "8", "text": "is"}, {"id": "7", "text": "it"}]
+    with pytest.raises(UserError, match=r"1 id\(s\) stand more than once; '7' in rows 1, 3"):
+        build(rows)
+
+
+def test_digest_ids_and_the_tables_digest_survive_shuffling(build):
+    rows = [{"text": text} for text in ("what is it", "where is it", "what is it", "blue mill", "")]
+    table = build(rows)
+    assert len(set(table["sample_id"].to_pylist())) == 5
+    for seed in range(3):
+        random.Random(seed).shuffle(rows)
+        other = build(rows)
+        assert other["sample_id"].equals(table["sample_id"])
+        assert samples.digest(other) == samples.digest(table)
+    assert samples.digest(build(rows[:4])) != samples.digest(table)
+
+
+def test_padding_side_has_no_influence(build, tiny_model_dir):
+    rows = [{"id": i, "text": text} for i, text in enumerate(("what is it", "where is the blue mill"))]
+    left = AutoTokenizer.from_pretrained(tiny_model_dir, padding_side="left", pad_token="</s>")
+    assert AutoTokenizer.from_pretrained(tiny_model_dir).pad_token is None
+    assert samples.digest(build(rows, tokenizer=left)) == samples.digest(build(rows))
+
+
+def test_windows_cover_a_text_once(tmp_path, tokenizer):
+    text = "The mill stands by the river. " * 40
+    (tmp_path / "t.txt").write_text(text)
+    data = DataConfig(path=str(tmp_path / "t.txt"), window_tokens=16)
+    rows = sorted(samples.build(data, tokenizer, 128).to_pylist(), key=lambda row: row["row"])
+    stream = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [token for row in rows for token in row["token_ids"]] == stream
+    assert {len(row["token_ids"]) for row in rows[:-1]} == {16}
+
+
+def test_tofu(stories_dir, tofu_dir):
+    """All of forget10; under score_on: response the scored tokens decode to the answer."""
+    tokenizer = AutoTokenizer.from_pretrained(stories_dir)
+    path = tofu_dir / "forget10.json"
+    table = samples.build(DataConfig(path=str(path), score_on="response"), tokenizer, 512)
+    assert len(table) == 400
+    assert table["error"].null_count == 400
+    answers = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
+    for row in table.slice(0, 100).to_pylist():
+        assert scored_text(row, tokenizer).strip() == answers[row["row"] - 1].strip()

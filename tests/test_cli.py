@@ -1,0 +1,144 @@
+"""The command line is the config tree: flags go over a YAML file, and a typo ends with 2 and its name."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mrd_ray import cli
+from mrd_ray.config import DemoConfig, PlanConfig, ScoreConfig
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+SCORE = ["score", "--model.path", "m", "--data.path", "d.jsonl", "--run.dir", "r"]
+KINDS = {"score": ScoreConfig, "plan": PlanConfig, "demo": DemoConfig}
+
+
+def parse(*arguments) -> ScoreConfig | PlanConfig | DemoConfig:
+    line = cli.parser()
+    parsed = line.parse_args([str(argument) for argument in arguments])
+    settings = line.instantiate(parsed)[parsed.command].as_dict()
+    return KINDS[parsed.command](**{key: value for key, value in settings.items() if key not in ("config", "__path__")})
+
+
+def error(capsys, *arguments) -> str:
+    """What is printed after the usage, with which the command ends with 2."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    assert ended.value.code == 2
+    return capsys.readouterr().err.split("error:")[-1]
+
+
+def test_flags_alone_give_the_defaults():
+    assert parse(*SCORE) == ScoreConfig(model={"path": "m"}, data={"path": "d.jsonl"}, run={"dir": "r"})
+
+
+def test_flags_go_over_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"scoring": {"sigma": 1e-3, "num_draws": 7}, "run": {"dir": "of the file"}}))
+    found = parse("score", "--config", file, *SCORE[1:], "--scoring.num_draws", 9)
+    assert (found.scoring.sigma, found.scoring.num_draws, found.run.dir) == (1e-3, 9, "r")
+
+
+@pytest.mark.parametrize("written", ["1e-5", "1.0e-05", "0.00001"])
+def test_sigma_as_people_write_it_in_yaml(tmp_path, written):
+    (tmp_path / "c.yaml").write_text(f"scoring:\n  sigma: {written}\n")
+    assert parse("score", "--config", tmp_path / "c.yaml", *SCORE[1:]).scoring.sigma == 1e-5
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [*SCORE, "--scoring.sigma", "3e-7", "--data.template", "{{x}} {prompt}\n: {response}", "--ray.actors", "2"],
+        [*SCORE, "--data.text", "null", "--data.prompt", "p", "--data.response", "r", "--data.score_on", "response"],
+        ["plan", "--model.path", "m", "--data.path", "d", "--tflops", "0.1", "--ray.actors", "8"],
+        ["demo", "--num_draws", "3", "--ray.cpus_per_actor", "0.5"],
+    ],
+)
+def test_print_config_replays(tmp_path, capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*arguments, "--print_config"])
+    assert ended.value.code == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert parse(arguments[0], "--config", tmp_path / "printed.yaml") == parse(*arguments)
+
+
+@pytest.mark.parametrize("flag", ["--scoring.sigmaa", "--scorin.sigma", "--scoring.sig", "--sigma"])
+def test_unknown_flag(capsys, flag):
+    assert flag in error(capsys, *SCORE, flag, "1")
+
+
+@pytest.mark.parametrize("key", ["scoring.sigmaa", "model.paths", "scorin"])
+def test_unknown_key_of_a_file(tmp_path, capsys, key):
+    group, _, name = key.partition(".")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({group: {name: 1} if name else 1}))
+    assert key in error(capsys, "score", "--config", tmp_path / "c.yaml", *SCORE[1:])
+
+
+OUT_OF_RANGE = [
+    ("scoring.sigma", "-1"), ("scoring.sigma", "much"), ("scoring.num_draws", "0"), ("scoring.seed", "4294967296"),
+    ("scoring.statistic", "mean"), ("model.dtype", "bfloat16"), ("data.window_tokens", "1"), ("data.max_tokens", "0"),
+    ("ray.actors", "0"), ("ray.gpus_per_actor", "-1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE)
+def test_flag_out_of_range(capsys, key, value):
+    assert key in error(capsys, *SCORE, f"--{key}", value)
+
+
+@pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE)
+def test_key_of_a_file_out_of_range(tmp_path, capsys, key, value):
+    group, name = key.split(".")
+    (tmp_path / "c.yaml").write_text(f"{group}: {{{name}: {value}}}\n")
+    assert key in error(capsys, "score", "--config", tmp_path / "c.yaml", *SCORE[1:])
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--data.template", "{prompt}"], "data.template"),
+        (["--data.prompt", "p"], "data.response"),
+        (["--data.text", "t", "--data.score_on", "response"], "data.score_on"),
+    ],
+)
+def test_settings_that_disagree(capsys, flags, named):
+    assert named in error(capsys, *SCORE, *flags)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "command"),
+        (["scores"], "scores"),
+        (SCORE[:3], "data.path"),
+        (["score", "--config", "absent.yaml"], "absent.yaml"),
+    ],
+)
+def test_incomplete(capsys, arguments, named):
+    assert named in error(capsys, *arguments)
+
+
+@pytest.mark.parametrize("command", KINDS)
+def test_help_describes_every_setting(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for field in ScoreConfig.model_fields["ray"].annotation.model_fields.values():
+        assert field.description in printed
+
+
+def test_user_error_ends_with_1_and_no_traceback(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    code = cli.main([*SCORE[:-1], str(tmp_path / "file" / "run")])
+    printed = capsys.readouterr().err
+    assert code == 1
+    assert printed.startswith("error: run.dir: cannot write")
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=[file.stem for file in CONFIGS])
+def test_shipped_configs(file):
+    """The first word of the file's name is its command."""
+    parse(file.stem.split("_")[0], "--config", file)

@@ -1,0 +1,75 @@
+"""Files whole or absent, one run at a time, one identity per directory."""
+
+import json
+import subprocess
+import sys
+
+import pyarrow as pa
+import pytest
+
+from mrd_ray.config import RunConfig
+from mrd_ray.errors import UserError
+from mrd_ray.runs import RunDirectory
+
+CONFIG = RunConfig(dir="x")
+
+
+def test_failed_write_names_the_file_and_keeps_the_old(tmp_path):
+    run = RunDirectory(str(tmp_path))
+    run.write("a.txt", b"old")
+    (tmp_path / "a.txt.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"a\.txt: No space left on device"):
+        run.write("a.txt", b"new")
+    assert run.read("a.txt") == b"old"
+
+
+def test_lock_holds_against_another_process_and_ends_with_it(tmp_path):
+    code = f"""
+import time
+from mrd_ray.runs import RunDirectory
+with RunDirectory({str(tmp_path)!r}).locked():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    run = RunDirectory(str(tmp_path))
+    with pytest.raises(UserError, match="another run"), run.locked():
+        pass
+    holder.kill()
+    holder.wait()
+    with run.locked():
+        pass
+
+
+def test_other_identity_is_refused_with_what_differs(tmp_path):
+    run = RunDirectory(str(tmp_path))
+    run.claim({"scoring.sigma": 1e-5, "same": 1}, CONFIG)
+    run.claim({"scoring.sigma": 1e-5, "same": 1}, CONFIG)
+    with pytest.raises(UserError, match=r"scoring\.sigma: 1e-05 there, 0\.001 now") as refusal:
+        run.claim({"scoring.sigma": 1e-3, "same": 1}, CONFIG)
+    assert "same" not in str(refusal.value).replace("same command", "")
+    assert len(json.loads(run.read("manifest.json"))["invocations"]) == 2
+
+
+def test_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run\.dir: cannot write"):
+        RunDirectory(str(tmp_path / "file" / "run"))
+    with pytest.raises(UserError, match=r"run\.dir: cannot open nosuch"):
+        RunDirectory("nosuch://bucket/run")
+
+
+def test_damaged_table_is_named(tmp_path):
+    run = RunDirectory(str(tmp_path))
+    run.write("units/u.parquet", b"PAR1 half a file")
+    with pytest.raises(UserError, match=r"u\.parquet is damaged"):
+        run.read_table("units/u.parquet")
+
+
+def test_any_fsspec_uri():
+    run = RunDirectory("memory://runs/one")
+    with run.locked():
+        run.write_table("units/u.parquet", table := pa.table({"a": [1, 2]}))
+        assert run.names("units") == ["u.parquet"]
+        assert run.read_table("units/u.parquet").equals(table)
