@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -117,9 +118,10 @@ def load_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), output_loading_info=True
         )
+        model, loading = loaded
         model = model.to(device).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
         raise UserError(f"model.path: cannot load {path}: {problem}") from None

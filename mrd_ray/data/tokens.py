@@ -121,8 +121,8 @@ def _render_chat(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase)
     question = {"role": "user", "content": prompt}
     answer = {"role": "assistant", "content": response}
     try:
-        whole = tokenizer.apply_chat_template([question, answer], tokenize=False)
-        opening = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+        whole = str(tokenizer.apply_chat_template([question, answer], tokenize=False))
+        opening = str(tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True))
     except jinja2.TemplateError as problem:
         raise Unscorable(f"the chat template refuses it: {problem}") from None
     # templates may trim the content, or (with reasoning models) put things between the opening and the answer

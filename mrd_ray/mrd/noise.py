@@ -16,6 +16,7 @@ on every device; the normals are float32 and agree between devices to float32 ro
 import hashlib
 import math
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def _box_muller(words: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(_scratch.z[: 2 * m])
 
 
-def _chunks(seed: int, name: str, start: int, stop: int):
+def _chunks(seed: int, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (offset from start, float32 normals in scratch) covering elements start..stop of z."""
     first_block = start // _BLOCK
     generator = philox(seed, name, first_block)

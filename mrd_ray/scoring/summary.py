@@ -81,13 +81,14 @@ def figure(scores: pa.Table, samples: pa.Table, config: ScoreConfig) -> bytes:
     """The summary as a PNG."""
     rows = ranked(scores, samples)
     page = matplotlib.figure.Figure(figsize=(13, 9.5), layout="constrained")
-    histogram, sorted_scores = page.add_gridspec(2, 2, height_ratios=[1, 1.15])[0, :].subgridspec(1, 2).subplots()
+    grid = page.add_gridspec(2, 2, height_ratios=[1, 1.15])
+    histogram, sorted_scores = page.add_subplot(grid[0, 0]), page.add_subplot(grid[0, 1])
     name = f"MRD, {_STATISTIC[config.scoring.statistic]}"
     if rows:
         mrd = np.array([row["mrd"] for row in rows])
         se = np.array([row["mrd_se"] or 0.0 for row in rows])
         edges = np.histogram_bin_edges(mrd, "auto" if len(mrd) < 100_000 else 100)
-        histogram.hist(mrd, bins=edges, color="#4878a8", edgecolor="white", linewidth=0.5)
+        histogram.hist(mrd, bins=edges.tolist(), color="#4878a8", edgecolor="white", linewidth=0.5)
         sorted_scores.errorbar(
             np.arange(1, len(mrd) + 1), mrd, yerr=se, fmt=".", markersize=3, color="#4878a8", ecolor="#b8c8dc"
         )
@@ -96,12 +97,12 @@ def figure(scores: pa.Table, samples: pa.Table, config: ScoreConfig) -> bytes:
     for column, (title, part) in enumerate(
         {"Hardest to unlearn": rows[:_SHOWN], "Easiest to unlearn": rows[: -_SHOWN - 1 : -1]}.items()
     ):
-        axis = page.add_subplot(2, 2, 3 + column)
+        axis = page.add_subplot(grid[1, column])
         axis.axis("off")
         axis.set_title(title, loc="left")
         lines = [f"{row['mrd']:<9.3g} {textwrap.fill(_short(row['text'], 150), 78, subsequent_indent=' ' * 10)}"
                  for row in part]  # fmt: skip
-        axis.text(0, 1, "\n".join(lines).replace("$", r"\$"), va="top", family="monospace", fontsize=7)
+        axis.text(0, 1, "\n".join(lines).replace("$", r"\$"), va="top", family="monospace", fontsize=8)
     without = sum(errors(scores).values())
     note = f"{len(rows)} samples scored, {without} without a score"
     for reason, count in errors(scores).most_common(3):
