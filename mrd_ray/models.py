@@ -58,8 +58,6 @@ def files_digest(path: Path) -> str:
     Raises UserError if one is missing.
     """
     if not (path / "config.json").is_file():
-        raise UserError(f"model.path: {path} has no config.json; it is not a model directory of transformers")
-    if not (path / "config.json").is_file():
         raise UserError(f"model.path: {path} has no config.json; expected a Hugging Face model directory")
     state = hashlib.sha256()
     for file in [path / "config.json", *weight_files(path)]:
@@ -118,9 +116,7 @@ def load_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     transformers.utils.logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), output_loading_info=True
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True)
         model, loading = loaded
         model = model.to(device).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as problem:

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from mrd_ray import models
@@ -41,11 +42,57 @@ def test_files_digest_sees_one_bit(tmp_path, tiny_model_dir):
     assert models.files_digest(copy) != models.files_digest(tiny_model_dir)
 
 
-def test_damaged_weights(tmp_path, tiny_model_dir):
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:1000], lambda content: content[:-9]])
+def test_damaged_weights(tmp_path, tiny_model_dir, damage):
     copy = shutil.copytree(tiny_model_dir, tmp_path / "m")
-    (copy / "model.safetensors").write_bytes(b"damaged")
+    (copy / "model.safetensors").write_bytes(damage((copy / "model.safetensors").read_bytes()))
     with pytest.raises(UserError, match=r"model\.path: cannot load"):
         models.load_model(copy, "float32", torch.device("cpu"))
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(UP), rf"lack 1 parameter\(s\) of its config\.json, first {UP}"),
+        (lambda tensors: tensors.update({UP: tensors[UP][:3].clone()}), "cannot load"),
+        (lambda tensors: tensors[UP][3].fill_(torch.nan), rf"NaN or infinite weights in 1 .*, first in {UP}"),
+        (lambda tensors: tensors[UP][3].fill_(torch.inf), rf"NaN or infinite weights in 1 .*, first in {UP}"),
+    ],
+    ids=["missing", "other shape", "nan", "inf"],
+)
+def test_wrong_weights(tmp_path, tiny_model_dir, change, message):
+    """Above all: transformers fills missing weights at random and goes on."""
+    copy = shutil.copytree(tiny_model_dir, tmp_path / "m")
+    tensors = load_file(copy / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        models.load_model(copy, "float32", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "nosuch"}'])
+def test_unreadable_config(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"model\.path: .* is not a model directory that transformers reads"):
+        models.load_config(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_unreadable_tokenizer(tmp_path, tiny_model_dir, content):
+    shutil.copy(tiny_model_dir / "config.json", tmp_path)
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"model\.tokenizer: .* holds no tokenizer"):
+        models.load_tokenizer(ModelConfig(path=str(tiny_model_dir), tokenizer=str(tmp_path)))
+
+
+def test_real_model(stories_dir):
+    model = models.load_model(stories_dir, "float32", torch.device("cpu"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 260_032
+    assert models.context_length(model.config) == 512
 
 
 def test_weights_digest_sees_names_and_bits():
@@ -59,8 +106,12 @@ def test_tokenizer_digest(tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     before = models.tokenizer_digest(tokenizer)
     assert models.tokenizer_digest(AutoTokenizer.from_pretrained(tiny_model_dir)) == before
+    tokenizer("what is it", truncation=True, max_length=2)
+    assert models.tokenizer_digest(tokenizer) == before
     tokenizer.chat_template = "x"
-    assert models.tokenizer_digest(tokenizer) != before
+    with_template = models.tokenizer_digest(tokenizer)
+    tokenizer.add_tokens(["mill"])
+    assert len({before, with_template, models.tokenizer_digest(tokenizer)}) == 3
 
 
 def test_context_length(tiny_model_dir):

@@ -23,6 +23,28 @@ def test_failed_write_names_the_file_and_keeps_the_old(tmp_path):
     assert run.read("a.txt") == b"old"
 
 
+def test_half_a_file_is_no_finished_one(tmp_path):
+    """What a kill while writing leaves."""
+    run = RunDirectory(str(tmp_path))
+    (tmp_path / "units" / "u.parquet.tmp").write_bytes(b"half")
+    assert run.names("units") == []
+    run.write("units/u.parquet", b"whole")
+    assert run.names("units") == ["u.parquet"]
+
+
+def test_store_that_knows_no_empty_folders():
+    run = RunDirectory("memory://runs/empty")
+    run._fs.rm(run.path("units"), recursive=True)
+    assert run.names("units") == []
+
+
+def test_lock_ends_with_its_block_even_if_that_fails(tmp_path):
+    with pytest.raises(ZeroDivisionError), RunDirectory(str(tmp_path)).locked():
+        raise ZeroDivisionError
+    with RunDirectory(str(tmp_path)).locked():
+        pass
+
+
 def test_lock_holds_against_another_process_and_ends_with_it(tmp_path):
     code = f"""
 import time
@@ -50,6 +72,13 @@ def test_other_identity_is_refused_with_what_differs(tmp_path):
         run.claim({"scoring.sigma": 1e-3, "same": 1}, CONFIG)
     assert "same" not in str(refusal.value).replace("same command", "")
     assert len(json.loads(run.read("manifest.json"))["invocations"]) == 2
+
+
+def test_damaged_manifest_is_named(tmp_path):
+    run = RunDirectory(str(tmp_path))
+    run.write("manifest.json", b'{"identity": ')
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        run.claim({}, CONFIG)
 
 
 def test_directory_that_cannot_be_made(tmp_path):

@@ -40,6 +40,9 @@ def test_formats(tmp_path, name):
         ("d.jsonl", b'{"q": 1}\n[1]\n', r"d\.jsonl, row 2: expected a JSON object"),
         ("d.jsonl", b"", r"d\.jsonl holds no rows"),
         ("d.jsonl", b'{"q": "\xff\xfe"}\n', r"d\.jsonl, at or after line 1: not UTF-8"),
+        ("d.json", b'[{"q": "\xff"}]', r"d\.json: not UTF-8"),
+        ("d.csv", b"q\n\xff\n", r"d\.csv, at or after line 1: not UTF-8"),
+        ("d.parquet", b"", r"d\.parquet: not a Parquet file"),
         ("d.json", b"[{}, 3]", r"d\.json, row 2: expected a JSON object"),
         ("d.json", b'[{"q": 1},\n oops]', r"d\.json, line 2: broken JSON"),
         ("d.json", b"", r"d\.json holds no rows"),
@@ -64,6 +67,23 @@ def test_missing_file(tmp_path, suffix):
         rows_of(path)
 
 
+def test_path_below_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot read .*/file/d\.jsonl: Not a directory"):
+        rows_of(tmp_path / "file" / "d.jsonl")
+
+
+@pytest.mark.parametrize(("name", "content"), [("d.jsonl", json.dumps(ROWS[0])), ("d.json", json.dumps(ROWS[:1]))])
+def test_byte_order_mark(tmp_path, name, content):
+    (tmp_path / name).write_text("\ufeff" + content)
+    assert rows_of(tmp_path / name) == ROWS[:1]
+
+
+def test_csv_field_beyond_the_modules_default_limit(tmp_path):
+    (tmp_path / "d.csv").write_text("q\n" + "a" * 200_000 + "\n")
+    assert [len(row["q"]) for row in rows_of(tmp_path / "d.csv")] == [200_000]
+
+
 def test_unknown_protocol():
     with pytest.raises(UserError, match="nosuch"):
         rows_of("nosuch://bucket/d.jsonl")
@@ -78,11 +98,21 @@ def test_dataset_folder_through_datasets(tmp_path):
     (tmp_path / "set").mkdir()
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "set" / "train-0.parquet")
     assert rows_of(tmp_path / "set") == ROWS
+    with pytest.raises(UserError, match=r"data\.split=test\).*\['train'\]"):
+        rows_of(tmp_path / "set", split="test")
 
 
 def test_text_file(tmp_path):
-    (tmp_path / "t.txt").write_text("a b")
-    assert read.text(str(tmp_path / "t.txt")) == "a b"
-    (tmp_path / "t.txt").write_text(" \n")
-    with pytest.raises(UserError, match=r"t\.txt is empty"):
+    (tmp_path / "t.txt").write_bytes("\ufeffa\r\nb é".encode())
+    assert read.text(str(tmp_path / "t.txt")) == "a\r\nb é"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b" \n", "t.txt is empty"), (b"caf\xe9", "t.txt: not UTF-8"), (None, "t.txt: No such file")],
+)
+def test_bad_text_file(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "t.txt").write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(message)):
         read.text(str(tmp_path / "t.txt"))

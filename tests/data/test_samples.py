@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from mrd_ray.config import DataConfig
@@ -14,6 +15,16 @@ from mrd_ray.errors import UserError
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model_dir):
     return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture
+def bos_tokenizer(tiny_model_dir):
+    """Begins every text with <s>."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
 
 
 @pytest.fixture
@@ -65,6 +76,7 @@ def test_columns_that_cannot_be_used(build, row, settings, message):
         (None, "missing or null"),
         (7, "not text but int"),
         (["a"], "not text but list"),
+        ("\ud800", "not text: it holds half of a surrogate pair"),
         ("a", "none of which can be scored"),
         ("what " * 500, "over the limit of 128"),
     ],
@@ -83,6 +95,18 @@ def test_truncation_only_when_asked(build):
     assert build(long, max_tokens=10)["error"][0].is_valid
     (row,) = build(long, max_tokens=10, truncate=True).to_pylist()
     assert len(row["token_ids"]) == len(row["scored"]) == 10
+
+
+@pytest.mark.parametrize(("max_tokens", "context", "limit"), [(None, 10, 10), (7, 10, 7), (20, 10, 10), (7, None, 7)])
+def test_limit_is_the_lower_of_the_settings_and_the_models(build, max_tokens, context, limit):
+    (row,) = build([{"text": "0123456789" * 9}], context=context, max_tokens=max_tokens).to_pylist()
+    assert f"over the limit of {limit}" in row["error"]
+
+
+def test_truncation_that_leaves_nothing_to_score_says_so(build):
+    long = [{"prompt": "0123456789" * 9, "response": "blue"}]
+    (row,) = build(long, score_on="response", max_tokens=20, truncate=True).to_pylist()
+    assert row["error"] == "nothing to score in its first 20 tokens, all that data.truncate leaves"
 
 
 @pytest.mark.parametrize(
@@ -111,11 +135,55 @@ def test_chat_template_that_trims(build, tiny_model_dir):
     assert scored_text(found, tokenizer) == "blue"
 
 
+def test_chat_template_that_writes_thoughts_before_an_answer(build, tiny_model_dir):
+    """The whole chat does not begin as its generation prompt does, and the response stands in the prompt too."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant><think>let me think at length{% endif %}"
+    )
+    row = {"prompt": "is it blue?", "response": "blue"}
+    (found,) = build([row], tokenizer=tokenizer, template="chat", score_on="response").to_pylist()
+    assert scored_text(found, tokenizer) == "blue"
+    assert tokenizer.decode(found["token_ids"][: found["scored"].index(True)]).endswith("<think></think>")
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "changes the response"),
+        ("{{ raise_exception('only systems may speak') }}", "refuses it: only systems may speak"),
+    ],
+)
+def test_chat_template_that_cannot_take_a_sample(build, tiny_model_dir, template, reason):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = template
+    (row,) = build([{"prompt": "a b", "response": "c d"}], tokenizer=tokenizer, template="chat").to_pylist()
+    assert reason in row["error"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"template": "chat"}, {"text": "prompt"}])
+def test_bos_stands_once_and_is_not_scored(build, bos_tokenizer, settings):
+    bos_tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    row = {"prompt": "is it blue?", "response": "blue"}
+    (found,) = build([row], tokenizer=bos_tokenizer, **settings).to_pylist()
+    bos = [token == bos_tokenizer.bos_token_id for token in found["token_ids"]]
+    assert bos == [not counts for counts in found["scored"]] == [True] + [False] * (len(bos) - 1)
+
+
 def test_ids(build):
     rows = [{"id": 7, "text": "what is it"}, {"id": "x", "text": "what is it"}, {"id": None, "text": "what is it"}]
     table = build(rows)
     assert table["sample_id"].to_pylist() == ["7", "row-3", "x"]
     assert "expected text or a whole number" in table["error"][1].as_py()
+
+
+@pytest.mark.parametrize("value", ["", 1.5, ["x"], "\ud800"])
+def test_unusable_id_is_an_error_of_its_row(build, value):
+    good, bad = build([{"id": "ok", "text": "what is it"}, {"id": value, "text": "what is it"}]).to_pylist()
+    assert good["error"] is None
+    assert (bad["sample_id"], bad["token_ids"]) == ("row-2", None)
+    assert "'id'" in bad["error"]
 
 
 def test_duplicate_ids_are_refused_with_their_rows(build):
@@ -141,6 +209,59 @@ def test_padding_side_has_no_influence(build, tiny_model_dir):
     left = AutoTokenizer.from_pretrained(tiny_model_dir, padding_side="left", pad_token="</s>")
     assert AutoTokenizer.from_pretrained(tiny_model_dir).pad_token is None
     assert samples.digest(build(rows, tokenizer=left)) == samples.digest(build(rows))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"template": "{prompt} {response}"}, {"score_on": "response"}, {"max_tokens": 6, "truncate": True}]
+)
+def test_digest_changes_with_what_is_scored(build, settings):
+    rows = [{"id": 1, "prompt": "is it blue?", "response": "blue"}]
+    assert samples.digest(build(rows, **settings)) != samples.digest(build(rows))
+
+
+def test_digest_changes_with_the_tokenizer(build, tiny_model_dir):
+    rows = [{"id": 1, "text": "is it blue?"}]
+    other = AutoTokenizer.from_pretrained(tiny_model_dir)
+    other.add_tokens(["blue"])
+    assert samples.digest(build(rows, tokenizer=other)) != samples.digest(build(rows))
+
+
+def test_truncation_and_padding_saved_in_a_tokenizer_have_no_influence(build, tiny_model_dir):
+    rows = [{"id": i, "text": text} for i, text in enumerate(("what is it", "where is the blue mill"))]
+    other = AutoTokenizer.from_pretrained(tiny_model_dir, model_max_length=4)
+    other.backend_tokenizer.enable_truncation(4)
+    other.backend_tokenizer.enable_padding(length=64)
+    assert samples.digest(build(rows, tokenizer=other)) == samples.digest(build(rows))
+
+
+@pytest.mark.parametrize("window", [2, 7, 128])
+def test_windows_with_bos_cover_a_text_once(tmp_path, tokenizer, bos_tokenizer, window):
+    (tmp_path / "t.txt").write_text("The mill stands by the river. " * 40)
+    data = DataConfig(path=str(tmp_path / "t.txt"), window_tokens=window)
+    rows = samples.build(data, bos_tokenizer, 128).sort_by("row").to_pylist()
+    assert {row["token_ids"].pop(0) for row in rows} == {bos_tokenizer.bos_token_id}
+    assert {row["scored"].pop(0) for row in rows} == {False}
+    stream = tokenizer((tmp_path / "t.txt").read_text())["input_ids"]
+    assert [token for row in rows for token in row["token_ids"]] == stream
+    assert all(all(row["scored"]) for row in rows)
+
+
+def test_last_window_of_one_token_keeps_its_row(tmp_path, tokenizer):
+    (tmp_path / "t.txt").write_text("012345678")
+    data = DataConfig(path=str(tmp_path / "t.txt"), window_tokens=4)
+    *others, last = samples.build(data, tokenizer, 128).sort_by("row").to_pylist()
+    assert [row["error"] for row in others] == [None, None]
+    assert "one token" in last["error"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"window_tokens": 256}, r"data\.window_tokens: 256 .* 128 tokens"), ({"score_on": "response"}, "no responses")],
+)
+def test_windows_that_cannot_be_cut(tmp_path, tokenizer, settings, message):
+    (tmp_path / "t.txt").write_text("The mill stands by the river.")
+    with pytest.raises(UserError, match=message):
+        samples.build(DataConfig(path=str(tmp_path / "t.txt"), **settings), tokenizer, 128)
 
 
 def test_windows_cover_a_text_once(tmp_path, tokenizer):
