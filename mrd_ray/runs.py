@@ -58,8 +58,10 @@ class RunDirectory:
                 raise UserError(
                     f"run.dir: another run is working in {self.uri}; wait for it, or use another directory"
                 ) from None
-        with lock:
+        try:
             yield
+        finally:
+            lock.release()
 
     def exists(self, name: str) -> bool:
         """Whether the file is there, whole."""

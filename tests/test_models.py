@@ -100,6 +100,9 @@ def test_weights_digest_sees_names_and_bits():
     assert models.weights_digest(one) == models.weights_digest(dict(reversed(one.items())))
     assert models.weights_digest(one) != models.weights_digest(one | {"a": torch.tensor([-0.0])})
     assert models.weights_digest(one) != models.weights_digest({"b": one["a"], "a": one["b"]})
+    assert models.weights_digest(one) != models.weights_digest({"a": one["a"], "c": one["b"]})
+    assert models.weights_digest(one) != models.weights_digest(one | {"a": one["a"].view(1, 1)})
+    assert models.weights_digest(one) != models.weights_digest(one | {"b": one["b"].view(torch.int32)})
 
 
 def test_tokenizer_digest(tiny_model_dir):

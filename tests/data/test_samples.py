@@ -239,6 +239,7 @@ def test_windows_with_bos_cover_a_text_once(tmp_path, tokenizer, bos_tokenizer, 
     (tmp_path / "t.txt").write_text("The mill stands by the river. " * 40)
     data = DataConfig(path=str(tmp_path / "t.txt"), window_tokens=window)
     rows = samples.build(data, bos_tokenizer, 128).sort_by("row").to_pylist()
+    assert {len(row["token_ids"]) for row in rows[:-1]} == {window}
     assert {row["token_ids"].pop(0) for row in rows} == {bos_tokenizer.bos_token_id}
     assert {row["scored"].pop(0) for row in rows} == {False}
     stream = tokenizer((tmp_path / "t.txt").read_text())["input_ids"]
