@@ -234,7 +234,7 @@ def noise_seconds(repeats: int = 30, size: int = 1 << 24) -> dict[str, list[floa
 
 def memory_cases() -> list[Raw]:
     """Memory of an actor over one unit, for few and many draws and for a small and a large vocabulary."""
-    vocabularies, draws = (8192, 131072), (2, 20)
+    vocabularies, draws = (131072, 8192), (20, 2)
     shape: Raw = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     with tempfile.TemporaryDirectory() as folder:
         for vocabulary in vocabularies:
@@ -243,7 +243,7 @@ def memory_cases() -> list[Raw]:
         # a fresh process each, for a peak cannot be undone; two at once, since nothing here is timed
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as processes:
-            cases = [processes.submit(_memory_case, folder, v, k) for v in vocabularies for k in draws]
+            cases = [processes.submit(_memory_case, folder, v, k) for v in vocabularies for k in draws]  # longest first
             return [case.result() for case in cases]
 
 
