@@ -125,10 +125,13 @@ def _csv(path: str) -> Iterator[Row]:
     with _open(path) as file:
         reader = csv.DictReader((line for _, line in _decoded(path, file)), strict=True)
         try:
+            header = list(reader.fieldnames or ())
+            if repeated := sorted({name for name in header if header.count(name) > 1}):
+                raise UserError(f"{path}, line 1: the header names {', '.join(repeated)} more than once; rename one")
             for number, values in enumerate(reader, 1):
                 if None in values or None in values.values():
                     raise UserError(
-                        f"{path}, row {number} (line {reader.line_num}): expected {len(reader.fieldnames or ())} "
+                        f"{path}, row {number} (line {reader.line_num}): expected {len(header)} "
                         "fields as in the header; quote fields that hold commas"
                     )
                 yield Row(number, values)

@@ -24,7 +24,7 @@ import torch
 NOISE_VERSION = 1  # raise it whenever any element of z changes: runs of different versions must not mix
 
 _BLOCK = 8  # normals per Philox block
-# Normals per pass: scratch stays in a core's L2 cache, and torch keeps ops this short on the calling thread.
+# Normals per pass: small enough that scratch stays in a core's L2 cache.
 _CHUNK = 1 << 16
 
 
@@ -102,8 +102,8 @@ def standard_normal(seed: int, name: str, start: int, stop: int) -> torch.Tensor
 def add_noise(out: torch.Tensor, base: torch.Tensor, sigma: float, seed: int, name: str, start: int = 0) -> None:
     """out = base + sigma * z, where z starts at flat element `start` of the parameter `name`.
 
-    `out` and `base` are contiguous, of one shape, dtype and device; `base` is not written. On the CPU this runs on
-    the calling thread alone; on CUDA it is one fused kernel without a noise tensor.
+    `out` and `base` are contiguous, of one shape, dtype and device; `base` is not written. On the CPU the
+    normals are made in cache-sized pieces; on CUDA it is one fused kernel without a noise tensor.
     """
     if not (out.is_contiguous() and base.is_contiguous() and out.shape == base.shape and out.dtype == base.dtype):
         raise ValueError(f"{name}: add_noise needs contiguous tensors of one shape and dtype")

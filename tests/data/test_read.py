@@ -49,6 +49,7 @@ def test_formats(tmp_path, name):
         ("d.csv", b"q,a\n1,2\n1,2,3\n", r"d\.csv, row 2 \(line 3\): expected 2 fields"),
         ("d.csv", b"q,a\n1\n", r"d\.csv, row 1 \(line 2\): expected 2 fields"),
         ("d.csv", b"q,a\n", r"d\.csv holds no rows"),
+        ("d.csv", b"q,a,q\n1,2,3\n", r"d\.csv, line 1: the header names q more than once"),
         ("d.csv", b'q,a\n"open,2\n', r"d\.csv, line \d+: broken CSV"),
         ("d.parquet", b"not parquet at all", r"d\.parquet: not a Parquet file"),
     ],
