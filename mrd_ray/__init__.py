@@ -1,11 +1,15 @@
 """Memory Removal Difficulty (arXiv 2504.06658) on Ray: how hard each sample is to unlearn from a language model."""
 
+import importlib
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from mrd_ray.config import DataConfig, ModelConfig, PlanConfig, RayConfig, RunConfig, ScoreConfig, ScoringConfig
 from mrd_ray.errors import UserError
-from mrd_ray.scoring.estimate import Estimate, plan
-from mrd_ray.scoring.score import ScoreRun, score
+
+if TYPE_CHECKING:
+    from mrd_ray.scoring.estimate import Estimate, plan
+    from mrd_ray.scoring.score import ScoreRun, score
 
 __version__ = version("mrd-ray")
 
@@ -23,3 +27,17 @@ __all__ = [
     "plan",
     "score",
 ]
+
+# Imported when first used: every actor imports this package, and needs neither readers nor plots to start.
+_LAZY = {
+    "Estimate": "mrd_ray.scoring.estimate",
+    "plan": "mrd_ray.scoring.estimate",
+    "ScoreRun": "mrd_ray.scoring.score",
+    "score": "mrd_ray.scoring.score",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -41,6 +41,11 @@ class Replica:
             for name, out in self.working.items()
             for start in range(0, out.numel(), _PIECE)
         ]
-        # torch's own intra-op threads cannot help numpy's generator; both release the GIL
-        for _ in self._threads.map(lambda job: add_noise(job[0], job[1], sigma, seed, job[2], job[3]), jobs):
-            pass
+        # torch's own threads cannot help numpy's generator, and would contend for the cores with these
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for _ in self._threads.map(lambda job: add_noise(job[0], job[1], sigma, seed, job[2], job[3]), jobs):
+                pass
+        finally:
+            torch.set_num_threads(threads)
