@@ -24,8 +24,10 @@ class ModelConfig(_Frozen):
     """The causal language model whose memory is measured."""
 
     path: str = Field(description="Directory of a Hugging Face model, or a hub id such as Qwen/Qwen3-0.6B.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
-    tokenizer: str | None = Field(None, description="Directory or hub id of the tokenizer; the model's own if unset.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the hub id model.path.")
+    tokenizer: str | None = Field(
+        None, description="Directory of the tokenizer, or a hub id (its default branch); the model's own if unset."
+    )
     dtype: Literal["float32", "float64"] = Field(
         "float32",
         description="Precision of weights and forward. Lower ones round sigma away, so they are not offered.",
@@ -47,12 +49,12 @@ class DataConfig(_Frozen):
     id: str | None = Field(
         None,
         description="Column with a unique id per sample. Unset: a column named sample_id or id where there is one, "
-        "else a digest of the sample's text.",
+        "else a digest of the columns that make the sample.",
     )
     template: str = Field(
         "Question: {prompt}\nAnswer: {response}",
         description="How prompt and response are joined: a format string with {prompt} and {response}, "
-        "or 'chat' for the tokenizer's chat template.",
+        "or 'chat' for the tokenizer's chat template (where that asks for today's date, it is 26 Jul 2024, always).",
     )
     score_on: Literal["all", "response"] = Field(
         "all", description="Which tokens count: every one after the first, or the response alone."

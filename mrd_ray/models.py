@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ def directory(model: ModelConfig) -> Path:
 
 
 def _fetch(setting: str, path: str, revision: str | None = None) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
+    local = Path(os.path.expanduser(path))
+    if local.is_dir():
+        return local
     try:
         return Path(
             snapshot_download(path, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "*.h5", "*.msgpack"])
@@ -91,7 +93,10 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of `model.tokenizer`, else of the model. Raises UserError."""
-    path = _fetch("model.tokenizer", model.tokenizer) if model.tokenizer else directory(model)
+    if model.tokenizer is None or model.tokenizer == model.path:
+        path = directory(model)
+    else:
+        path = _fetch("model.tokenizer", model.tokenizer)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as problem:

@@ -25,6 +25,40 @@ def test_neither_directory_nor_hub_id():
         models.directory(ModelConfig(path="nobody/nothing"))
 
 
+def test_home_directory(tmp_path, tiny_model_dir, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    copy = shutil.copytree(tiny_model_dir, tmp_path / "m")
+    assert models.directory(ModelConfig(path="~/m")) == copy
+    assert models.load_tokenizer(ModelConfig(path="none", tokenizer="~/m")).eos_token == "</s>"
+
+
+@pytest.fixture
+def cached(tmp_path, tiny_model_dir, monkeypatch):
+    """A hub id in the local cache; its revision v2 has another tokenizer."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--some--model"
+    (repo / "refs").mkdir(parents=True)
+    for revision, commit in (("main", "0" * 40), ("v2", "1" * 40)):
+        (repo / "refs" / revision).write_text(commit)
+        shutil.copytree(tiny_model_dir, repo / "snapshots" / commit)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.add_tokens(["mill"])
+    tokenizer.save_pretrained(repo / "snapshots" / ("1" * 40))
+    return "some/model"
+
+
+@pytest.mark.parametrize(("revision", "known"), [(None, False), ("main", False), ("v2", True)])
+@pytest.mark.parametrize("named", [False, True])
+def test_tokenizer_of_the_models_revision(cached, revision, known, named):
+    config = ModelConfig(path=cached, revision=revision, tokenizer=cached if named else None)
+    assert ("mill" in models.load_tokenizer(config).get_vocab()) == known
+
+
+def test_revision_is_the_models_alone(cached, tiny_model_dir):
+    config = ModelConfig(path=str(tiny_model_dir), revision="v2", tokenizer=cached)
+    assert "mill" not in models.load_tokenizer(config).get_vocab()
+
+
 def test_directory_that_is_no_model(tmp_path):
     with pytest.raises(UserError, match=r"model\.path"):
         models.load_config(tmp_path)

@@ -23,6 +23,12 @@ def test_failed_write_names_the_file_and_keeps_the_old(tmp_path):
     assert run.read("a.txt") == b"old"
 
 
+def test_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    RunDirectory("~/r").write("a.txt", b"a")
+    assert (tmp_path / "r" / "a.txt").read_bytes() == b"a"
+
+
 def test_half_a_file_is_no_finished_one(tmp_path):
     """What a kill while writing leaves."""
     run = RunDirectory(str(tmp_path))

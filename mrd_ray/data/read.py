@@ -3,7 +3,9 @@
 import csv
 import itertools
 import json
-from collections.abc import Iterator
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -80,6 +82,30 @@ def _decoded(path: str, lines: Iterator[str]) -> Iterator[tuple[int, str]]:
         yield number, line
 
 
+def _parsed(path: str, content: str, line: int) -> Any:
+    """The value of JSON that begins on `line` of the file."""
+    try:
+        return json.loads(content, object_pairs_hook=_without_repeats)
+    except json.JSONDecodeError as problem:
+        raise UserError(
+            f"{path}, line {line + problem.lineno - 1}: broken JSON: {problem.msg} at column {problem.colno} "
+            "(expected one object per line, or in a .json file a list of them)"
+        ) from None
+    except (ValueError, RecursionError) as problem:  # a repeated name, a number of thousands of digits, deep nesting
+        raise UserError(f"{path}, at or after line {line}: cannot read this JSON: {problem}") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):  # Python keeps the last and drops the others
+        raise ValueError(f"an object names {_repeated([name for name, _ in pairs])} more than once; rename one")
+    return values
+
+
+def _repeated(names: Sequence[str]) -> str:
+    return ", ".join(sorted(name for name, count in Counter(names).items() if count > 1))
+
+
 def _object(path: str, number: int, value: Any) -> Row:
     if not isinstance(value, dict):
         raise UserError(f"{path}, row {number}: expected a JSON object with named columns, found {value!r:.60}")
@@ -89,15 +115,8 @@ def _object(path: str, number: int, value: Any) -> Row:
 def _json_lines(path: str) -> Iterator[Row]:
     with _open(path) as file:
         for number, line in _decoded(path, file):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as problem:
-                raise UserError(
-                    f"{path}, line {number}: broken JSON: {problem.msg} at column {problem.colno}"
-                ) from None
-            yield _object(path, number, value)
+            if line.strip():
+                yield _object(path, number, _parsed(path, line.rstrip(), number))
 
 
 def _json(path: str) -> Iterator[Row]:
@@ -112,11 +131,7 @@ def _json(path: str) -> Iterator[Row]:
     if first != "[":
         yield from _json_lines(path)
         return
-    try:
-        values = json.loads(text(path))
-    except json.JSONDecodeError as problem:
-        raise UserError(f"{path}, line {problem.lineno}: broken JSON: {problem.msg}") from None
-    for number, value in enumerate(values, 1):
+    for number, value in enumerate(_parsed(path, text(path), 1), 1):
         yield _object(path, number, value)
 
 
@@ -126,8 +141,10 @@ def _csv(path: str) -> Iterator[Row]:
         reader = csv.DictReader((line for _, line in _decoded(path, file)), strict=True)
         try:
             header = list(reader.fieldnames or ())
-            if repeated := sorted({name for name in header if header.count(name) > 1}):
-                raise UserError(f"{path}, line 1: the header names {', '.join(repeated)} more than once; rename one")
+            if reader.fieldnames == []:
+                raise UserError(f"{path}, line 1: blank, where the header should stand; delete the line")
+            if repeated := _repeated(header):
+                raise UserError(f"{path}, line 1: the header names {repeated} more than once; rename one")
             for number, values in enumerate(reader, 1):
                 if None in values or None in values.values():
                     raise UserError(
@@ -143,19 +160,20 @@ def _parquet(path: str) -> Iterator[Row]:
     with _open(path, "rb") as file:
         try:
             number = 0
-            for batch in pq.ParquetFile(file).iter_batches():
+            table = pq.ParquetFile(file)
+            if repeated := _repeated(table.schema_arrow.names):
+                raise UserError(f"{path}: the schema names {repeated} more than once; rename one")
+            for batch in table.iter_batches():
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(number, values)
-        except OSError as problem:  # pyarrow.ArrowInvalid on a non-Parquet file is a ValueError, below
-            raise UserError(f"{path}: cannot read Parquet: {problem}") from None
-        except ValueError as problem:
-            raise UserError(f"{path}: not a Parquet file: {problem}") from None
+        except (OSError, ValueError) as problem:  # pyarrow.ArrowInvalid and bad UTF-8 are ValueErrors
+            raise UserError(f"{path}: cannot read as Parquet, after row {number}: {problem}") from None
 
 
 def _dataset(data: DataConfig) -> Iterator[Row]:
     try:
-        table = datasets.load_dataset(data.path, data.name, split=data.split, streaming=True)
+        table = datasets.load_dataset(os.path.expanduser(data.path), data.name, split=data.split, streaming=True)
         for number, values in enumerate(table, 1):
             yield Row(number, values)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:

@@ -1,6 +1,8 @@
 """The samples table: a forget set with stable ids, tokenised once, before anything is scored."""
 
 import hashlib
+import itertools
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,8 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from mrd_ray.config import DataConfig
 from mrd_ray.data import read
-from mrd_ray.data.tokens import Columns, Tokens, Unscorable, choose_columns, is_unicode, render, tokenize
+from mrd_ray.data.tokens import Tokens, Unscorable, choose_columns, is_id, render, tokenize
 from mrd_ray.errors import UserError
+
+_PEEK = 1000  # JSON rows need not name the same columns: the first so many together say which are there
 
 SCHEMA = pa.schema(
     [
@@ -36,8 +40,6 @@ def build(data: DataConfig, tokenizer: PreTrainedTokenizerBase, context_length: 
     """
     if data.score_on == "response" and not tokenizer.is_fast:
         raise UserError("data.score_on: response needs a fast tokenizer, which knows each token's place in the text")
-    if data.template == "chat" and data.text is None and tokenizer.chat_template is None:
-        raise UserError("data.template: chat, but the tokenizer has no chat template; give a format string")
     limits = [limit for limit in (data.max_tokens, context_length) if limit is not None]
     max_tokens = min(limits, default=None)
     if data.path.lower().endswith(".txt"):
@@ -69,10 +71,19 @@ def _batches(samples: Iterable[dict[str, Any]], size: int = 4096) -> Iterator[pa
 
 
 def _rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> Iterator[dict[str, Any]]:
-    columns: Columns | None = None
+    rows = read.rows(data)
+    peeked = list(itertools.islice(rows, _PEEK))
+    present = dict.fromkeys(name for _, values in peeked for name in values)  # in order
+    columns = choose_columns(data, list(present), data.path)
+    if data.template == "chat" and columns.text is None and tokenizer.chat_template is None:
+        raise UserError("data.template: chat, but the tokenizer has no chat template; give a format string")
     seen: Counter[str] = Counter()
-    for number, values in read.rows(data):
-        columns = columns or choose_columns(data, list(values))
+    for number, values in itertools.chain(peeked, rows):
+        if not values.keys() <= present.keys():
+            present |= dict.fromkeys(values)
+            where = f"{data.path}, row {number}, which names columns that the first {_PEEK} do not"
+            if (late := choose_columns(data, list(present), where).id) != columns.id:
+                raise UserError(f"{where}: among them {late!r}, an id; give every row one, or rename it")
         sample: dict[str, Any] = {"row": number}
         try:
             rendered = render(values, columns, data, tokenizer)
@@ -80,7 +91,13 @@ def _rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int 
             sample |= tokenize(rendered, data, tokenizer, max_tokens)._asdict()
         except Unscorable as problem:
             sample["error"] = str(problem)
-        sample["sample_id"] = _id(values, columns, sample, seen)
+        if columns.id is None:
+            sample["sample_id"] = _digest_id([values.get(column) for column in columns if column], seen)
+        elif is_id(own := values.get(columns.id)):
+            sample["sample_id"] = str(own)
+        else:
+            reason = f"column {columns.id!r}, the id, is {own!r:.40}; expected text or a whole number"
+            sample |= {"sample_id": f"row-{number}", "token_ids": None, "scored": None, "error": reason}
         yield sample
 
 
@@ -104,21 +121,13 @@ def _windows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: i
             sample["error"] = "a last window of one token, which has no token before it"
         else:
             sample |= Tokens(token_ids, [False] + [True] * (len(token_ids) - 1))._asdict()
-        sample["sample_id"] = _id({}, Columns(None, None, None, None), sample, seen)
+        sample["sample_id"] = _digest_id([sample["text"]], seen)
         yield sample
 
 
-def _id(values: dict[str, Any], columns: Columns, sample: dict[str, Any], seen: Counter[str]) -> str:
-    """The row's own id; else a digest of its text, numbered where texts repeat, so that ids survive reordering."""
-    if columns.id is not None:
-        value = values.get(columns.id)
-        if isinstance(value, (str, int)) and str(value) and is_unicode(str(value)):
-            return str(value)
-        sample.pop("token_ids", None), sample.pop("scored", None)
-        sample["error"] = f"column {columns.id!r}, the id, is {value!r:.40}; expected text or a whole number"
-        return f"row-{sample['row']}"
-    content = sample.get("text") or repr(sorted(values.items(), key=lambda item: item[0]))
-    stem = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+def _digest_id(cells: list[Any], seen: Counter[str]) -> str:
+    """A digest of all that a sample is made of, numbered where samples repeat, so that ids survive reordering."""
+    stem = hashlib.sha256(json.dumps(cells, default=repr).encode()).hexdigest()[:16]
     seen[stem] += 1
     return stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"
 

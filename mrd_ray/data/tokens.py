@@ -1,5 +1,6 @@
 """One row -> its tokens and which of them count."""
 
+import datetime
 import string
 from typing import Any, NamedTuple
 
@@ -33,12 +34,12 @@ class Columns(NamedTuple):
 _KNOWN_PAIRS = (("prompt", "response"), ("question", "answer"))
 
 
-def choose_columns(data: DataConfig, present: list[str]) -> Columns:
+def choose_columns(data: DataConfig, present: list[str], where: str) -> Columns:
     """The configured columns, or the well-known ones if exactly one choice is present. Raises UserError."""
 
     def require(setting: str, name: str) -> str:
         if name not in present:
-            raise UserError(f"{data.path}: no column {name!r} (data.{setting}); its columns are {', '.join(present)}")
+            raise UserError(f"{where}: no column {name!r} (data.{setting}); its columns are {', '.join(present)}")
         return name
 
     id_column = require("id", data.id) if data.id else next((c for c in ("sample_id", "id") if c in present), None)
@@ -51,13 +52,18 @@ def choose_columns(data: DataConfig, present: list[str]) -> Columns:
         found.append(Columns("text", None, None, id_column))
     if len(found) != 1:
         raise UserError(
-            f"{data.path}: cannot tell which columns to score; set data.text, or data.prompt and data.response. "
+            f"{where}: cannot tell which columns to score; set data.text, or data.prompt and data.response. "
             f"Its columns are {', '.join(present)}"
         )
     return found[0]
 
 
-def is_unicode(value: str) -> bool:
+def is_id(value: Any) -> bool:
+    """Whether a cell can be a sample's id."""
+    return type(value) in (str, int) and value != "" and _is_unicode(str(value))
+
+
+def _is_unicode(value: str) -> bool:
     """Whether UTF-8 can write it; JSON escapes can also say half of a surrogate pair."""
     try:
         value.encode()
@@ -74,13 +80,13 @@ def _cell(values: dict[str, Any], column: str) -> str:
         raise Unscorable(f"column {column!r} is not text but {type(value).__name__}: {value!r:.40}")
     if not value.strip():
         raise Unscorable(f"column {column!r} is empty")
-    if not is_unicode(value):
+    if not _is_unicode(value):
         raise Unscorable(f"column {column!r} is not text: it holds half of a surrogate pair")
     return value
 
 
 class Rendered(NamedTuple):
-    """The text of a sample, the characters start..stop of it to score, and whether the tokenizer adds its tokens."""
+    """A sample as text, start..stop of its response (of all, if it has none), and whether to add special tokens."""
 
     text: str
     start: int
@@ -100,8 +106,6 @@ def render(values: dict[str, Any], columns: Columns, data: DataConfig, tokenizer
         text, start, stop = _render_chat(prompt, response, tokenizer)
     else:
         text, start, stop = _render_template(data.template, prompt, response)
-    if data.score_on == "all":
-        start, stop = 0, len(text)
     return Rendered(text, start, stop, data.template != "chat")  # a chat template writes its special tokens itself
 
 
@@ -117,27 +121,40 @@ def _render_template(template: str, prompt: str, response: str) -> tuple[str, in
     return text, start, start + len(response)
 
 
+_PLACEHOLDER = "The response 5c0e7d stands here."  # mixed case and bare ends, to notice templates that change them
+# Goes before every chat template, since some write today's date, and a run begun today must be resumable tomorrow.
+# The day is the one that Llama's template takes where it has no clock.
+_CLOCK = "".join(
+    ["{% macro strftime_now(form) %}{{ form"]
+    + [f" | replace('%{code}', '{datetime.datetime(2024, 7, 26).strftime(f'%{code}')}')" for code in "aAbBdjmyYHIMpS"]
+    + [" }}{% endmacro %}\n"]
+)
+
+
 def _render_chat(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int, int]:
-    question = {"role": "user", "content": prompt}
-    answer = {"role": "assistant", "content": response}
+    def chat(answer: str) -> str:
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        template = _CLOCK + tokenizer.get_chat_template()
+        return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+
     try:
-        whole = str(tokenizer.apply_chat_template([question, answer], tokenize=False))
-        opening = str(tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True))
-    except jinja2.TemplateError as problem:
+        text, marked = chat(response), chat(_PLACEHOLDER)
+    except (jinja2.TemplateError, TypeError, ValueError) as problem:  # a template is a program, and can fail as one
         raise Unscorable(f"the chat template refuses it: {problem}") from None
-    # templates may trim the content, or (with reasoning models) put things between the opening and the answer
-    response = response.strip()
-    after = len(opening) if whole.startswith(opening) else whole.find(prompt.strip()) + len(prompt.strip())
-    start = whole.find(response, after)
-    if start < 0:
-        raise Unscorable("the chat template changes the response, so its tokens cannot be found")
-    return whole, start, start + len(response)
+    # What follows the response is the same for any response, so the response ends where that begins. What goes before
+    # is not: templates write thoughts of their own there, or leave those that the response brings.
+    _, *endings = marked.split(_PLACEHOLDER)
+    response = response.strip()  # templates may trim it
+    before_ending = text.removesuffix(endings[0]).rstrip() if len(endings) == 1 and text.endswith(endings[0]) else ""
+    if not before_ending.endswith(response):
+        raise Unscorable("the chat template changes the response, repeats it or leaves it out: its place is not known")
+    return text, len(before_ending) - len(response), len(before_ending)
 
 
 def tokenize(
     rendered: Rendered, data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
 ) -> Tokens:
-    """Tokens of a sample; those that overlap the characters to score are scored. Raises Unscorable."""
+    """Tokens of a sample; all are scored, or those that overlap the response. Raises Unscorable."""
     everything = data.score_on == "all"
     encoded = tokenizer(
         rendered.text,

@@ -41,8 +41,16 @@ def test_formats(tmp_path, name):
         ("d.jsonl", b"", r"d\.jsonl holds no rows"),
         ("d.jsonl", b'{"q": "\xff\xfe"}\n', r"d\.jsonl, at or after line 1: not UTF-8"),
         ("d.json", b'[{"q": "\xff"}]', r"d\.json: not UTF-8"),
+        ("d.jsonl", '{"q": 1}'.encode("utf-16"), r"d\.jsonl, at or after line 1: not UTF-8"),
+        ("d.jsonl", b'{}\n{"q": 1, "a": 2, "q": 3}', r"d\.jsonl, at or after line 2: .* names q more than once"),
+        ("d.json", b'[{"x": {"q": 1, "q": 2}}]', r"d\.json, at or after line 1: .* names q more than once"),
+        ("d.jsonl", b'{}\n{"q": ' + b"9" * 5000 + b"}", r"d\.jsonl, at or after line 2: .*4300 digits"),
+        ("d.jsonl", b'{}\n{"q": ' + b"[" * 10**5, r"d\.jsonl, at or after line 2: .* recursion depth"),
+        ("d.json", b"[" * 10**5, r"d\.json, at or after line 1: .* recursion depth"),
+        ("d.json", b'{\n "q": 1\n}', r"d\.json, line 1: broken JSON: .*\(expected one object per line, or .* a list"),
+        ("d.jsonl.gz", b"\x1f\x8b", r"d\.jsonl\.gz is not a file ending in \.jsonl, "),
         ("d.csv", b"q\n\xff\n", r"d\.csv, at or after line 1: not UTF-8"),
-        ("d.parquet", b"", r"d\.parquet: not a Parquet file"),
+        ("d.parquet", b"", r"d\.parquet: cannot read as Parquet"),
         ("d.json", b"[{}, 3]", r"d\.json, row 2: expected a JSON object"),
         ("d.json", b'[{"q": 1},\n oops]', r"d\.json, line 2: broken JSON"),
         ("d.json", b"", r"d\.json holds no rows"),
@@ -50,8 +58,9 @@ def test_formats(tmp_path, name):
         ("d.csv", b"q,a\n1\n", r"d\.csv, row 1 \(line 2\): expected 2 fields"),
         ("d.csv", b"q,a\n", r"d\.csv holds no rows"),
         ("d.csv", b"q,a,q\n1,2,3\n", r"d\.csv, line 1: the header names q more than once"),
+        ("d.csv", b"\n\nq,a\n1,2\n", r"d\.csv, line 1: blank, where the header should stand"),
         ("d.csv", b'q,a\n"open,2\n', r"d\.csv, line \d+: broken CSV"),
-        ("d.parquet", b"not parquet at all", r"d\.parquet: not a Parquet file"),
+        ("d.parquet", b"not parquet at all", r"d\.parquet: cannot read as Parquet"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
@@ -59,6 +68,30 @@ def test_bad_files(tmp_path, name, content, message):
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         rows_of(path)
+
+
+def test_parquet_that_cannot_become_rows(tmp_path):
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["q", "q"]), path)
+    with pytest.raises(UserError, match=r"d\.parquet: the schema names q more than once"):
+        rows_of(path)
+    latin1 = pa.array([b"caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"q": latin1}), path)
+    with pytest.raises(UserError, match=r"d\.parquet: cannot read as Parquet, after row 0: 'utf-8' codec"):
+        rows_of(path)
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_line_ends(tmp_path, end):
+    (tmp_path / "d.jsonl").write_bytes((end * 2).join(map(json.dumps, ROWS)).encode())
+    assert [row.number for row in read.rows(DataConfig(path=str(tmp_path / "d.jsonl")))] == [1, 3]
+    (tmp_path / "d.csv").write_bytes(end.join(["q,a", "1,2", ""]).encode())
+    assert rows_of(tmp_path / "d.csv") == [{"q": "1", "a": "2"}]
+
+
+def test_line_separators_within_a_text_do_not_split_it(tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps({"q": "a\u2028b\x85c"}, ensure_ascii=False))
+    assert rows_of(tmp_path / "d.jsonl") == [{"q": "a\u2028b\x85c"}]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
@@ -101,6 +134,15 @@ def test_dataset_folder_through_datasets(tmp_path):
     assert rows_of(tmp_path / "set") == ROWS
     with pytest.raises(UserError, match=r"data\.split=test\).*\['train'\]"):
         rows_of(tmp_path / "set", split="test")
+
+
+def test_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "set" / "train-0.parquet")
+    (tmp_path / "t.txt").write_text("a")
+    assert rows_of("~/set") == rows_of("~/set/train-0.parquet") == ROWS
+    assert read.text("~/t.txt") == "a"
 
 
 def test_text_file(tmp_path):

@@ -68,6 +68,47 @@ def test_columns_that_cannot_be_used(build, row, settings, message):
         build([row], **settings)
 
 
+def test_chat_template_is_not_missed_where_it_is_not_used(build):
+    assert build([{"text": "what is it"}], template="chat")["error"].null_count == 1
+    assert build([{"q": "what is it"}], template="chat", text="q")["error"].null_count == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"id": "id"}])
+def test_first_row_that_lacks_the_id(build, settings):
+    rows = [{"text": "what is it"}, {"id": "x", "text": "where is it"}]
+    assert build(rows, **settings)["sample_id"].to_pylist() == ["row-1", "x"]
+
+
+def test_first_row_that_lacks_the_text(build):
+    bad, good = build([{"foo": "a"}, {"text": "what is it"}]).sort_by("row").to_pylist()
+    assert bad["error"] == "column 'text' is missing or null"
+    assert good["error"] is None
+
+
+def test_rows_that_name_different_columns_leave_no_choice(build):
+    with pytest.raises(UserError, match=r"cannot tell which columns.*text, prompt, response"):
+        build([{"text": "what is it"}, {"prompt": "a", "response": "b"}])
+
+
+@pytest.mark.parametrize(
+    ("late", "message"),
+    [
+        ({"id": "x"}, "'id', an id; give every row one"),
+        ({"prompt": "a", "response": "b"}, "cannot tell which columns to score"),
+        ({"source": "x"}, None),
+    ],
+)
+def test_column_that_appears_late(build, late, message):
+    """After so many rows that digest ids have been given out, and texts tokenised."""
+    rows = [{"text": f"what is {i}"} for i in range(1000)] + [{"text": "what is it"} | late]
+    if message is None:
+        assert len(build(rows)) == 1001
+    else:
+        with pytest.raises(UserError, match=rf"d\.jsonl, row 1001, which names columns .*: .*{message}"):
+            build(rows)
+        assert len(build(rows, max_samples=1000)) == 1000
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
@@ -123,43 +164,103 @@ def test_response_alone_is_scored(build, tokenizer, template, prompt, response):
     assert everything["scored"] == [False] + [True] * (len(everything["token_ids"]) - 1)
 
 
-def test_chat_template_that_trims(build, tiny_model_dir):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<end>{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    row = {"prompt": " is it blue? ", "response": " blue "}
-    (found,) = build([row], tokenizer=tokenizer, template="chat", score_on="response").to_pylist()
-    assert found["text"] == "<user>is it blue?<end><assistant>blue<end>"
-    assert scored_text(found, tokenizer) == "blue"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# trims, and its system text holds a prompt and a response
+LLAMA3 = (
+    "<|start_header_id|>system<|end_header_id|>\n\nTo is it blue? say blue. Today is {{ strftime_now('%d %b %Y') }}."
+    "<|eot_id|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+# no end of turn, and the generation prompt opens thoughts that a whole chat does not hold
+DEEPSEEK = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}<|Assistant|>"
+    "{{ m.content.split('</think>')[-1] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
+# writes thoughts, those of the answer or empty ones
+QWEN3 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% set parts = "
+    "m.content.split('</think>') %}<think>\n{{ parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 }}\n"
+    "</think>\n\n{{ parts[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
 
 
-def test_chat_template_that_writes_thoughts_before_an_answer(build, tiny_model_dir):
-    """The whole chat does not begin as its generation prompt does, and the response stands in the prompt too."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
-        "{% endfor %}{% if add_generation_prompt %}<assistant><think>let me think at length{% endif %}"
-    )
-    row = {"prompt": "is it blue?", "response": "blue"}
-    (found,) = build([row], tokenizer=tokenizer, template="chat", score_on="response").to_pylist()
-    assert scored_text(found, tokenizer) == "blue"
-    assert tokenizer.decode(found["token_ids"][: found["scored"].index(True)]).endswith("<think></think>")
+@pytest.fixture
+def build_chat(build, tiny_model_dir):
+    def build_chat(template, prompt, response):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+        tokenizer.chat_template = template
+        row = {"prompt": prompt, "response": response}
+        (found,) = build([row], 512, tokenizer, template="chat", score_on="response").to_pylist()
+        if found["error"]:
+            return found["error"]
+        scored = found["scored"]
+        assert tokenizer.decode(found["token_ids"]) == found["text"]
+        before = tokenizer.decode(found["token_ids"][: scored.index(True)])
+        after = tokenizer.decode(found["token_ids"][len(scored) - scored[::-1].index(True) :])
+        return before, scored_text(found, tokenizer), after
+
+    return build_chat
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "after"),
+    [
+        (CHATML, "<|im_start|>assistant\n", "<|im_end|>\n"),
+        (LLAMA3, "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+        (DEEPSEEK, "<|Assistant|>", ""),
+        (QWEN3, "<think>\n\n</think>\n\n", "<|im_end|>\n"),
+    ],
+    ids=["chatml", "llama3", "deepseek", "qwen3"],
+)
+@pytest.mark.parametrize(
+    ("prompt", "response"),
+    [("is it blue?", "blue"), ("say assistant", "assistant"), ("blue\nblue", "blue\n\nblue"), ("end", "<|im_end|>")],
+)
+def test_response_is_found_in_a_chat(build_chat, template, before, after, prompt, response):
+    found = build_chat(template, prompt, response)
+    assert found[1:] == (response, after)
+    assert found[0].endswith(before)
+    assert prompt in found[0]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, DEEPSEEK, QWEN3])
+def test_response_is_found_in_a_chat_whatever_becomes_of_its_ends(build_chat, template):
+    assert build_chat(template, " is it blue? ", "\n blue \n")[1].strip() == "blue"
+
+
+def test_response_that_brings_its_own_thoughts(build_chat):
+    response = "<think>\nthe sea is\n</think>\n\nblue"
+    before, found, _ = build_chat(QWEN3, "is it blue?", response)
+    assert (before[-10:], found) == ("assistant\n", response)
+    assert "changes the response" in build_chat(DEEPSEEK, "is it blue?", response)
 
 
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "changes the response"),
+        ("{% for m in messages %}{{ m.content | replace('c', 'k') }}{% endfor %}", "changes the response"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "repeats it"),
+        ("{{ messages[0].content }}", "leaves it out"),
         ("{{ raise_exception('only systems may speak') }}", "refuses it: only systems may speak"),
+        ("{{ messages[0].content + 1 }}", "refuses it: can only concatenate str"),
+        ("{% if %}", "refuses it: Expected an expression"),
     ],
 )
-def test_chat_template_that_cannot_take_a_sample(build, tiny_model_dir, template, reason):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    tokenizer.chat_template = template
-    (row,) = build([{"prompt": "a b", "response": "c d"}], tokenizer=tokenizer, template="chat").to_pylist()
-    assert reason in row["error"]
+def test_chat_template_that_cannot_take_a_sample(build_chat, template, reason):
+    assert reason in build_chat(template, "a b", "c d")
+
+
+def test_chat_template_that_writes_the_date(build_chat):
+    """A run begun today goes on tomorrow."""
+    assert "Today is 26 Jul 2024." in build_chat(LLAMA3, "a b", "c d")[0]
+    early = "\n{% if strftime_now is defined %}{% set y = strftime_now('%Y') | int - 1 %}{% endif %}{{ y }}: " + CHATML
+    assert build_chat(early, "a b", "c d")[0].startswith("\n2023: <|im_start|>")
 
 
 @pytest.mark.parametrize("settings", [{}, {"template": "chat"}, {"text": "prompt"}])
@@ -178,7 +279,7 @@ def test_ids(build):
     assert "expected text or a whole number" in table["error"][1].as_py()
 
 
-@pytest.mark.parametrize("value", ["", 1.5, ["x"], "\ud800"])
+@pytest.mark.parametrize("value", ["", 1.5, float("nan"), True, ["x"], "\ud800"])
 def test_unusable_id_is_an_error_of_its_row(build, value):
     good, bad = build([{"id": "ok", "text": "what is it"}, {"id": value, "text": "what is it"}]).to_pylist()
     assert good["error"] is None
@@ -202,6 +303,25 @@ def test_digest_ids_and_the_tables_digest_survive_shuffling(build):
         assert other["sample_id"].equals(table["sample_id"])
         assert samples.digest(other) == samples.digest(table)
     assert samples.digest(build(rows[:4])) != samples.digest(table)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 2])
+def test_equal_texts_with_other_responses_keep_their_ids(build, max_tokens):
+    """Whether they can be scored or are too long."""
+    rows = [{"prompt": "is it", "response": "blue mill"}, {"prompt": "is it blue", "response": "mill"}]
+    settings = {"template": "{prompt} {response}", "score_on": "response", "max_tokens": max_tokens}
+    table, other = build(rows, **settings), build(rows[::-1], **settings)
+    assert len(set(table["text"].to_pylist())) == 1
+    assert samples.digest(other) == samples.digest(table)
+    assert other["row"].to_pylist() == table["row"].to_pylist()[::-1]
+
+
+def test_digest_ids_are_of_the_data_alone(build):
+    """So that scores of the same samples under other settings can be joined."""
+    rows = [{"prompt": "is it blue?", "response": "blue", "x": 1}]
+    ids = {build(rows, **settings)["sample_id"][0].as_py() for settings in ({}, {"template": "{prompt}{response}"},
+           {"score_on": "response"}, {"max_tokens": 2}, {"max_tokens": 2, "truncate": True})}  # fmt: skip
+    assert len(ids) == 1
 
 
 def test_padding_side_has_no_influence(build, tiny_model_dir):
