@@ -53,7 +53,7 @@ def main(
     draws: int = 4,
     naive_draws: int = 1,
     naive_samples: int | None = None,
-    micro_batch_tokens: int = 4096,
+    micro_batch_tokens: int = 1024,
     sigma: float = 1e-5,
 ) -> None:
     """Benchmark Monte Carlo scoring here, one thread per process; print a table and write one JSON file.
