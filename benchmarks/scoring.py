@@ -7,38 +7,33 @@ import collections
 import itertools
 import json
 import multiprocessing
-import os
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
+from common import Batches, Raw, machine, resident, stopwatch
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mrd_ray import ModelConfig, ScoreConfig, models, score
-from mrd_ray.data import samples as samples_table
+from mrd_ray import ModelConfig, ScoreConfig, ScoringConfig, models, score
 from mrd_ray.mrd import noise
-from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
+from mrd_ray.mrd.likelihood import Likelihood
 from mrd_ray.mrd.monte_carlo import delta, draw_seed
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.scoring import plan
 from mrd_ray.scoring.actor import UNIT_SCHEMA, ScoringActor, Task
-from mrd_ray.scoring.score import lengths
 
 Part = Literal["noise", "memory", "naive", "ideal", "engine"]
-Raw = dict[str, Any]
 Row = tuple[str, float, float | None, str]  # what, value, the least it should be, detail
 LONG_UNIT = 30.0  # seconds; a shorter unit says little about those of a real run
 PAPER_DRAWS = 200
@@ -53,7 +48,7 @@ def main(
     draws: int = 4,
     naive_draws: int = 1,
     naive_samples: int | None = None,
-    micro_batch_tokens: int = 1024,
+    micro_batch_tokens: int = 512,
     sigma: float = 1e-5,
 ) -> None:
     """Benchmark Monte Carlo scoring here, one thread per process; print a table and write one JSON file.
@@ -120,48 +115,30 @@ def main(
     console.print(f"Timings and configuration: {file}", soft_wrap=True)
 
 
-class Work:
-    """The samples in the engine's micro-batches, and one replica of the model in this process. Times in seconds."""
+class Work(Batches):
+    """Ways to score the samples in this process, on one replica. Times in seconds."""
 
     def __init__(self, config: ScoreConfig) -> None:
-        path = models.directory(config.model)
-        limit = models.context_length(models.load_config(path))
-        table = samples_table.build(config.data, models.load_tokenizer(config.model), limit)
-        self.layout = plan.layout(lengths(table), config.scoring.micro_batch_tokens)
-        self.samples = table.to_pylist()
-        self.order = self.layout.order.tolist()  # those that can be scored, by length
+        super().__init__(config)
         self._scoring = config.scoring
-        self._model = models.load_model(path, config.model.dtype, torch.device("cpu"))
-        self._replica, self._likelihood = Replica(self._model), Likelihood(self._model)
-        members = [[self.samples[j] for j in self.layout.samples(i)] for i in range(len(self.layout))]
-        self._batches = [
-            MicroBatch.collate([s["token_ids"] for s in batch], [s["scored"] for s in batch], torch.device("cpu"))
-            for batch in members
-        ]
-        self.size = {
-            "samples": len(self.order),
-            "tokens": sum(len(self.samples[i]["token_ids"]) for i in self.order),
-            "padded tokens": int(self.layout.padded_tokens.sum()),
-            "micro-batches": len(self.layout),
-            "parameters": sum(weights.numel() for weights in self._replica.base.values()),
-        }
+        self._replica, self._likelihood = Replica(self.model), Likelihood(self.model)
 
     @torch.no_grad()
     def naive(self, index: int, draws: int) -> Raw:
         """Algorithm 1 for one sample, line by line, as one would first write it."""
         self._replica.restore()
-        ids, scored = torch.tensor(self.samples[index]["token_ids"]), torch.tensor(self.samples[index]["scored"])
+        ids, scored = torch.tensor(self.rows[index]["token_ids"]), torch.tensor(self.rows[index]["scored"])
         spent: Raw = {"tokens": len(ids), "weights": [], "forward": [], "delta": []}
         lap = stopwatch()
-        p = _log_probs(self._model, ids)[scored[1:]]
+        p = _log_probs(self.model, ids)[scored[1:]]
         spent["theta"] = lap()
         for _ in range(draws):
-            for parameter in self._model.parameters():
+            for parameter in self.model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=self._scoring.sigma)
             noising = lap()
-            moved = ((p - _log_probs(self._model, ids)[scored[1:]]) / p).sum().item()
+            moved = ((p - _log_probs(self.model, ids)[scored[1:]]) / p).sum().item()
             spent["forward"].append(lap())
-            for name, parameter in self._model.named_parameters():
+            for name, parameter in self.model.named_parameters():
                 parameter.copy_(self._replica.base[name])
             spent["weights"].append(noising + lap())
             spent["delta"].append(str(moved))  # text, since it is 0/0 on memorised tokens, and JSON has no NaN
@@ -171,7 +148,7 @@ class Work:
         """The pass of all samples over the unperturbed model."""
         lap = stopwatch()
         self._replica.restore()
-        self._theta = [self._likelihood.log_neg_log_probs(batch) for batch in self._batches]
+        self._theta = [self._likelihood.log_neg_log_probs(batch) for batch in self.batches]
         return lap()
 
     def ideal_draw(self, k: int) -> Raw:
@@ -181,7 +158,7 @@ class Work:
         perturb = lap()
         deltas = [
             delta(theta, self._likelihood.log_neg_log_probs(batch), batch.scored)
-            for theta, batch in zip(self._theta, self._batches, strict=True)
+            for theta, batch in zip(self._theta, self.batches, strict=True)
         ]
         return {"perturb": perturb, "forward": lap(), "deltas": torch.cat(deltas).tolist()}
 
@@ -212,7 +189,7 @@ def engine(config: Raw, work: Work, actors: int, draws: int) -> Raw:
         unit["with_theta"] = held.get(unit["worker"]) != unit["first_micro_batch"]
         held[unit["worker"]] = unit["first_micro_batch"]
     scores = {row["sample_id"]: row["mean_abs"] for row in finished.scores.to_pylist()}
-    mean_abs = [scores[work.samples[i]["sample_id"]] for i in work.order]
+    mean_abs = [scores[work.rows[i]["sample_id"]] for i in work.order]
     return {"wall": wall, "draws": draws, "units": units, "mean_abs": mean_abs}
 
 
@@ -248,26 +225,20 @@ def memory_cases() -> list[Raw]:
 
 
 def _memory_case(folder: str, vocabulary: int, draws: int) -> Raw:
-    found: Raw = {"vocabulary": vocabulary, "draws": draws, "before": _resident("VmRSS")}
+    found: Raw = {"vocabulary": vocabulary, "draws": draws, "before": resident("VmRSS")}
     path = Path(folder) / str(vocabulary)
     model = ModelConfig.model_validate({"path": str(path)})
-    actor = ScoringActor(Task(model, models.files_digest(path), sigma=1e-5, seed=0, threads=1, on_gpu=False))
-    found["peak when loaded"] = _resident("VmHWM")
     ids = np.random.default_rng(0).integers(vocabulary, size=(32, 128)).tolist()
     scored = [False] + [True] * 127
     samples = [{"micro_batch": 0, "sample_id": str(i), "token_ids": x, "scored": scored} for i, x in enumerate(ids)]
+    actor = ScoringActor(Task(model, ScoringConfig(), models.files_digest(path), 1, False, samples[:1]))
+    found["peak when loaded"] = resident("VmHWM")
     unit = {"unit_id": "benchmark", "first_draw": 0, "stop_draw": draws, "samples": samples}
     (result,) = actor(pa.Table.from_pylist([unit], UNIT_SCHEMA)).to_pylist()
-    found["peak"] = _resident("VmHWM")
+    found["peak"] = resident("VmHWM")
     if result["fatal"] or any(sample["error"] for sample in result["samples"]):
         raise RuntimeError(f"the unit failed: {result}")
-    return found | {"weights": sum(weights.nbytes for weights in actor._replica.base.values())}
-
-
-def _resident(field: Literal["VmRSS", "VmHWM"]) -> float:
-    """MiB now, or at most so far. Not getrusage, whose ru_maxrss starts from that of the parent process."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
+    return found | {"weights": sum(weights.nbytes for weights in actor._estimator._replica.base.values())}
 
 
 def summary(raw: Raw) -> list[Row]:
@@ -352,32 +323,6 @@ def _engine_costs(run: Raw) -> Raw:
 
 def _spread(seconds: list[float]) -> str:
     return f"{min(seconds):.3g} .. {median(seconds):.3g} .. {max(seconds):.3g} s"
-
-
-def stopwatch() -> Callable[[], float]:
-    """A function that gives the seconds since it was last called."""
-    times = [time.perf_counter()]
-
-    def lap() -> float:
-        times.append(time.perf_counter())
-        return times[-1] - times[-2]
-
-    return lap
-
-
-def machine() -> Raw:
-    """The hardware, how busy it was before we began, and the packages that matter."""
-    cpus = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    packages = ("mrd-ray", "ray", "torch", "transformers", "numpy", "pyarrow")
-    return {
-        "cpu": (cpus or [platform.machine()])[0],
-        "cores": os.cpu_count(),
-        "usable cores": len(os.sched_getaffinity(0)),
-        "memory bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "load average": os.getloadavg(),
-        "platform": platform.platform(),
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
-    }
 
 
 if __name__ == "__main__":

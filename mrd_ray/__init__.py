@@ -4,16 +4,19 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from mrd_ray.config import DataConfig, ModelConfig, PlanConfig, RayConfig, RunConfig, ScoreConfig, ScoringConfig
+from mrd_ray.config import CompareConfig, DataConfig, ModelConfig, PlanConfig, RayConfig, RunConfig, ScoreConfig, ScoringConfig
 from mrd_ray.errors import UserError
 
 if TYPE_CHECKING:
+    from mrd_ray.scoring.compare import Comparison, compare
     from mrd_ray.scoring.estimate import Estimate, plan
     from mrd_ray.scoring.score import ScoreRun, score
 
 __version__ = version("mrd-ray")
 
 __all__ = [
+    "CompareConfig",
+    "Comparison",
     "DataConfig",
     "Estimate",
     "ModelConfig",
@@ -24,12 +27,15 @@ __all__ = [
     "ScoreRun",
     "ScoringConfig",
     "UserError",
+    "compare",
     "plan",
     "score",
 ]
 
 # Imported when first used: every actor imports this package, and needs neither readers nor plots to start.
 _LAZY = {
+    "Comparison": "mrd_ray.scoring.compare",
+    "compare": "mrd_ray.scoring.compare",
     "Estimate": "mrd_ray.scoring.estimate",
     "plan": "mrd_ray.scoring.estimate",
     "ScoreRun": "mrd_ray.scoring.score",

@@ -3,13 +3,15 @@
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from jsonargparse import ArgumentParser
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from mrd_ray.config import DemoConfig, PlanConfig, ScoreConfig
+from mrd_ray.config import CompareConfig, DemoConfig, PlanConfig, ScoreConfig
 from mrd_ray.errors import UserError
 
 # exit codes; argparse itself ends with 2 on a bad command line
@@ -27,12 +29,12 @@ def parser() -> ArgumentParser:
     for name, config in _COMMANDS.items():
         command = ArgumentParser(description=config.__doc__, allow_abbrev=False)
         command.add_argument("--config", action="config", help="YAML file of these settings; flags go over it.")
-        command.add_class_arguments(config, as_group=False)
+        command.add_class_arguments(config, as_group=False, as_positional=config is CompareConfig)
         commands.add_subcommand(name, command, help=(config.__doc__ or "").strip().splitlines()[0])
     return top
 
 
-_COMMANDS = {"score": ScoreConfig, "plan": PlanConfig, "demo": DemoConfig}
+_COMMANDS = {"score": ScoreConfig, "plan": PlanConfig, "compare": CompareConfig, "demo": DemoConfig}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _score(config)
             case PlanConfig():
                 return _plan(config)
+            case CompareConfig():
+                return _compare(config)
             case DemoConfig():
                 from mrd_ray.demo.demo import prepare
 
@@ -79,6 +83,34 @@ def _score(config: ScoreConfig) -> int:
     return _SOME_WITHOUT_SCORE if finished.num_errors else _DONE
 
 
+def _compare(config: CompareConfig) -> int:
+    from mrd_ray.scoring import compare
+
+    found = compare.compare(config)
+    try:
+        Path(config.out).write_bytes(compare.figure(found, config))
+    except OSError as problem:
+        raise UserError(f"out: cannot write {config.out}: {problem.strerror}") from None
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    table = Table(show_header=False)
+    table.add_row("a", f"{config.run_a}: {found.settings[0]}")
+    table.add_row("b", f"{config.run_b}: {found.settings[1]}")
+    table.add_row("samples compared", f"{found.compared:,} (a alone scores {found.only_a:,}, b alone {found.only_b:,})")
+    table.add_row("Spearman correlation", f"{found.spearman:.4f}")
+    table.add_row("Kendall correlation", f"{found.kendall:.4f}")
+    table.add_row("median of b / a", f"{found.median_ratio:.4g}")
+    apart = "no standard errors to go by" if found.apart is None else f"{found.apart:.1%}"
+    table.add_row("over 3 standard errors apart", apart)
+    console.print(table)
+    worst = Table("a", "b", "apart", "sample", "text", title="Those that disagree most", title_justify="left")
+    for row in found.rows[:10]:
+        apart = f"{row['b'] / row['a'] - 1:+.1%}" if found.apart is None else f"{row['z']:+.1f} s.e."
+        worst.add_row(f"{row['a']:.3g}", f"{row['b']:.3g}", apart, escape(row["sample_id"]), escape(row["text"] or ""))
+    console.print(worst)
+    console.print(f"Scatter plot: {config.out}", soft_wrap=True)
+    return _DONE
+
+
 def _plan(config: PlanConfig) -> int:
     from mrd_ray.scoring.estimate import plan
 
@@ -88,7 +120,7 @@ def _plan(config: PlanConfig) -> int:
     table.add_row("tokens, padding included", f"{found.padded_tokens:,} in {found.micro_batches:,} micro-batches")
     table.add_row("work units", f"{found.units:,} for {found.actors:,} actor(s)")
     table.add_row("model", f"{found.parameters / 1e6:,.1f} M parameters")
-    table.add_row("memory for weights", f"{found.weight_bytes_per_actor / 2**30:,.2f} GiB per actor, two copies")
+    table.add_row("memory for weights", f"{found.weight_bytes_per_actor / 2**30:,.2f} GiB per actor")
     table.add_row("forwards", f"{found.forward_flops:.3g} FLOPs")
     table.add_row("perturbations", f"{found.perturbation_bytes:.3g} bytes read and written")
     table.add_row("rate", f"{found.tflops_per_actor:.3g} TFLOP/s per actor ({found.tflops_source})")

@@ -1,8 +1,11 @@
 """Models and tokenizers from a hub id or a directory, and digests that say which weights they are."""
 
 import hashlib
+import importlib
 import json
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,18 @@ def _fetch(setting: str, path: str, revision: str | None = None) -> Path:
         ) from None
 
 
+def base_directory(path: Path) -> Path:
+    """The directory of the model that an adapter in `path` is for; `path` itself if it holds a whole model.
+
+    Raises UserError.
+    """
+    adapter = path / "adapter_config.json"
+    if (path / "config.json").is_file() or not adapter.is_file():
+        return path
+    base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+    return _fetch(f"model.path: the adapter's base model in {adapter}", base)
+
+
 def weight_files(path: Path) -> list[Path]:
     """The files that hold the model's weights, safetensors if there are any. Raises UserError if none do."""
     for pattern in _WEIGHTS:
@@ -55,14 +70,18 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def files_digest(path: Path) -> str:
-    """Digest of config.json and the weight files: equal on two machines when they would load the same model.
+    """Digest of the configuration and the weight files: equal on two machines when they would load the same model.
 
     Raises UserError if one is missing.
     """
-    if not (path / "config.json").is_file():
-        raise UserError(f"model.path: {path} has no config.json; expected a Hugging Face model directory")
+    base = base_directory(path)
+    if not (base / "config.json").is_file():
+        raise UserError(f"model.path: {base} has no config.json; expected a Hugging Face model directory")
+    files = [base / "config.json", *weight_files(base)]
+    if (path / "adapter_config.json").is_file():
+        files += [path / "adapter_config.json", *sorted(path.glob("adapter_model*"))]
     state = hashlib.sha256()
-    for file in [path / "config.json", *weight_files(path)]:
+    for file in files:
         with file.open("rb") as content:
             state.update(hashlib.file_digest(content, "sha256").digest())
     return state.hexdigest()
@@ -79,11 +98,56 @@ def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def load_config(path: Path) -> PretrainedConfig:
-    """The architecture's configuration. Raises UserError."""
+    """The architecture's configuration, of an adapter's base model if `path` holds an adapter. Raises UserError."""
+    base = base_directory(path)
     try:
-        return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(base)
     except (OSError, ValueError) as problem:
-        raise UserError(f"model.path: {path} is not a model directory that transformers reads: {problem}") from None
+        raise UserError(f"model.path: {base} is not a model directory that transformers reads: {problem}") from None
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise UserError(
+            f"model.path: {base} holds quantised weights ({method}), which take neither noise nor gradients; "
+            "give the model as it was before quantisation"
+        )
+    return config
+
+
+def skeleton(path: Path) -> PreTrainedModel:
+    """The model, adapter included, without storage for weights: names, shapes and layers. Raises UserError."""
+    config = load_config(path)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+            if (path / "adapter_config.json").is_file():
+                model.add_adapter(_peft().PeftConfig.from_pretrained(path))
+    except (ValueError, RuntimeError) as problem:
+        raise UserError(f"model.path: {path} is not a causal language model: {problem}") from None
+    return model
+
+
+def _peft() -> Any:
+    try:
+        return importlib.import_module("peft")
+    except ImportError:
+        raise UserError("model.path holds an adapter, which needs peft: pip install 'mrd-ray[lora]'") from None
+
+
+def select(names: Iterable[str], parameters: str) -> list[str]:
+    """The parameters that `scoring.parameters` names. Raises UserError if it names none."""
+    names = list(names)
+    if parameters == "all":
+        return names
+    if parameters == "lora":
+        if not (found := [name for name in names if "lora_" in name]):
+            raise UserError("scoring.parameters: lora, but the model has no LoRA factors; give model.path an adapter")
+        return found
+    if not (found := [name for name in names if re.search(parameters, name)]):
+        raise UserError(
+            f"scoring.parameters: {parameters!r} is found in none of the model's {len(names)} parameter names, "
+            f"which read like {', '.join(names[:3])}"
+        )
+    return found
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -120,15 +184,21 @@ def load_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     transformers.utils.logging.disable_progress_bar()
+    base = base_directory(path)
+    if base != path:
+        _peft()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), output_loading_info=True)
         model, loading = loaded
-        model = model.to(device).eval()
+        missing = sorted(loading["missing_keys"])
+        if base != path:
+            missing += sorted(model.load_adapter(str(path)).missing_keys)
+        model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
         raise UserError(f"model.path: cannot load {path}: {problem}") from None
-    if absent := sorted(loading["missing_keys"]):  # transformers has filled them at random
+    if missing:  # transformers has filled them at random
         raise UserError(
-            f"model.path: the weights in {path} lack {len(absent)} parameter(s) of its config.json, first {absent[0]}"
+            f"model.path: the weights in {path} lack {len(missing)} parameter(s) of its config.json, first {missing[0]}"
         )
     broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
     if broken:

@@ -119,6 +119,21 @@ class RunDirectory:
                 "What is already there stays; start the same command again once that is mended"
             ) from None
 
+    def manifest(self) -> dict[str, Any]:
+        """What manifest.json says. Raises UserError if it is damaged."""
+        try:
+            found: dict[str, Any] = json.loads(self.read("manifest.json"))
+        except ValueError as problem:
+            raise UserError(f"{self.path('manifest.json')} is damaged ({problem}); use another directory") from None
+        return found
+
+    def record(self, key: str, value: Any) -> None:
+        """Write something found out on the way into the manifest of a claimed directory."""
+        self._write_manifest(self.manifest() | {key: value})
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        self.write("manifest.json", json.dumps(manifest, indent=2).encode())
+
     def claim(self, identity: dict[str, Any], config: BaseModel) -> None:
         """Make this the directory of runs with `identity`, or find that it is already. Raises UserError if not so.
 
@@ -127,10 +142,7 @@ class RunDirectory:
         """
         manifest: dict[str, Any] = {"identity": identity, "invocations": []}
         if self.exists("manifest.json"):
-            try:
-                manifest = json.loads(self.read("manifest.json"))
-            except ValueError as problem:
-                raise UserError(f"{self.path('manifest.json')} is damaged ({problem}); use another directory") from None
+            manifest = self.manifest()
             differing = [
                 f"  {key}: {was} there, {now} now"
                 for key in sorted(manifest["identity"].keys() | identity.keys())
@@ -151,5 +163,5 @@ class RunDirectory:
                 "config": config.model_dump(),
             }
         )
-        self.write("manifest.json", json.dumps(manifest, indent=2).encode())
+        self._write_manifest(manifest)
         self.write("config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())

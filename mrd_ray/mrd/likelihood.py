@@ -5,12 +5,13 @@ A memorised token has P_t = 0 to float32 rounding but a perfectly good a_t << 0,
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 # Elements of logits held at once. The output layer is applied to as many tokens as fit.
-_LOGITS = 1 << 25
+LOGITS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,29 @@ class MicroBatch:
             mask[row, : len(ids)] = torch.tensor(flags)
         return cls(tokens.to(device), mask[:, 1:].contiguous().to(device))
 
-    def halves(self) -> tuple["MicroBatch", "MicroBatch"]:
-        """The first and the second half of the samples."""
-        middle = len(self.token_ids) // 2
-        return (
-            MicroBatch(self.token_ids[:middle], self.scored[:middle]),
-            MicroBatch(self.token_ids[middle:], self.scored[middle:]),
-        )
+
+class TokenMeasures:
+    """What else the logits at theta say of a batch's samples, collected as they come by.
+
+    entropy: of the predicted distribution, in nats. correct: whether the target is the likeliest token. float64 [B, T - 1].
+    """
+
+    def __init__(self, batch: MicroBatch) -> None:
+        self._scored = batch.scored
+        self.entropy = torch.zeros(batch.scored.shape, dtype=torch.float64, device=batch.scored.device)
+        self.correct = torch.zeros_like(self.entropy)
+
+    def observe(self, where: Any, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """Take in logits [..., V] and targets [...], which stand at index `where` of [B, T - 1]."""
+        log_probs = logits.detach().log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        self.entropy[where] = -(log_probs.exp() * log_probs).sum(-1, dtype=torch.float64)
+        self.correct[where] = (logits.argmax(-1) == targets).double()
+
+    def means(self) -> dict[str, list[float]]:
+        """Mean over each sample's scored tokens, by the name of the measure."""
+        means = {"entropy": self.entropy, "memorization_accuracy": self.correct}
+        count = self._scored.sum(1)
+        return {name: (torch.where(self._scored, x, 0.0).sum(1) / count).tolist() for name, x in means.items()}
 
 
 def output_layer_is_plain(model: PreTrainedModel) -> bool:
@@ -72,46 +89,49 @@ class Likelihood:
         self._by_chunks = output_layer_is_plain(model)
 
     @torch.no_grad()
-    def margins(self, batch: MicroBatch) -> torch.Tensor:
-        """a_t of every scored target: float64 [B, T - 1], zero where not scored."""
+    def margins(self, batch: MicroBatch, measures: TokenMeasures | None = None) -> torch.Tensor:
+        """a_t of every scored target: float64 [B, T - 1], zero where not scored. `measures` sees the logits."""
         a = torch.zeros(batch.scored.shape, dtype=torch.float64, device=batch.scored.device)
-        targets = batch.token_ids[:, 1:][batch.scored]
         # No attention mask: with padding on the right the causal mask alone is exact, and takes the fast path.
-        if not self._by_chunks:
+        if self._by_chunks:
+            hidden = self.model.base_model(batch.token_ids, use_cache=False).last_hidden_state[:, :-1][batch.scored]
+            head = self.model.get_output_embeddings()
+            rows = max(1, LOGITS // head.weight.shape[0])
+            chunks = map(head, hidden.split(rows))
+        else:
             logits = self.model(batch.token_ids, use_cache=False).logits[:, :-1][batch.scored]
-            a[batch.scored] = _margins_of_logits(logits, targets)
-            return a
-        hidden = self.model.base_model(batch.token_ids, use_cache=False).last_hidden_state[:, :-1][batch.scored]
-        head = self.model.get_output_embeddings()
-        rows = max(1, _LOGITS // head.weight.shape[0])
-        a[batch.scored] = torch.cat(
-            [_margins_of_logits(head(h), x) for h, x in zip(hidden.split(rows), targets.split(rows), strict=True)]
-        )
+            rows, chunks = max(1, len(logits)), iter([logits])
+        scored = torch.nonzero(batch.scored)
+        for positions, logits in zip(scored.split(rows), chunks, strict=True):
+            where = tuple(positions.T)
+            targets = batch.token_ids[:, 1:][where]
+            if measures is not None:
+                measures.observe(where, logits, targets)
+            a[where] = _margins_of_logits(_wide(logits), targets)[1]
         return a
 
-    def log_neg_log_probs(self, batch: MicroBatch) -> torch.Tensor:
-        """log(-P_t) of every scored target: float64 [B, T - 1], of no meaning where not scored.
-
-        A batch that the device's memory does not hold is halved, and so on down to one sample.
-        """
-        try:
-            return log_neg_log_prob(self.margins(batch))
-        except torch.OutOfMemoryError:
-            if len(batch.token_ids) == 1:
-                raise
-        torch.cuda.empty_cache()  # outside the handler: the exception holds the failed forward's tensors
-        return torch.cat([self.log_neg_log_probs(half) for half in batch.halves()])
+    def log_neg_log_probs(self, batch: MicroBatch, measures: TokenMeasures | None = None) -> torch.Tensor:
+        """log(-P_t) of every scored target: float64 [B, T - 1], of no meaning where not scored."""
+        return log_neg_log_prob(self.margins(batch, measures))
 
 
-def _margins_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """[N, V] logits, which it may overwrite, and [N] targets -> float64 [N] a_t."""
-    targets = targets[:, None]
-    of_target = logits.gather(1, targets)
-    others = logits.scatter_(1, targets, -torch.inf)
-    highest = others.amax(1, keepdim=True)
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    """The logits, in float32 if they are narrower."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _margins_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., V] and [...] -> total and a_t, float64 [...], with total = sum_{j != x} e^{l_j - max}.
+
+    The logits' memory is overwritten with e^{l_j - max} for j != x, and 0 for x, where max is over j != x.
+    """
+    targets = targets[..., None]
+    of_target = logits.gather(-1, targets)
+    others = logits.scatter_(-1, targets, -torch.inf)
+    highest = others.amax(-1, keepdim=True)
     # the exponentials in the model's precision, their sum and everything after in float64
-    total = others.sub_(highest).exp_().sum(1, dtype=torch.float64)
-    return highest[:, 0].double() + total.log() - of_target[:, 0].double()
+    total = others.sub_(highest).exp_().sum(-1, dtype=torch.float64)
+    return total, highest[..., 0].double() + total.log() - of_target[..., 0].double()
 
 
 def log_neg_log_prob(a: torch.Tensor) -> torch.Tensor:
@@ -125,3 +145,34 @@ def log_neg_log_prob(a: torch.Tensor) -> torch.Tensor:
 def sum_log_probs(log_neg_log_probs: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
     """Sum of P_t over the scored targets of each sample: [B, T - 1] -> float64 [B]."""
     return -torch.where(scored, log_neg_log_probs.exp(), 0.0).sum(1)
+
+
+class LogNegLogProb(torch.autograd.Function):
+    """log(-P_t) from logits, differentiable once: [..., V], [...] -> float64 [...].
+
+    With s = e^a / (1 + e^a), the gradient at the logits is c (p_j, with p_j = e^{l_j} / sum_{i != x} e^{l_i} for j != x,
+    and -1 for x), where c = s / softplus(a) -> 1 for a << 0. One buffer of logits is all it needs, forward and backward.
+
+    Args of apply:
+        logits, targets: as above.
+        overwrite: whether the logits' own memory may serve as that buffer; no one else may need them then.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, overwrite: bool) -> torch.Tensor:  # noqa: D102
+        wide = _wide(logits)
+        buffer = wide.clone() if wide is logits and not overwrite else wide.detach()
+        total, a = _margins_of_logits(buffer, targets)
+        ctx.buffer, ctx.dtype = buffer, logits.dtype
+        ctx.save_for_backward(targets, total, a)
+        return log_neg_log_prob(a)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # noqa: D102
+        targets, total, a = ctx.saved_tensors
+        buffer, ctx.buffer = ctx.buffer, None
+        slope = gradient * (torch.nn.functional.logsigmoid(a) - log_neg_log_prob(a)).exp()
+        buffer.mul_((slope / total).to(buffer.dtype)[..., None])
+        buffer.scatter_(-1, targets[..., None], -slope.to(buffer.dtype)[..., None])
+        return buffer.to(ctx.dtype), None, None

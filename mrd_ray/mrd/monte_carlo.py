@@ -1,5 +1,6 @@
 """Algorithm 1 of arXiv 2504.06658: Delta_k = sum_t r_t over draws delta_k = sigma z_k, and its moments."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,28 +34,44 @@ def exact_sum(values: Iterable[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Moments:
-    """Partial moments of Delta for one sample over `num_draws` draws; the sums are `exact_sum`s."""
+    """Partial moments of Delta for one sample over `num_draws` draws; the sums are `exact_sum`s.
+
+    A plain draw gives Delta. An antithetic one gives Delta at theta + delta_k and at theta - delta_k: their half sum is
+    the even part, their half difference the odd one. A plain draw counts as even, and has no odd part.
+
+    sum_abs, sum_abs_squares: of |Delta|, or of the mean |Delta| of the pair. sum, sum_squares: of the even part.
+    sum_odd_squares: of the odd part.
+    """
 
     num_draws: int
     sum_abs: list[float]
+    sum_abs_squares: list[float]
     sum: list[float]
     sum_squares: list[float]
+    sum_odd_squares: list[float]
 
     @classmethod
-    def of(cls, deltas: Sequence[float]) -> "Moments":
-        """Moments of one sample's Deltas."""
+    def of(cls, draws: Sequence[Sequence[float]]) -> "Moments":
+        """Moments of one sample, whose draws are [Delta] each, or [Delta at +delta_k, Delta at -delta_k]."""
+        absolute = [math.fsum(map(abs, deltas)) / len(deltas) for deltas in draws]
+        even = [math.fsum(deltas) / len(deltas) for deltas in draws]
+        odd = [(deltas[0] - deltas[1]) / 2 for deltas in draws if len(deltas) == 2]
         return cls(
-            len(deltas), exact_sum(map(abs, deltas)), exact_sum(deltas), exact_sum(delta * delta for delta in deltas)
+            len(draws),
+            exact_sum(absolute),
+            exact_sum(value * value for value in absolute),
+            exact_sum(even),
+            exact_sum(value * value for value in even),
+            exact_sum(value * value for value in odd),
         )
 
     @classmethod
     def merge(cls, parts: Sequence["Moments"]) -> "Moments":
         """Moments of all the draws of `parts` together."""
+        sums = [field.name for field in dataclasses.fields(cls)[1:]]
         return cls(
             sum(part.num_draws for part in parts),
-            exact_sum(value for part in parts for value in part.sum_abs),
-            exact_sum(value for part in parts for value in part.sum),
-            exact_sum(value for part in parts for value in part.sum_squares),
+            *(exact_sum(value for part in parts for value in getattr(part, name)) for name in sums),
         )
 
 
@@ -74,8 +91,9 @@ def draw_deltas(
     sigma: float,
     seed: int,
     draws: range,
+    antithetic: bool = False,
 ) -> list[torch.Tensor]:
-    """Delta_k of every sample for every k in `draws`: per batch, float64 [B, len(draws)] on the CPU.
+    """Delta of every sample for every k in `draws`: per batch, float64 [B, len(draws), 1 or 2] on the CPU.
 
     The loops are turned inside out against Algorithm 1, which perturbs anew for each sample: one perturbation
     serves all batches. Since z depends on (seed, k) alone, the numbers are the same.
@@ -83,10 +101,13 @@ def draw_deltas(
     Args:
         likelihood: of the replica's model.
         theta: per batch, `likelihood.log_neg_log_probs` of the restored replica.
+        antithetic: whether to evaluate theta - delta_k too, the last dimension's second element.
     """
     columns: list[list[torch.Tensor]] = [[] for _ in batches]
+    signed = (sigma, -sigma) if antithetic else (sigma,)
     for k in draws:
-        replica.perturb(sigma, draw_seed(seed, k))
-        for column, batch, at_theta in zip(columns, batches, theta, strict=True):
-            column.append(delta(at_theta, likelihood.log_neg_log_probs(batch), batch.scored).cpu())
-    return [torch.stack(column, 1) for column in columns]
+        for step in signed:
+            replica.perturb(step, draw_seed(seed, k))
+            for column, batch, at_theta in zip(columns, batches, theta, strict=True):
+                column.append(delta(at_theta, likelihood.log_neg_log_probs(batch), batch.scored).cpu())
+    return [torch.stack(column, 1).unflatten(1, (len(draws), len(signed))) for column in columns]

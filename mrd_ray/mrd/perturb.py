@@ -1,5 +1,6 @@
 """theta + delta: a working copy rebuilt from untouched base weights for each draw."""
 
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -13,15 +14,20 @@ class Replica:
     """A model to run forwards with, and the base weights it is rebuilt from.
 
     The base is a private copy that nothing writes to; the model's own parameters are the working copy. Two copies
-    of the weights in all. The unperturbed model is put back by `restore`, a copy, never by subtracting noise.
+    of the perturbed weights in all. The unperturbed model is put back by `restore`, a copy, never by subtracting noise.
 
     Args:
         model: in eval mode, its parameters contiguous. Tied parameters count once, under their first name.
+        selected: the parameters theta, by name, that noise is added to; all if None.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, selected: Collection[str] | None = None) -> None:
         self.model = model
-        self.working = {name: parameter.data for name, parameter in model.named_parameters()}
+        self.working = {
+            name: parameter.data
+            for name, parameter in model.named_parameters()
+            if selected is None or name in selected
+        }
         self.base = {name: tensor.clone() for name, tensor in self.working.items()}
         self._threads = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="noise")
 

@@ -1,6 +1,7 @@
-"""Moments of Delta -> scores with standard errors -> sampling weights."""
+"""Moments of Delta, or its closed form -> scores with standard errors -> sampling weights."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,32 +11,64 @@ from mrd_ray.mrd.monte_carlo import Moments
 
 @dataclass(frozen=True)
 class Score:
-    """Both statistics of one sample from the same draws, each with its standard error.
+    """Both statistics of one sample, each with its standard error; None where the estimator cannot know it.
 
     mean_abs = E|Delta| (Algorithm 1), first order in sigma. abs_mean = |E Delta| (Definition 3.1), second order in
-    sigma: with plain draws its standard error is usually larger than itself, which `abs_mean_se` shows. A standard
-    error is nan with a single draw.
+    sigma: with plain draws its standard error is usually larger than itself, which `abs_mean_se` shows.
+
+    delta_mean, delta_std: mu and s, mean and standard deviation of Delta. From antithetic pairs they come from the even
+    and the odd part, each free of the other. nonlinearity: |mu| / s, zero in the small-sigma limit.
     """
 
     mean_abs: float
-    mean_abs_se: float
-    abs_mean: float
-    abs_mean_se: float
+    mean_abs_se: float | None
+    abs_mean: float | None
+    abs_mean_se: float | None
+    delta_mean: float | None
+    delta_std: float
+    nonlinearity: float | None
 
 
-def score(moments: Moments) -> Score:
-    """Score of one sample. The standard error is that of a mean of independent draws, s / sqrt(K)."""
+def monte_carlo_score(moments: Moments) -> Score:
+    """Score of one sample. The standard error is that of a mean of independent draws, s / sqrt(K); None for one draw."""
     k = moments.num_draws
-    mean_square = math.fsum(moments.sum_squares) / k
-    mean_abs = math.fsum(moments.sum_abs) / k
-    mean = math.fsum(moments.sum) / k
-    return Score(mean_abs, _standard_error(mean_square, mean_abs, k), abs(mean), _standard_error(mean_square, mean, k))
+    mean_abs, mean_abs_se = _mean(moments.sum_abs, moments.sum_abs_squares, k)
+    mean, mean_se = _mean(moments.sum, moments.sum_squares, k)
+    if moments.sum_odd_squares:
+        s = math.sqrt(math.fsum(moments.sum_odd_squares) / k)
+    else:
+        s = math.sqrt(max(0.0, math.fsum(moments.sum_squares) / k - mean * mean))
+    return Score(mean_abs, mean_abs_se, abs(mean), mean_se, mean, s, abs(mean) / s if s else None)
 
 
-def _standard_error(mean_square: float, mean: float, k: int) -> float:
+def closed_form_score(sigma: float, gradient_norm: float, probes: Sequence[float]) -> Score:
+    """Score of one sample from |g|, and from probes of mu / sigma^2 if there are any (see `curvature`).
+
+    The folded normal's mean carries the standard error of mu: dE|Delta| / dmu = erf(mu / s sqrt(2)).
+    """
+    s = sigma * gradient_norm
+    if not probes:
+        return Score(folded_normal_mean(0.0, s), 0.0, None, None, None, s, None)
+    mean, mean_se = _mean([*probes], [probe * probe for probe in probes], len(probes))
+    mu, mu_se = sigma**2 * mean, None if mean_se is None else sigma**2 * mean_se
+    slope = abs(math.erf(mu / (s * math.sqrt(2)))) if s else 1.0
+    mean_abs_se = None if mu_se is None else slope * mu_se
+    return Score(folded_normal_mean(mu, s), mean_abs_se, abs(mu), mu_se, mu, s, abs(mu) / s if s else None)
+
+
+def folded_normal_mean(mu: float, s: float) -> float:
+    """E|X| for X ~ Normal(mu, s^2):  s sqrt(2 / pi) exp(-mu^2 / 2s^2) + mu erf(mu / s sqrt(2))."""
+    if s == 0:
+        return abs(mu)
+    return s * math.sqrt(2 / math.pi) * math.exp(-((mu / s) ** 2) / 2) + mu * math.erf(mu / (s * math.sqrt(2)))
+
+
+def _mean(values: Sequence[float], squares: Sequence[float], k: int) -> tuple[float, float | None]:
+    """Mean of k values given parts of their sum and of their sum of squares, and its standard error."""
+    mean = math.fsum(values) / k
     if k < 2:
-        return math.nan
-    return math.sqrt(max(0.0, mean_square - mean * mean) / (k - 1))
+        return mean, None
+    return mean, math.sqrt(max(0.0, math.fsum(squares) / k - mean * mean) / (k - 1))
 
 
 def sampling_weights(mrd: np.ndarray) -> np.ndarray:

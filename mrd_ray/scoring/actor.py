@@ -1,80 +1,93 @@
-"""One replica of the model on one worker: takes work units, gives back moments."""
+"""One replica of the model on one worker: takes work units, gives back what scores are made of."""
 
-import itertools
-import math
-import operator
 import os
 import time
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import torch
 
 from mrd_ray import models
-from mrd_ray.config import ModelConfig
+from mrd_ray.config import ModelConfig, ScoringConfig
 from mrd_ray.errors import UserError
-from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, sum_log_probs
-from mrd_ray.mrd.monte_carlo import Moments, draw_deltas
-from mrd_ray.mrd.perturb import Replica
+from mrd_ray.scoring.estimators import ClosedForm, MonteCarlo, Sample
 
+SAMPLE = pa.struct(
+    [
+        ("micro_batch", pa.int64()),
+        ("sample_id", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("scored", pa.list_(pa.bool_())),
+    ]
+)
 UNIT_SCHEMA = pa.schema(
     [
         ("unit_id", pa.string()),
         ("first_draw", pa.int64()),
         ("stop_draw", pa.int64()),
+        ("samples", pa.list_(SAMPLE)),
+    ]
+)
+_SUM = pa.list_(pa.float64())  # see monte_carlo.exact_sum
+RESULT = pa.struct(
+    [
+        ("sample_id", pa.string()),
+        ("log_prob", pa.float64()),
+        ("error", pa.string()),
+        ("num_draws", pa.int64()),
+        # monte_carlo.Moments
+        ("sum_abs", _SUM),
+        ("sum_abs_squares", _SUM),
+        ("sum", _SUM),
+        ("sum_squares", _SUM),
+        ("sum_odd_squares", _SUM),
+        # closed_form
+        ("gradient_norm", pa.float64()),
+        ("probes", pa.list_(pa.float64())),
+        # scoring.measures
         (
-            "samples",
-            pa.list_(
-                pa.struct(
-                    [
-                        ("micro_batch", pa.int64()),
-                        ("sample_id", pa.string()),
-                        ("token_ids", pa.list_(pa.int32())),
-                        ("scored", pa.list_(pa.bool_())),
-                    ]
-                )
+            "measures",
+            pa.struct(
+                [
+                    ("entropy", pa.float64()),
+                    ("memorization_accuracy", pa.float64()),
+                    ("log_prob_gradient_norm", pa.float64()),
+                ]
             ),
         ),
     ]
 )
-_SUM = pa.list_(pa.float64())  # see monte_carlo.exact_sum
+_PRECISION = pa.struct(
+    [
+        ("share_moved", pa.float64()),
+        ("cosine", pa.float64()),
+        ("noise_floor", pa.float64()),
+        ("sufficient", pa.bool_()),
+    ]
+)
 RESULT_SCHEMA = pa.schema(
     [
         ("unit_id", pa.string()),
         ("worker", pa.string()),
         ("seconds", pa.float64()),
         ("fatal", pa.string()),
-        (
-            "samples",
-            pa.list_(
-                pa.struct(
-                    [
-                        ("sample_id", pa.string()),
-                        ("num_draws", pa.int64()),
-                        ("sum_abs", _SUM),
-                        ("sum", _SUM),
-                        ("sum_squares", _SUM),
-                        ("log_prob", pa.float64()),
-                        ("error", pa.string()),
-                    ]
-                )
-            ),
-        ),
+        ("precision", _PRECISION),  # of monte_carlo
+        ("samples", pa.list_(RESULT)),
     ]
 )
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every unit of a run has in common."""
+    """What every unit of a run has in common. trial: a few of its samples, to try the settings on."""
 
     model: ModelConfig
+    scoring: ScoringConfig
     files_digest: str
-    sigma: float
-    seed: int
     threads: int
     on_gpu: bool
+    trial: list[Sample]
 
 
 class ScoringActor:
@@ -85,85 +98,40 @@ class ScoringActor:
     """
 
     def __init__(self, task: Task) -> None:
-        self._task = task
         self._fatal: str | None = None
-        self._block: Block | None = None
         torch.set_num_threads(task.threads)
         try:
-            self._load()
+            self._estimator = self._load(task)
         except UserError as problem:
             self._fatal = str(problem)
+        except torch.OutOfMemoryError as problem:
+            self._fatal = f"the model does not fit on the device ({problem}); monte_carlo needs two copies of it"
 
-    def _load(self) -> None:
-        path = models.directory(self._task.model)
-        if (found := models.files_digest(path)) != self._task.files_digest:
+    def _load(self, task: Task) -> MonteCarlo | ClosedForm:
+        path = models.directory(task.model)
+        if (found := models.files_digest(path)) != task.files_digest:
             raise UserError(
                 f"model.path: {path} on {os.uname().nodename} holds other weights ({found[:12]}) than on the driver "
-                f"({self._task.files_digest[:12]}); give every node the same model"
+                f"({task.files_digest[:12]}); give every node the same model"
             )
-        self._device = torch.device("cuda" if self._task.on_gpu else "cpu")
-        model = models.load_model(path, self._task.model.dtype, self._device)
-        self._likelihood = Likelihood(model)
-        self._replica = Replica(model)
+        model = models.load_model(path, task.model.dtype, torch.device("cuda" if task.on_gpu else "cpu"))
+        estimator = ClosedForm if task.scoring.estimator == "closed_form" else MonteCarlo
+        return estimator(model, task.scoring, task.trial)
 
     def __call__(self, units: pa.Table) -> pa.Table:
         """Score a unit."""
         started = time.perf_counter()
         (unit,) = units.to_pylist()
-        samples: list[dict[str, Any]] = []
+        result: dict[str, Any] = {"unit_id": unit["unit_id"], "samples": []}
         if self._fatal is None:
             try:
-                block = self._block_of(unit["samples"])
-                samples = self._score(block, range(unit["first_draw"], unit["stop_draw"]))
-            except torch.OutOfMemoryError as problem:
-                self._fatal = f"a sample does not fit on the device beside the model; lower data.max_tokens ({problem})"
-        result = {
-            "unit_id": unit["unit_id"],
+                result["samples"] = self._estimator(unit["samples"], range(unit["first_draw"], unit["stop_draw"]))
+                result["precision"] = self._estimator.precision
+            except torch.OutOfMemoryError as problem:  # of samples that fitted before
+                self._fatal = f"the device ran out of memory; lower scoring.micro_batch_tokens ({problem})"
+        result |= {
             "worker": f"{os.uname().nodename}:{os.getpid()}",
             "seconds": time.perf_counter() - started,
             "fatal": self._fatal,
-            "samples": samples,
         }
         return pa.Table.from_pylist([result], RESULT_SCHEMA)
-
-    def _block_of(self, samples: list[dict[str, Any]]) -> "Block":
-        """The unit's samples at theta; kept from the last unit if that had the same ones."""
-        sample_ids = [sample["sample_id"] for sample in samples]
-        if self._block is None or self._block.sample_ids != sample_ids:
-            batches = [
-                MicroBatch.collate([s["token_ids"] for s in members], [s["scored"] for s in members], self._device)
-                for _, group in itertools.groupby(samples, key=operator.itemgetter("micro_batch"))
-                if (members := list(group))
-            ]
-            self._replica.restore()
-            self._block = Block(sample_ids, batches, [self._likelihood.log_neg_log_probs(batch) for batch in batches])
-        return self._block
-
-    def _score(self, block: "Block", draws: range) -> list[dict[str, Any]]:
-        task = self._task
-        deltas = draw_deltas(self._replica, self._likelihood, block.batches, block.theta, task.sigma, task.seed, draws)
-        log_probs = [
-            sum_log_probs(theta, batch.scored) for theta, batch in zip(block.theta, block.batches, strict=True)
-        ]
-        return [
-            _result(*sample, draws)
-            for sample in zip(block.sample_ids, torch.cat(log_probs).tolist(), torch.cat(deltas).tolist(), strict=True)
-        ]
-
-
-class Block(NamedTuple):
-    """Samples of a unit: collated, and evaluated at theta (see `draw_deltas`)."""
-
-    sample_ids: list[str]
-    batches: list[MicroBatch]
-    theta: list[torch.Tensor]
-
-
-def _result(sample_id: str, log_prob: float, deltas: list[float], draws: range) -> dict[str, Any]:
-    error = None
-    if not math.isfinite(log_prob):
-        error = "its log-probability is not finite under the model as it is"
-    elif broken := [k for k, value in zip(draws, deltas, strict=True) if not math.isfinite(value)]:
-        error = f"its relative change is not finite in {len(broken)} draw(s), the first {broken[0]}: sigma too large?"
-    moments = Moments.of(deltas)
-    return {"sample_id": sample_id, "log_prob": log_prob, "error": error} | vars(moments)

@@ -41,11 +41,12 @@ def plan(config: PlanConfig) -> Estimate:
         UserError: bad input or settings.
     """
     path = models.directory(config.model)
-    architecture = models.load_config(path)
+    skeleton = models.skeleton(path)
+    architecture = skeleton.config
     tokenizer = models.load_tokenizer(config.model)
     samples = samples_table.build(config.data, tokenizer, models.context_length(architecture))
     pool = Pool(config.ray.actors or 1, config.ray.cpus_per_actor, config.ray.gpus_per_actor or 0.0)
-    cost = planning.ModelCost.of(architecture)
+    cost = planning.ModelCost.of(skeleton)
     if config.tflops is not None:
         tflops, source = config.tflops, "as given"
     elif pool.gpus:
@@ -53,14 +54,23 @@ def plan(config: PlanConfig) -> Estimate:
     else:
         tflops, source = _measured_cpu_tflops(architecture.get_text_config().hidden_size, pool.threads), "measured here"
 
-    layout = planning.layout(lengths(samples), config.scoring.micro_batch_tokens)
-    draws = config.scoring.num_draws
-    rectangles = planning.missing(len(layout), draws, [])
+    scoring = config.scoring
+    layout = planning.layout(lengths(samples), scoring.micro_batch_tokens)
+    rectangles = planning.missing(0, len(layout), planning.first_draws(scoring), [])
+    flops_per_token = cost.flops_per_token * planning.forwards_per_token(scoring)
     # the cut follows the same assumed rate as the run's
-    rate = planning.assumed_tflops(pool) * 1e12 / cost.flops_per_token
-    units = planning.cut(layout, rectangles, pool.actors, rate)
-    size = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
+    units = planning.cut(layout, rectangles, pool.actors, planning.assumed_tflops(pool) * 1e12 / flops_per_token)
     padded = int(layout.padded_tokens.sum())
+    size = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
+    if scoring.estimator == "closed_form":
+        copies, perturbations = 1, scoring.curvature_probes * len(layout)
+        flops = padded * flops_per_token
+    else:
+        signs = 2 if scoring.antithetic else 1
+        copies, perturbations = 2, signs * sum(unit.stop_draw - unit.first_draw for unit in units)
+        flops = padded * (flops_per_token * scoring.num_draws + cost.flops_per_token)  # and once at theta
+    # perturbing costs time as so many forwards of a token would
+    work = flops + perturbations * planning.DRAW_TOKENS * cost.flops_per_token
     return Estimate(
         samples=len(samples),
         unscorable=len(samples) - samples["error"].null_count,
@@ -69,15 +79,12 @@ def plan(config: PlanConfig) -> Estimate:
         units=len(units),
         actors=pool.actors,
         parameters=cost.parameters,
-        forward_flops=float(padded) * (draws + 1) * cost.flops_per_token,
-        weight_bytes_per_actor=2 * size * cost.parameters,
-        # each draw of a unit reads the base and writes the working copy
-        perturbation_bytes=sum(unit.stop_draw - unit.first_draw for unit in units) * 2 * size * cost.parameters,
+        forward_flops=flops,
+        weight_bytes_per_actor=copies * size * cost.parameters,
+        perturbation_bytes=perturbations * 2 * size * cost.parameters,  # reads the base, writes the working copy
         tflops_per_actor=tflops,
         tflops_source=source,
-        seconds=(planning.token_forwards(layout, units) + padded)
-        * cost.flops_per_token
-        / (tflops * 1e12 * min(pool.actors, max(1, len(units)))),
+        seconds=work / (tflops * 1e12 * min(pool.actors, max(1, len(units)))),
     )
 
 

@@ -42,4 +42,5 @@ def results(units: Iterable[pa.Table], task: Task, pool: Pool) -> Iterator[pa.Ta
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
     )
-    yield from dataset.iter_batches(batch_size=1, batch_format="pyarrow")
+    # no prefetching: it would hold a finished unit back until the next one is done
+    yield from dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PreTrainedModel
 
+from mrd_ray.config import ScoringConfig
 from mrd_ray.errors import UserError
 from mrd_ray.scoring.pool import Pool
 
@@ -44,6 +44,10 @@ class Layout:
         """Indices of its samples."""
         return self.order[self.bounds[micro_batch] : self.bounds[micro_batch + 1]]
 
+    def few(self, count: int) -> np.ndarray:
+        """Indices of up to so many samples, of different lengths, none of the longer half."""
+        return self.order[: -(-len(self.order) // 2) : max(1, len(self.order) // (2 * count))][:count]
+
 
 def layout(lengths: np.ndarray, micro_batch_tokens: int) -> Layout:
     """Cut samples, given their int [n] lengths in order of sample_id, into micro-batches of so many padded tokens.
@@ -66,8 +70,12 @@ def layout(lengths: np.ndarray, micro_batch_tokens: int) -> Layout:
 
 @dataclass(frozen=True)
 class Unit:
-    """A rectangle of work: micro-batches first..stop, draws first..stop (both stops excluded)."""
+    """A rectangle of work: micro-batches first..stop of a round's layout, draws first..stop (both stops excluded).
 
+    Round 0 is of all samples; later ones add draws to those that adaptive scoring has not settled.
+    """
+
+    round: int
     first_micro_batch: int
     stop_micro_batch: int
     first_draw: int
@@ -76,42 +84,46 @@ class Unit:
     @property
     def unit_id(self) -> str:
         """Its name, from which `of_id` makes it again."""
-        return f"m{self.first_micro_batch:08d}-{self.stop_micro_batch:08d}_k{self.first_draw:08d}-{self.stop_draw:08d}"
+        micro_batches = f"m{self.first_micro_batch:08d}-{self.stop_micro_batch:08d}"
+        return f"r{self.round:02d}_{micro_batches}_k{self.first_draw:08d}-{self.stop_draw:08d}"
 
     @classmethod
     def of_id(cls, unit_id: str) -> "Unit":
         """The unit of this id. Raises UserError if it is none."""
-        match = re.fullmatch(r"m(\d+)-(\d+)_k(\d+)-(\d+)", unit_id)
+        match = re.fullmatch(r"r(\d+)_m(\d+)-(\d+)_k(\d+)-(\d+)", unit_id)
         if match is None:
             raise UserError(f"{unit_id!r} is not a unit of this engine; move it out of the run's units folder")
         return cls(*map(int, match.groups()))
 
 
-def missing(num_micro_batches: int, num_draws: int, done: Iterable[Unit]) -> list[Unit]:
-    """What of the grid is not in `done`, in rectangles as large as may be. Raises UserError if done reaches past it."""
+def missing(round: int, num_micro_batches: int, draws: range, done: Iterable[Unit]) -> list[Unit]:
+    """What of a round's grid is not in `done` (its units alone), in rectangles as large as may be.
+
+    Raises UserError if done reaches past it.
+    """
     finished: list[list[tuple[int, int]]] = [[] for _ in range(num_micro_batches)]
     for unit in done:
-        if unit.stop_draw > num_draws:
+        if unit.stop_draw > draws.stop:
             raise UserError(
-                f"scoring.num_draws: {num_draws}, but this run directory already holds draws up to {unit.stop_draw}. "
+                f"scoring.num_draws: {draws.stop}, but this run directory already holds draws up to {unit.stop_draw}. "
                 "It can only grow; use another directory for fewer"
             )
         for micro_batch in range(unit.first_micro_batch, unit.stop_micro_batch):
             finished[micro_batch].append((unit.first_draw, unit.stop_draw))
-    gaps = [_gaps(sorted(ranges), num_draws) for ranges in finished]
+    gaps = [_gaps(sorted(ranges), draws) for ranges in finished]
     rectangles = []
     first = 0
     for stop in range(1, num_micro_batches + 1):
         if stop == num_micro_batches or gaps[stop] != gaps[first]:
-            rectangles += [Unit(first, stop, *gap) for gap in gaps[first]]
+            rectangles += [Unit(round, first, stop, *gap) for gap in gaps[first]]
             first = stop
     return rectangles
 
 
-def _gaps(ranges: Sequence[tuple[int, int]], end: int) -> list[tuple[int, int]]:
-    gaps, reached = [], 0
-    for start, stop in [*ranges, (end, end)]:
-        if start < reached and start != end:
+def _gaps(ranges: Sequence[tuple[int, int]], draws: range) -> list[tuple[int, int]]:
+    gaps, reached = [], draws.start
+    for start, stop in [*ranges, (draws.stop, draws.stop)]:
+        if start < reached and start != draws.stop:
             raise UserError(f"draws {start} to {reached} of a sample are there twice; the units folder is damaged")
         if start > reached:
             gaps.append((reached, start))
@@ -140,7 +152,7 @@ def cut(layout: Layout, rectangles: Sequence[Unit], actors: int, tokens_per_seco
             budget = min(tokens_per_second * _UNIT_SECONDS, per_actor)
             pieces = min(draws, math.ceil(draws * tokens / budget))
             edges = [r.first_draw + draws * piece // pieces for piece in range(pieces + 1)]
-            units += [Unit(first, stop, a, b) for a, b in itertools.pairwise(edges)]
+            units += [Unit(r.round, first, stop, a, b) for a, b in itertools.pairwise(edges)]
     return units
 
 
@@ -168,13 +180,25 @@ class ModelCost:
     flops_per_token: int
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> "ModelCost":
-        """Build the architecture without storage and count. No weights are read."""
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        looked_up = 0 if config.get_text_config().tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    def of(cls, skeleton: PreTrainedModel) -> "ModelCost":
+        """Count the parameters of a model, which need not have its weights (`models.skeleton`)."""
+        parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+        tied = skeleton.config.get_text_config().tie_word_embeddings
+        looked_up = 0 if tied else skeleton.get_input_embeddings().weight.numel()
         return cls(parameters, 2 * (parameters - looked_up))
+
+
+def first_draws(scoring: ScoringConfig) -> range:
+    """The draws of round 0; the closed form's grid is one draw wide."""
+    return range(1 if scoring.estimator == "closed_form" else scoring.num_draws)
+
+
+def forwards_per_token(scoring: ScoringConfig) -> float:
+    """What a token costs in one draw, or in the closed form, in units of a plain forward."""
+    if scoring.estimator == "monte_carlo":
+        return 2.0 if scoring.antithetic else 1.0
+    passes = 2 if "log_prob_gradient_norm" in scoring.measures else 1
+    return 3.0 * passes + 9.0 * scoring.curvature_probes
 
 
 def assumed_tflops(pool: Pool) -> float:

@@ -1,24 +1,31 @@
 """`mrd-ray score`, start to end."""
 
+import contextlib
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from mrd_ray import models
-from mrd_ray.config import ScoreConfig
+from mrd_ray.config import ScoreConfig, ScoringConfig
 from mrd_ray.data import samples as samples_table
 from mrd_ray.errors import UserError
+from mrd_ray.mrd.closed_form import coverage
 from mrd_ray.mrd.noise import NOISE_VERSION
 from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline, plan, summary
 from mrd_ray.scoring.actor import UNIT_SCHEMA, Task
 from mrd_ray.scoring.pool import Pool
-from mrd_ray.scoring.table import scores_table
+from mrd_ray.scoring.table import scores_table, unsettled
+
+_TRIAL = 4  # samples that an actor tries sigma on before it scores any
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,11 @@ def score(config: ScoreConfig) -> ScoreRun:
     with run.locked():
         path = models.directory(config.model)
         files_digest = models.files_digest(path)
-        architecture = models.load_config(path)
+        skeleton = models.skeleton(path)
+        _refuse_uncovered(skeleton, config.scoring)
         tokenizer = models.load_tokenizer(config.model)
         console.print(f"Reading {config.data.path}")
-        samples = samples_table.build(config.data, tokenizer, models.context_length(architecture))
+        samples = samples_table.build(config.data, tokenizer, models.context_length(skeleton.config))
         run.claim(
             {
                 "model": files_digest,
@@ -59,27 +67,42 @@ def score(config: ScoreConfig) -> ScoreRun:
                 "samples": samples_table.digest(samples),
                 "data.template": config.data.template,
                 "data.score_on": config.data.score_on,
-                "scoring.sigma": config.scoring.sigma,
-                "scoring.seed": config.scoring.seed,
-                "scoring.micro_batch_tokens": config.scoring.micro_batch_tokens,
-                "estimator": "monte_carlo",
-                "noise version": NOISE_VERSION,
-            },
+            }
+            | _identity(config.scoring),
             config,
         )
         run.write_table("samples.parquet", samples)
-
-        layout = plan.layout(lengths(samples), config.scoring.micro_batch_tokens)
-        done = [plan.Unit.of_id(name.removesuffix(".parquet")) for name in run.names("units")]
-        rectangles = plan.missing(len(layout), config.scoring.num_draws, done)
-        if rectangles:
-            _work_off(config, run, samples, layout, rectangles, plan.ModelCost.of(architecture), files_digest)
-        results = (run.read_table(f"units/{name}") for name in run.names("units"))
-        scores = scores_table(samples, results, config.scoring)
+        rounds = _Rounds(config, run, samples, plan.ModelCost.of(skeleton), files_digest)
+        scores = rounds.work_off()
         run.write_table("scores.parquet", scores)
         finished = ScoreRun(run, config, samples, scores)
         run.write("summary.png", summary.figure(finished.scores, samples, config))
     return finished
+
+
+def _identity(scoring: ScoringConfig) -> dict[str, Any]:
+    """What a score depends on, the number of draws left out as far as a later run may add some."""
+    names = ["estimator", "parameters", "sigma", "seed", "micro_batch_tokens", "measures"]
+    if scoring.estimator == "closed_form":
+        names += ["curvature_probes"]
+    else:
+        names += ["antithetic", "target_relative_se"]
+    if scoring.target_relative_se is not None:  # rounds of draws follow from these
+        names += ["statistic", "num_draws", "max_draws"]
+    identity = {f"scoring.{name}": getattr(scoring, name) for name in names}
+    return identity | {"scoring.measures": sorted(scoring.measures), "noise version": NOISE_VERSION}
+
+
+def _refuse_uncovered(skeleton: PreTrainedModel, scoring: ScoringConfig) -> None:
+    selected = models.select(dict(skeleton.named_parameters()), scoring.parameters)
+    if scoring.estimator != "closed_form" or scoring.allow_slow_parameters:
+        return
+    if slow := coverage(skeleton, selected).slow:
+        raise UserError(
+            f"scoring.estimator: closed_form has no rule for {len(slow)} of the {len(selected)} parameters: "
+            f"{', '.join(slow[:8])}{', ...' if len(slow) > 8 else ''}. Set scoring.allow_slow_parameters to "
+            "differentiate them sample by sample, leave them out with scoring.parameters, or use monte_carlo"
+        )
 
 
 def lengths(samples: pa.Table) -> np.ndarray:
@@ -88,48 +111,78 @@ def lengths(samples: pa.Table) -> np.ndarray:
     return found
 
 
-def _work_off(
-    config: ScoreConfig,
-    run: RunDirectory,
-    samples: pa.Table,
-    layout: plan.Layout,
-    rectangles: list[plan.Unit],
-    cost: plan.ModelCost,
-    files_digest: str,
-) -> None:
-    """Compute what is missing; each unit's result is on disk before it counts as done."""
-    with pipeline.cluster():
+@dataclass
+class _Rounds:
+    """Round 0 makes the draws of every sample; each later one, of adaptive scoring, adds draws to the unsettled."""
+
+    config: ScoreConfig
+    run: RunDirectory
+    samples: pa.Table
+    cost: plan.ModelCost
+    files_digest: str
+
+    def work_off(self) -> pa.Table:
+        """Compute what is missing, round after round, and give the scores."""
+        scoring = self.config.scoring
+        draws = plan.first_draws(scoring)
+        waiting = lengths(self.samples)
+        with contextlib.ExitStack() as cluster:
+            for number in itertools.count():
+                layout = plan.layout(waiting, scoring.micro_batch_tokens)
+                rectangles = plan.missing(number, len(layout), draws, self._done(number))
+                if rectangles:
+                    cluster.enter_context(pipeline.cluster())
+                    self._compute(layout, rectangles, number)
+                results = (self.run.read_table(f"units/{name}") for name in self.run.names("units"))
+                scores = scores_table(self.samples, results, scoring)
+                waiting = np.where(unsettled(scores, scoring), waiting, 0)
+                if not waiting.any():
+                    return scores
+                draws = range(draws.stop, min(2 * draws.stop, scoring.max_draws))
+        raise AssertionError("unreachable")
+
+    def _done(self, number: int) -> list[plan.Unit]:
+        units = [plan.Unit.of_id(name.removesuffix(".parquet")) for name in self.run.names("units")]
+        return [unit for unit in units if unit.round == number]
+
+    def _compute(self, layout: plan.Layout, rectangles: list[plan.Unit], number: int) -> None:
+        """Work off these rectangles; each unit's result is on disk before it counts as done."""
+        config, scoring = self.config, self.config.scoring
         pool = Pool.of(config.ray, ray.cluster_resources())
-        units = plan.cut(layout, rectangles, pool.actors, plan.assumed_tflops(pool) * 1e12 / cost.flops_per_token)
-        task = Task(config.model, files_digest, config.scoring.sigma, config.scoring.seed, pool.threads, pool.gpus > 0)
-        tables = [_unit_table(unit, samples, layout) for unit in units]
+        rate = plan.assumed_tflops(pool) * 1e12 / self.cost.flops_per_token / plan.forwards_per_token(scoring)
+        units = plan.cut(layout, rectangles, pool.actors, rate)
+        task = Task(
+            config.model, scoring, self.files_digest, pool.threads, pool.gpus > 0, self._rows(0, layout.few(_TRIAL))
+        )
+        tables = [self._unit_table(unit, layout) for unit in units]
         work = {unit.unit_id: plan.token_forwards(layout, [unit]) for unit in units}
         scored = 0
-        with Meter("Scoring", sum(work.values())) as meter:
+        with Meter("Scoring" if number == 0 else f"More draws, round {number}", sum(work.values())) as meter:
             meter.advance(0, f"{len(units)} unit(s) to do, starting {pool.actors} actor(s)")
             for count, result in enumerate(pipeline.results(tables, task, pool), 1):
-                (row,) = result.select(["unit_id", "seconds", "fatal"]).to_pylist()
+                (row,) = result.select(["unit_id", "seconds", "fatal", "precision"]).to_pylist()
                 if row["fatal"] is not None:
                     raise UserError(row["fatal"])
-                run.write_table(f"units/{row['unit_id']}.parquet", result)
                 if count == 1:
                     meter.working_since(row["seconds"])
+                    self.run.record("precision", row["precision"])
+                self.run.write_table(f"units/{row['unit_id']}.parquet", result)
                 unit = plan.Unit.of_id(row["unit_id"])
                 scored += len(result["samples"][0]) * (unit.stop_draw - unit.first_draw)
+                done = "samples" if scoring.estimator == "closed_form" else "samples x draws"
                 rate = scored / meter.working_seconds
-                meter.advance(work[row["unit_id"]], f"unit {count} of {len(units)}, {rate:.3g} samples x draws/s")
+                meter.advance(work[row["unit_id"]], f"unit {count} of {len(units)}, {rate:.3g} {done}/s")
 
+    def _unit_table(self, unit: plan.Unit, layout: plan.Layout) -> pa.Table:
+        micro_batches = range(unit.first_micro_batch, unit.stop_micro_batch)
+        row = {
+            "unit_id": unit.unit_id,
+            "first_draw": unit.first_draw,
+            "stop_draw": unit.stop_draw,
+            "samples": [row for i in micro_batches for row in self._rows(i, layout.samples(i))],
+        }
+        return pa.Table.from_pylist([row], UNIT_SCHEMA)
 
-def _unit_table(unit: plan.Unit, samples: pa.Table, layout: plan.Layout) -> pa.Table:
-    members = [
-        {"micro_batch": micro_batch, **sample}
-        for micro_batch in range(unit.first_micro_batch, unit.stop_micro_batch)
-        for sample in samples.select(["sample_id", "token_ids", "scored"]).take(layout.samples(micro_batch)).to_pylist()
-    ]
-    row = {
-        "unit_id": unit.unit_id,
-        "first_draw": unit.first_draw,
-        "stop_draw": unit.stop_draw,
-        "samples": members,
-    }
-    return pa.Table.from_pylist([row], UNIT_SCHEMA)
+    def _rows(self, micro_batch: int, indices: np.ndarray) -> list[dict[str, Any]]:
+        rows = self.samples.select(["sample_id", "token_ids", "scored"]).take(indices).to_pylist()
+        return [{"micro_batch": micro_batch, **row} for row in rows]

@@ -33,10 +33,16 @@ def errors(scores: pa.Table) -> Counter[str]:
 def settings(config: ScoreConfig) -> str:
     """The settings that a score depends on, in a line."""
     scoring = config.scoring
+    if scoring.estimator == "closed_form":
+        estimator = f"closed form, {scoring.curvature_probes} curvature probes"
+    else:
+        estimator = f"K = {scoring.num_draws}{' antithetic' if scoring.antithetic else ''}, seed {scoring.seed}"
+        if scoring.target_relative_se is not None:
+            estimator += f", up to {scoring.max_draws} for a relative s.e. of {scoring.target_relative_se:g}"
+    theta = "" if scoring.parameters == "all" else f"parameters {scoring.parameters}, "
     return (
         f"model {config.model.path} ({config.model.dtype}), data {config.data.path} (score_on {config.data.score_on}), "
-        f"statistic {scoring.statistic} = {_STATISTIC[scoring.statistic]}, sigma {scoring.sigma:g}, "
-        f"K = {scoring.num_draws}, seed {scoring.seed}"
+        f"{theta}statistic {scoring.statistic} = {_STATISTIC[scoring.statistic]}, sigma {scoring.sigma:g}, {estimator}"
     )
 
 

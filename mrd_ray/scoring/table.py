@@ -1,8 +1,8 @@
 """Results of units -> the scores table."""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from mrd_ray.config import ScoringConfig
 from mrd_ray.mrd.monte_carlo import Moments
-from mrd_ray.mrd.scores import sampling_weights, score
+from mrd_ray.mrd.scores import Score, closed_form_score, monte_carlo_score, sampling_weights
 
 
 def _field(name: str, kind: pa.DataType, unit: str) -> pa.Field:
@@ -22,22 +22,37 @@ SCHEMA = pa.schema(
     [
         _field("sample_id", pa.string(), "identifier"),
         _field("mrd", pa.float64(), f"{_NO_UNIT}; the statistic chosen with scoring.statistic"),
-        _field("mrd_se", pa.float64(), f"{_NO_UNIT}; standard error of mrd, null with one draw"),
+        _field("mrd_se", pa.float64(), f"{_NO_UNIT}; standard error of mrd; 0 if exact, null if unknown (one draw)"),
         _field("mean_abs", pa.float64(), f"{_NO_UNIT}; E|Delta|, Algorithm 1"),
         _field("abs_mean", pa.float64(), f"{_NO_UNIT}; |E Delta|, Definition 3.1"),
-        _field("num_draws", pa.int64(), "draws"),
+        _field("delta_mean", pa.float64(), f"{_NO_UNIT}; mu = E Delta (antithetic: of the even part)"),
+        _field("delta_std", pa.float64(), f"{_NO_UNIT}; s, standard deviation of Delta (antithetic: of the odd part)"),
+        _field("nonlinearity", pa.float64(), f"{_NO_UNIT}; |mu| / s, 0 where sigma is small enough"),
+        _field("num_draws", pa.int64(), "draws; for closed_form, probes of the curvature"),
         _field("sigma", pa.float64(), "standard deviation of the noise, in units of the weights"),
         _field("estimator", pa.string(), "name"),
+        _field("low_precision", pa.bool_(), "whether the precision guard would have refused this score"),
         _field("num_tokens", pa.int64(), "scored tokens"),
         _field("log_prob", pa.float64(), "nats; sum of log p over the scored tokens, under the model as it is"),
         _field("weight", pa.float64(), "probability of being sampled in Algorithm 2, proportional to mrd"),
         _field("error", pa.string(), "null, or why there is no score"),
     ]
 )
+# columns of scoring.measures
+_MEASURES = {
+    "mean_log_prob": _field("mean_log_prob", pa.float64(), "nats per scored token"),
+    "entropy": _field("entropy", pa.float64(), "nats; of the predicted distribution, mean over scored tokens"),
+    "memorization_accuracy": _field(
+        "memorization_accuracy", pa.float64(), "share of scored tokens that are the model's likeliest"
+    ),
+    "log_prob_gradient_norm": _field(
+        "log_prob_gradient_norm", pa.float64(), "nats per unit of the weights; norm of the gradient of log_prob"
+    ),
+}
 
 
 def scores_table(samples: pa.Table, results: Iterable[pa.Table], scoring: ScoringConfig) -> pa.Table:
-    """One row per sample, sorted by sample_id, of SCHEMA.
+    """One row per sample, sorted by sample_id, of SCHEMA and a column for each of scoring.measures.
 
     Args:
         samples: of data.samples.SCHEMA, sorted by sample_id.
@@ -45,13 +60,16 @@ def scores_table(samples: pa.Table, results: Iterable[pa.Table], scoring: Scorin
     """
     parts: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
+        precision = result["precision"][0].as_py()
+        low = precision is not None and not precision["sufficient"]
         for part in result["samples"].combine_chunks().flatten().to_pylist():
-            parts[part["sample_id"]].append(part)
+            parts[part["sample_id"]].append(part | {"low_precision": low})
     rows = [_row(sample, parts[sample["sample_id"]], scoring) for sample in samples.select(_NEEDED).to_pylist()]
     mrd = np.array([np.nan if row.get("mrd") is None else row["mrd"] for row in rows])
     for row, weight in zip(rows, sampling_weights(mrd).tolist(), strict=True):
         row["weight"] = None if np.isnan(weight) else weight
-    return pa.Table.from_pylist(rows, SCHEMA)
+    schema = pa.schema([*SCHEMA, *(field for name, field in _MEASURES.items() if name in scoring.measures)])
+    return pa.Table.from_pylist(rows, schema)
 
 
 _NEEDED = ["sample_id", "scored", "error"]
@@ -61,25 +79,46 @@ def _row(sample: dict[str, Any], parts: list[dict[str, Any]], scoring: ScoringCo
     row: dict[str, Any] = {
         "sample_id": sample["sample_id"],
         "sigma": scoring.sigma,
-        "estimator": "monte_carlo",
+        "estimator": scoring.estimator,
         "num_tokens": sum(sample["scored"] or []),
         "num_draws": 0,
         "error": sample["error"] or next((part["error"] for part in parts if part["error"]), None),
     }
     if row["error"] is not None:
         return row
-    moments = Moments.merge(
-        [Moments(part["num_draws"], part["sum_abs"], part["sum"], part["sum_squares"]) for part in parts]
+    score = _score(parts, scoring)
+    if scoring.statistic == "mean_abs":
+        row |= {"mrd": score.mean_abs, "mrd_se": score.mean_abs_se}
+    else:
+        row |= {"mrd": score.abs_mean, "mrd_se": score.abs_mean_se}
+    log_prob = parts[0]["log_prob"]
+    return (
+        row
+        | dataclasses.asdict(score)
+        | parts[0]["measures"]
+        | {
+            "num_draws": sum(part["num_draws"] for part in parts),
+            "low_precision": any(part["low_precision"] for part in parts),
+            "log_prob": log_prob,
+            "mean_log_prob": log_prob / row["num_tokens"],
+        }
     )
-    found = asdict(score(moments))
-    row |= {
-        "mrd": found[scoring.statistic],
-        "mrd_se": found[f"{scoring.statistic}_se"],
-        "mean_abs": found["mean_abs"],
-        "abs_mean": found["abs_mean"],
-        "num_draws": moments.num_draws,
-        "log_prob": parts[0]["log_prob"],
-    }
-    if moments.num_draws < 2:
-        row["mrd_se"] = None
-    return row
+
+
+def _score(parts: list[dict[str, Any]], scoring: ScoringConfig) -> Score:
+    if scoring.estimator == "closed_form":
+        (part,) = parts
+        return closed_form_score(scoring.sigma, part["gradient_norm"], part["probes"])
+    fields = [field.name for field in dataclasses.fields(Moments)]
+    return monte_carlo_score(Moments.merge([Moments(*(part[name] for name in fields)) for part in parts]))
+
+
+def unsettled(scores: pa.Table, scoring: ScoringConfig) -> np.ndarray:
+    """Which samples adaptive scoring owes more draws: bool [n]. None without a target, or once max_draws are made."""
+    if scoring.target_relative_se is None:
+        return np.zeros(len(scores), bool)
+    draws, mrd = scores["num_draws"].to_numpy(), scores["mrd"].to_numpy()
+    se = scores["mrd_se"].to_numpy().astype(float)  # null: nan, which is not under any target
+    scored = ~np.isnan(mrd.astype(float))
+    found: np.ndarray = scored & ~(se <= scoring.target_relative_se * mrd) & (draws < scoring.max_draws)
+    return found

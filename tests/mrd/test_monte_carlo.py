@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -14,7 +15,7 @@ from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed, exact_sum
 from mrd_ray.mrd.noise import standard_normal
 from mrd_ray.mrd.perturb import Replica
-from mrd_ray.mrd.scores import score
+from mrd_ray.mrd.scores import monte_carlo_score
 
 K = 16
 
@@ -82,7 +83,7 @@ def engine(model, samples, scored, sigma, seed, draws=range(K)):
     replica, likelihood = Replica(model), Likelihood(model)
     theta = [likelihood.log_neg_log_probs(batch)]
     (deltas,) = draw_deltas(replica, likelihood, [batch], theta, sigma, seed, draws)
-    return deltas.tolist()
+    return deltas[:, :, 0].tolist()
 
 
 SAMPLES = [[1, 5, 9, 3, 22, 17, 40, 8], [1, 33, 2], [1, 7], [1, 60, 59, 3, 3, 3, 12, 14, 50, 20, 31, 44]]
@@ -90,8 +91,12 @@ ALL = [[True] * len(sample) for sample in SAMPLES]
 RESPONSE = [[False] * 3 + [True] * 5, [False, False, True], [False, True], [False] * 9 + [True] * 3]
 
 
+def score(deltas):
+    return monte_carlo_score(Moments.of([[delta] for delta in deltas]))
+
+
 def relative_errors(found, expected):
-    pairs = [(score(Moments.of(a)), score(Moments.of(b))) for a, b in zip(found, expected, strict=True)]
+    pairs = [(score(a), score(b)) for a, b in zip(found, expected, strict=True)]
     return [abs(a.mean_abs / b.mean_abs - 1) for a, b in pairs]
 
 
@@ -104,7 +109,7 @@ def test_float64_is_algorithm_1(tied, scored, sigma):
     found = engine(model, SAMPLES, scored, sigma, seed=3)
     assert max(relative_errors(found, expected)) < 1e-9
     for a, b in zip(found, expected, strict=True):
-        assert score(Moments.of(a)).abs_mean == pytest.approx(score(Moments.of(b)).abs_mean, rel=1e-7)
+        assert score(a).abs_mean == pytest.approx(score(b).abs_mean, rel=1e-7)
 
 
 @pytest.mark.parametrize(("sigma", "tolerance"), [(1e-3, 1e-4), (1e-5, 5e-3)])
@@ -170,14 +175,16 @@ def test_perturbation_is_the_noise_whatever_the_number_of_threads():
     assert weights_digest(other.working) == one
 
 
-def test_moments_merge_to_the_same_bits_however_they_are_cut():
-    deltas = [random.Random(i).gauss(1e-4, 1e-2) * 10 ** (i % 7 - 3) for i in range(200)]
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_moments_merge_to_the_same_bits_however_they_are_cut(antithetic):
+    gauss = [random.Random(i).gauss(1e-4, 1e-2) * 10 ** (i % 7 - 3) for i in range(400)]
+    deltas = [[a, b] for a, b in zip(gauss[::2], gauss[1::2], strict=True)] if antithetic else [[a] for a in gauss[:200]]
     whole = Moments.of(deltas)
     for cuts in ([50], [1, 2, 199], [7, 50, 120]):
         edges = [0, *cuts, 200]
         parts = [Moments.of(deltas[a:b]) for a, b in itertools.pairwise(edges)]
         random.Random(0).shuffle(parts)
-        assert score(Moments.merge(parts)) == score(whole)
+        assert monte_carlo_score(Moments.merge(parts)) == monte_carlo_score(whole)
 
 
 def test_exact_sum():
@@ -189,3 +196,32 @@ def test_exact_sum():
 
 def test_draws_of_different_seeds_differ():
     assert len({draw_seed(seed, k) for seed in range(5) for k in range(200)}) == 1000
+
+
+def test_antithetic_pairs_are_both_signs_of_the_same_noise():
+    """theta - delta is Algorithm 1 with sigma negated; the pair gives |Delta|, the even and the odd part."""
+    model = model_of().double()
+    batch = MicroBatch.collate(SAMPLES, ALL, torch.device("cpu"))
+    plus, minus = (
+        [algorithm_1(model, *sample, sigma, seed=3) for sample in zip(SAMPLES, ALL, strict=True)]
+        for sigma in (1e-3, -1e-3)
+    )
+    copied = copy.deepcopy(model)
+    replica, likelihood = Replica(copied), Likelihood(copied)
+    theta = [likelihood.log_neg_log_probs(batch)]
+    (pairs,) = draw_deltas(replica, likelihood, [batch], theta, 1e-3, 3, range(K), antithetic=True)
+    for of_sample, a, b in zip(pairs.tolist(), plus, minus, strict=True):
+        found = monte_carlo_score(Moments.of(of_sample))
+        a, b = np.array(a), np.array(b)
+        assert found.mean_abs == pytest.approx((np.abs(a) + np.abs(b)).mean() / 2, rel=1e-7)
+        assert found.delta_mean == pytest.approx((a + b).mean() / 2, rel=1e-5)
+        assert found.abs_mean_se == pytest.approx(((a + b) / 2).std(ddof=1) / K**0.5, rel=1e-5)
+        assert found.delta_std == pytest.approx(((a - b) ** 2).mean() ** 0.5 / 2, rel=1e-7)
+        assert found.nonlinearity == pytest.approx(abs((a + b).mean()) / 2 / found.delta_std, rel=1e-5)
+
+
+def test_only_selected_parameters_are_perturbed():
+    model = model_of()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    Replica(model, ["model.norm.weight"]).perturb(1e-2, 5)
+    assert [n for n, p in model.named_parameters() if not torch.equal(p, before[n])] == ["model.norm.weight"]

@@ -42,7 +42,7 @@ def test_sample_over_the_budget_goes_alone():
 
 def test_nothing_to_score():
     assert len(plan.layout(np.zeros(3, int), 100)) == 0
-    assert plan.missing(0, 200, []) == []
+    assert plan.missing(0, 0, range(0), range(200), []) == []
 
 
 @pytest.mark.parametrize("actors", [1, 2, 7, 64])
@@ -50,7 +50,7 @@ def test_nothing_to_score():
 @pytest.mark.parametrize("draws", [1, 3, 200])
 def test_units_tile_the_grid(actors, rate, draws):
     layout = plan.layout(LENGTHS, 1024)
-    units = plan.cut(layout, plan.missing(len(layout), draws, []), actors, rate)
+    units = plan.cut(layout, plan.missing(0, len(layout), range(draws), []), actors, rate)
     assert cells(units) == set(itertools.product(range(len(layout)), range(draws)))
     if draws == 200:
         assert len(units) >= 4 * actors
@@ -59,32 +59,45 @@ def test_units_tile_the_grid(actors, rate, draws):
 def test_units_are_neither_long_nor_mostly_perturbation():
     layout = plan.layout(np.full(20_000, 100), 4096)
     rate = 5000.0
-    for unit in plan.cut(layout, plan.missing(len(layout), 200, []), 4, rate):
+    for unit in plan.cut(layout, plan.missing(0, len(layout), range(200), []), 4, rate):
         tokens = layout.padded_tokens[unit.first_micro_batch : unit.stop_micro_batch].sum()
         assert tokens * (unit.stop_draw - unit.first_draw) / rate <= plan._MAX_UNIT_SECONDS
         assert plan.DRAW_TOKENS / tokens < 0.03 or unit.stop_micro_batch == len(layout)
 
 
 def test_missing_is_the_complement_of_what_is_done():
-    done = [Unit(0, 2, 0, 50), Unit(2, 5, 10, 60), Unit(0, 1, 50, 90)]
-    rectangles = plan.missing(6, 100, done)
+    done = [Unit(0, 0, 2, 0, 50), Unit(0, 2, 5, 10, 60), Unit(0, 0, 1, 50, 90)]
+    rectangles = plan.missing(0, 6, range(100), done)
     assert cells(rectangles) == set(itertools.product(range(6), range(100))) - cells(done)
-    assert Unit(5, 6, 0, 100) in rectangles
-    assert plan.missing(6, 100, [*done, *rectangles]) == []
+    assert Unit(0, 5, 6, 0, 100) in rectangles
+    assert plan.missing(0, 6, range(100), [*done, *rectangles]) == []
+
+
+def test_a_later_round_begins_where_the_one_before_ended():
+    done = [Unit(1, 0, 2, 50, 70)]
+    assert plan.missing(1, 2, range(50, 100), done) == [Unit(1, 0, 2, 70, 100)]
+
+
+def test_few_are_short_and_of_different_lengths():
+    layout = plan.layout(LENGTHS, 1024)
+    few = LENGTHS[layout.few(4)]
+    assert len(set(few)) == 4
+    assert few.max() <= np.median(LENGTHS[LENGTHS > 0])
+    assert len(plan.layout(np.array([7, 0]), 1024).few(4)) == 1
 
 
 def test_fewer_draws_than_done_is_refused():
     with pytest.raises(UserError, match=r"scoring\.num_draws: 40.*up to 50"):
-        plan.missing(2, 40, [Unit(0, 2, 0, 50)])
+        plan.missing(0, 2, range(40), [Unit(0, 0, 2, 0, 50)])
 
 
 def test_overlapping_units_are_noticed():
     with pytest.raises(UserError, match="there twice"):
-        plan.missing(2, 100, [Unit(0, 2, 0, 50), Unit(1, 2, 40, 60)])
+        plan.missing(0, 2, range(100), [Unit(0, 0, 2, 0, 50), Unit(0, 1, 2, 40, 60)])
 
 
 def test_unit_ids():
-    unit = Unit(3, 70, 0, 200)
+    unit = Unit(2, 3, 70, 0, 200)
     assert Unit.of_id(unit.unit_id) == unit
     with pytest.raises(UserError, match="stray"):
         Unit.of_id("stray")
@@ -96,8 +109,8 @@ def test_model_cost_without_weights(tied):
         vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         tie_word_embeddings=tied,
     )  # fmt: skip
-    cost = plan.ModelCost.of(config)
     model = AutoModelForCausalLM.from_config(config)
+    cost = plan.ModelCost.of(model)
     assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert cost.flops_per_token == 2 * (cost.parameters - (0 if tied else 500 * 32))
 

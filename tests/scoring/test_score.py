@@ -18,23 +18,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from runs_of import config, stamps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mrd_ray import ModelConfig, ScoreConfig, UserError, score
+from mrd_ray import ModelConfig, ScoringConfig, UserError, score
 from mrd_ray.cli import main
 from mrd_ray.mrd.monte_carlo import draw_seed
 from mrd_ray.mrd.noise import standard_normal
 from mrd_ray.scoring.actor import UNIT_SCHEMA, ScoringActor, Task
-
-
-def config(model: Path, data: Path, run: Path, **settings) -> ScoreConfig:
-    """Settings as dotted keys with underscores: scoring__sigma=1e-3."""
-    tree: dict = {"model": {"path": str(model)}, "data": {"path": str(data)}, "run": {"dir": str(run)}}
-    tree |= {"scoring": {"num_draws": 12, "micro_batch_tokens": 64}, "ray": {"actors": 1}}
-    for key, value in settings.items():
-        group, name = key.split("__")
-        tree[group][name] = value
-    return ScoreConfig.model_validate(tree)
 
 
 @torch.no_grad()
@@ -121,11 +112,6 @@ def test_config_yaml_replays(tmp_path, reference_dir, reference):
     assert main(["score", "--config", str(run / "config.yaml"), "--run.dir", str(run)]) == 0
     assert stamps(run) == before
     assert pq.read_table(run / "scores.parquet").equals(reference)
-
-
-def stamps(run: Path) -> dict[str, int]:
-    """The finished units, and when each was written."""
-    return {file.name: file.stat().st_mtime_ns for file in (run / "units").glob("*.parquet")}
 
 
 LONG = {"scoring__num_draws": 400, "ray__actors": 2}  # seconds of work in many units
@@ -282,7 +268,7 @@ def test_full_disk_is_named_and_survived(tiny_model_dir, qa_file, tmp_path, refe
 
 def test_nodes_with_other_weights_are_noticed(tiny_model_dir, qa_file):
     """An actor whose copy of the model is not the driver's gives no score."""
-    actor = ScoringActor(Task(ModelConfig(path=str(tiny_model_dir)), "0" * 64, 1e-5, 0, 1, False))
+    actor = ScoringActor(Task(ModelConfig(path=str(tiny_model_dir)), ScoringConfig(), "0" * 64, 1, False, []))
     unit = {"unit_id": "u", "first_draw": 0, "stop_draw": 1, "samples": []}
     (row,) = actor(pa.Table.from_pylist([unit], UNIT_SCHEMA)).to_pylist()
     assert "holds other weights" in row["fatal"]

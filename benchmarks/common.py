@@ -1,0 +1,76 @@
+"""What the benchmarks share: samples in the engine's micro-batches, clocks, memory, and the machine they ran on."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mrd_ray import ScoreConfig, models
+from mrd_ray.data import samples as samples_table
+from mrd_ray.mrd.likelihood import MicroBatch
+from mrd_ray.scoring import plan
+from mrd_ray.scoring.score import lengths
+
+Raw = dict[str, Any]
+
+
+class Batches:
+    """A model and its samples: `rows` by sample_id, `order` of those that can be scored, `batches` of `layout`."""
+
+    def __init__(self, config: ScoreConfig) -> None:
+        path = models.directory(config.model)
+        limit = models.context_length(models.load_config(path))
+        table = samples_table.build(config.data, models.load_tokenizer(config.model), limit)
+        self.layout = plan.layout(lengths(table), config.scoring.micro_batch_tokens)
+        self.rows = table.to_pylist()
+        self.order = self.layout.order.tolist()
+        self.model = models.load_model(path, config.model.dtype, torch.device("cpu"))
+        members = [[self.rows[j] for j in self.layout.samples(i)] for i in range(len(self.layout))]
+        self.batches = [
+            MicroBatch.collate([s["token_ids"] for s in batch], [s["scored"] for s in batch], self.model.device)
+            for batch in members
+        ]
+        self.size = {
+            "samples": len(self.order),
+            "tokens": sum(len(self.rows[i]["token_ids"]) for i in self.order),
+            "padded tokens": int(self.layout.padded_tokens.sum()),
+            "micro-batches": len(self.layout),
+            "parameters": sum(weights.numel() for weights in self.model.parameters()),
+        }
+
+
+def stopwatch() -> Callable[[], float]:
+    """A function that gives the seconds since it was last called."""
+    times = [time.perf_counter()]
+
+    def lap() -> float:
+        times.append(time.perf_counter())
+        return times[-1] - times[-2]
+
+    return lap
+
+
+def machine() -> Raw:
+    """The hardware, how busy it was before we began, and the packages that matter."""
+    cpus = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    packages = ("mrd-ray", "ray", "torch", "transformers", "numpy", "pyarrow")
+    return {
+        "cpu": (cpus or [platform.machine()])[0],
+        "cores": os.cpu_count(),
+        "usable cores": len(os.sched_getaffinity(0)),
+        "memory bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load average": os.getloadavg(),
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+    }
+
+
+def resident(field: Literal["VmRSS", "VmHWM"]) -> float:
+    """MiB now, or at most so far. Not getrusage, whose ru_maxrss starts from that of the parent process."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024

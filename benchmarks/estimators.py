@@ -1,0 +1,199 @@
+"""What the closed form costs against a plain forward and backward of the same batches, and against Monte Carlo.
+
+Only ratios within one run mean anything, on a machine that does nothing else meanwhile. For CPUs, on Linux.
+"""
+
+import io
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import median
+
+import matplotlib.figure
+import numpy as np
+import torch
+from common import Batches, Raw, machine, resident, stopwatch
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+
+from mrd_ray import ScoreConfig
+from mrd_ray.mrd.closed_form import GradientNorms
+from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
+from mrd_ray.mrd.monte_carlo import draw_deltas
+from mrd_ray.mrd.perturb import Replica
+
+PAPER_DRAWS = 200
+FROZEN, TRAINABLE, CLOSED = "plain, parameters frozen", "plain, parameters trainable", "closed form"
+
+
+def main(
+    model: str,
+    data: str,
+    out: str = "benchmarks/results",
+    max_samples: int = 48,
+    repeats: int = 3,
+    draws: int = 16,
+    micro_batch_tokens: int = 512,
+    sigma: float = 1e-5,
+) -> None:
+    """Benchmark the estimators here, on one thread; print a table, write a JSON file and a plot of error against time.
+
+    Args:
+        model: directory or hub id; the demo keeps one under ~/.cache/mrd_ray.
+        data: forget set, for example TOFU's ../shared/data/tofu/forget10.json.
+        out: folder of the JSON file and the plot.
+        max_samples: rows of the forget set.
+        repeats: passes over the samples in each of the three ways; the ways take turns.
+        draws: Monte Carlo draws that are really made; 200 cost so many times more.
+        micro_batch_tokens: tokens per forward, padding included.
+        sigma: standard deviation of the parameter noise.
+    """
+    configuration = dict(locals())
+    torch.set_num_threads(1)
+    tree = {"model": {"path": model}, "data": {"path": data, "max_samples": max_samples}, "run": {"dir": "unused"}}
+    config = ScoreConfig.model_validate(tree | {"scoring": {"micro_batch_tokens": micro_batch_tokens, "sigma": sigma}})
+    raw: Raw = {"configuration": configuration, "machine": machine(), "peak MiB": peaks(config)}
+    work = Batches(config)
+    raw["size"] = work.size
+    raw["seconds"], norms = passes(work, repeats)
+    raw |= monte_carlo(work, sigma, draws, norms)
+    file = Path(out) / time.strftime("estimators-%Y%m%d-%H%M%S.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(raw, indent=1))
+    file.with_suffix(".png").write_bytes(figure(raw))
+
+    console = Console() if sys.stdout.isatty() else Console(width=150)  # a log has no width of its own
+    table = Table("what", "value", "target", "detail", title=f"Estimators on {raw['machine']['cpu']}")
+    for what, value, target, detail in summary(raw):
+        met = "" if target is None else f"[{'green' if value <= target else 'red'}]<= {target:g}"
+        table.add_row(what, f"{value:.4g}", met, detail)
+    console.print(table)
+    console.print(f"Timings and configuration: {file}\nError against time: {file.with_suffix('.png')}", soft_wrap=True)
+
+
+def ways(model: torch.nn.Module) -> dict[str, Callable[[MicroBatch], torch.Tensor | None]]:
+    """The three passes over a batch; the closed form's gives per-sample squared norms."""
+    norms = GradientNorms(model)
+
+    def plain(batch: MicroBatch) -> torch.Tensor:
+        embedded = model.get_input_embeddings()(batch.token_ids).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.mT, batch.token_ids[:, 1:], reduction="none")
+        (losses * batch.scored).sum().backward()
+        return losses
+
+    def frozen(batch: MicroBatch) -> None:
+        model.requires_grad_(False)
+        plain(batch)
+
+    def trainable(batch: MicroBatch) -> None:
+        model.requires_grad_(True)
+        plain(batch)
+        model.zero_grad(set_to_none=True)
+
+    return {FROZEN: frozen, TRAINABLE: trainable, CLOSED: lambda batch: norms(batch)[1]}
+
+
+def passes(work: Batches, repeats: int) -> tuple[dict[str, list[float]], np.ndarray]:
+    """Seconds of a pass over all samples, repeatedly; and every sample's gradient norm."""
+    seconds: dict[str, list[float]] = {}
+    for repeat in range(repeats + 1):  # the first is the warm-up, on one batch
+        for way, run in ways(work.model).items():
+            lap = stopwatch()
+            found = [run(batch) for batch in (work.batches if repeat else work.batches[:1])]
+            if repeat:
+                seconds.setdefault(way, []).append(lap())
+    squares = torch.cat([squares for squares in found if squares is not None])
+    return seconds, squares.sqrt().numpy()
+
+
+def monte_carlo(work: Batches, sigma: float, draws: int, norms: np.ndarray) -> Raw:
+    """Seconds of a draw, and the error that so many draws leave against the closed form."""
+    exact = sigma * np.sqrt(2 / np.pi) * norms
+    replica, likelihood = Replica(work.model), Likelihood(work.model)
+    lap = stopwatch()
+    theta = [likelihood.log_neg_log_probs(batch) for batch in work.batches]
+    raw: Raw = {"theta seconds": lap(), "draw seconds": [], "relative error by draws": []}
+    deltas = []
+    for k in range(draws):
+        drawn = draw_deltas(replica, likelihood, work.batches, theta, sigma, 0, range(k, k + 1))
+        deltas.append(torch.cat(drawn)[:, 0, 0].abs().numpy())
+        raw["draw seconds"].append(lap())
+        error = np.mean(deltas, 0) / exact - 1
+        raw["relative error by draws"].append(float(np.sqrt(np.mean(error**2))))
+    replica.restore()
+    double = GradientNorms(work.model.double())
+    references = torch.cat([double(batch)[1] for batch in work.batches[:2]]).sqrt().numpy()
+    raw["relative error of the closed form"] = float(np.abs(norms[: len(references)] / references - 1).max())
+    return raw
+
+
+def peaks(config: ScoreConfig) -> dict[str, float]:
+    """MiB that a pass over the largest batch adds to a loaded model, each way in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as process:
+        return {way: process.submit(_peak, config, way).result() for way in (FROZEN, TRAINABLE, CLOSED)}
+
+
+def _peak(config: ScoreConfig, way: str) -> float:
+    torch.set_num_threads(1)
+    work = Batches(config)
+    run = ways(work.model)[way]
+    run(MicroBatch(work.batches[0].token_ids[:1], work.batches[0].scored[:1]))  # libraries' own buffers
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of loading
+    before = resident("VmRSS")
+    run(max(work.batches, key=lambda batch: batch.token_ids.numel()))
+    return resident("VmHWM") - before
+
+
+def summary(raw: Raw) -> list[tuple[str, float, float | None, str]]:
+    """What the raw timings come to: what, value, the most it should be, detail."""
+    rows: list[tuple[str, float, float | None, str]] = []
+    seconds = {way: median(laps) for way, laps in raw["seconds"].items()}
+    for way, value in seconds.items():
+        rows.append((way, value, None, f"s for {raw['size']['samples']} samples, median of {len(raw['seconds'][way])}"))
+    for way in (FROZEN, TRAINABLE):
+        ratio = median(a / b for a, b in zip(raw["seconds"][CLOSED], raw["seconds"][way], strict=True))
+        rows.append((f"  closed form / {way}", ratio, 1.1, "time, median of the repeats' ratios"))
+    for way in (FROZEN, TRAINABLE):
+        ratio = raw["peak MiB"][CLOSED] / raw["peak MiB"][way]
+        detail = f"peak memory, {raw['peak MiB'][CLOSED]:.0f} MiB over {raw['peak MiB'][way]:.0f}"
+        rows.append((f"  closed form / {way}", ratio, 1.0, detail))
+    drawn = raw["theta seconds"] + PAPER_DRAWS * median(raw["draw seconds"])
+    detail = f"K = {PAPER_DRAWS} at {median(raw['draw seconds']):.3g} s a draw, median of {len(raw['draw seconds'])}"
+    rows.append(("Monte Carlo, s", drawn, None, detail))
+    rows.append(("  closed form / Monte Carlo", seconds[CLOSED] / drawn, 1 / 60, f"{drawn / seconds[CLOSED]:.4g} times faster"))
+    errors = raw["relative error by draws"]
+    rows.append((f"error at K = {len(errors)}", errors[-1], None, "root mean square, relative, against the closed form"))
+    rows.append(("error of the closed form", raw["relative error of the closed form"], None, "largest, against float64"))
+    return rows
+
+
+def figure(raw: Raw) -> bytes:
+    """Relative error against seconds, both axes logarithmic: PNG."""
+    page = matplotlib.figure.Figure(figsize=(6.5, 4.5), layout="constrained")
+    axis = page.add_subplot()
+    times = raw["theta seconds"] + np.cumsum(raw["draw seconds"])
+    errors = raw["relative error by draws"]
+    axis.plot(times, errors, ".-", color="#4878a8", label=f"Monte Carlo, K = 1 to {len(errors)}")
+    draws = np.arange(len(errors), PAPER_DRAWS + 1)
+    extrapolated = raw["theta seconds"] + draws * median(raw["draw seconds"])
+    scale = errors[-1] * np.sqrt(len(errors) / draws)
+    axis.plot(extrapolated, scale, "--", color="#4878a8", label=f"extrapolated to K = {PAPER_DRAWS} as 1/sqrt(K)")
+    closed = median(raw["seconds"][CLOSED])
+    axis.plot([closed], [raw["relative error of the closed form"]], "o", color="#c44e52", label="closed form")
+    axis.set(xscale="log", yscale="log", xlabel="seconds, one thread", ylabel="relative error of a score")
+    axis.set_title(f"{raw['size']['samples']} samples, {raw['size']['parameters'] / 1e6:.0f} M parameters")
+    axis.legend()
+    content = io.BytesIO()
+    page.savefig(content, format="png", dpi=110)
+    return content.getvalue()
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

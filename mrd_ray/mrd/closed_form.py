@@ -1,0 +1,287 @@
+"""The closed form of E|Delta|: one forward and one backward give every sample's exact gradient norm.
+
+For small sigma, Delta ~ Normal(mu, s^2) with s = sigma |g|, g = grad_theta sum_t log(-P_t), and mu of order sigma^2. So
+E|Delta| is the mean of a folded normal, s sqrt(2/pi) where mu/s -> 0, without Monte Carlo error.
+
+No gradient of a parameter is ever made for this, neither of the batch nor of a sample: each layer type has a rule in
+`gradient_rules` that turns a layer's input and the gradient at its output into per-sample squared norms.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mrd_ray.mrd.gradient_rules import GramCache, by_sample, embedding_overlap, rule_of
+from mrd_ray.mrd.likelihood import LOGITS, LogNegLogProb, MicroBatch, TokenMeasures, output_layer_is_plain
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which layers hold the selected parameters, and which of these no rule covers.
+
+    layers: (name, module) of each layer whose parameters have a rule. tied: names of parameters that an embedding and
+    an output layer share. slow: names that only autograd, one sample at a time, can answer for.
+    """
+
+    layers: list[tuple[str, torch.nn.Module]]
+    tied: frozenset[str]
+    slow: list[str]
+
+
+def coverage(model: torch.nn.Module, selected: Collection[str]) -> Coverage:
+    """Match parameters to rules by the types of the layers that hold them; works on a model without weights.
+
+    Args:
+        selected: names as in `model.named_parameters()`, where tied parameters stand once, under their first name.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    holders: dict[str, list[torch.nn.Module]] = {name: [] for name in selected}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if (name := names[id(parameter)]) in holders:
+                holders[name].append(module)
+    tied = {
+        name
+        for name, modules in holders.items()
+        if len(modules) == 2 and isinstance(modules[0], torch.nn.Embedding) and isinstance(modules[1], torch.nn.Linear)
+    }
+    slow = [
+        name
+        for name, modules in holders.items()
+        if any(rule_of(module) is None for module in modules) or (len(modules) > 1 and name not in tied)
+    ]
+    fast = {id(module) for name in holders if name not in slow for module in holders[name]}
+    layers = [(name, module) for name, module in model.named_modules() if id(module) in fast]
+    return Coverage(layers, frozenset(tied), slow)
+
+
+class GradientNorms:
+    """Per-sample |grad_theta sum_t log(-P_t)| for a batch, under the model's present weights.
+
+    Args:
+        model: a transformers causal language model in eval mode. Its parameters' requires_grad is left as it is found
+            after each call, and no gradient is written to them.
+        selected: the parameters theta, by name; all if None.
+        checkpointing: recompute each layer in the backward rather than keep its activations.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, selected: Collection[str] | None = None, checkpointing: bool = False
+    ) -> None:
+        self.model = model
+        everything = dict(model.named_parameters())
+        self.parameters = everything if selected is None else {name: everything[name] for name in selected}
+        self.coverage = coverage(model, self.parameters)
+        self._checkpointing = checkpointing
+        self._by_groups = output_layer_is_plain(model)
+        # A single row of positions would be shared by all samples, and so would be the gradient at their embedding.
+        embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+        self._learned_positions = len(embeddings) > 1
+
+    def __call__(
+        self, batch: MicroBatch, measures: TokenMeasures | None = None, of_log_prob: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """log(-P_t) (float64 [B, T - 1], of no meaning where not scored) and |g|^2 (float64 [B]).
+
+        Args:
+            measures: sees the logits.
+            of_log_prob: take the plain gradient of the log-likelihood, sum_t P_t, instead of g.
+        """
+        theta, squares = self.by_parameter(batch, measures, of_log_prob)
+        return theta, torch.stack(list(squares.values())).sum(0).clamp_(min=0.0)  # zero to rounding may be below it
+
+    def by_parameter(
+        self, batch: MicroBatch, measures: TokenMeasures | None = None, of_log_prob: bool = False
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """log(-P_t), and each parameter's share of |g|^2: float64 [B] by name."""
+        with self._frozen():
+            taps = _Taps(self, batch)
+            with taps.attached():
+                theta = self._forward_and_backward(batch, taps, measures, of_log_prob)
+            squares = taps.squares
+            for name in self.coverage.slow:
+                rows = range(len(batch.token_ids))
+                squares[name] = torch.stack([self._slow(name, batch, row, of_log_prob) for row in rows])
+        return theta, squares
+
+    def _forward_and_backward(
+        self, batch: MicroBatch, taps: "_Taps", measures: TokenMeasures | None, of_log_prob: bool
+    ) -> torch.Tensor:
+        inputs, targets = self._inputs(batch), batch.token_ids[:, 1:]
+
+        def token_values(where: tuple[slice, torch.Tensor | slice], logits: torch.Tensor, overwrite: bool) -> Any:
+            if measures is not None:
+                measures.observe(where, logits, targets[where])
+            values = LogNegLogProb.apply(logits, targets[where], overwrite)
+            theta[where] = values.detach()
+            return values, _slope(values, batch.scored[where], of_log_prob)
+
+        theta = torch.zeros(batch.scored.shape, dtype=torch.float64, device=batch.scored.device)
+        if not self._by_groups:
+            logits = self.model(**inputs).logits[:, :-1]
+            values, slope = token_values((slice(None), slice(None)), logits, False)
+            torch.autograd.grad(values, taps.leaves, slope)
+            return theta
+        hidden = self.model.base_model(**inputs).last_hidden_state
+        leaf = hidden.detach().requires_grad_()
+        gradient = torch.zeros_like(hidden)
+        head = self.model.get_output_embeddings()
+        samples = max(1, LOGITS // (head.weight.shape[0] * targets.shape[1]))
+        for start in range(0, len(targets), samples):
+            taps.rows = slice(start, start + samples)
+            used = batch.scored[taps.rows].any(0)  # a column in which nothing is scored needs no logits
+            values, slope = token_values((taps.rows, used), head(leaf[taps.rows, :-1][:, used]), True)
+            gradient += torch.autograd.grad(values, leaf, slope)[0]
+        taps.rows = slice(None)
+        torch.autograd.grad(hidden, taps.leaves, gradient)
+        return theta
+
+    def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": batch.token_ids, "use_cache": False}
+        if self._learned_positions:
+            inputs["position_ids"] = torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device).expand_as(
+                batch.token_ids
+            )
+        return inputs
+
+    def _slow(self, name: str, batch: MicroBatch, row: int, of_log_prob: bool) -> torch.Tensor:
+        """One parameter's share of one sample's |g|^2, by autograd."""
+        alone = MicroBatch(batch.token_ids[row : row + 1], batch.scored[row : row + 1])
+        parameter = self.parameters[name].requires_grad_()
+        logits = self.model(**self._inputs(alone)).logits[:, :-1]
+        values = LogNegLogProb.apply(logits, alone.token_ids[:, 1:], False)
+        (gradient,) = torch.autograd.grad(values, parameter, _slope(values, alone.scored, of_log_prob))
+        parameter.requires_grad_(False)
+        return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """No gradients of parameters, and layers that recompute if asked to; everything as it was afterwards."""
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer) and self._checkpointing]
+        forwards = [layer.forward for layer in layers]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        for layer in layers:  # transformers' own switch works in training mode alone, which turns dropout on
+            layer.forward = _recomputed(layer.forward)
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            for layer, forward in zip(layers, forwards, strict=True):
+                layer.forward = forward
+
+
+class _Taps:
+    """Listens at every layer of one batch, and adds up what the rules make of it.
+
+    leaves: outputs of the embeddings, where the backward ends. rows: the samples whose output layer is being run.
+    """
+
+    def __init__(self, norms: GradientNorms, batch: MicroBatch) -> None:
+        self.leaves: list[torch.Tensor] = []
+        self.rows = slice(None)
+        self._coverage = norms.coverage
+        self._shape = tuple(batch.token_ids.shape)
+        self._token_ids = batch.token_ids
+        self._embeddings = [module for module in norms.model.modules() if isinstance(module, torch.nn.Embedding)]
+        names = {id(parameter): name for name, parameter in norms.model.named_parameters()}
+        self._names = {
+            id(module): {local: names[id(parameter)] for local, parameter in module.named_parameters(recurse=False)}
+            for _, module in self._coverage.layers
+        }
+        selected = norms.parameters.keys() - set(norms.coverage.slow)
+        self.squares = {
+            name: torch.zeros(len(batch.token_ids), dtype=torch.float64, device=batch.token_ids.device)
+            for name in selected
+        }
+        self._grams = GramCache()
+        # of a tied output layer: samples, its inputs h_s, and the gradients at the logits of the samples' own tokens
+        self._heads: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        hooks = [module.register_forward_hook(self._leaf) for module in self._embeddings]
+        hooks += [
+            module.register_forward_hook(self._tap, with_kwargs=True) for _, module in self._coverage.layers
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _leaf(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        self.leaves.append(output.detach().requires_grad_())
+        return self.leaves[-1]
+
+    def _tap(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        # learned positions may be given by name, beside a mask
+        layer_input = kwargs["position_ids"] if kwargs.get("position_ids") is not None else args[0]
+        tapped: torch.Tensor = _Tap.apply(output, layer_input, module, self)
+        return tapped
+
+    def measure(self, module: torch.nn.Module, layer_input: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add this layer's parameters' shares; `gradient` is that at its output."""
+        names = self._names[id(module)]
+        rule = rule_of(module)
+        assert rule is not None
+        rows = self._shape[0] if self.rows == slice(None) else len(range(*self.rows.indices(self._shape[0])))
+        gradient = by_sample(gradient, rows, self._shape[1])
+        layer_input = by_sample(
+            layer_input if layer_input.is_floating_point() else layer_input[..., None], rows, self._shape[1]
+        )
+        for local, square in rule(module, layer_input, gradient, self._grams).items():
+            if (name := names[local]) in self.squares:
+                self.squares[name][self.rows] += square
+        if names.get("weight") in self._coverage.tied:
+            self._tie(module, names["weight"], layer_input, gradient)
+
+    def _tie(self, module: torch.nn.Module, name: str, layer_input: torch.Tensor, gradient: torch.Tensor) -> None:
+        """2 <g_embed, g_head>: the head's part is kept until the embedding's backward, which comes last."""
+        if isinstance(module, torch.nn.Embedding):
+            for rows, hidden, own in self._heads:
+                self.squares[name][rows] += 2 * embedding_overlap(module, gradient[rows], hidden, own)
+            self._heads.clear()
+        else:
+            tokens = self._token_ids[self.rows, None, :].expand(-1, gradient.shape[1], -1)
+            self._heads.append((self.rows, layer_input, gradient.gather(2, tokens)))
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a layer's output, whose backward shows the layer's input and the gradient to `_Taps.measure`.
+
+    The input is kept as autograd keeps its own tensors, so that checkpointing recomputes it and memory is shared.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, output: torch.Tensor, layer_input: torch.Tensor, module: torch.nn.Module, taps: _Taps
+    ) -> torch.Tensor:
+        ctx.save_for_backward(layer_input)
+        ctx.module, ctx.taps = module, taps
+        return output.view_as(output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # noqa: D102
+        (layer_input,) = ctx.saved_tensors
+        ctx.taps.measure(ctx.module, layer_input, gradient)
+        return gradient, None, None, None
+
+
+def _slope(values: torch.Tensor, scored: torch.Tensor, of_log_prob: bool) -> torch.Tensor:
+    """d objective / d log(-P_t), of the sum over scored t of log(-P_t), or of P_t = -exp(log(-P_t))."""
+    return torch.where(scored, -values.detach().exp() if of_log_prob else 1.0, 0.0)
+
+
+def _recomputed(forward: Any) -> Any:
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)

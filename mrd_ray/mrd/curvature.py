@@ -1,0 +1,95 @@
+"""mu = E Delta, second order in sigma, from the curvature of the likelihood (Theorem 3.2 of arXiv 2504.06658).
+
+    E Delta -> -(sigma^2 / 2) sum_t Tr(H_t) / P_t,  with H_t the Hessian of P_t at theta
+
+Hutchinson's estimate of a trace is the mean of v^T H v over random probes v with E v v^T = I. Here v = sign(z), z the
+noise of a draw: signs have less variance than normals, and none from the diagonal. v^T H_t v is the second derivative
+of P_t(theta + eps v) in eps, the product of v with the Hessian-vector product H_t v; two nested forward-mode derivatives
+give it for every token of a batch at once, and no Hessian-vector product is stored.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from mrd_ray.mrd.likelihood import MicroBatch, log_neg_log_prob
+from mrd_ray.mrd.noise import standard_normal
+
+
+class TraceEstimator:
+    """Draws probes of mu / sigma^2 for every sample of a batch, at the model's present weights.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        selected: the parameters theta, by name; all if None.
+    """
+
+    def __init__(self, model: PreTrainedModel, selected: Collection[str] | None = None) -> None:
+        self.model = model
+        self._theta = {
+            name: parameter.detach()
+            for name, parameter in model.named_parameters()
+            if selected is None or name in selected
+        }
+
+    def probe(self, batch: MicroBatch, seed: int) -> torch.Tensor:
+        """One probe: float64 [B], with mean mu / sigma^2 = -1/2 sum_t Tr(H_t) / P_t over seeds."""
+        direction = {
+            name: standard_normal(seed, name, 0, tensor.numel()).sign_().view_as(tensor).to(tensor)
+            for name, tensor in self._theta.items()
+        }
+        targets = batch.token_ids[:, 1:, None]
+
+        def margins(eps: torch.Tensor) -> torch.Tensor:
+            moved = {name: tensor + eps * direction[name] for name, tensor in self._theta.items()}
+            inputs = {"input_ids": batch.token_ids, "use_cache": False}
+            output = torch.func.functional_call(self.model, moved, kwargs=inputs, tie_weights=True)
+            logits = output.logits[:, :-1].double()
+            return logits.scatter(2, targets, -torch.inf).logsumexp(2) - logits.gather(2, targets)[..., 0]
+
+        def slope(eps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.func.jvp(margins, (eps,), (torch.ones_like(eps),))
+
+        zero = torch.zeros((), dtype=self.model.dtype, device=batch.token_ids.device)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable():
+            (a, first), (_, second) = torch.func.jvp(slope, (zero,), (torch.ones_like(zero),))
+        # P = -softplus(a):  (d^2 P / d eps^2) / P = c (a'' + (1 - s) a'^2), with s = sigmoid(a), c = s / softplus(a)
+        return torch.where(batch.scored, -0.5 * relative_curvature(a, first, second), 0.0).sum(1)
+
+
+class _TwiceDifferentiable(TorchFunctionMode):
+    """Spells out the functions that torch 2.13 cannot differentiate twice in forward mode.
+
+    It refuses silu, and gives layer_norm a wrong second derivative: its mean and variance count as constants there.
+    """
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.silu:
+            return args[0] * torch.sigmoid(args[0])
+        if func is torch.nn.functional.layer_norm:
+            return _layer_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    x: torch.Tensor,
+    normalized_shape: list[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    dims = list(range(-len(normalized_shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def relative_curvature(a: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """(d^2 P / d eps^2) / P of P = -softplus(a), from a and its first and second derivative: float64 [...]."""
+    slope = (torch.nn.functional.logsigmoid(a) - log_neg_log_prob(a)).exp()
+    return slope * (second + torch.sigmoid(-a) * first.square())

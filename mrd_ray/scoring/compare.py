@@ -1,0 +1,144 @@
+"""`mrd-ray compare`: how far two score tables agree on the same samples."""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import matplotlib.figure
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import scipy.stats
+
+from mrd_ray.config import CompareConfig
+from mrd_ray.errors import UserError
+
+_SHOWN = 10
+_STANDARD_ERRORS = 3.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Agreement of two runs over the samples that both have a score for.
+
+    compared: how many. only_a, only_b: samples with a score in one run alone. spearman, kendall: rank correlations (tau-b).
+    median_ratio: of b to a. apart: share of samples whose scores differ by more than three standard errors of the
+    difference; None if neither run has standard errors. rows: the samples, those most apart first, each with sample_id,
+    a, b, a_se, b_se, z (the difference in standard errors, or its relative size where there are none) and text.
+    """
+
+    compared: int
+    only_a: int
+    only_b: int
+    spearman: float
+    kendall: float
+    median_ratio: float
+    apart: float | None
+    rows: list[dict[str, Any]]
+    settings: tuple[str, str]
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """Compare two runs. Raises UserError if they are not of the same samples, or share fewer than three scores."""
+    tables = [_scores(run) for run in (config.run_a, config.run_b)]
+    ids = [table["sample_id"].to_pylist() for table in tables]
+    if ids[0] != ids[1]:
+        differing = sorted(set(ids[0]) ^ set(ids[1]))
+        raise UserError(
+            f"{config.run_a} and {config.run_b} are not of the same samples: {len(differing)} id(s) stand in one alone, "
+            f"first {differing[0]!r}. Score the same data, with data.id if need be"
+        )
+    texts = [_texts(run) for run in (config.run_a, config.run_b)]
+    if texts[0] and texts[1] and (changed := [i for i in ids[0] if texts[0].get(i) != texts[1].get(i)]):
+        raise UserError(
+            f"{config.run_a} and {config.run_b} are not of the same samples: {len(changed)} of them, first "
+            f"{changed[0]!r}, read differently there. Score the same data with the same data.template"
+        )
+    a, b = (table["mrd"].to_numpy().astype(float) for table in tables)
+    se = [table["mrd_se"].to_numpy().astype(float) for table in tables]
+    both = np.isfinite(a) & np.isfinite(b)
+    if both.sum() < 3:
+        raise UserError(f"{config.run_a} and {config.run_b} share {both.sum()} scores; expected at least 3 to compare")
+    noise = np.sqrt(np.nan_to_num(se[0]) ** 2 + np.nan_to_num(se[1]) ** 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = np.where(noise > 0, (b - a) / noise, np.where(a == b, 0.0, (b - a) / a))
+    rows = [
+        {"sample_id": ids[0][i], "a": a[i], "b": b[i], "a_se": se[0][i], "b_se": se[1][i], "z": z[i],
+         "text": texts[0].get(ids[0][i])}
+        for i in sorted(np.flatnonzero(both), key=lambda i: -abs(z[i]))
+    ]  # fmt: skip
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = float(np.nanmedian(b[both] / a[both]))
+    return Comparison(
+        compared=int(both.sum()),
+        only_a=int((np.isfinite(a) & ~both).sum()),
+        only_b=int((np.isfinite(b) & ~both).sum()),
+        spearman=float(scipy.stats.spearmanr(a[both], b[both]).statistic),
+        kendall=float(scipy.stats.kendalltau(a[both], b[both]).statistic),
+        median_ratio=ratio,
+        apart=float((np.abs(z[both]) > _STANDARD_ERRORS).mean()) if (noise[both] > 0).all() else None,
+        rows=rows,
+        settings=(_settings(tables[0]), _settings(tables[1])),
+    )
+
+
+def _scores(run: str) -> pa.Table:
+    path = run if run.endswith(".parquet") else f"{run.rstrip('/')}/scores.parquet"
+    try:
+        with fsspec.open(path, "rb") as file:
+            table = pq.read_table(file)
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{path}: cannot read it as a table of scores: {problem}") from None
+    if absent := {"sample_id", "mrd", "mrd_se"} - set(table.column_names):
+        raise UserError(f"{path}: not a table of scores; it has no column {', '.join(sorted(absent))}")
+    return table.sort_by("sample_id")
+
+
+def _texts(run: str) -> dict[str, str]:
+    """Text by sample_id, empty where a bare table was given."""
+    if run.endswith(".parquet"):
+        return {}
+    try:
+        with fsspec.open(f"{run.rstrip('/')}/samples.parquet", "rb") as file:
+            table = pq.read_table(file, columns=["sample_id", "text"])
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{run}: cannot read its samples.parquet: {problem}") from None
+    return dict(zip(table["sample_id"].to_pylist(), table["text"].to_pylist(), strict=True))
+
+
+def _settings(table: pa.Table) -> str:
+    scored = table.filter(pc.is_valid(table["mrd"]))
+    row = scored.slice(0, 1).to_pylist()[0] if len(scored) else {}
+    draws = scored["num_draws"].to_pylist() if "num_draws" in table.column_names else []
+    span = "" if not draws or not max(draws) else f", {min(draws)} to {max(draws)} draws"
+    return f"{row.get('estimator')}, sigma {row.get('sigma', float('nan')):g}{span}"
+
+
+def figure(found: Comparison, config: CompareConfig) -> bytes:
+    """Scatter of b against a with standard errors, as PNG; samples over three standard errors apart in another colour."""
+    page = matplotlib.figure.Figure(figsize=(7, 7), layout="constrained")
+    axis = page.add_subplot()
+    a, b, a_se, b_se, z = (
+        np.array([row[name] for row in found.rows], float) for name in ("a", "b", "a_se", "b_se", "z")
+    )
+    apart = np.abs(z) > _STANDARD_ERRORS if found.apart is not None else np.zeros(len(a), bool)
+    for mask, colour, label in (
+        (~apart, "#4878a8", f"{(~apart).sum()} samples"),
+        (apart, "#c44e52", f"{apart.sum()} over {_STANDARD_ERRORS:g} standard errors apart"),
+    ):
+        if mask.any():
+            bars = {"xerr": np.nan_to_num(a_se[mask]), "yerr": np.nan_to_num(b_se[mask])}
+            axis.errorbar(a[mask], b[mask], **bars, fmt=".", color=colour, ecolor=colour, alpha=0.6, label=label)
+    if (np.concatenate([a, b]) > 0).all():
+        axis.set(xscale="log", yscale="log")
+    ends = [min(a.min(), b.min()), max(a.max(), b.max())]
+    axis.plot(ends, ends, color="grey", linewidth=0.8, label="equal")
+    axis.set_xlabel(f"MRD in {config.run_a}\n{found.settings[0]}")
+    axis.set_ylabel(f"MRD in {config.run_b}\n{found.settings[1]}")
+    axis.set_title(f"Spearman {found.spearman:.3f}, Kendall {found.kendall:.3f}, median ratio {found.median_ratio:.3g}")
+    axis.legend()
+    content = io.BytesIO()
+    page.savefig(content, format="png", dpi=110)
+    return content.getvalue()

@@ -1,0 +1,208 @@
+"""From samples and draws to what a unit's result holds, one class per estimator; each owns its replica's memory."""
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from mrd_ray import models
+from mrd_ray.config import ScoringConfig
+from mrd_ray.errors import UserError
+from mrd_ray.mrd.autograd_check import disagreements
+from mrd_ray.mrd.closed_form import GradientNorms
+from mrd_ray.mrd.curvature import TraceEstimator
+from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures, sum_log_probs
+from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
+from mrd_ray.mrd.perturb import Replica
+from mrd_ray.mrd.precision import examine
+
+Sample = dict[str, Any]  # of actor.SAMPLE
+Result = dict[str, Any]  # of actor.RESULT
+T = TypeVar("T")
+
+_TOO_LARGE = "does not fit in the device's memory beside the model; shorten it or set data.truncate"
+
+
+class MonteCarlo:
+    """Algorithm 1: moments of Delta over draws.
+
+    Args:
+        trial: a few samples to try sigma on, before any other is scored.
+
+    Raises:
+        UserError: the model's precision cannot carry sigma.
+    """
+
+    def __init__(self, model: PreTrainedModel, scoring: ScoringConfig, trial: Sequence[Sample]) -> None:
+        self._scoring = scoring
+        self._device = model.device
+        self._likelihood = Likelihood(model)
+        self._replica = Replica(model, models.select(dict(model.named_parameters()), scoring.parameters))
+        self._block: _Block | None = None
+        precision = examine(self._replica, self._likelihood, _collate(trial, self._device), scoring.sigma, scoring.seed)
+        self.precision = asdict(precision) | {"sufficient": precision.sufficient}
+        if not precision.sufficient and not scoring.allow_low_precision:
+            raise UserError(
+                f"scoring.sigma: {scoring.sigma:g} in {str(model.dtype).removeprefix('torch.')} would give rounding "
+                f"noise for scores: {precision.share_moved:.1%} of the weights move, by what has a cosine of "
+                f"{precision.cosine:.3f} with the noise, and rounding in the forward is {precision.noise_floor:.2g} of "
+                f"the signal. {_way_out(model.dtype, precision.sigma_needed(scoring.sigma))}, or "
+                "scoring.allow_low_precision to go on with marked scores"
+            )
+
+    def __call__(self, samples: Sequence[Sample], draws: range) -> list[Result]:
+        """Results of these samples for these draws."""
+        block = self._block_of(samples)
+        scoring = self._scoring
+        deltas = draw_deltas(
+            self._replica, self._likelihood, [part.batch for part in block.parts], [part.theta for part in block.parts],
+            scoring.sigma, scoring.seed, draws, scoring.antithetic,
+        )  # fmt: skip
+        found = list(block.too_large)
+        for part, of_part in zip(block.parts, deltas, strict=True):
+            log_probs = sum_log_probs(part.theta, part.batch.scored).tolist()
+            for i, (sample_id, log_prob) in enumerate(zip(part.sample_ids, log_probs, strict=True)):
+                result = _result(sample_id, log_prob, part.measures, i)
+                found.append(result | _of_draws(of_part[i].tolist(), draws, result))
+        return found
+
+    def _block_of(self, samples: Sequence[Sample]) -> "_Block":
+        """The samples at theta; kept from the last unit if that had the same ones, since theta does not change."""
+        sample_ids = [sample["sample_id"] for sample in samples]
+        if self._block is None or self._block.sample_ids != sample_ids:
+            self._replica.restore()
+            block = _Block(sample_ids, [], [])
+            for members, found in _fitting(samples, self._device, self._at_theta):
+                if found is None:
+                    block.too_large.append({"sample_id": members[0]["sample_id"], "error": _TOO_LARGE})
+                else:
+                    block.parts.append(found)
+            self._block = block
+        return self._block
+
+    def _at_theta(self, members: Sequence[Sample], batch: MicroBatch) -> "_Part":
+        measures = TokenMeasures(batch) if self._scoring.measures else None
+        theta = self._likelihood.log_neg_log_probs(batch, measures)
+        means = {} if measures is None else measures.means()
+        return _Part([sample["sample_id"] for sample in members], batch, theta, means)
+
+
+class ClosedForm:
+    """Exact gradient norms, and probes of the curvature on request.
+
+    Raises:
+        UserError: parameters that no rule covers, or a rule that this model does not keep.
+    """
+
+    precision = None
+
+    def __init__(self, model: PreTrainedModel, scoring: ScoringConfig, trial: Sequence[Sample]) -> None:
+        self._scoring = scoring
+        self._device = model.device
+        selected = models.select(dict(model.named_parameters()), scoring.parameters)
+        self._norms = GradientNorms(model, selected, scoring.gradient_checkpointing)
+        if wrong := disagreements(self._norms):
+            raise UserError(
+                f"scoring.estimator: closed_form does not agree with autograd on this model, in {len(wrong)} of "
+                f"{len(selected)} parameters, first {wrong[0]}; use monte_carlo, and report the model"
+            )
+        self._traces = TraceEstimator(model, selected) if scoring.curvature_probes else None
+
+    def __call__(self, samples: Sequence[Sample], draws: range) -> list[Result]:
+        """Results of these samples; the closed form has no draws."""
+        found: list[Result] = []
+        for members, results in _fitting(samples, self._device, self._score):
+            found += results or [{"sample_id": members[0]["sample_id"], "error": _TOO_LARGE}]
+        return found
+
+    def _score(self, members: Sequence[Sample], batch: MicroBatch) -> list[Result]:
+        measures = TokenMeasures(batch) if self._scoring.measures else None
+        theta, squares = self._norms(batch, measures)
+        measured = {} if measures is None else measures.means()
+        if "log_prob_gradient_norm" in self._scoring.measures:
+            measured["log_prob_gradient_norm"] = self._norms(batch, of_log_prob=True)[1].sqrt().tolist()
+        log_probs, norms = sum_log_probs(theta, batch.scored).tolist(), squares.sqrt().tolist()
+        traces = range(self._scoring.curvature_probes)
+        probes = [self._traces.probe(batch, draw_seed(self._scoring.seed, k)).tolist() for k in traces]  # type: ignore[union-attr]
+        results = []
+        for i, sample in enumerate(members):
+            result = _result(sample["sample_id"], log_probs[i], measured, i)
+            own = [probe[i] for probe in probes]
+            if result["error"] is None and not all(map(math.isfinite, [norms[i], *own])):
+                result["error"] = "its gradient or curvature is not finite"
+            results.append(result | {"num_draws": len(own), "gradient_norm": norms[i], "probes": own})
+        return results
+
+
+class _Part(NamedTuple):
+    """Samples of one forward, at theta (see `draw_deltas`)."""
+
+    sample_ids: list[str]
+    batch: MicroBatch
+    theta: torch.Tensor
+    measures: dict[str, list[float]]
+
+
+@dataclass
+class _Block:
+    """A unit's samples: those that fit, and results of those that do not."""
+
+    sample_ids: list[str]
+    parts: list[_Part]
+    too_large: list[Result]
+
+
+def _result(sample_id: str, log_prob: float, measures: dict[str, list[float]], i: int) -> Result:
+    error = None if math.isfinite(log_prob) else "its log-probability is not finite under the model as it is"
+    own = {name: values[i] for name, values in measures.items()}
+    return {"sample_id": sample_id, "log_prob": log_prob, "error": error, "measures": own}
+
+
+def _of_draws(deltas: list[list[float]], draws: range, result: Result) -> Result:
+    broken = [k for k, pair in zip(draws, deltas, strict=True) if not all(map(math.isfinite, pair))]
+    error = result["error"]
+    if error is None and broken:
+        error = f"its relative change is not finite in {len(broken)} draw(s), the first {broken[0]}: sigma too large?"
+    return {"error": error} | vars(Moments.of(deltas))
+
+
+def _collate(members: Sequence[Sample], device: torch.device) -> MicroBatch:
+    return MicroBatch.collate([s["token_ids"] for s in members], [s["scored"] for s in members], device)
+
+
+def _fitting(
+    samples: Sequence[Sample], device: torch.device, compute: Callable[[Sequence[Sample], MicroBatch], T]
+) -> Iterator[tuple[Sequence[Sample], T | None]]:
+    """Apply `compute` to each micro-batch, halved until the device holds it; None for a sample too large alone."""
+    for _, group in itertools.groupby(samples, key=operator.itemgetter("micro_batch")):
+        waiting = [list(group)]
+        while waiting:
+            members = waiting.pop()
+            found = None
+            try:
+                found = compute(members, _collate(members, device))
+            except RuntimeError as problem:
+                if not _out_of_memory(problem):
+                    raise
+            if found is None and device.type == "cuda":
+                torch.cuda.empty_cache()  # here, since the exception held the failed forward's tensors
+            if found is None and len(members) > 1:
+                middle = len(members) // 2
+                waiting += [members[middle:], members[:middle]]
+            else:
+                yield members, found
+
+
+def _out_of_memory(problem: RuntimeError) -> bool:
+    return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem)
+
+
+def _way_out(dtype: torch.dtype, sigma: float) -> str:
+    if dtype == torch.bfloat16:
+        return "Use model.dtype: float32, or scoring.estimator: closed_form, which bfloat16 serves"
+    return f"Use scoring.sigma: {sigma:g}, or scoring.estimator: closed_form, which rounding does not touch"

@@ -1,0 +1,53 @@
+"""Small random models of every architecture that the closed form knows, and samples to score with them."""
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from mrd_ray.mrd.likelihood import MicroBatch
+
+SHAPE = {
+    "vocab_size": 61, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+GROUPED = SHAPE | {"num_key_value_heads": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**GROUPED, attention_bias=True),
+    "llama-tied": LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "mistral": MistralConfig(**GROUPED, sliding_window=4),
+    "qwen2": Qwen2Config(**GROUPED, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=6),
+    "gemma2": Gemma2Config(**GROUPED, head_dim=6, sliding_window=4, query_pre_attn_scalar=6),
+    "gemma3": Gemma3TextConfig(**GROUPED, head_dim=6, sliding_window=4, query_pre_attn_scalar=6, pad_token_id=0),
+    "phi3": Phi3Config(**GROUPED, pad_token_id=0),
+    "gpt2": GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=64, n_inner=48),
+    "gpt-neox": GPTNeoXConfig(**SHAPE),
+    "opt": OPTConfig(**{k: v for k, v in SHAPE.items() if k != "intermediate_size"}, ffn_dim=48, word_embed_proj_dim=16),
+}  # fmt: skip
+SAMPLES = [[3, 5, 9, 3, 22, 17, 40, 8], [4, 33, 2], [7, 7], [9, 60, 59, 3, 3, 3, 12, 14, 50, 20, 31, 44]]
+SCORED = [[False] * 4 + [True] * 4, *([True] * len(sample) for sample in SAMPLES[1:])]
+
+
+def model_of(name: str, dtype=torch.float64) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms away from 0 and 1
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def batch_of(samples=SAMPLES, scored=None) -> MicroBatch:
+    scored = scored or [[True] * len(sample) for sample in samples]
+    return MicroBatch.collate(samples, scored, torch.device("cpu"))

@@ -1,0 +1,223 @@
+"""Per-sample gradient norms of every supported architecture against autograd, one sample at a time."""
+
+import copy
+import math
+
+import peft
+import pytest
+import torch
+from architectures import CONFIGS, GROUPED, SAMPLES, SCORED, batch_of, model_of
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from mrd_ray.mrd.autograd_check import disagreements
+from mrd_ray.mrd.closed_form import GradientNorms, coverage
+from mrd_ray.mrd.likelihood import Likelihood, TokenMeasures
+
+LONG = [[(7 * i * i + 3 * i) % 60 + 1 for i in range(40)], [(5 * i) % 60 + 1 for i in range(33)]]
+
+
+def lora_of(model: torch.nn.Module) -> torch.nn.Module:
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.1))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+def reference(model, sample, scored, selected=None, of_log_prob=False) -> dict[str, float]:
+    """|gradient|^2 by name, the likelihood written out token by token in float64."""
+    model = copy.deepcopy(model).double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # torch leaves the padding row's gradient out; noise does not leave out the row
+    model.requires_grad_(True)
+    logits = model(torch.tensor([sample])).logits[0]
+    total = 0.0
+    for t in range(1, len(sample)):
+        if scored[t]:
+            others = logits[t - 1][torch.arange(61) != sample[t]]
+            a = others.logsumexp(0) - logits[t - 1, sample[t]]
+            total = total + (-(a.exp().log1p()) if of_log_prob else a.exp().log1p().log())
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    return {
+        name: 0.0 if gradient is None else float(gradient.square().sum())
+        for name, gradient in zip(names, gradients, strict=True)
+        if selected is None or name in selected
+    }
+
+
+def check(model, norms=None, samples=SAMPLES, scored=SCORED, tolerance=1e-5, **options):
+    norms = norms or GradientNorms(model)
+    theta, squares = norms.by_parameter(batch_of(samples, scored), **options)
+    for i, (sample, flags) in enumerate(zip(samples, scored, strict=True)):
+        expected = reference(model, sample, flags, squares.keys(), **options)
+        total = sum(expected.values())
+        for name, square in expected.items():
+            assert float(squares[name][i]) == pytest.approx(square, rel=1e-4, abs=tolerance * total), name
+        norm = math.sqrt(sum(float(square[i]) for square in squares.values()))
+        assert norm == pytest.approx(math.sqrt(total), rel=tolerance)
+    expected_theta = Likelihood(model).log_neg_log_probs(batch_of(samples, scored))
+    mask = batch_of(samples, scored).scored
+    torch.testing.assert_close(theta[mask], expected_theta[mask], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture(name):
+    model = model_of(name)
+    norms = GradientNorms(model)
+    assert norms.coverage.slow == []
+    assert disagreements(norms) == []
+    check(model, norms)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma2", "gpt2", "opt"])
+def test_float32_long_samples_and_checkpointing(name):
+    """Long enough that some layers take the direct product; the squares agree with autograd all the same."""
+    model = model_of(name, torch.float32)
+    flags = [[True] * len(sample) for sample in LONG]
+    check(model, samples=LONG, scored=flags)
+    check(model, GradientNorms(model, checkpointing=True), samples=LONG, scored=flags)
+
+
+@pytest.mark.parametrize("budget", [1, 700, 1 << 25])
+def test_output_layer_in_groups_of_samples(budget, monkeypatch):
+    monkeypatch.setattr("mrd_ray.mrd.closed_form.LOGITS", budget)
+    check(model_of("llama-tied"))
+
+
+def test_lora_and_its_factors_alone():
+    model = lora_of(model_of("llama"))
+    norms = GradientNorms(model)
+    assert norms.coverage.slow == []
+    assert disagreements(norms) == []
+    check(model, norms)
+    factors = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert len(factors) == 8
+    check(model, GradientNorms(model, factors))
+
+
+def test_selected_parameters_count_alone():
+    model = model_of("llama-tied")
+    selected = ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    norms = GradientNorms(model, selected)
+    assert norms.by_parameter(batch_of())[1].keys() == set(selected)
+    check(model, norms)
+
+
+def test_padding_row_counts_where_it_is_looked_up():
+    samples = [[3, 0, 0, 5, 9], [0, 8, 0]]
+    check(model_of("gemma3"), samples=samples, scored=[[True] * 5, [True] * 3])
+
+
+def test_gradient_of_the_log_likelihood():
+    check(model_of("qwen2"), of_log_prob=True)
+
+
+def test_one_by_one_equals_batched():
+    norms = GradientNorms(model_of("qwen3"))
+    _, together = norms(batch_of())
+    alone = [norms(batch_of([sample]))[1] for sample in SAMPLES]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-7, atol=0)
+
+
+def test_memorised_samples_are_finite_and_right():
+    """Probability 1 to float32 rounding: the textbook P_t is exactly zero there, and so would be its gradient."""
+    model = model_of("llama", torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(250):
+        for sample in SAMPLES:
+            tokens = torch.tensor([sample])
+            model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(8)
+    p = model(torch.tensor([SAMPLES[3]])).logits[0, :-1].log_softmax(-1)[range(11), SAMPLES[3][1:]]
+    assert int((p == 0).sum()) >= 5
+    flags = [[True] * len(sample) for sample in SAMPLES]
+    _, squares = GradientNorms(model)(batch_of())
+    expected = [math.sqrt(sum(reference(model, *sample).values())) for sample in zip(SAMPLES, flags, strict=True)]
+    assert torch.isfinite(squares).all()
+    torch.testing.assert_close(squares.sqrt(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def test_bfloat16_is_close_to_float32():
+    model = model_of("llama-tied", torch.float32)
+    _, exact = GradientNorms(model)(batch_of())
+    rounded = GradientNorms(model.to(torch.bfloat16))
+    assert disagreements(rounded) == []
+    torch.testing.assert_close(rounded(batch_of())[1].sqrt(), exact.sqrt(), rtol=0.05, atol=0)
+
+
+def test_the_model_is_left_as_it_was():
+    model = model_of("gpt2")
+    frozen = model.transformer.wpe.weight.requires_grad_(False)
+    kept = torch.ones_like(model.transformer.wte.weight)
+    model.transformer.wte.weight.grad = kept
+    forwards = [module.forward for module in model.modules()]
+    norms = GradientNorms(model, checkpointing=True)
+    norms(batch_of())
+    assert disagreements(norms) == []
+    assert model.transformer.wte.weight.grad is kept
+    assert [p is frozen for p in model.parameters() if not p.requires_grad] == [True]
+    assert all(p.grad is None for p in model.parameters() if p is not model.transformer.wte.weight)
+    assert [module.forward for module in model.modules()] == forwards
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def mixture() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = MixtralConfig(**GROUPED, num_local_experts=3, num_experts_per_tok=2)
+    return AutoModelForCausalLM.from_config(config, experts_implementation="eager").double().eval()
+
+
+def test_uncovered_parameters_are_found_without_weights_and_computed_by_autograd():
+    model = mixture()
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(model.config)
+    slow = coverage(skeleton, dict(skeleton.named_parameters())).slow
+    assert len(slow) == 2 * 3  # two layers of experts' gate_up_proj and down_proj, and the router
+    assert all("experts" in name or "gate" in name for name in slow)
+    norms = GradientNorms(model)
+    assert norms.coverage.slow == slow
+    assert disagreements(norms) == []
+    check(model, norms)
+
+
+class Doubled(torch.nn.Linear):
+    """Looks like a linear layer, but is not one."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_layer_that_breaks_its_rule_is_noticed():
+    model = model_of("llama")
+    projection = model.model.layers[1].mlp.up_proj
+    projection.__class__ = Doubled
+    assert disagreements(GradientNorms(model)) == ["model.layers.1.mlp.up_proj.weight"]
+
+
+def test_a_layer_called_twice_is_noticed():
+    model = model_of("llama")
+    model.model.layers[1] = model.model.layers[0]
+    assert disagreements(GradientNorms(model)) != []
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_token_measures(name):
+    model = model_of(name)
+    batch = batch_of(SAMPLES, SCORED)
+    seen = [TokenMeasures(batch), TokenMeasures(batch)]
+    Likelihood(model).log_neg_log_probs(batch, seen[0])
+    GradientNorms(model)(batch, seen[1])
+    for i, (sample, flags) in enumerate(zip(SAMPLES, SCORED, strict=True)):
+        logits = model(torch.tensor([sample])).logits.detach()
+        log_p = logits[0, :-1].log_softmax(-1)[torch.tensor(flags[1:])]
+        targets = torch.tensor(sample[1:])[torch.tensor(flags[1:])]
+        for measures in seen:
+            means = measures.means()
+            assert means["entropy"][i] == pytest.approx(float(-(log_p.exp() * log_p).sum(1).mean()), rel=1e-6)
+            assert means["memorization_accuracy"][i] == float((log_p.argmax(1) == targets).double().mean())

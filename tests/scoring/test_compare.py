@@ -1,0 +1,75 @@
+"""Agreement of score tables against scipy, and refusals."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scipy import stats
+
+from mrd_ray import CompareConfig, UserError, compare
+from mrd_ray.cli import main
+
+IDS = [f"s{i:03d}" for i in range(60)]
+
+
+def write(path, mrd, se=None, ids=IDS, texts=None):
+    path.mkdir()
+    columns = {"sample_id": ids, "mrd": mrd, "mrd_se": [None] * len(ids) if se is None else se}
+    rows = columns | {"estimator": ["monte_carlo"] * len(ids), "sigma": [1e-5] * len(ids), "num_draws": [200] * len(ids)}
+    pq.write_table(pa.table(rows), path / "scores.parquet")
+    pq.write_table(pa.table({"sample_id": ids, "text": texts or [f"text of {i}" for i in ids]}), path / "samples.parquet")
+    return str(path)
+
+
+def test_figures_are_scipys(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    a = generator.uniform(1, 2, 60)
+    b = a * 1.1 + generator.normal(0, 0.05, 60)
+    b[7] = 5.0
+    run_a = write(tmp_path / "a", a.tolist(), [0.05] * 60)
+    run_b = write(tmp_path / "b", [*b[:-1].tolist(), None], [0.0] * 60)
+    config = CompareConfig(run_a=run_a, run_b=run_b, out=str(tmp_path / "scatter.png"))
+    found = compare(config)
+    a, b = a[:-1], b[:-1]
+    assert (found.compared, found.only_a, found.only_b) == (59, 1, 0)
+    assert found.spearman == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert found.kendall == pytest.approx(stats.kendalltau(a, b).statistic)
+    assert found.median_ratio == pytest.approx(np.median(b / a))
+    assert found.apart == pytest.approx((np.abs(b - a) > 0.15).mean())
+    assert found.rows[0]["sample_id"] == "s007"
+    assert found.rows[0]["z"] == pytest.approx((5 - a[7]) / 0.05)
+    assert main(["compare", run_a, run_b, "--out", config.out]) == 0
+    printed = capsys.readouterr().out
+    assert "text of s007" in printed
+    assert f"{found.spearman:.4f}" in printed
+    assert (tmp_path / "scatter.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_exact_scores_have_no_standard_errors_to_go_by(tmp_path):
+    runs = [write(tmp_path / name, (np.arange(60) + step).tolist(), [0.0] * 60) for name, step in (("a", 1), ("b", 2))]
+    found = compare(CompareConfig(run_a=runs[0], run_b=f"{runs[1]}/scores.parquet"))
+    assert found.apart is None
+    assert found.spearman == pytest.approx(1)
+    assert found.rows[0]["sample_id"] == "s000"  # 1 against 2, the largest relative difference
+
+
+def test_other_samples_are_refused(tmp_path):
+    scores = list(np.arange(60.0))
+    a = write(tmp_path / "a", scores)
+    other_ids = write(tmp_path / "b", scores, ids=["x", *IDS[1:]])
+    with pytest.raises(UserError, match="2 id\\(s\\) stand in one alone, first 's000'"):
+        compare(CompareConfig(run_a=a, run_b=other_ids))
+    other_text = write(tmp_path / "c", scores, texts=["changed", *(f"text of {i}" for i in IDS[1:])])
+    with pytest.raises(UserError, match="'s000', read differently"):
+        compare(CompareConfig(run_a=a, run_b=other_text))
+
+
+def test_what_is_no_table_of_scores_is_refused(tmp_path):
+    a = write(tmp_path / "a", list(np.arange(60.0)))
+    with pytest.raises(UserError, match="nowhere/scores.parquet"):
+        compare(CompareConfig(run_a=a, run_b=str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match="no column mrd, mrd_se"):
+        compare(CompareConfig(run_a=a, run_b=f"{a}/samples.parquet"))
+    empty = write(tmp_path / "empty", [None] * 60)
+    with pytest.raises(UserError, match="at least 3"):
+        compare(CompareConfig(run_a=a, run_b=empty))
