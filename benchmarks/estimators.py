@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import matplotlib.figure
 import numpy as np
@@ -20,6 +21,7 @@ from common import Batches, Raw, machine, resident, stopwatch
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from mrd_ray import ScoreConfig
 from mrd_ray.mrd.closed_form import GradientNorms
@@ -76,12 +78,13 @@ def main(
     console.print(f"Timings and configuration: {file}\nError against time: {file.with_suffix('.png')}", soft_wrap=True)
 
 
-def ways(model: torch.nn.Module) -> dict[str, Callable[[MicroBatch], torch.Tensor | None]]:
+def ways(model: PreTrainedModel) -> dict[str, Callable[[MicroBatch], torch.Tensor | None]]:
     """The three passes over a batch; the closed form's gives per-sample squared norms."""
     norms = GradientNorms(model)
 
     def plain(batch: MicroBatch) -> torch.Tensor:
-        embedded = model.get_input_embeddings()(batch.token_ids).detach().requires_grad_()
+        embedding: Any = model.get_input_embeddings()
+        embedded = embedding(batch.token_ids).detach().requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(logits.mT, batch.token_ids[:, 1:], reduction="none")
         (losses * batch.scored).sum().backward()
@@ -167,10 +170,13 @@ def summary(raw: Raw) -> list[tuple[str, float, float | None, str]]:
     drawn = raw["theta seconds"] + PAPER_DRAWS * median(raw["draw seconds"])
     detail = f"K = {PAPER_DRAWS} at {median(raw['draw seconds']):.3g} s a draw, median of {len(raw['draw seconds'])}"
     rows.append(("Monte Carlo, s", drawn, None, detail))
-    rows.append(("  closed form / Monte Carlo", seconds[CLOSED] / drawn, 1 / 60, f"{drawn / seconds[CLOSED]:.4g} times faster"))
+    ratio = seconds[CLOSED] / drawn
+    rows.append(("  closed form / Monte Carlo", ratio, 1 / 60, f"{1 / ratio:.4g} times faster"))
     errors = raw["relative error by draws"]
-    rows.append((f"error at K = {len(errors)}", errors[-1], None, "root mean square, relative, against the closed form"))
-    rows.append(("error of the closed form", raw["relative error of the closed form"], None, "largest, against float64"))
+    detail = "root mean square, relative, against the closed form"
+    rows.append((f"error at K = {len(errors)}", errors[-1], None, detail))
+    detail = "largest, relative, against float64"
+    rows.append(("error of the closed form", raw["relative error of the closed form"], None, detail))
     return rows
 
 

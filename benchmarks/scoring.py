@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import fmean, median
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -238,7 +238,8 @@ def _memory_case(folder: str, vocabulary: int, draws: int) -> Raw:
     found["peak"] = resident("VmHWM")
     if result["fatal"] or any(sample["error"] for sample in result["samples"]):
         raise RuntimeError(f"the unit failed: {result}")
-    return found | {"weights": sum(weights.nbytes for weights in actor._estimator._replica.base.values())}
+    file = path / "model.safetensors"
+    return found | {"weights": file.stat().st_size}
 
 
 def summary(raw: Raw) -> list[Row]:

@@ -4,7 +4,16 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from mrd_ray.config import CompareConfig, DataConfig, ModelConfig, PlanConfig, RayConfig, RunConfig, ScoreConfig, ScoringConfig
+from mrd_ray.config import (
+    CompareConfig,
+    DataConfig,
+    ModelConfig,
+    PlanConfig,
+    RayConfig,
+    RunConfig,
+    ScoreConfig,
+    ScoringConfig,
+)
 from mrd_ray.errors import UserError
 
 if TYPE_CHECKING:

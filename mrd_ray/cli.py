@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 from pydantic import ValidationError
@@ -26,10 +27,14 @@ def parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     commands = top.add_subcommands(required=True, dest="command")
+    config: Any  # a class of config.py
     for name, config in _COMMANDS.items():
         command = ArgumentParser(description=config.__doc__, allow_abbrev=False)
         command.add_argument("--config", action="config", help="YAML file of these settings; flags go over it.")
-        command.add_class_arguments(config, as_group=False, as_positional=config is CompareConfig)
+        positional = {"run_a", "run_b"} if config is CompareConfig else set()
+        for field in sorted(positional):
+            command.add_argument(field, type=str, help=config.model_fields[field].description)
+        command.add_class_arguments(config, as_group=False, skip=positional)
         commands.add_subcommand(name, command, help=(config.__doc__ or "").strip().splitlines()[0])
     return top
 

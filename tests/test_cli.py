@@ -77,7 +77,7 @@ def test_unknown_key_of_a_file(tmp_path, capsys, key):
 
 OUT_OF_RANGE = [
     ("scoring.sigma", "-1"), ("scoring.sigma", "much"), ("scoring.num_draws", "0"), ("scoring.seed", "4294967296"),
-    ("scoring.statistic", "mean"), ("model.dtype", "bfloat16"), ("data.window_tokens", "1"), ("data.max_tokens", "0"),
+    ("scoring.statistic", "mean"), ("model.dtype", "float16"), ("data.window_tokens", "1"), ("data.max_tokens", "0"),
     ("ray.actors", "0"), ("ray.gpus_per_actor", "-1"),
 ]  # fmt: skip
 

@@ -51,7 +51,7 @@ def test_data_settings_refused(setting):
         (["--scoring.sigmaa", "1"], "scoring.sigmaa"),
         (["--scoring.sigm", "1"], "scoring.sigm"),
         (["--ray.actors", "0"], "ray.actors"),
-        (["--model.dtype", "bfloat16"], "model.dtype"),
+        (["--model.dtype", "float16"], "model.dtype"),
     ],
 )
 def test_bad_flags_are_refused_by_name(flags, named, capsys):

@@ -198,10 +198,10 @@ class _Taps:
             id(module): {local: names[id(parameter)] for local, parameter in module.named_parameters(recurse=False)}
             for _, module in self._coverage.layers
         }
-        selected = norms.parameters.keys() - set(norms.coverage.slow)
-        self.squares = {
+        self.squares = {  # in the model's order, whichever process sums them
             name: torch.zeros(len(batch.token_ids), dtype=torch.float64, device=batch.token_ids.device)
-            for name in selected
+            for name in norms.parameters
+            if name not in norms.coverage.slow
         }
         self._grams = GramCache()
         # of a tied output layer: samples, its inputs h_s, and the gradients at the logits of the samples' own tokens
@@ -210,9 +210,7 @@ class _Taps:
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         hooks = [module.register_forward_hook(self._leaf) for module in self._embeddings]
-        hooks += [
-            module.register_forward_hook(self._tap, with_kwargs=True) for _, module in self._coverage.layers
-        ]
+        hooks += [module.register_forward_hook(self._tap, with_kwargs=True) for _, module in self._coverage.layers]
         try:
             yield
         finally:
@@ -263,7 +261,7 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any, output: torch.Tensor, layer_input: torch.Tensor, module: torch.nn.Module, taps: _Taps
     ) -> torch.Tensor:
         ctx.save_for_backward(layer_input)
@@ -272,7 +270,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # noqa: D102
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (layer_input,) = ctx.saved_tensors
         ctx.taps.measure(ctx.module, layer_input, gradient)
         return gradient, None, None, None

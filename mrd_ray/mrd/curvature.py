@@ -4,8 +4,8 @@
 
 Hutchinson's estimate of a trace is the mean of v^T H v over random probes v with E v v^T = I. Here v = sign(z), z the
 noise of a draw: signs have less variance than normals, and none from the diagonal. v^T H_t v is the second derivative
-of P_t(theta + eps v) in eps, the product of v with the Hessian-vector product H_t v; two nested forward-mode derivatives
-give it for every token of a batch at once, and no Hessian-vector product is stored.
+of P_t(theta + eps v) in eps, the product of v with the Hessian-vector product H_t v; two nested forward-mode
+derivatives give it for every token of a batch at once, and no Hessian-vector product is stored.
 """
 
 from collections.abc import Callable, Collection
@@ -51,12 +51,13 @@ class TraceEstimator:
             logits = output.logits[:, :-1].double()
             return logits.scatter(2, targets, -torch.inf).logsumexp(2) - logits.gather(2, targets)[..., 0]
 
-        def slope(eps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def slope(eps: torch.Tensor) -> Any:
             return torch.func.jvp(margins, (eps,), (torch.ones_like(eps),))
 
         zero = torch.zeros((), dtype=self.model.dtype, device=batch.token_ids.device)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable():
-            (a, first), (_, second) = torch.func.jvp(slope, (zero,), (torch.ones_like(zero),))
+            nested: Any = torch.func.jvp(slope, (zero,), (torch.ones_like(zero),))
+        (a, first), (_, second) = nested
         # P = -softplus(a):  (d^2 P / d eps^2) / P = c (a'' + (1 - s) a'^2), with s = sigmoid(a), c = s / softplus(a)
         return torch.where(batch.scored, -0.5 * relative_curvature(a, first, second), 0.0).sum(1)
 

@@ -8,6 +8,7 @@ strong differentially private learners", arXiv 2110.05679, for the Gram product.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import Embedding, LayerNorm, Linear, Module
@@ -92,7 +93,8 @@ def embedding_overlap(layer: Module, g: torch.Tensor, hidden: torch.Tensor, own:
 def _scale(layer: Module) -> float:
     """What an embedding multiplies its rows by (Gemma 3 and others)."""
     scale = getattr(layer, "embed_scale", None)
-    return 1.0 if scale is None else float(torch.as_tensor(scale).to(layer.weight.dtype))
+    weight: Any = layer.weight
+    return 1.0 if scale is None else float(torch.as_tensor(scale).to(weight.dtype))
 
 
 def layer_norm(layer: Module, a: torch.Tensor, g: torch.Tensor, grams: GramCache) -> Squares:
@@ -107,8 +109,8 @@ def layer_norm(layer: Module, a: torch.Tensor, g: torch.Tensor, grams: GramCache
 
 def rms_norm(layer: Module, a: torch.Tensor, g: torch.Tensor, grams: GramCache) -> Squares:
     """y = w x, or (1 + w) x in Gemma, with x = input / rms: gradient sum_t G_t x_t."""
-    eps = getattr(layer, "variance_epsilon", None)
-    x = torch.nn.functional.rms_norm(a, a.shape[-1:], eps=layer.eps if eps is None else eps)
+    eps: Any = layer.variance_epsilon if hasattr(layer, "variance_epsilon") else layer.eps
+    x = torch.nn.functional.rms_norm(a, a.shape[-1:], eps=eps)
     return {"weight": _square_sum((g * x).sum(1, dtype=torch.float64))}
 
 

@@ -40,7 +40,8 @@ class MicroBatch:
 class TokenMeasures:
     """What else the logits at theta say of a batch's samples, collected as they come by.
 
-    entropy: of the predicted distribution, in nats. correct: whether the target is the likeliest token. float64 [B, T - 1].
+    entropy: of the predicted distribution, in nats. correct: whether the target is the likeliest token. Both are
+    float64 [B, T - 1].
     """
 
     def __init__(self, batch: MicroBatch) -> None:
@@ -97,10 +98,10 @@ class Likelihood:
             hidden = self.model.base_model(batch.token_ids, use_cache=False).last_hidden_state[:, :-1][batch.scored]
             head = self.model.get_output_embeddings()
             rows = max(1, LOGITS // head.weight.shape[0])
-            chunks = map(head, hidden.split(rows))
+            chunks = (head(h) for h in hidden.split(rows))
         else:
             logits = self.model(batch.token_ids, use_cache=False).logits[:, :-1][batch.scored]
-            rows, chunks = max(1, len(logits)), iter([logits])
+            rows, chunks = max(1, len(logits)), (whole for whole in [logits])
         scored = torch.nonzero(batch.scored)
         for positions, logits in zip(scored.split(rows), chunks, strict=True):
             where = tuple(positions.T)
@@ -150,8 +151,8 @@ def sum_log_probs(log_neg_log_probs: torch.Tensor, scored: torch.Tensor) -> torc
 class LogNegLogProb(torch.autograd.Function):
     """log(-P_t) from logits, differentiable once: [..., V], [...] -> float64 [...].
 
-    With s = e^a / (1 + e^a), the gradient at the logits is c (p_j, with p_j = e^{l_j} / sum_{i != x} e^{l_i} for j != x,
-    and -1 for x), where c = s / softplus(a) -> 1 for a << 0. One buffer of logits is all it needs, forward and backward.
+    The gradient at logit j is c e^{l_j} / sum_{i != x} e^{l_i}, and -c at the target x, with
+    c = sigmoid(a) / softplus(a) -> 1 for a << 0. One buffer of logits is all it needs, forward and backward.
 
     Args of apply:
         logits, targets: as above.

@@ -24,9 +24,7 @@ class Replica:
     def __init__(self, model: torch.nn.Module, selected: Collection[str] | None = None) -> None:
         self.model = model
         self.working = {
-            name: parameter.data
-            for name, parameter in model.named_parameters()
-            if selected is None or name in selected
+            name: parameter.data for name, parameter in model.named_parameters() if selected is None or name in selected
         }
         self.base = {name: tensor.clone() for name, tensor in self.working.items()}
         self._threads = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="noise")

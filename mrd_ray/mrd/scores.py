@@ -30,7 +30,7 @@ class Score:
 
 
 def monte_carlo_score(moments: Moments) -> Score:
-    """Score of one sample. The standard error is that of a mean of independent draws, s / sqrt(K); None for one draw."""
+    """Score of one sample. Standard errors are those of a mean of independent draws, s / sqrt(K); None for one draw."""
     k = moments.num_draws
     mean_abs, mean_abs_se = _mean(moments.sum_abs, moments.sum_abs_squares, k)
     mean, mean_se = _mean(moments.sum, moments.sum_squares, k)

@@ -23,10 +23,11 @@ _STANDARD_ERRORS = 3.0
 class Comparison:
     """Agreement of two runs over the samples that both have a score for.
 
-    compared: how many. only_a, only_b: samples with a score in one run alone. spearman, kendall: rank correlations (tau-b).
-    median_ratio: of b to a. apart: share of samples whose scores differ by more than three standard errors of the
-    difference; None if neither run has standard errors. rows: the samples, those most apart first, each with sample_id,
-    a, b, a_se, b_se, z (the difference in standard errors, or its relative size where there are none) and text.
+    compared: how many. only_a, only_b: samples with a score in one run alone. spearman, kendall: rank correlations
+    (tau-b). median_ratio: of b to a. apart: share of samples whose scores differ by more than three standard errors of
+    the difference; None if neither run has standard errors. rows: the samples, those most apart first, each with
+    sample_id, a, b, a_se, b_se, z (the difference in standard errors, or its relative size where there are none) and
+    text.
     """
 
     compared: int
@@ -47,8 +48,8 @@ def compare(config: CompareConfig) -> Comparison:
     if ids[0] != ids[1]:
         differing = sorted(set(ids[0]) ^ set(ids[1]))
         raise UserError(
-            f"{config.run_a} and {config.run_b} are not of the same samples: {len(differing)} id(s) stand in one alone, "
-            f"first {differing[0]!r}. Score the same data, with data.id if need be"
+            f"{config.run_a} and {config.run_b} are not of the same samples: {len(differing)} id(s) stand in one "
+            f"alone, first {differing[0]!r}. Score the same data, with data.id if need be"
         )
     texts = [_texts(run) for run in (config.run_a, config.run_b)]
     if texts[0] and texts[1] and (changed := [i for i in ids[0] if texts[0].get(i) != texts[1].get(i)]):
@@ -117,7 +118,7 @@ def _settings(table: pa.Table) -> str:
 
 
 def figure(found: Comparison, config: CompareConfig) -> bytes:
-    """Scatter of b against a with standard errors, as PNG; samples over three standard errors apart in another colour."""
+    """Scatter of b against a with standard errors, as PNG; samples far apart in another colour."""
     page = matplotlib.figure.Figure(figsize=(7, 7), layout="constrained")
     axis = page.add_subplot()
     a, b, a_se, b_se, z = (

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -184,7 +185,8 @@ class ModelCost:
         """Count the parameters of a model, which need not have its weights (`models.skeleton`)."""
         parameters = sum(parameter.numel() for parameter in skeleton.parameters())
         tied = skeleton.config.get_text_config().tie_word_embeddings
-        looked_up = 0 if tied else skeleton.get_input_embeddings().weight.numel()
+        embedding: Any = skeleton.get_input_embeddings()
+        looked_up = 0 if tied else embedding.weight.numel()
         return cls(parameters, 2 * (parameters - looked_up))
 
 

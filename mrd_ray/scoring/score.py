@@ -129,21 +129,27 @@ class _Rounds:
         with contextlib.ExitStack() as cluster:
             for number in itertools.count():
                 layout = plan.layout(waiting, scoring.micro_batch_tokens)
-                rectangles = plan.missing(number, len(layout), draws, self._done(number))
+                done = [unit for unit in self._units() if unit.round == number]
+                rectangles = plan.missing(number, len(layout), draws, done)
                 if rectangles:
                     cluster.enter_context(pipeline.cluster())
                     self._compute(layout, rectangles, number)
-                results = (self.run.read_table(f"units/{name}") for name in self.run.names("units"))
-                scores = scores_table(self.samples, results, scoring)
+                scores = self._scores(number)
                 waiting = np.where(unsettled(scores, scoring), waiting, 0)
                 if not waiting.any():
                     return scores
                 draws = range(draws.stop, min(2 * draws.stop, scoring.max_draws))
         raise AssertionError("unreachable")
 
-    def _done(self, number: int) -> list[plan.Unit]:
-        units = [plan.Unit.of_id(name.removesuffix(".parquet")) for name in self.run.names("units")]
-        return [unit for unit in units if unit.round == number]
+    def _units(self) -> list[plan.Unit]:
+        """Those whose results are on disk."""
+        return [plan.Unit.of_id(name.removesuffix(".parquet")) for name in self.run.names("units")]
+
+    def _scores(self, number: int) -> pa.Table:
+        """From the units of rounds up to this one, since those of later ones may not all be there."""
+        units = [unit for unit in self._units() if unit.round <= number]
+        results = (self.run.read_table(f"units/{unit.unit_id}.parquet") for unit in units)
+        return scores_table(self.samples, results, self.config.scoring)
 
     def _compute(self, layout: plan.Layout, rectangles: list[plan.Unit], number: int) -> None:
         """Work off these rectangles; each unit's result is on disk before it counts as done."""

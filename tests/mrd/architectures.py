@@ -33,7 +33,7 @@ CONFIGS = {
     "phi3": Phi3Config(**GROUPED, pad_token_id=0),
     "gpt2": GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=64, n_inner=48),
     "gpt-neox": GPTNeoXConfig(**SHAPE),
-    "opt": OPTConfig(**{k: v for k, v in SHAPE.items() if k != "intermediate_size"}, ffn_dim=48, word_embed_proj_dim=16),
+    "opt": OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=16),
 }  # fmt: skip
 SAMPLES = [[3, 5, 9, 3, 22, 17, 40, 8], [4, 33, 2], [7, 7], [9, 60, 59, 3, 3, 3, 12, 14, 50, 20, 31, 44]]
 SCORED = [[False] * 4 + [True] * 4, *([True] * len(sample) for sample in SAMPLES[1:])]

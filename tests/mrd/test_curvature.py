@@ -24,7 +24,7 @@ def test_a_probe_is_the_second_derivative_along_it(name):
     for i, (sample, flags) in enumerate(zip(SAMPLES, SCORED, strict=True)):
         tokens, scored = torch.tensor([sample]), torch.tensor(flags[1:])
 
-        def log_probs(eps):
+        def log_probs(eps, tokens=tokens, scored=scored):
             moved = {key: tensor + eps * sign[key] for key, tensor in theta.items()}
             logits = torch.func.functional_call(model, moved, kwargs={"input_ids": tokens}).logits[0, :-1]
             return logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[scored]
@@ -65,9 +65,11 @@ def test_mean_of_probes_is_the_trace():
     expected = -0.5 * float(hessian.trace())
     estimator = TraceEstimator(model, names)
     batch = MicroBatch(tokens, torch.ones(1, 3, dtype=torch.bool))
-    probes = torch.cat([estimator.probe(batch, draw_seed(0, k)) for k in range(1000)])
-    assert abs(float(probes.mean()) - expected) < 4 * float(probes.std()) / 1000**0.5
-    assert float(probes.std()) / 1000**0.5 < 0.1 * abs(expected)
+    probes = torch.cat([estimator.probe(batch, draw_seed(0, k)) for k in range(200)])
+    off_diagonal = hessian - hessian.diag().diag()
+    spread = float(off_diagonal.square().sum() / 2) ** 0.5  # of -v^T H v / 2 for random signs v
+    assert abs(float(probes.mean()) - expected) < 3 * spread / 200**0.5
+    assert float(probes.std()) == pytest.approx(spread, rel=0.2)
 
 
 def test_agrees_with_antithetic_draws():

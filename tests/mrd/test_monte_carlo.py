@@ -178,7 +178,9 @@ def test_perturbation_is_the_noise_whatever_the_number_of_threads():
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_moments_merge_to_the_same_bits_however_they_are_cut(antithetic):
     gauss = [random.Random(i).gauss(1e-4, 1e-2) * 10 ** (i % 7 - 3) for i in range(400)]
-    deltas = [[a, b] for a, b in zip(gauss[::2], gauss[1::2], strict=True)] if antithetic else [[a] for a in gauss[:200]]
+    deltas = (
+        [[a, b] for a, b in zip(gauss[::2], gauss[1::2], strict=True)] if antithetic else [[a] for a in gauss[:200]]
+    )
     whole = Moments.of(deltas)
     for cuts in ([50], [1, 2, 199], [7, 50, 120]):
         edges = [0, *cuts, 200]
