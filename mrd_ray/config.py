@@ -181,6 +181,13 @@ class ScoringConfig(_Frozen):
             raise ValueError(f"scoring.{misplaced[0]} has no meaning with scoring.estimator: {self.estimator}")
         if self.estimator == "monte_carlo" and "log_prob_gradient_norm" in self.measures:
             raise ValueError("scoring.measures: log_prob_gradient_norm needs scoring.estimator: closed_form")
+        if self.estimator == "closed_form" and self.sigma > 1e-3:
+            raise ValueError(f"scoring.sigma: {self.sigma:g} is too large for closed_form, which holds to about 1e-3")
+        if self.estimator == "closed_form" and self.sigma > 1e-4 and not self.curvature_probes:
+            raise ValueError(
+                f"scoring.sigma: {self.sigma:g} with closed_form needs scoring.curvature_probes, 16 say: "
+                "the small-sigma limit holds to about 1e-4"
+            )
         if self.estimator == "closed_form" and self.statistic == "abs_mean" and not self.curvature_probes:
             raise ValueError("scoring.statistic: abs_mean with closed_form needs scoring.curvature_probes, 16 say")
         if self.target_relative_se is not None and self.max_draws < self.num_draws:

@@ -57,8 +57,13 @@ def base_directory(path: Path) -> Path:
     adapter = path / "adapter_config.json"
     if (path / "config.json").is_file() or not adapter.is_file():
         return path
-    base = json.loads(adapter.read_text()).get("base_model_name_or_path")
-    return _fetch(f"model.path: the adapter's base model in {adapter}", base)
+    try:
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str):
+        raise UserError(f"model.path: {adapter} does not name the adapter's model; set its base_model_name_or_path")
+    return _fetch(f"model.path: {adapter}, base_model_name_or_path", base)
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -120,7 +125,10 @@ def skeleton(path: Path) -> PreTrainedModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
             if (path / "adapter_config.json").is_file():
-                model.add_adapter(_peft().PeftConfig.from_pretrained(path))
+                adapter = _peft().PeftConfig.from_pretrained(path)
+                if getattr(adapter, "use_dora", False):
+                    raise UserError(f"model.path: {path} holds a DoRA adapter, which is not supported; merge it first")
+                model.add_adapter(adapter)
     except (ValueError, RuntimeError) as problem:
         raise UserError(f"model.path: {path} is not a causal language model: {problem}") from None
     return model
@@ -159,6 +167,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of `model.tokenizer`, else of the model. Raises UserError."""
     if model.tokenizer is None or model.tokenizer == model.path:
         path = directory(model)
+        if not (path / "tokenizer_config.json").is_file():  # adapters come without
+            path = base_directory(path)
     else:
         path = _fetch("model.tokenizer", model.tokenizer)
     try:
@@ -193,12 +203,17 @@ def load_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
         missing = sorted(loading["missing_keys"])
         if base != path:
             missing += sorted(model.load_adapter(str(path)).missing_keys)
-        model = model.to(device=device, dtype=getattr(torch, dtype)).eval()
+        model = model.to(device).eval()
+        for parameter in model.parameters():  # an adapter's; not the buffers, whose rotary angles bfloat16 would round
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
         raise UserError(f"model.path: cannot load {path}: {problem}") from None
     if missing:  # transformers has filled them at random
         raise UserError(
-            f"model.path: the weights in {path} lack {len(missing)} parameter(s) of its config.json, first {missing[0]}"
+            f"model.path: the weights in {path} lack {len(missing)} parameter(s) of its configuration, "
+            f"first {missing[0]}"
         )
     broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
     if broken:

@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,14 @@ from pydantic import BaseModel
 
 from mrd_ray.errors import UserError
 
-_PACKAGES = ("mrd-ray", "ray", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
+_PACKAGES = ("mrd-ray", "ray", "torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "pyarrow")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # an extra that is not installed
+        return None
 
 
 class RunDirectory:
@@ -144,7 +151,7 @@ class RunDirectory:
         if self.exists("manifest.json"):
             manifest = self.manifest()
             differing = [
-                f"  {key}: {was} there, {now} now"
+                f"  {key}: {was if key in manifest['identity'] else 'not recorded'} there, {now} now"
                 for key in sorted(manifest["identity"].keys() | identity.keys())
                 if (was := manifest["identity"].get(key)) != (now := identity.get(key))
             ]
@@ -157,7 +164,7 @@ class RunDirectory:
             {
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "command": sys.argv,
-                "versions": {package: version(package) for package in _PACKAGES}
+                "versions": {package: _version(package) for package in _PACKAGES}
                 | {"python": platform.python_version()},
                 "hardware": {"platform": platform.platform(), "cpus": os.cpu_count()},
                 "config": config.model_dump(),

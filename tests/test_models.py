@@ -90,7 +90,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop(UP), rf"lack 1 parameter\(s\) of its config\.json, first {UP}"),
+        (lambda tensors: tensors.pop(UP), rf"lack 1 parameter\(s\) of its configuration, first {UP}"),
         (lambda tensors: tensors.update({UP: tensors[UP][:3].clone()}), "cannot load"),
         (lambda tensors: tensors[UP][3].fill_(torch.nan), rf"NaN or infinite weights in 1 .*, first in {UP}"),
         (lambda tensors: tensors[UP][3].fill_(torch.inf), rf"NaN or infinite weights in 1 .*, first in {UP}"),
@@ -153,3 +153,12 @@ def test_tokenizer_digest(tiny_model_dir):
 
 def test_context_length(tiny_model_dir):
     assert models.context_length(AutoConfig.from_pretrained(tiny_model_dir)) == 128
+
+
+def test_bfloat16_rounds_weights_and_not_rotary_angles(tiny_model_dir):
+    """Rotary frequencies in bfloat16 would be another model: angles off by radians at long positions."""
+    model = models.load_model(tiny_model_dir, "bfloat16", torch.device("cpu"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    exact = models.load_model(tiny_model_dir, "float32", torch.device("cpu"))
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, exact.model.rotary_emb.inv_freq)

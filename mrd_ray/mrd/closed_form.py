@@ -8,6 +8,7 @@ No gradient of a parameter is ever made for this, neither of the batch nor of a 
 """
 
 import contextlib
+import functools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mrd_ray.mrd.autograd import square_norms
 from mrd_ray.mrd.gradient_rules import GramCache, by_sample, embedding_overlap, rule_of
 from mrd_ray.mrd.likelihood import LOGITS, LogNegLogProb, MicroBatch, TokenMeasures, output_layer_is_plain
 
@@ -105,9 +107,9 @@ class GradientNorms:
             with taps.attached():
                 theta = self._forward_and_backward(batch, taps, measures, of_log_prob)
             squares = taps.squares
-            for name in self.coverage.slow:
-                rows = range(len(batch.token_ids))
-                squares[name] = torch.stack([self._slow(name, batch, row, of_log_prob) for row in rows])
+            if slow := self._slow(batch, of_log_prob):
+                device = batch.token_ids.device
+                squares |= {name: torch.tensor(values, dtype=torch.float64).to(device) for name, values in slow.items()}
         return theta, squares
 
     def _forward_and_backward(
@@ -150,15 +152,22 @@ class GradientNorms:
             )
         return inputs
 
-    def _slow(self, name: str, batch: MicroBatch, row: int, of_log_prob: bool) -> torch.Tensor:
-        """One parameter's share of one sample's |g|^2, by autograd."""
-        alone = MicroBatch(batch.token_ids[row : row + 1], batch.scored[row : row + 1])
-        parameter = self.parameters[name].requires_grad_()
-        logits = self.model(**self._inputs(alone)).logits[:, :-1]
-        values = LogNegLogProb.apply(logits, alone.token_ids[:, 1:], False)
-        (gradient,) = torch.autograd.grad(values, parameter, _slope(values, alone.scored, of_log_prob))
-        parameter.requires_grad_(False)
-        return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+    def _slow(self, batch: MicroBatch, of_log_prob: bool) -> dict[str, list[float]]:
+        """Shares of |g|^2 of the parameters without a rule, sample by sample."""
+        slow = {name: self.parameters[name] for name in self.coverage.slow}
+        squares: dict[str, list[float]] = {name: [] for name in slow}
+        for row in range(len(batch.token_ids) if slow else 0):
+            alone = MicroBatch(batch.token_ids[row : row + 1], batch.scored[row : row + 1])
+            of_row = square_norms(self.model, slow, functools.partial(self._sum, alone, of_log_prob))
+            for name, square in of_row.items():
+                squares[name].append(square)
+        return squares
+
+    def _sum(self, batch: MicroBatch, of_log_prob: bool) -> torch.Tensor:
+        """sum_t log(-P_t), or sum_t P_t, differentiable."""
+        logits = self.model(**self._inputs(batch)).logits[:, :-1]
+        values = LogNegLogProb.apply(logits, batch.token_ids[:, 1:], False)
+        return (values * _slope(values, batch.scored, of_log_prob)).sum()
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:

@@ -16,12 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from mrd_ray.mrd.likelihood import MicroBatch, log_neg_log_prob
-from mrd_ray.mrd.noise import standard_normal
+from mrd_ray.mrd.likelihood import LOGITS, MicroBatch, log_neg_log_prob
+from mrd_ray.mrd.noise import standard_normal_like
 
 
 class TraceEstimator:
-    """Draws probes of mu / sigma^2 for every sample of a batch, at the model's present weights.
+    """Probes of mu / sigma^2 for the samples of a batch, at the model's present weights.
+
+    Beside the model it holds a direction, the moved weights and their derivatives: four copies of theta in all.
 
     Args:
         model: a transformers causal language model in eval mode.
@@ -35,21 +37,34 @@ class TraceEstimator:
             for name, parameter in model.named_parameters()
             if selected is None or name in selected
         }
+        self._direction: dict[str, torch.Tensor] = {}
 
-    def probe(self, batch: MicroBatch, seed: int) -> torch.Tensor:
-        """One probe: float64 [B], with mean mu / sigma^2 = -1/2 sum_t Tr(H_t) / P_t over seeds."""
-        direction = {
-            name: standard_normal(seed, name, 0, tensor.numel()).sign_().view_as(tensor).to(tensor)
+    def aim(self, seed: int) -> None:
+        """Take the signs of this seed's noise for the direction of the probes to come."""
+        self._direction = {
+            name: standard_normal_like(tensor, seed, name).sign_().to(tensor.dtype)
             for name, tensor in self._theta.items()
         }
+
+    def probe(self, batch: MicroBatch) -> torch.Tensor:
+        """One probe: float64 [B], with mean mu / sigma^2 = -1/2 sum_t Tr(H_t) / P_t over seeds.
+
+        Raises NotImplementedError if torch cannot differentiate one of the model's functions twice in forward mode.
+        """
+        vocabulary = self.model.config.get_text_config().vocab_size
+        samples = max(1, LOGITS // (vocabulary * batch.token_ids.shape[1]))  # bounds the memory of logits
+        pieces = zip(batch.token_ids.split(samples), batch.scored.split(samples), strict=True)
+        return torch.cat([self._probe(MicroBatch(*piece)) for piece in pieces])
+
+    def _probe(self, batch: MicroBatch) -> torch.Tensor:
         targets = batch.token_ids[:, 1:, None]
 
         def margins(eps: torch.Tensor) -> torch.Tensor:
-            moved = {name: tensor + eps * direction[name] for name, tensor in self._theta.items()}
+            moved = {name: tensor + eps * self._direction[name] for name, tensor in self._theta.items()}
             inputs = {"input_ids": batch.token_ids, "use_cache": False}
-            output = torch.func.functional_call(self.model, moved, kwargs=inputs, tie_weights=True)
-            logits = output.logits[:, :-1].double()
-            return logits.scatter(2, targets, -torch.inf).logsumexp(2) - logits.gather(2, targets)[..., 0]
+            logits = torch.func.functional_call(self.model, moved, kwargs=inputs, tie_weights=True).logits[:, :-1]
+            others = logits.scatter(2, targets, -torch.inf).logsumexp(2)
+            return others.double() - logits.gather(2, targets)[..., 0].double()
 
         def slope(eps: torch.Tensor) -> Any:
             return torch.func.jvp(margins, (eps,), (torch.ones_like(eps),))
@@ -59,7 +74,9 @@ class TraceEstimator:
             nested: Any = torch.func.jvp(slope, (zero,), (torch.ones_like(zero),))
         (a, first), (_, second) = nested
         # P = -softplus(a):  (d^2 P / d eps^2) / P = c (a'' + (1 - s) a'^2), with s = sigmoid(a), c = s / softplus(a)
-        return torch.where(batch.scored, -0.5 * relative_curvature(a, first, second), 0.0).sum(1)
+        c = (torch.nn.functional.logsigmoid(a) - log_neg_log_prob(a)).exp()
+        relative = c * (second + torch.sigmoid(-a) * first.square())
+        return torch.where(batch.scored, -0.5 * relative, 0.0).sum(1)
 
 
 class _TwiceDifferentiable(TorchFunctionMode):
@@ -88,9 +105,3 @@ def _layer_norm(
     y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
-
-
-def relative_curvature(a: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """(d^2 P / d eps^2) / P of P = -softplus(a), from a and its first and second derivative: float64 [...]."""
-    slope = (torch.nn.functional.logsigmoid(a) - log_neg_log_prob(a)).exp()
-    return slope * (second + torch.sigmoid(-a) * first.square())

@@ -47,7 +47,8 @@ def _store_pair(out, base, sigma, word, element, start, count):
         tl.store(out + offset, (wide + sigma * z).to(value.dtype), mask=inside)
 
 
-@triton.jit
+# not specialised: Triton would make an argument that equals 1 a constant, without a type
+@triton.jit(do_not_specialize=["seed", "name_hash", "start", "count"])
 def _add_noise_kernel(out, base, sigma, seed, name_hash, start, count, BLOCKS: tl.constexpr):
     block = start // 8 + tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     zero = tl.zeros_like(block).to(tl.uint64)

@@ -3,15 +3,13 @@
 import math
 from dataclasses import dataclass
 
-import torch
-
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import draw_deltas, draw_seed
-from mrd_ray.mrd.noise import add_noise
+from mrd_ray.mrd.noise import standard_normal_like
 from mrd_ray.mrd.perturb import Replica
 
-# Rounding at a quarter of the signal's level adds 3% to a score, for it adds in quadrature.
-_MAX_NOISE = 0.25
+# Rounding at 0.3 of the signal's level adds 4% to a score, for it adds in quadrature: as much as 200 draws leave.
+_MAX_NOISE = 0.3
 _MIN_COSINE = 0.99
 _SMALLER = 64.0  # the noise floor is looked for at sigma over this, where the signal is so much smaller
 
@@ -22,7 +20,7 @@ class Precision:
 
     share_moved: of the weights, those that differ from the base after theta + sigma z is rounded. cosine: between
     sigma z and what the weights really moved by. noise_floor: root mean square of what rounding in the forward adds to
-    Delta, over that of Delta itself.
+    Delta, over that of Delta itself, for the sample that fares worst; infinite if the noise changes nothing.
     """
 
     share_moved: float
@@ -35,19 +33,20 @@ class Precision:
         return self.cosine >= _MIN_COSINE and self.noise_floor <= _MAX_NOISE
 
     def sigma_needed(self, sigma: float) -> float:
-        """A sigma, a power of ten, that rounding would leave room for: its share is inversely proportional to sigma."""
+        """A sigma, a power of ten, that rounding would leave ample room for: its share falls as sigma rises."""
         angle = math.acos(min(1.0, max(0.01, self.cosine)))
-        factor = max(1.0, self.noise_floor / _MAX_NOISE, math.tan(angle) / math.tan(math.acos(_MIN_COSINE)))
-        return float(10.0 ** math.ceil(math.log10(sigma * factor) - 1e-9))
+        noise = min(self.noise_floor, 100.0)  # infinite where nothing moves: suggest a step, not the whole way
+        factor = max(1.0, noise / _MAX_NOISE, math.tan(angle) / math.tan(math.acos(_MIN_COSINE)))
+        return float(10.0 ** math.ceil(math.log10(sigma * 3 * factor) - 1e-9))
 
 
 def examine(
-    replica: Replica, likelihood: Likelihood, batch: MicroBatch, sigma: float, seed: int, draws: int = 2
+    replica: Replica, likelihood: Likelihood, batch: MicroBatch, sigma: float, seed: int, draws: int = 4
 ) -> Precision:
     """Try out sigma on a few samples; the replica is restored afterwards.
 
-    Two draws k are made at sigma and again, with the same z, at a 64th of it. In exact arithmetic the second Delta is a
-    64th of the first; what it differs by is rounding, which does not shrink with sigma.
+    A few draws are made at sigma and again, with the same z, at a 64th of it. In exact arithmetic, and to first order,
+    each second Delta is a 64th of the first; what it differs by is rounding, which does not shrink with sigma.
     """
     replica.restore()
     theta = [likelihood.log_neg_log_probs(batch)]
@@ -55,9 +54,9 @@ def examine(
     (smaller,) = draw_deltas(replica, likelihood, [batch], theta, sigma / _SMALLER, seed, range(draws))
     moved, cosine = _realised(replica, sigma, draw_seed(seed, 0))
     replica.restore()
-    loudness = float(signal.square().mean().sqrt())
-    floor = float((smaller - signal / _SMALLER).square().mean().sqrt())
-    return Precision(moved, cosine, floor / loudness if loudness else math.inf)
+    floors = (smaller - signal / _SMALLER).square().mean((1, 2)) / signal.square().mean((1, 2))
+    worst = float(floors.sqrt().max())  # nan, too, if there is one
+    return Precision(moved, cosine, worst if worst == worst else math.inf)
 
 
 def _realised(replica: Replica, sigma: float, seed: int) -> tuple[float, float]:
@@ -66,10 +65,8 @@ def _realised(replica: Replica, sigma: float, seed: int) -> tuple[float, float]:
     count, moved = 0, 0
     product, intended, realised = 0.0, 0.0, 0.0
     for name, tensor in replica.working.items():
-        z = torch.zeros_like(tensor, dtype=torch.float32)
-        add_noise(z, z.clone(), 1.0, seed, name)
         step = (tensor.double() - replica.base[name].double()).flatten()
-        z = z.flatten().double()
+        z = standard_normal_like(tensor, seed, name).flatten().double()
         count, moved = count + len(step), moved + int((step != 0).sum())
         product += float(step @ z)
         intended += float(z @ z)

@@ -17,7 +17,8 @@ class Score:
     sigma: with plain draws its standard error is usually larger than itself, which `abs_mean_se` shows.
 
     delta_mean, delta_std: mu and s, mean and standard deviation of Delta. From antithetic pairs they come from the even
-    and the odd part, each free of the other. nonlinearity: |mu| / s, zero in the small-sigma limit.
+    and the odd part, each free of the other. nonlinearity: |mu| / s, zero in the small-sigma limit; plain draws would
+    show little but their own 1 / sqrt(K).
     """
 
     mean_abs: float
@@ -25,20 +26,21 @@ class Score:
     abs_mean: float | None
     abs_mean_se: float | None
     delta_mean: float | None
-    delta_std: float
+    delta_std: float | None
     nonlinearity: float | None
 
 
-def monte_carlo_score(moments: Moments) -> Score:
+def monte_carlo_score(moments: Moments, antithetic: bool = False) -> Score:
     """Score of one sample. Standard errors are those of a mean of independent draws, s / sqrt(K); None for one draw."""
     k = moments.num_draws
     mean_abs, mean_abs_se = _mean(moments.sum_abs, moments.sum_abs_squares, k)
     mean, mean_se = _mean(moments.sum, moments.sum_squares, k)
-    if moments.sum_odd_squares:
-        s = math.sqrt(math.fsum(moments.sum_odd_squares) / k)
+    if antithetic:
+        s: float | None = math.sqrt(math.fsum(moments.sum_odd_squares) / k)
+        nonlinearity = abs(mean) / s if s else None
     else:
-        s = math.sqrt(max(0.0, math.fsum(moments.sum_squares) / k - mean * mean))
-    return Score(mean_abs, mean_abs_se, abs(mean), mean_se, mean, s, abs(mean) / s if s else None)
+        s, nonlinearity = None if mean_se is None else mean_se * math.sqrt(k), None
+    return Score(mean_abs, mean_abs_se, abs(mean), mean_se, mean, s, nonlinearity)
 
 
 def closed_form_score(sigma: float, gradient_norm: float, probes: Sequence[float]) -> Score:

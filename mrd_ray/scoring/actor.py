@@ -2,6 +2,7 @@
 
 import os
 import time
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +94,8 @@ class Task:
 class ScoringActor:
     """A callable class for Ray Data: one unit (a row of UNIT_SCHEMA) in, one row of RESULT_SCHEMA out.
 
-    A failure that concerns the run as a whole comes back as `fatal`, since an exception in a constructor would have
-    Ray start the actor over and over.
+    A failure that concerns the run as a whole comes back as `fatal`: an exception in a constructor would end the run
+    with Ray's traceback around it.
     """
 
     def __init__(self, task: Task) -> None:
@@ -105,7 +106,9 @@ class ScoringActor:
         except UserError as problem:
             self._fatal = str(problem)
         except torch.OutOfMemoryError as problem:
-            self._fatal = f"the model does not fit on the device ({problem}); monte_carlo needs two copies of it"
+            self._fatal = f"model.path: it does not fit on the device ({problem}); monte_carlo needs two copies of it"
+        except Exception as problem:  # a defect of ours, or a model that a library chokes on
+            self._fatal = f"an actor could not start: {type(problem).__name__}: {problem}\n{traceback.format_exc()}"
 
     def _load(self, task: Task) -> MonteCarlo | ClosedForm:
         path = models.directory(task.model)

@@ -1,6 +1,7 @@
 """`mrd-ray compare`: how far two score tables agree on the same samples."""
 
 import io
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +58,13 @@ def compare(config: CompareConfig) -> Comparison:
             f"{config.run_a} and {config.run_b} are not of the same samples: {len(changed)} of them, first "
             f"{changed[0]!r}, read differently there. Score the same data with the same data.template"
         )
+    _refuse_other_tokens(config, tables)
     a, b = (table["mrd"].to_numpy().astype(float) for table in tables)
     se = [table["mrd_se"].to_numpy().astype(float) for table in tables]
     both = np.isfinite(a) & np.isfinite(b)
     if both.sum() < 3:
         raise UserError(f"{config.run_a} and {config.run_b} share {both.sum()} scores; expected at least 3 to compare")
-    noise = np.sqrt(np.nan_to_num(se[0]) ** 2 + np.nan_to_num(se[1]) ** 2)
+    noise = np.sqrt(se[0] ** 2 + se[1] ** 2)  # nan where a standard error is not known
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.where(noise > 0, (b - a) / noise, np.where(a == b, 0.0, (b - a) / a))
     rows = [
@@ -97,6 +99,38 @@ def _scores(run: str) -> pa.Table:
     return table.sort_by("sample_id")
 
 
+def _refuse_other_tokens(config: CompareConfig, tables: list[pa.Table]) -> None:
+    """The same text may be scored in part, or cut short; with another tokenizer the tokens differ anyway."""
+    identities = [_identity(run) for run in (config.run_a, config.run_b)]
+    if not all(identities):
+        return
+    parts = [identity.get("data.score_on") for identity in identities]
+    if parts[0] != parts[1]:
+        raise UserError(
+            f"{config.run_a} has data.score_on: {parts[0]}, {config.run_b} {parts[1]}: their scores are sums over "
+            "other tokens. Score both alike"
+        )
+    if identities[0].get("tokenizer") == identities[1].get("tokenizer"):
+        counts = [table["num_tokens"].to_pylist() for table in tables]
+        if other := [i for i, x, y in zip(tables[0]["sample_id"].to_pylist(), *counts, strict=True) if x != y]:
+            raise UserError(
+                f"{config.run_a} and {config.run_b} score other numbers of tokens in {len(other)} samples, first "
+                f"{other[0]!r}: was one cut short by data.max_tokens? Score both alike"
+            )
+
+
+def _identity(run: str) -> dict[str, Any]:
+    """What a run directory's manifest says it is a run of, empty where a bare table was given."""
+    if run.endswith(".parquet"):
+        return {}
+    try:
+        with fsspec.open(f"{run.rstrip('/')}/manifest.json", "rb") as file:
+            found: dict[str, Any] = json.load(file)["identity"]
+    except (OSError, ValueError, KeyError) as problem:
+        raise UserError(f"{run}: cannot read its manifest.json: {problem}") from None
+    return found
+
+
 def _texts(run: str) -> dict[str, str]:
     """Text by sample_id, empty where a bare table was given."""
     if run.endswith(".parquet"):
@@ -114,7 +148,10 @@ def _settings(table: pa.Table) -> str:
     row = scored.slice(0, 1).to_pylist()[0] if len(scored) else {}
     draws = scored["num_draws"].to_pylist() if "num_draws" in table.column_names else []
     span = "" if not draws or not max(draws) else f", {min(draws)} to {max(draws)} draws"
-    return f"{row.get('estimator')}, sigma {row.get('sigma', float('nan')):g}{span}"
+    statistic = next(
+        (name for name in ("mean_abs", "abs_mean") if row.get(name) == row.get("mrd")), "unknown statistic"
+    )
+    return f"{row.get('estimator')}, {statistic}, sigma {row.get('sigma', float('nan')):g}{span}"
 
 
 def figure(found: Comparison, config: CompareConfig) -> bytes:

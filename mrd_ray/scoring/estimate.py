@@ -42,6 +42,7 @@ def plan(config: PlanConfig) -> Estimate:
     """
     path = models.directory(config.model)
     skeleton = models.skeleton(path)
+    planning.refuse_uncovered(skeleton, config.scoring)
     architecture = skeleton.config
     tokenizer = models.load_tokenizer(config.model)
     samples = samples_table.build(config.data, tokenizer, models.context_length(architecture))
@@ -63,7 +64,8 @@ def plan(config: PlanConfig) -> Estimate:
     padded = int(layout.padded_tokens.sum())
     size = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
     if scoring.estimator == "closed_form":
-        copies, perturbations = 1, scoring.curvature_probes * len(layout)
+        # a probe's direction is made once for a unit; it, the moved weights and their derivatives are copies
+        copies, perturbations = (4 if scoring.curvature_probes else 1), scoring.curvature_probes * len(units)
         flops = padded * flops_per_token
     else:
         signs = 2 if scoring.antithetic else 1

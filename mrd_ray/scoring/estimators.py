@@ -19,7 +19,7 @@ from mrd_ray.mrd.curvature import TraceEstimator
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures, sum_log_probs
 from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
 from mrd_ray.mrd.perturb import Replica
-from mrd_ray.mrd.precision import examine
+from mrd_ray.mrd.precision import Precision, examine
 
 Sample = dict[str, Any]  # of actor.SAMPLE
 Result = dict[str, Any]  # of actor.RESULT
@@ -47,13 +47,7 @@ class MonteCarlo:
         precision = examine(self._replica, self._likelihood, _collate(trial, self._device), scoring.sigma, scoring.seed)
         self.precision = asdict(precision) | {"sufficient": precision.sufficient}
         if not precision.sufficient and not scoring.allow_low_precision:
-            raise UserError(
-                f"scoring.sigma: {scoring.sigma:g} in {str(model.dtype).removeprefix('torch.')} would give rounding "
-                f"noise for scores: {precision.share_moved:.1%} of the weights move, by what has a cosine of "
-                f"{precision.cosine:.3f} with the noise, and rounding in the forward is {precision.noise_floor:.2g} of "
-                f"the signal. {_way_out(model.dtype, precision.sigma_needed(scoring.sigma))}, or "
-                "scoring.allow_low_precision to go on with marked scores"
-            )
+            raise UserError(_insufficient(precision, model.dtype, scoring))
 
     def __call__(self, samples: Sequence[Sample], draws: range) -> list[Result]:
         """Results of these samples for these draws."""
@@ -95,8 +89,11 @@ class MonteCarlo:
 class ClosedForm:
     """Exact gradient norms, and probes of the curvature on request.
 
+    Args:
+        trial: a few samples to try a probe on, before any other is scored.
+
     Raises:
-        UserError: parameters that no rule covers, or a rule that this model does not keep.
+        UserError: the rules do not hold for this model, or torch cannot differentiate it twice.
     """
 
     precision = None
@@ -111,13 +108,33 @@ class ClosedForm:
                 f"scoring.estimator: closed_form does not agree with autograd on this model, in {len(wrong)} of "
                 f"{len(selected)} parameters, first {wrong[0]}; use monte_carlo, and report the model"
             )
-        self._traces = TraceEstimator(model, selected) if scoring.curvature_probes else None
+        self._traces = TraceEstimator(model, selected)
+        if scoring.curvature_probes:
+            self._traces.aim(draw_seed(scoring.seed, 0))
+            try:
+                self._traces.probe(_collate(trial[:1], self._device))
+            except NotImplementedError as problem:
+                reason = str(problem).splitlines()[0]
+                raise UserError(
+                    f"scoring.curvature_probes: torch cannot differentiate this model twice ({reason}); "
+                    "use monte_carlo with scoring.antithetic"
+                ) from None
 
     def __call__(self, samples: Sequence[Sample], draws: range) -> list[Result]:
         """Results of these samples; the closed form has no draws."""
         found: list[Result] = []
         for members, results in _fitting(samples, self._device, self._score):
             found += results or [{"sample_id": members[0]["sample_id"], "error": _TOO_LARGE}]
+        for k in range(self._scoring.curvature_probes):
+            self._traces.aim(draw_seed(self._scoring.seed, k))
+            probes = _fitting(samples, self._device, lambda _, batch: self._traces.probe(batch).tolist())
+            values = [value for members, probe in probes for value in probe or [math.nan] * len(members)]
+            for result, value in zip(found, values, strict=True):
+                if result["error"] is None and not math.isfinite(value):
+                    result["error"] = "its curvature is not finite, or does not fit in the device's memory"
+                if result["error"] is None:
+                    result["num_draws"] += 1
+                    result["probes"].append(value)
         return found
 
     def _score(self, members: Sequence[Sample], batch: MicroBatch) -> list[Result]:
@@ -127,15 +144,12 @@ class ClosedForm:
         if "log_prob_gradient_norm" in self._scoring.measures:
             measured["log_prob_gradient_norm"] = self._norms(batch, of_log_prob=True)[1].sqrt().tolist()
         log_probs, norms = sum_log_probs(theta, batch.scored).tolist(), squares.sqrt().tolist()
-        traces = range(self._scoring.curvature_probes)
-        probes = [self._traces.probe(batch, draw_seed(self._scoring.seed, k)).tolist() for k in traces]  # type: ignore[union-attr]
         results = []
         for i, sample in enumerate(members):
             result = _result(sample["sample_id"], log_probs[i], measured, i)
-            own = [probe[i] for probe in probes]
-            if result["error"] is None and not all(map(math.isfinite, [norms[i], *own])):
-                result["error"] = "its gradient or curvature is not finite"
-            results.append(result | {"num_draws": len(own), "gradient_norm": norms[i], "probes": own})
+            if result["error"] is None and not math.isfinite(norms[i]):
+                result["error"] = "its gradient is not finite"
+            results.append(result | {"num_draws": 0, "gradient_norm": norms[i], "probes": []})
         return results
 
 
@@ -202,7 +216,22 @@ def _out_of_memory(problem: RuntimeError) -> bool:
     return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem)
 
 
-def _way_out(dtype: torch.dtype, sigma: float) -> str:
+def _insufficient(precision: Precision, dtype: torch.dtype, scoring: ScoringConfig) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if math.isinf(precision.noise_floor) and precision.share_moved > 0:
+        return (
+            f"scoring.sigma: {scoring.sigma:g} on scoring.parameters: {scoring.parameters} leaves some of the trial "
+            "samples' probabilities as they are, or makes them infinite: parameters without influence, or a sigma far "
+            "off? scoring.allow_low_precision goes on with marked scores"
+        )
     if dtype == torch.bfloat16:
-        return "Use model.dtype: float32, or scoring.estimator: closed_form, which bfloat16 serves"
-    return f"Use scoring.sigma: {sigma:g}, or scoring.estimator: closed_form, which rounding does not touch"
+        way_out = "Use model.dtype: float32, or scoring.estimator: closed_form, which bfloat16 serves"
+    else:
+        enough = precision.sigma_needed(scoring.sigma)
+        way_out = f"Use scoring.sigma: {enough:g}, or scoring.estimator: closed_form, which rounding does not touch"
+    return (
+        f"scoring.sigma: {scoring.sigma:g} in {name} would give rounding noise for scores: "
+        f"{precision.share_moved:.1%} of the weights move, by what has a cosine of {precision.cosine:.3f} with the "
+        f"noise, and rounding in the forward is {precision.noise_floor:.2g} of the signal. {way_out}, or "
+        "scoring.allow_low_precision to go on with marked scores"
+    )

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from mrd_ray import models
 from mrd_ray.config import ScoringConfig
 from mrd_ray.errors import UserError
+from mrd_ray.mrd.closed_form import coverage
 from mrd_ray.scoring.pool import Pool
 
 # Perturbing every weight once costs about as much as the forward of so many tokens: 7-10 ns a weight against
@@ -188,6 +190,19 @@ class ModelCost:
         embedding: Any = skeleton.get_input_embeddings()
         looked_up = 0 if tied else embedding.weight.numel()
         return cls(parameters, 2 * (parameters - looked_up))
+
+
+def refuse_uncovered(skeleton: PreTrainedModel, scoring: ScoringConfig) -> None:
+    """Raises UserError if scoring.parameters names nothing, or parameters that the closed form may not answer for."""
+    selected = models.select(dict(skeleton.named_parameters()), scoring.parameters)
+    if scoring.estimator != "closed_form" or scoring.allow_slow_parameters:
+        return
+    if slow := coverage(skeleton, selected).slow:
+        raise UserError(
+            f"scoring.estimator: closed_form has no rule for {len(slow)} of the {len(selected)} parameters: "
+            f"{', '.join(slow[:8])}{', ...' if len(slow) > 8 else ''}. Set scoring.allow_slow_parameters to "
+            "differentiate them sample by sample, leave them out with scoring.parameters, or use monte_carlo"
+        )
 
 
 def first_draws(scoring: ScoringConfig) -> range:

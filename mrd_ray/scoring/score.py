@@ -10,13 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from rich.console import Console
-from transformers import PreTrainedModel
 
 from mrd_ray import models
 from mrd_ray.config import ScoreConfig, ScoringConfig
 from mrd_ray.data import samples as samples_table
 from mrd_ray.errors import UserError
-from mrd_ray.mrd.closed_form import coverage
 from mrd_ray.mrd.noise import NOISE_VERSION
 from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
@@ -24,8 +22,6 @@ from mrd_ray.scoring import pipeline, plan, summary
 from mrd_ray.scoring.actor import UNIT_SCHEMA, Task
 from mrd_ray.scoring.pool import Pool
 from mrd_ray.scoring.table import scores_table, unsettled
-
-_TRIAL = 4  # samples that an actor tries sigma on before it scores any
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ def score(config: ScoreConfig) -> ScoreRun:
         path = models.directory(config.model)
         files_digest = models.files_digest(path)
         skeleton = models.skeleton(path)
-        _refuse_uncovered(skeleton, config.scoring)
+        plan.refuse_uncovered(skeleton, config.scoring)
         tokenizer = models.load_tokenizer(config.model)
         console.print(f"Reading {config.data.path}")
         samples = samples_table.build(config.data, tokenizer, models.context_length(skeleton.config))
@@ -82,27 +78,14 @@ def score(config: ScoreConfig) -> ScoreRun:
 
 def _identity(scoring: ScoringConfig) -> dict[str, Any]:
     """What a score depends on, the number of draws left out as far as a later run may add some."""
-    names = ["estimator", "parameters", "sigma", "seed", "micro_batch_tokens", "measures"]
-    if scoring.estimator == "closed_form":
-        names += ["curvature_probes"]
-    else:
-        names += ["antithetic", "target_relative_se"]
+    names = ["estimator", "parameters", "sigma", "micro_batch_tokens", "measures"]
+    names += ["curvature_probes"] if scoring.estimator == "closed_form" else ["antithetic", "target_relative_se"]
+    if scoring.estimator == "monte_carlo" or scoring.curvature_probes:
+        names += ["seed"]
     if scoring.target_relative_se is not None:  # rounds of draws follow from these
         names += ["statistic", "num_draws", "max_draws"]
     identity = {f"scoring.{name}": getattr(scoring, name) for name in names}
     return identity | {"scoring.measures": sorted(scoring.measures), "noise version": NOISE_VERSION}
-
-
-def _refuse_uncovered(skeleton: PreTrainedModel, scoring: ScoringConfig) -> None:
-    selected = models.select(dict(skeleton.named_parameters()), scoring.parameters)
-    if scoring.estimator != "closed_form" or scoring.allow_slow_parameters:
-        return
-    if slow := coverage(skeleton, selected).slow:
-        raise UserError(
-            f"scoring.estimator: closed_form has no rule for {len(slow)} of the {len(selected)} parameters: "
-            f"{', '.join(slow[:8])}{', ...' if len(slow) > 8 else ''}. Set scoring.allow_slow_parameters to "
-            "differentiate them sample by sample, leave them out with scoring.parameters, or use monte_carlo"
-        )
 
 
 def lengths(samples: pa.Table) -> np.ndarray:
@@ -120,6 +103,11 @@ class _Rounds:
     samples: pa.Table
     cost: plan.ModelCost
     files_digest: str
+
+    def _trial(self) -> list[dict[str, Any]]:
+        """A few samples, the same ones in every round, for an actor to try the settings on before it scores any."""
+        layout = plan.layout(lengths(self.samples), self.config.scoring.micro_batch_tokens)
+        return self._rows(0, layout.few(4))
 
     def work_off(self) -> pa.Table:
         """Compute what is missing, round after round, and give the scores."""
@@ -157,9 +145,7 @@ class _Rounds:
         pool = Pool.of(config.ray, ray.cluster_resources())
         rate = plan.assumed_tflops(pool) * 1e12 / self.cost.flops_per_token / plan.forwards_per_token(scoring)
         units = plan.cut(layout, rectangles, pool.actors, rate)
-        task = Task(
-            config.model, scoring, self.files_digest, pool.threads, pool.gpus > 0, self._rows(0, layout.few(_TRIAL))
-        )
+        task = Task(config.model, scoring, self.files_digest, pool.threads, pool.gpus > 0, self._trial())
         tables = [self._unit_table(unit, layout) for unit in units]
         work = {unit.unit_id: plan.token_forwards(layout, [unit]) for unit in units}
         scored = 0

@@ -15,6 +15,7 @@ from rich.table import Table
 from mrd_ray.config import ScoreConfig
 
 _SHOWN = 10
+_NONLINEAR = 0.3  # mean_abs is then 4% over its small-sigma limit
 _STATISTIC = {"mean_abs": "E|Δ|", "abs_mean": "|E Δ|"}
 
 
@@ -59,6 +60,11 @@ def show(console: Console, scores: pa.Table, samples: pa.Table, config: ScoreCon
         shown = min(_SHOWN, len(rows))
         console.print(_samples(f"The {shown} hardest to unlearn (smallest MRD)", rows[:shown]))
         console.print(_samples(f"The {shown} easiest to unlearn (largest MRD)", rows[: -shown - 1 : -1]))
+    bent = [row for row in rows if (row["nonlinearity"] or 0.0) > _NONLINEAR]
+    if bent:
+        console.print(f"{len(bent)} sample(s) have a nonlinearity over {_NONLINEAR:g}: sigma is not small for them")
+    if rows and rows[0]["low_precision"]:
+        console.print("[red]These scores are marked low_precision: rounding is not small beside the signal")
     if reasons := errors(scores):
         table = Table("samples", "reason", title="Without a score", title_justify="left")
         for reason, count in reasons.most_common(_SHOWN):

@@ -26,8 +26,14 @@ SCHEMA = pa.schema(
         _field("mean_abs", pa.float64(), f"{_NO_UNIT}; E|Delta|, Algorithm 1"),
         _field("abs_mean", pa.float64(), f"{_NO_UNIT}; |E Delta|, Definition 3.1"),
         _field("delta_mean", pa.float64(), f"{_NO_UNIT}; mu = E Delta (antithetic: of the even part)"),
-        _field("delta_std", pa.float64(), f"{_NO_UNIT}; s, standard deviation of Delta (antithetic: of the odd part)"),
-        _field("nonlinearity", pa.float64(), f"{_NO_UNIT}; |mu| / s, 0 where sigma is small enough"),
+        _field(
+            "delta_std", pa.float64(), f"{_NO_UNIT}; s, standard deviation of Delta (antithetic: of the odd part alone)"
+        ),
+        _field(
+            "nonlinearity",
+            pa.float64(),
+            f"{_NO_UNIT}; |mu| / s, near 0 where sigma is small enough; null from plain draws",
+        ),
         _field("num_draws", pa.int64(), "draws; for closed_form, probes of the curvature"),
         _field("sigma", pa.float64(), "standard deviation of the noise, in units of the weights"),
         _field("estimator", pa.string(), "name"),
@@ -110,7 +116,8 @@ def _score(parts: list[dict[str, Any]], scoring: ScoringConfig) -> Score:
         (part,) = parts
         return closed_form_score(scoring.sigma, part["gradient_norm"], part["probes"])
     fields = [field.name for field in dataclasses.fields(Moments)]
-    return monte_carlo_score(Moments.merge([Moments(*(part[name] for name in fields)) for part in parts]))
+    moments = Moments.merge([Moments(*(part[name] for name in fields)) for part in parts])
+    return monte_carlo_score(moments, scoring.antithetic)
 
 
 def unsettled(scores: pa.Table, scoring: ScoringConfig) -> np.ndarray:

@@ -186,6 +186,15 @@ def test_uncovered_parameters_are_found_without_weights_and_computed_by_autograd
     check(model, norms)
 
 
+def test_parameters_without_influence_count_nothing():
+    model = model_of("llama")
+    model.unused = torch.nn.Conv2d(1, 1, 1).double()  # as a vision tower is to a text
+    norms = GradientNorms(model)
+    assert norms.coverage.slow == ["unused.weight", "unused.bias"]
+    assert disagreements(norms) == []
+    assert float(norms.by_parameter(batch_of())[1]["unused.weight"].sum()) == 0
+
+
 class Doubled(torch.nn.Linear):
     """Looks like a linear layer, but is not one."""
 

@@ -18,7 +18,9 @@ from mrd_ray.mrd.scores import monte_carlo_score
 def test_a_probe_is_the_second_derivative_along_it(name):
     """Against autograd, twice in reverse mode, of P_t(theta + eps v) / P_t(theta) as the theorem has it."""
     model = model_of(name)
-    found = TraceEstimator(model).probe(batch_of(SAMPLES, SCORED), seed=5)
+    estimator = TraceEstimator(model)
+    estimator.aim(5)
+    found = estimator.probe(batch_of(SAMPLES, SCORED))
     theta = {key: parameter.detach() for key, parameter in model.named_parameters()}
     sign = {key: standard_normal(5, key, 0, t.numel()).sign().double().view_as(t) for key, t in theta.items()}
     for i, (sample, flags) in enumerate(zip(SAMPLES, SCORED, strict=True)):
@@ -35,6 +37,11 @@ def test_a_probe_is_the_second_derivative_along_it(name):
             (first,) = torch.autograd.grad((now / now.detach()).sum(), eps, create_graph=True)
             (second,) = torch.autograd.grad(first, eps)
         assert float(found[i]) == pytest.approx(-0.5 * float(second), rel=1e-4)
+
+
+def aimed(estimator: TraceEstimator, batch: MicroBatch, seed: int) -> torch.Tensor:
+    estimator.aim(seed)
+    return estimator.probe(batch)
 
 
 def tiny() -> torch.nn.Module:
@@ -65,7 +72,7 @@ def test_mean_of_probes_is_the_trace():
     expected = -0.5 * float(hessian.trace())
     estimator = TraceEstimator(model, names)
     batch = MicroBatch(tokens, torch.ones(1, 3, dtype=torch.bool))
-    probes = torch.cat([estimator.probe(batch, draw_seed(0, k)) for k in range(200)])
+    probes = torch.cat([aimed(estimator, batch, draw_seed(0, k)) for k in range(200)])
     off_diagonal = hessian - hessian.diag().diag()
     spread = float(off_diagonal.square().sum() / 2) ** 0.5  # of -v^T H v / 2 for random signs v
     assert abs(float(probes.mean()) - expected) < 3 * spread / 200**0.5
@@ -76,11 +83,27 @@ def test_agrees_with_antithetic_draws():
     model = tiny()
     batch = MicroBatch(torch.tensor([[1, 5, 3, 7], [2, 2, 9, 4]]), torch.ones(2, 3, dtype=torch.bool))
     estimator = TraceEstimator(model)
-    probes = torch.stack([estimator.probe(batch, draw_seed(1, k)) for k in range(200)], 1)
+    probes = torch.stack([aimed(estimator, batch, draw_seed(1, k)) for k in range(200)], 1)
     replica, likelihood = Replica(model), Likelihood(model)
     theta = [likelihood.log_neg_log_probs(batch)]
     (pairs,) = draw_deltas(replica, likelihood, [batch], theta, 1e-3, 0, range(400), antithetic=True)
     for own, of_sample in zip(probes, pairs.tolist(), strict=True):
-        drawn = monte_carlo_score(Moments.of(of_sample))
+        drawn = monte_carlo_score(Moments.of(of_sample), antithetic=True)
         mean, se = float(own.mean()) * 1e-6, float(own.std()) * 1e-6 / 200**0.5
         assert abs(mean - drawn.delta_mean) < 4 * (se**2 + drawn.abs_mean_se**2) ** 0.5
+
+
+@pytest.mark.parametrize("budget", [1, 800])
+def test_samples_in_groups_bound_the_memory_of_logits(budget, monkeypatch):
+    model = model_of("gemma2")
+    whole = aimed(TraceEstimator(model), batch_of(), 5)
+    monkeypatch.setattr("mrd_ray.mrd.curvature.LOGITS", budget)
+    torch.testing.assert_close(aimed(TraceEstimator(model), batch_of(), 5), whole, rtol=1e-5, atol=1e-3)
+
+
+def test_a_function_that_torch_cannot_differentiate_twice_is_an_error():
+    model = model_of("llama")
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.Mish()
+    with pytest.raises(NotImplementedError):
+        aimed(TraceEstimator(model), batch_of(), 5)

@@ -213,7 +213,7 @@ def test_antithetic_pairs_are_both_signs_of_the_same_noise():
     theta = [likelihood.log_neg_log_probs(batch)]
     (pairs,) = draw_deltas(replica, likelihood, [batch], theta, 1e-3, 3, range(K), antithetic=True)
     for of_sample, a, b in zip(pairs.tolist(), plus, minus, strict=True):
-        found = monte_carlo_score(Moments.of(of_sample))
+        found = monte_carlo_score(Moments.of(of_sample), antithetic=True)
         a, b = np.array(a), np.array(b)
         assert found.mean_abs == pytest.approx((np.abs(a) + np.abs(b)).mean() / 2, rel=1e-7)
         assert found.delta_mean == pytest.approx((a + b).mean() / 2, rel=1e-5)

@@ -1,5 +1,9 @@
 """The noise is the documented function, is normal, and any slice of it is the slice of the whole."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -127,3 +131,43 @@ def test_cuda_equals_cpu():
     noise.add_noise(out, base.cuda(), 1.0, 9, "w", 17)
     noise.add_noise(expected, base, 1.0, 9, "w", 17)
     torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=2e-6)
+
+
+LOWERED = """
+import triton
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from mrd_ray.mrd.noise_triton import _add_noise_kernel
+
+target = GPUTarget("cuda", 90, 32)
+backend = make_backend(target)
+options = backend.parse_options({})
+signature, constants = {}, {(7,): 128}
+values = dict(out="*fp32", base="*fp32", sigma=1e-5, seed=1, name_hash=1, start=1, count=1)
+for i, (parameter, (name, value)) in enumerate(zip(_add_noise_kernel.params, values.items())):
+    assert parameter.name == name
+    if isinstance(value, str):
+        signature[name] = value
+    elif isinstance(value, float):
+        signature[name] = "fp32"
+    elif parameter.do_not_specialize:
+        signature[name] = "i64"
+    else:  # what Triton makes of an argument that equals 1
+        signature[name], constants[(i,)] = "constexpr", value
+signature["BLOCKS"] = "constexpr"
+source = ASTSource(_add_noise_kernel, signature, constants)
+context = ir.context()
+ir.load_dialects(context)
+backend.load_dialects(context)
+module = source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+assert "umulhi" in str(module) or "mulhiui" in str(module)
+print("lowered")
+"""
+
+
+def test_triton_kernel_lowers_for_a_gpu_where_arguments_equal_one():
+    """Draw 1 of seed 0 has noise seed 1, which Triton would make a constant; its interpreter does not show that."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-c", LOWERED], env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.stdout == "lowered\n", ran.stderr

@@ -19,7 +19,8 @@ def test_both_statistics_and_their_standard_errors():
     assert found.mean_abs_se == pytest.approx(stats.sem(np.abs(deltas)), rel=1e-9)
     assert found.abs_mean == pytest.approx(abs(deltas.mean()), rel=1e-12)
     assert found.abs_mean_se == pytest.approx(stats.sem(deltas), rel=1e-9)
-    assert found.delta_std == pytest.approx(deltas.std(), rel=1e-12)
+    assert found.delta_std == pytest.approx(deltas.std(ddof=1), rel=1e-9)
+    assert found.nonlinearity is None
 
 
 def test_standard_error_is_the_spread_of_repeated_scores():
@@ -31,7 +32,7 @@ def test_standard_error_is_the_spread_of_repeated_scores():
 
 
 def test_one_draw_has_no_standard_error():
-    assert score([0.5]).mean_abs_se is None
+    assert score([0.5]).mean_abs_se is score([0.5]).delta_std is None
 
 
 def test_weights_are_probabilities_proportional_to_mrd():

@@ -40,8 +40,11 @@ class Scored:
 
     def probes(self, count: int) -> list[list[float]]:
         traces = TraceEstimator(self.model)
-        drawn = [torch.stack([traces.probe(batch, draw_seed(9, k)) for k in range(count)], 1) for batch in self.batches]
-        return torch.cat(drawn).tolist()
+        drawn = []
+        for k in range(count):
+            traces.aim(draw_seed(9, k))
+            drawn.append(torch.cat([traces.probe(batch) for batch in self.batches]))
+        return torch.stack(drawn, 1).tolist()
 
     def monte_carlo(self, sigma: float, num_draws: int):
         replica, likelihood = Replica(self.model), Likelihood(self.model)

@@ -1,5 +1,7 @@
 """Agreement of score tables against scipy, and refusals."""
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,18 +14,24 @@ from mrd_ray.cli import main
 IDS = [f"s{i:03d}" for i in range(60)]
 
 
-def write(path, mrd, se=None, ids=IDS, texts=None):
+def write(path, mrd, se=None, ids=IDS, texts=None, tokens=9, score_on="all"):
     path.mkdir()
-    columns = {"sample_id": ids, "mrd": mrd, "mrd_se": [None] * len(ids) if se is None else se}
-    rows = columns | {
-        "estimator": ["monte_carlo"] * len(ids),
-        "sigma": [1e-5] * len(ids),
-        "num_draws": [200] * len(ids),
-    }
-    pq.write_table(pa.table(rows), path / "scores.parquet")
-    pq.write_table(
-        pa.table({"sample_id": ids, "text": texts or [f"text of {i}" for i in ids]}), path / "samples.parquet"
+    scores = pa.table(
+        {
+            "sample_id": ids,
+            "mrd": pa.array(mrd, pa.float64()),
+            "mrd_se": pa.array(se or [None] * len(ids), pa.float64()),
+            "mean_abs": pa.array(mrd, pa.float64()),
+            "estimator": ["monte_carlo"] * len(ids),
+            "sigma": [1e-5] * len(ids),
+            "num_draws": [200] * len(ids),
+            "num_tokens": [tokens] * len(ids),
+        }
     )
+    pq.write_table(scores, path / "scores.parquet")
+    texts = texts or [f"text of {i}" for i in ids]
+    pq.write_table(pa.table({"sample_id": ids, "text": texts}), path / "samples.parquet")
+    (path / "manifest.json").write_text(json.dumps({"identity": {"tokenizer": "t", "data.score_on": score_on}}))
     return str(path)
 
 
@@ -68,6 +76,22 @@ def test_other_samples_are_refused(tmp_path):
     other_text = write(tmp_path / "c", scores, texts=["changed", *(f"text of {i}" for i in IDS[1:])])
     with pytest.raises(UserError, match="'s000', read differently"):
         compare(CompareConfig(run_a=a, run_b=other_text))
+
+
+def test_other_tokens_are_refused(tmp_path):
+    scores = list(np.arange(60.0))
+    a = write(tmp_path / "a", scores)
+    shorter = write(tmp_path / "b", scores, tokens=7)
+    with pytest.raises(UserError, match="other numbers of tokens in 60 samples, first 's000'"):
+        compare(CompareConfig(run_a=a, run_b=shorter))
+    in_part = write(tmp_path / "c", scores, score_on="response")
+    with pytest.raises(UserError, match=r"data\.score_on: all, .* response"):
+        compare(CompareConfig(run_a=a, run_b=in_part))
+
+
+def test_unknown_standard_errors_settle_nothing(tmp_path):
+    runs = [write(tmp_path / "a", (np.arange(60) + 1.0).tolist()), write(tmp_path / "b", [2.0] * 60, [0.1] * 60)]
+    assert compare(CompareConfig(run_a=runs[0], run_b=runs[1])).apart is None
 
 
 def test_what_is_no_table_of_scores_is_refused(tmp_path):

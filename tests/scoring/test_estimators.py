@@ -96,8 +96,7 @@ def test_lora_adapter_and_its_factors(tiny_model_dir, qa_file, tmp_path):
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     adapted.save_pretrained(tmp_path / "adapter")
-    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "adapter")
-    settings = CLOSED | {"scoring__parameters": "lora"}
+    settings = CLOSED | {"scoring__parameters": "lora"}  # the adapter comes without a tokenizer; its base has one
     found = score(config(tmp_path / "adapter", qa_file, tmp_path / "run", **settings))
     factors = [
         name
@@ -111,6 +110,23 @@ def test_lora_adapter_and_its_factors(tiny_model_dir, qa_file, tmp_path):
     monte_carlo = score(config(tmp_path / "adapter", qa_file, tmp_path / "mc", **drawn))
     for exact, sampled in zip(found.scores.to_pylist(), monte_carlo.scores.to_pylist(), strict=True):
         assert abs(sampled["mrd"] - 10 * exact["mrd"]) < 5 * sampled["mrd_se"]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"base_model_name_or_path": None}, "does not name the adapter's model"),
+        ({"use_dora": True}, "DoRA adapter, which is not supported; merge it"),
+    ],
+)
+def test_adapters_that_cannot_be_scored(tiny_model_dir, qa_file, tmp_path, adapter, message):
+    file = tmp_path / "adapter" / "adapter_config.json"
+    peft.LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path=str(tiny_model_dir)).save_pretrained(
+        file.parent
+    )
+    file.write_text(json.dumps(json.loads(file.read_text()) | adapter))
+    with pytest.raises(UserError, match=message):
+        score(config(file.parent, qa_file, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -174,6 +190,8 @@ def test_contradicting_settings_end_with_the_keys_named(tiny_model_dir, qa_file,
         (["--scoring.measures", "[log_prob_gradient_norm]"], "log_prob_gradient_norm"),
         (["--scoring.target_relative_se", "0.1", "--scoring.max_draws", "9"], "scoring.max_draws"),
         (["--scoring.parameters", "["], "not a regular expression"),
+        (["--scoring.estimator", "closed_form", "--scoring.sigma", "1e-3"], "curvature_probes"),
+        (["--scoring.estimator", "closed_form", "--scoring.sigma", "0.1"], "too large for closed_form"),
     ):
         with pytest.raises(SystemExit) as end:
             main(base + flags)
