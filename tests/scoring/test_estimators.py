@@ -210,7 +210,7 @@ model = AutoModelForCausalLM.from_config(LlamaConfig(intermediate_size=16384, **
 def sample(i, n):
     return dict(micro_batch=0, sample_id=str(i), token_ids=[5] * n, scored=[False] + [True] * (n - 1))
 samples = [sample(i, 512) for i in range(8)] + [sample(8, 8192)]
-made = [kind(model, ScoringConfig(estimator=name, sigma=1e-3), samples[:1])
+made = [kind(model, ScoringConfig(estimator=name, sigma=1e-4), samples[:1])
         for kind, name in ((MonteCarlo, "monte_carlo"), (ClosedForm, "closed_form"))]
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (600 << 20), -1))

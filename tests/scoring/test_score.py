@@ -235,8 +235,11 @@ def test_no_sample_can_be_scored(tiny_model_dir, tmp_path):
     assert found.scores["mrd"].null_count == 2
 
 
-def test_sigma_that_breaks_the_forward_is_an_error_of_the_sample(tiny_model_dir, qa_file, tmp_path):
-    found = score(config(tiny_model_dir, qa_file, tmp_path, scoring__sigma=1e38, scoring__num_draws=2))
+def test_sigma_that_breaks_the_forward_is_refused_or_an_error_of_each_sample(tiny_model_dir, qa_file, tmp_path):
+    settings = {"scoring__sigma": 1e38, "scoring__num_draws": 2}
+    with pytest.raises(UserError, match="a sigma far off"):
+        score(config(tiny_model_dir, qa_file, tmp_path, **settings))
+    found = score(config(tiny_model_dir, qa_file, tmp_path, **settings, scoring__allow_low_precision=True))
     assert found.num_errors == len(found.scores)
     assert "sigma too large" in found.scores["error"][0].as_py()
 
