@@ -250,5 +250,11 @@ class DemoConfig(_Frozen):
     data: str | None = Field(None, description="Your own forget set; else 40 questions about invented authors.")
     dir: str | None = Field(None, description="Run directory of the scores; unset, a folder under runs/.")
     cache: str = Field("~/.cache/mrd_ray", description="Folder that keeps the demo's model between runs.")
-    num_draws: PositiveInt = Field(24, description="K; few, since the demo is for two CPU cores.")
+    estimator: Literal["closed_form", "monte_carlo"] = Field(
+        "closed_form",
+        description="Exact scores in a minute, or Algorithm 1 with num_draws draws.",
+    )
+    num_draws: PositiveInt = Field(
+        24, description="K of monte_carlo; few, since the demo is for two CPU cores: a standard error of some 15%."
+    )
     ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))

@@ -35,13 +35,14 @@ def prepare(config: DemoConfig) -> ScoreConfig:
     else:
         model = config.model
     data = config.data or str(FORGET)
-    own = hashlib.sha256(f"{config.model} {config.data}".encode()).hexdigest()[:8]
-    default_dir = "runs/demo" if config.model is config.data is None else f"runs/demo-{own}"
+    name = "demo" if config.estimator == "closed_form" else "demo-monte-carlo"
+    if (config.model, config.data) != (None, None):
+        name += "-" + hashlib.sha256(f"{config.model} {config.data}".encode()).hexdigest()[:8]
     return ScoreConfig(
         model=ModelConfig(path=model),
         data=DataConfig(path=data),
-        run=RunConfig(dir=config.dir or default_dir),
-        scoring=ScoringConfig(num_draws=config.num_draws),
+        run=RunConfig(dir=config.dir or f"runs/{name}"),
+        scoring=ScoringConfig(estimator=config.estimator, num_draws=config.num_draws),
         ray=config.ray,
     )
 

@@ -147,7 +147,8 @@ def _settings(table: pa.Table) -> str:
     scored = table.filter(pc.is_valid(table["mrd"]))
     row = scored.slice(0, 1).to_pylist()[0] if len(scored) else {}
     draws = scored["num_draws"].to_pylist() if "num_draws" in table.column_names else []
-    span = "" if not draws or not max(draws) else f", {min(draws)} to {max(draws)} draws"
+    counts = sorted({min(draws), max(draws)} - {0}) if draws else []
+    span = f", {' to '.join(map(str, counts))} draws" if counts else ""
     statistic = next(
         (name for name in ("mean_abs", "abs_mean") if row.get(name) == row.get("mrd")), "unknown statistic"
     )
