@@ -5,6 +5,9 @@ import os
 
 import pytest
 import ray
+from runs_of import config
+
+from mrd_ray import score
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,3 +17,11 @@ def ray_cluster():
     yield
     del os.environ["RAY_ADDRESS"]
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def reference_dir(tiny_model_dir, qa_file, tmp_path_factory):
+    """An uninterrupted run with one actor. Tests that go on from it copy it first."""
+    run = tmp_path_factory.mktemp("reference")
+    score(config(tiny_model_dir, qa_file, run))
+    return run

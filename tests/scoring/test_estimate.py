@@ -4,9 +4,9 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
-from runs_of import config, stamps
+from runs_of import stamps
 
-from mrd_ray import PlanConfig, plan, score
+from mrd_ray import PlanConfig, plan
 from mrd_ray.cli import main
 from mrd_ray.scoring.plan import Unit
 
@@ -24,20 +24,15 @@ def plan_config(model, data, **scoring) -> PlanConfig:
     return PlanConfig.model_validate(tree | {"scoring": {"num_draws": 12, "micro_batch_tokens": 64} | scoring})
 
 
-def test_counts_are_those_of_the_run(without_weights, tiny_model_dir, qa_file, tmp_path):
+def test_counts_are_those_of_the_run(without_weights, qa_file, reference_dir):
     found = plan(plan_config(without_weights, qa_file))
-    run = score(config(tiny_model_dir, qa_file, tmp_path / "run"))
-    units = [Unit.of_id(name.removesuffix(".parquet")) for name in stamps(tmp_path / "run")]
+    units = [Unit.of_id(name.removesuffix(".parquet")) for name in stamps(reference_dir)]
+    samples = pq.read_table(reference_dir / "samples.parquet")
     assert found.units == len(units)
-    assert found.samples == len(run.scores)
+    assert found.samples == len(samples)
     assert found.unscorable == 0
     assert found.micro_batches == max(unit.stop_micro_batch for unit in units)
-    widths = {}
-    for file in (tmp_path / "run" / "units").glob("*.parquet"):
-        for sample in pq.read_table(file)["samples"][0].as_py():
-            widths[sample["sample_id"]] = sample["num_draws"]
-    assert widths.keys() == set(run.scores["sample_id"].to_pylist())
-    tokens = sum(len(ids) for ids in run.samples["token_ids"].to_pylist())
+    tokens = sum(len(ids) for ids in samples["token_ids"].to_pylist())
     assert tokens <= found.padded_tokens <= 1.5 * tokens
     per_token = 2 * found.parameters  # tied embeddings: every weight takes part in the forward of a token
     assert found.forward_flops == found.padded_tokens * 13 * per_token

@@ -48,14 +48,6 @@ def algorithm_1(model, tokens, scored, sigma, seed, num_draws):
 
 
 @pytest.fixture(scope="module")
-def reference_dir(tiny_model_dir, qa_file, tmp_path_factory):
-    """An uninterrupted run with one actor. Tests that go on from it copy it first."""
-    run = tmp_path_factory.mktemp("reference")
-    score(config(tiny_model_dir, qa_file, run))
-    return run
-
-
-@pytest.fixture(scope="module")
 def reference(reference_dir):
     """Its scores, which other ways to compute them must equal to the last bit."""
     return pq.read_table(reference_dir / "scores.parquet")
