@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **{key: value for key, value in values.items() if key not in ("config", "__path__")}
         )
     except ValidationError as problem:  # settings that are each in range but contradict one another
-        line.error("; ".join(error["msg"].removeprefix("Value error, ") for error in problem.errors()))
+        line.error("; ".join(_named(problem.title, error) for error in problem.errors()))
     try:
         match config:
             case ScoreConfig():
@@ -74,6 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _FAILED
 
 
+def _named(model: str, error: Any) -> str:
+    """A message of pydantic's that names the setting: ours do by themselves."""
+    message = str(error["msg"])
+    if message.startswith("Value error, "):
+        return message.removeprefix("Value error, ")
+    group = model.removesuffix("Config").lower()
+    return ".".join([group, *map(str, error["loc"])]) + f": {message}, not {error['input']!r}"
+
+
 def _score(config: ScoreConfig) -> int:
     from mrd_ray.scoring import summary
     from mrd_ray.scoring.score import score
@@ -90,6 +99,7 @@ def _score(config: ScoreConfig) -> int:
 
 def _compare(config: CompareConfig) -> int:
     from mrd_ray.scoring import compare
+    from mrd_ray.scoring.summary import short
 
     found = compare.compare(config)
     try:
@@ -110,7 +120,8 @@ def _compare(config: CompareConfig) -> int:
     worst = Table("a", "b", "apart", "sample", "text", title="Those that disagree most", title_justify="left")
     for row in found.rows[:10]:
         apart = f"{row['b'] / row['a'] - 1:+.1%}" if found.apart is None else f"{row['z']:+.1f} s.e."
-        worst.add_row(f"{row['a']:.3g}", f"{row['b']:.3g}", apart, escape(row["sample_id"]), escape(row["text"] or ""))
+        text = short(row["text"] or "", 200)
+        worst.add_row(f"{row['a']:.3g}", f"{row['b']:.3g}", apart, escape(row["sample_id"]), escape(text))
     console.print(worst)
     console.print(f"Scatter plot: {config.out}", soft_wrap=True)
     return _DONE

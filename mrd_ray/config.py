@@ -2,7 +2,7 @@
 
 import re
 import string
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -12,9 +12,12 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    StringConstraints,
     field_validator,
     model_validator,
 )
+
+_Name = Annotated[str, StringConstraints(min_length=1)]
 
 
 class _Frozen(BaseModel):
@@ -24,7 +27,7 @@ class _Frozen(BaseModel):
 class ModelConfig(_Frozen):
     """The causal language model whose memory is measured."""
 
-    path: str = Field(description="Directory of a Hugging Face model, or a hub id such as Qwen/Qwen3-0.6B.")
+    path: _Name = Field(description="Directory of a Hugging Face model, or a hub id such as Qwen/Qwen3-0.6B.")
     revision: str | None = Field(None, description="Branch, tag or commit of the hub id model.path.")
     tokenizer: str | None = Field(
         None, description="Directory of the tokenizer, or a hub id (its default branch); the model's own if unset."
@@ -38,7 +41,7 @@ class ModelConfig(_Frozen):
 class DataConfig(_Frozen):
     """The forget set, and what of each sample is scored."""
 
-    path: str = Field(
+    path: _Name = Field(
         description="A .jsonl, .json, .csv, .parquet or .txt file (local path or fsspec URI), "
         "or the id of a Hugging Face dataset."
     )
@@ -109,7 +112,7 @@ class ScoringConfig(_Frozen):
         description="Algorithm 1 as it stands, or its small-sigma limit from exact per-sample gradient norms: "
         "one forward and one backward instead of K + 1 forwards, and no sampling error.",
     )
-    parameters: str = Field(
+    parameters: _Name = Field(
         "all",
         description="Which parameters count as theta: all, lora (the factors of a LoRA adapter), "
         "or a regular expression found in their names, such as 'layers[.](20|21)[.]'.",
@@ -190,6 +193,11 @@ class ScoringConfig(_Frozen):
             )
         if self.estimator == "closed_form" and self.statistic == "abs_mean" and not self.curvature_probes:
             raise ValueError("scoring.statistic: abs_mean with closed_form needs scoring.curvature_probes, 16 say")
+        if self.target_relative_se is not None and self.num_draws < 16:
+            raise ValueError(
+                f"scoring.num_draws: {self.num_draws} with scoring.target_relative_se; expected at least 16, "
+                "since a standard error from fewer may be small by chance"
+            )
         if self.target_relative_se is not None and self.max_draws < self.num_draws:
             raise ValueError(f"scoring.max_draws: {self.max_draws} is under scoring.num_draws, {self.num_draws}")
         return self
@@ -208,7 +216,7 @@ class RayConfig(_Frozen):
 class RunConfig(_Frozen):
     """Where results go."""
 
-    dir: str = Field(description="Run directory: a local path or an fsspec URI. Starting again on it resumes.")
+    dir: _Name = Field(description="Run directory: a local path or an fsspec URI. Starting again on it resumes.")
 
 
 class ScoreConfig(_Frozen):
@@ -234,6 +242,7 @@ class PlanConfig(_Frozen):
 
     model: ModelConfig
     data: DataConfig
+    run: RunConfig | None = Field(None, description="Not used; so that a configuration of `score` can be planned.")
     scoring: ScoringConfig = Field(ScoringConfig(), description=str(ScoringConfig.__doc__))
     ray: RayConfig = Field(RayConfig(actors=1), description="The cluster's shape.")
     tflops: PositiveFloat | None = Field(

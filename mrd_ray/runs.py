@@ -81,7 +81,8 @@ class RunDirectory:
             files = self._fs.ls(self.path(folder), detail=False)
         except FileNotFoundError:  # object stores know no empty folders
             return []
-        return sorted(name for file in files if not (name := file.rsplit("/", 1)[-1]).endswith(".tmp"))
+        names = (file.rsplit("/", 1)[-1] for file in files)
+        return sorted(name for name in names if not name.endswith(".tmp") and not name.startswith("."))
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all: a kill at any moment leaves the old one. Raises UserError."""
@@ -130,6 +131,8 @@ class RunDirectory:
         """What manifest.json says. Raises UserError if it is damaged."""
         try:
             found: dict[str, Any] = json.loads(self.read("manifest.json"))
+            if not (isinstance(found, dict) and isinstance(found.get("identity"), dict) and "invocations" in found):
+                raise ValueError("no identity in it")
         except ValueError as problem:
             raise UserError(f"{self.path('manifest.json')} is damaged ({problem}); use another directory") from None
         return found
@@ -148,6 +151,10 @@ class RunDirectory:
             identity: setting or digest by name; everything that a score depends on, but for the number of draws.
         """
         manifest: dict[str, Any] = {"identity": identity, "invocations": []}
+        if not self.exists("manifest.json") and self.names("units"):
+            raise UserError(
+                f"run.dir: {self.uri} holds units but no manifest.json to say what they are of; use another directory"
+            )
         if self.exists("manifest.json"):
             manifest = self.manifest()
             differing = [

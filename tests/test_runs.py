@@ -108,3 +108,18 @@ def test_any_fsspec_uri():
         run.write_table("units/u.parquet", table := pa.table({"a": [1, 2]}))
         assert run.names("units") == ["u.parquet"]
         assert run.read_table("units/u.parquet").equals(table)
+
+
+def test_units_without_a_manifest_are_nobodys(tmp_path):
+    run = RunDirectory(str(tmp_path))
+    run.write("units/u.parquet", b"made with who knows what")
+    with pytest.raises(UserError, match=r"units but no manifest\.json"):
+        run.claim({"a": 1}, CONFIG)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"identity": 3}', "{"])
+def test_manifest_of_another_shape_is_damaged(tmp_path, content):
+    run = RunDirectory(str(tmp_path))
+    run.write("manifest.json", content.encode())
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        run.claim({"a": 1}, CONFIG)

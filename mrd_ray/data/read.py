@@ -176,7 +176,7 @@ def _dataset(data: DataConfig) -> Iterator[Row]:
         table = datasets.load_dataset(os.path.expanduser(data.path), data.name, split=data.split, streaming=True)
         for number, values in enumerate(table, 1):
             yield Row(number, values)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
+    except Exception as problem:  # loading scripts and formats fail in ways of their own
         raise UserError(
             f"data.path: {data.path} is not a file ending in {', '.join(FILE_SUFFIXES)}, and it could not be loaded "
             f"as a Hugging Face dataset (data.name={data.name}, data.split={data.split}): {problem}"

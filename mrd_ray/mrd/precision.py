@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import draw_deltas, draw_seed
 from mrd_ray.mrd.noise import standard_normal_like
@@ -11,6 +13,7 @@ from mrd_ray.mrd.perturb import Replica
 # Rounding at 0.3 of the signal's level adds 4% to a score, for it adds in quadrature: as much as 200 draws leave.
 _MAX_NOISE = 0.3
 _MIN_COSINE = 0.99
+_SLANT = math.tan(math.acos(_MIN_COSINE))
 _SMALLER = 64.0  # the noise floor is looked for at sigma over this, where the signal is so much smaller
 
 
@@ -20,7 +23,8 @@ class Precision:
 
     share_moved: of the weights, those that differ from the base after theta + sigma z is rounded. cosine: between
     sigma z and what the weights really moved by. noise_floor: root mean square of what rounding in the forward adds to
-    Delta, over that of Delta itself, for the sample that fares worst; infinite if the noise changes nothing.
+    Delta (antithetic: to its even part), over that of Delta itself, for the sample that fares worst; infinite if the
+    noise changes nothing, or makes it infinite.
     """
 
     share_moved: float
@@ -32,31 +36,48 @@ class Precision:
         """Whether scores would be more than rounding noise."""
         return self.cosine >= _MIN_COSINE and self.noise_floor <= _MAX_NOISE
 
-    def sigma_needed(self, sigma: float) -> float:
-        """A sigma, a power of ten, that rounding would leave ample room for: its share falls as sigma rises."""
-        angle = math.acos(min(1.0, max(0.01, self.cosine)))
-        noise = min(self.noise_floor, 100.0)  # infinite where nothing moves: suggest a step, not the whole way
-        factor = max(1.0, noise / _MAX_NOISE, math.tan(angle) / math.tan(math.acos(_MIN_COSINE)))
+    def sigma_needed(self, sigma: float, antithetic: bool = False) -> float | None:
+        """A sigma, a power of ten, that rounding would leave ample room for; None where the figures cannot tell.
+
+        Rounding's share falls as sigma rises, for the even part of antithetic draws as its square.
+        """
+        if not (math.isfinite(self.noise_floor) and self.cosine > 0.1):
+            return None
+        noise = self.noise_floor / _MAX_NOISE
+        slant = math.tan(math.acos(min(1.0, self.cosine))) / _SLANT
+        factor = max(1.0, math.sqrt(noise) if antithetic else noise, slant)
         return float(10.0 ** math.ceil(math.log10(sigma * 3 * factor) - 1e-9))
 
 
 def examine(
-    replica: Replica, likelihood: Likelihood, batch: MicroBatch, sigma: float, seed: int, draws: int = 4
+    replica: Replica,
+    likelihood: Likelihood,
+    batch: MicroBatch,
+    sigma: float,
+    seed: int,
+    antithetic: bool = False,
+    draws: int = 4,
 ) -> Precision:
     """Try out sigma on a few samples; the replica is restored afterwards.
 
     A few draws are made at sigma and again, with the same z, at a 64th of it. In exact arithmetic, and to first order,
-    each second Delta is a 64th of the first; what it differs by is rounding, which does not shrink with sigma.
+    each second Delta is a 64th of the first; what it differs by is rounding, which does not shrink with sigma. Of
+    antithetic draws it is the even part that must stand out, second order in sigma: rounding of the one forward at
+    theta is in all of them, and no number of draws averages it out.
     """
     replica.restore()
     theta = [likelihood.log_neg_log_probs(batch)]
-    (signal,) = draw_deltas(replica, likelihood, [batch], theta, sigma, seed, range(draws))
-    (smaller,) = draw_deltas(replica, likelihood, [batch], theta, sigma / _SMALLER, seed, range(draws))
+
+    def parts(step: float) -> torch.Tensor:
+        (deltas,) = draw_deltas(replica, likelihood, [batch], theta, step, seed, range(draws), antithetic)
+        return deltas.mean(2)
+
+    signal, smaller = parts(sigma), parts(sigma / _SMALLER)
     moved, cosine = _realised(replica, sigma, draw_seed(seed, 0))
     replica.restore()
-    floors = (smaller - signal / _SMALLER).square().mean((1, 2)) / signal.square().mean((1, 2))
-    worst = float(floors.sqrt().max())  # nan, too, if there is one
-    return Precision(moved, cosine, worst if worst == worst else math.inf)
+    rounding = smaller - signal / _SMALLER ** (2 if antithetic else 1)
+    worst = float((rounding.square().mean(1) / signal.square().mean(1)).sqrt().max())  # nan, too, if there is one
+    return Precision(moved, cosine, worst if math.isfinite(worst) else math.inf)
 
 
 def _realised(replica: Replica, sigma: float, seed: int) -> tuple[float, float]:

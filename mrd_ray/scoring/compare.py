@@ -59,6 +59,12 @@ def compare(config: CompareConfig) -> Comparison:
             f"{changed[0]!r}, read differently there. Score the same data with the same data.template"
         )
     _refuse_other_tokens(config, tables)
+    statistics = [_statistic(table) for table in tables]
+    if statistics[0] != statistics[1]:
+        raise UserError(
+            f"the mrd of {config.run_a} is {statistics[0]}, that of {config.run_b} {statistics[1]}; "
+            "start one again with the scoring.statistic of the other, which costs nothing"
+        )
     a, b = (table["mrd"].to_numpy().astype(float) for table in tables)
     se = [table["mrd_se"].to_numpy().astype(float) for table in tables]
     both = np.isfinite(a) & np.isfinite(b)
@@ -149,10 +155,14 @@ def _settings(table: pa.Table) -> str:
     draws = scored["num_draws"].to_pylist() if "num_draws" in table.column_names else []
     counts = sorted({min(draws), max(draws)} - {0}) if draws else []
     span = f", {' to '.join(map(str, counts))} draws" if counts else ""
-    statistic = next(
-        (name for name in ("mean_abs", "abs_mean") if row.get(name) == row.get("mrd")), "unknown statistic"
-    )
-    return f"{row.get('estimator')}, {statistic}, sigma {row.get('sigma', float('nan')):g}{span}"
+    return f"{row.get('estimator')}, {_statistic(table)}, sigma {row.get('sigma', float('nan')):g}{span}"
+
+
+def _statistic(table: pa.Table) -> str:
+    for name in ("mean_abs", "abs_mean"):
+        if name in table.column_names and table[name].equals(table["mrd"]):
+            return name
+    return "unknown"
 
 
 def figure(found: Comparison, config: CompareConfig) -> bytes:

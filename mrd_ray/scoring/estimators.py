@@ -44,7 +44,8 @@ class MonteCarlo:
         self._likelihood = Likelihood(model)
         self._replica = Replica(model, models.select(dict(model.named_parameters()), scoring.parameters))
         self._block: _Block | None = None
-        precision = examine(self._replica, self._likelihood, _collate(trial, self._device), scoring.sigma, scoring.seed)
+        batch = _collate(trial, self._device)
+        precision = examine(self._replica, self._likelihood, batch, scoring.sigma, scoring.seed, scoring.antithetic)
         self.precision = asdict(precision) | {"sufficient": precision.sufficient}
         if not precision.sufficient and not scoring.allow_low_precision:
             raise UserError(_insufficient(precision, model.dtype, scoring))
@@ -218,20 +219,28 @@ def _out_of_memory(problem: RuntimeError) -> bool:
 
 def _insufficient(precision: Precision, dtype: torch.dtype, scoring: ScoringConfig) -> str:
     name = str(dtype).removeprefix("torch.")
-    if math.isinf(precision.noise_floor) and precision.share_moved > 0:
-        return (
-            f"scoring.sigma: {scoring.sigma:g} on scoring.parameters: {scoring.parameters} leaves some of the trial "
-            "samples' probabilities as they are, or makes them infinite: parameters without influence, or a sigma far "
-            "off? scoring.allow_low_precision goes on with marked scores"
-        )
+    ways_out = []
     if dtype == torch.bfloat16:
-        way_out = "Use model.dtype: float32, or scoring.estimator: closed_form, which bfloat16 serves"
+        ways_out.append("model.dtype: float32")
+    elif scoring.antithetic and dtype != torch.float64:
+        ways_out.append("model.dtype: float64")
+    if scoring.antithetic:
+        ways_out.append("scoring.estimator: closed_form with scoring.curvature_probes")
     else:
-        enough = precision.sigma_needed(scoring.sigma)
-        way_out = f"Use scoring.sigma: {enough:g}, or scoring.estimator: closed_form, which rounding does not touch"
+        ways_out.append(f"scoring.estimator: closed_form, which {name} serves")
+    enough = precision.sigma_needed(scoring.sigma, scoring.antithetic)
+    if dtype != torch.bfloat16:
+        ways_out.append(f"scoring.sigma: {enough if enough and enough <= 1e-3 else 1e-5:g}")
+    signal = "the even part, which antithetic draws are for" if scoring.antithetic else "the signal"
+    if math.isinf(precision.noise_floor):
+        found = "changes nothing, or makes it infinite, in some of the samples tried"
+    else:
+        found = (
+            f"would give rounding noise for scores: it moves {precision.share_moved:.1%} of the weights, by what has a "
+            f"cosine of {precision.cosine:.3f} with the noise, and rounding in the forward is "
+            f"{precision.noise_floor:.2g} of {signal}"
+        )
     return (
-        f"scoring.sigma: {scoring.sigma:g} in {name} would give rounding noise for scores: "
-        f"{precision.share_moved:.1%} of the weights move, by what has a cosine of {precision.cosine:.3f} with the "
-        f"noise, and rounding in the forward is {precision.noise_floor:.2g} of the signal. {way_out}, or "
-        "scoring.allow_low_precision to go on with marked scores"
+        f"scoring.sigma: {scoring.sigma:g} in {name}, on scoring.parameters: {scoring.parameters}, {found}. Use "
+        f"{', or '.join(ways_out)}; or scoring.allow_low_precision to go on with marked scores"
     )

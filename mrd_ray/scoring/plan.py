@@ -95,7 +95,7 @@ class Unit:
         """The unit of this id. Raises UserError if it is none."""
         match = re.fullmatch(r"r(\d+)_m(\d+)-(\d+)_k(\d+)-(\d+)", unit_id)
         if match is None:
-            raise UserError(f"{unit_id!r} is not a unit of this engine; move it out of the run's units folder")
+            raise UserError(f"run.dir: units/{unit_id} is not a unit of this engine; move it out of that folder")
         return cls(*map(int, match.groups()))
 
 
@@ -105,12 +105,13 @@ def missing(round: int, num_micro_batches: int, draws: range, done: Iterable[Uni
     Raises UserError if done reaches past it.
     """
     finished: list[list[tuple[int, int]]] = [[] for _ in range(num_micro_batches)]
+    done = list(done)
+    if (reached := max((unit.stop_draw for unit in done), default=0)) > draws.stop:
+        raise UserError(
+            f"scoring.num_draws: {draws.stop}, but this run directory already holds draws up to {reached}. "
+            "It can only grow; use another directory for fewer"
+        )
     for unit in done:
-        if unit.stop_draw > draws.stop:
-            raise UserError(
-                f"scoring.num_draws: {draws.stop}, but this run directory already holds draws up to {unit.stop_draw}. "
-                "It can only grow; use another directory for fewer"
-            )
         for micro_batch in range(unit.first_micro_batch, unit.stop_micro_batch):
             finished[micro_batch].append((unit.first_draw, unit.stop_draw))
     gaps = [_gaps(sorted(ranges), draws) for ranges in finished]

@@ -1,6 +1,7 @@
 """`mrd-ray score`, start to end."""
 
 import contextlib
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from mrd_ray.mrd.noise import NOISE_VERSION
 from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline, plan, summary
-from mrd_ray.scoring.actor import UNIT_SCHEMA, Task
+from mrd_ray.scoring.actor import RESULT_SCHEMA, UNIT_SCHEMA, Task
 from mrd_ray.scoring.pool import Pool
 from mrd_ray.scoring.table import scores_table, unsettled
 
@@ -136,8 +137,16 @@ class _Rounds:
     def _scores(self, number: int) -> pa.Table:
         """From the units of rounds up to this one, since those of later ones may not all be there."""
         units = [unit for unit in self._units() if unit.round <= number]
-        results = (self.run.read_table(f"units/{unit.unit_id}.parquet") for unit in units)
-        return scores_table(self.samples, results, self.config.scoring)
+        return scores_table(self.samples, map(self._result, units), self.config.scoring)
+
+    def _result(self, unit: plan.Unit) -> pa.Table:
+        name = f"units/{unit.unit_id}.parquet"
+        result = self.run.read_table(name)
+        if result.schema != RESULT_SCHEMA or result["unit_id"].to_pylist() != [unit.unit_id]:
+            raise UserError(
+                f"{self.run.path(name)} is not that unit's result; delete it and start the same command again"
+            )
+        return result
 
     def _compute(self, layout: plan.Layout, rectangles: list[plan.Unit], number: int) -> None:
         """Work off these rectangles; each unit's result is on disk before it counts as done."""
@@ -145,6 +154,7 @@ class _Rounds:
         pool = Pool.of(config.ray, ray.cluster_resources())
         rate = plan.assumed_tflops(pool) * 1e12 / self.cost.flops_per_token / plan.forwards_per_token(scoring)
         units = plan.cut(layout, rectangles, pool.actors, rate)
+        pool = dataclasses.replace(pool, actors=min(pool.actors, len(units)))
         task = Task(config.model, scoring, self.files_digest, pool.threads, pool.gpus > 0, self._trial())
         tables = [self._unit_table(unit, layout) for unit in units]
         work = {unit.unit_id: plan.token_forwards(layout, [unit]) for unit in units}

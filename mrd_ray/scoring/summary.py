@@ -2,6 +2,7 @@
 
 import io
 import textwrap
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -57,9 +58,17 @@ def show(console: Console, scores: pa.Table, samples: pa.Table, config: ScoreCon
         table = Table("min", "5%", "25%", "median", "75%", "95%", "max", title="MRD", title_justify="left")
         table.add_row(*(f"{value:.3g}" for value in quantiles))
         console.print(table)
-        shown = min(_SHOWN, len(rows))
+        shown = min(_SHOWN, (len(rows) + 1) // 2)
         console.print(_samples(f"The {shown} hardest to unlearn (smallest MRD)", rows[:shown]))
         console.print(_samples(f"The {shown} easiest to unlearn (largest MRD)", rows[: -shown - 1 : -1]))
+    loud = [row for row in rows if row["mean_abs"] > row["num_tokens"]]
+    if loud:
+        console.print(
+            f"[red]{len(loud)} sample(s) have log-probabilities that change by more than themselves: sigma is too large"
+        )
+    unclear = [row for row in rows if row["mrd_se"] is not None and row["mrd"] < 2 * row["mrd_se"]]
+    if unclear:
+        console.print(f"[red]{len(unclear)} score(s) are less than twice their standard error: they say little")
     bent = [row for row in rows if (row["nonlinearity"] or 0.0) > _NONLINEAR]
     if bent:
         console.print(f"{len(bent)} sample(s) have a nonlinearity over {_NONLINEAR:g}: sigma is not small for them")
@@ -80,12 +89,14 @@ def _samples(title: str, rows: list[dict[str, Any]]) -> Table:
         error = "-" if row["mrd_se"] is None else f"{row['mrd_se']:.1g}"
         table.add_row(
             f"{row['mrd']:.3g}", error, str(row["num_tokens"]), f"{row['log_prob']:.3g}",
-            escape(row["sample_id"]), escape(_short(row["text"], 150)),
+            escape(short(row["sample_id"], 60)), escape(short(row["text"], 150)),
         )  # fmt: skip
     return table
 
 
-def _short(text: str, width: int) -> str:
+def short(text: str, width: int) -> str:
+    """A text on one line of so many characters, without control characters."""
+    text = "".join(character if character.isprintable() else " " for character in text)
     return textwrap.shorten(text, width, placeholder=" ...")
 
 
@@ -112,15 +123,17 @@ def figure(scores: pa.Table, samples: pa.Table, config: ScoreConfig) -> bytes:
         axis = page.add_subplot(grid[1, column])
         axis.axis("off")
         axis.set_title(title, loc="left")
-        lines = [f"{row['mrd']:<9.3g} {textwrap.fill(_short(row['text'], 150), 78, subsequent_indent=' ' * 10)}"
+        lines = [f"{row['mrd']:<9.3g} {textwrap.fill(short(row['text'], 150), 78, subsequent_indent=' ' * 10)}"
                  for row in part]  # fmt: skip
         axis.text(0, 1, "\n".join(lines).replace("$", r"\$"), va="top", family="monospace", fontsize=8)
     without = sum(errors(scores).values())
     note = f"{len(rows)} samples scored, {without} without a score"
     for reason, count in errors(scores).most_common(3):
-        note += f"\n{count} x {_short(reason, 150)}"
+        note += f"\n{count} x {short(reason, 150)}"
     page.suptitle(textwrap.fill(settings(config), 150), fontsize=9)
     page.supxlabel(note.replace("$", r"\$"), fontsize=8, x=0.01, ha="left")
     content = io.BytesIO()
-    page.savefig(content, format="png", dpi=110)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # characters that the font lacks show as boxes
+        page.savefig(content, format="png", dpi=110)
     return content.getvalue()

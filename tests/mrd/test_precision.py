@@ -66,7 +66,7 @@ def test_noise_without_effect_is_not_sufficient():
     found = examine(Replica(model, ["model.norm.weight"]), Likelihood(model), batch_of(), 1e-3, seed=0)
     assert not found.sufficient
     assert found.noise_floor == float("inf")
-    assert found.sigma_needed(1e-3) < float("inf")
+    assert found.sigma_needed(1e-3) is None
 
 
 def test_share_and_cosine_are_those_of_the_rounded_weights():
@@ -85,3 +85,12 @@ def test_the_replica_is_restored():
     before = weights_digest(dict(model.named_parameters()))
     examine(Replica(model), Likelihood(model), batch_of(), 1e-3, seed=0)
     assert weights_digest(dict(model.named_parameters())) == before
+
+
+@pytest.mark.parametrize(("dtype", "sigma", "enough"), [
+    (torch.float32, 1e-6, False), (torch.float32, 1e-3, True), (torch.float64, 1e-6, True),
+])  # fmt: skip
+def test_antithetic_draws_need_their_even_part_to_stand_out(dtype, sigma, enough):
+    model = model_of("gpt2", dtype)  # LayerNorm keeps float64, where RMSNorm computes in float32
+    found = examine(Replica(model), Likelihood(model), batch_of(), sigma, seed=0, antithetic=True)
+    assert found.sufficient == enough

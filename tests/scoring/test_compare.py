@@ -89,6 +89,15 @@ def test_other_tokens_are_refused(tmp_path):
         compare(CompareConfig(run_a=a, run_b=in_part))
 
 
+def test_other_statistics_are_refused(tmp_path):
+    a = write(tmp_path / "a", list(np.arange(60.0)))
+    b = write(tmp_path / "b", list(np.arange(60.0)))
+    table = pq.read_table(f"{b}/scores.parquet")
+    pq.write_table(table.rename_columns({"mean_abs": "abs_mean"}), f"{b}/scores.parquet")
+    with pytest.raises(UserError, match=r"is mean_abs, that of .* abs_mean; start one again"):
+        compare(CompareConfig(run_a=a, run_b=b))
+
+
 def test_unknown_standard_errors_settle_nothing(tmp_path):
     runs = [write(tmp_path / "a", (np.arange(60) + 1.0).tolist()), write(tmp_path / "b", [2.0] * 60, [0.1] * 60)]
     assert compare(CompareConfig(run_a=runs[0], run_b=runs[1])).apart is None
