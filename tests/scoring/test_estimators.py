@@ -92,10 +92,6 @@ def test_antithetic_draws_whose_even_part_is_rounding_are_refused(tiny_model_dir
     settings = {"scoring__antithetic": True, "scoring__num_draws": 2, "scoring__sigma": 1e-6}
     with pytest.raises(UserError, match=r"of the even part.*model\.dtype: float64.*curvature_probes"):
         score(config(tiny_model_dir, qa_file, tmp_path / "narrow", **settings))
-    loud = settings | {"scoring__sigma": 1e-3}
-    found = score(config(tiny_model_dir, qa_file, tmp_path / "wide", **loud, model__dtype="float64"))
-    assert found.num_errors == 0
-    assert all(row["nonlinearity"] is not None for row in found.scores.to_pylist())
 
 
 def test_lora_adapter_and_its_factors(tiny_model_dir, qa_file, tmp_path):
