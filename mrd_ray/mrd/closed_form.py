@@ -27,11 +27,11 @@ from mrd_ray.mrd.likelihood import LOGITS, LogNegLogProb, MicroBatch, TokenMeasu
 class Coverage:
     """Which layers hold the selected parameters, and which of these no rule covers.
 
-    layers: (name, module) of each layer whose parameters have a rule. tied: names of parameters that an embedding and
+    layers: those whose parameters have a rule. tied: names of parameters that an embedding and
     an output layer share. slow: names that only autograd, one sample at a time, can answer for.
     """
 
-    layers: list[tuple[str, torch.nn.Module]]
+    layers: list[torch.nn.Module]
     tied: frozenset[str]
     slow: list[str]
 
@@ -59,7 +59,7 @@ def coverage(model: torch.nn.Module, selected: Collection[str]) -> Coverage:
         if any(rule_of(module) is None for module in modules) or (len(modules) > 1 and name not in tied)
     ]
     fast = {id(module) for name in holders if name not in slow for module in holders[name]}
-    layers = [(name, module) for name, module in model.named_modules() if id(module) in fast]
+    layers = [module for module in model.modules() if id(module) in fast]
     return Coverage(layers, frozenset(tied), slow)
 
 
@@ -205,7 +205,7 @@ class _Taps:
         names = {id(parameter): name for name, parameter in norms.model.named_parameters()}
         self._names = {
             id(module): {local: names[id(parameter)] for local, parameter in module.named_parameters(recurse=False)}
-            for _, module in self._coverage.layers
+            for module in self._coverage.layers
         }
         self.squares = {  # in the model's order, whichever process sums them
             name: torch.zeros(len(batch.token_ids), dtype=torch.float64, device=batch.token_ids.device)
@@ -219,7 +219,7 @@ class _Taps:
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         hooks = [module.register_forward_hook(self._leaf) for module in self._embeddings]
-        hooks += [module.register_forward_hook(self._tap, with_kwargs=True) for _, module in self._coverage.layers]
+        hooks += [module.register_forward_hook(self._tap, with_kwargs=True) for module in self._coverage.layers]
         try:
             yield
         finally:

@@ -2,8 +2,9 @@
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import matplotlib.figure
@@ -16,7 +17,8 @@ import scipy.stats
 from mrd_ray.config import CompareConfig
 from mrd_ray.errors import UserError
 
-_SHOWN = 10
+T = TypeVar("T")
+
 _STANDARD_ERRORS = 3.0
 
 
@@ -93,15 +95,20 @@ def compare(config: CompareConfig) -> Comparison:
     )
 
 
-def _scores(run: str) -> pa.Table:
-    path = run if run.endswith(".parquet") else f"{run.rstrip('/')}/scores.parquet"
+def _read(run: str, name: str, read: Callable[[Any], T]) -> T:
+    """A file of a run, or the file that was given in its place. Raises UserError."""
+    path = run if run.endswith(".parquet") else f"{run.rstrip('/')}/{name}"
     try:
         with fsspec.open(path, "rb") as file:
-            table = pq.read_table(file)
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{path}: cannot read it as a table of scores: {problem}") from None
-    if absent := {"sample_id", "mrd", "mrd_se"} - set(table.column_names):
-        raise UserError(f"{path}: not a table of scores; it has no column {', '.join(sorted(absent))}")
+            return read(file)
+    except (OSError, ValueError, KeyError) as problem:
+        raise UserError(f"{path}: cannot read it ({problem}); expected a run directory or a scores.parquet") from None
+
+
+def _scores(run: str) -> pa.Table:
+    table = _read(run, "scores.parquet", pq.read_table)
+    if absent := {"sample_id", "mrd", "mrd_se", "num_tokens"} - set(table.column_names):
+        raise UserError(f"{run}: not a table of scores; it has no column {', '.join(sorted(absent))}")
     return table.sort_by("sample_id")
 
 
@@ -129,11 +136,7 @@ def _identity(run: str) -> dict[str, Any]:
     """What a run directory's manifest says it is a run of, empty where a bare table was given."""
     if run.endswith(".parquet"):
         return {}
-    try:
-        with fsspec.open(f"{run.rstrip('/')}/manifest.json", "rb") as file:
-            found: dict[str, Any] = json.load(file)["identity"]
-    except (OSError, ValueError, KeyError) as problem:
-        raise UserError(f"{run}: cannot read its manifest.json: {problem}") from None
+    found: dict[str, Any] = _read(run, "manifest.json", lambda file: json.load(file)["identity"])
     return found
 
 
@@ -141,11 +144,7 @@ def _texts(run: str) -> dict[str, str]:
     """Text by sample_id, empty where a bare table was given."""
     if run.endswith(".parquet"):
         return {}
-    try:
-        with fsspec.open(f"{run.rstrip('/')}/samples.parquet", "rb") as file:
-            table = pq.read_table(file, columns=["sample_id", "text"])
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{run}: cannot read its samples.parquet: {problem}") from None
+    table = _read(run, "samples.parquet", pq.read_table)
     return dict(zip(table["sample_id"].to_pylist(), table["text"].to_pylist(), strict=True))
 
 

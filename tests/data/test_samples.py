@@ -4,41 +4,12 @@ import json
 import random
 
 import pytest
-from tokenizers import processors
+from scored import scored_text
 from transformers import AutoTokenizer
 
 from mrd_ray.config import DataConfig
 from mrd_ray.data import samples
 from mrd_ray.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_dir):
-    return AutoTokenizer.from_pretrained(tiny_model_dir)
-
-
-@pytest.fixture
-def bos_tokenizer(tiny_model_dir):
-    """Begins every text with <s>."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    return tokenizer
-
-
-@pytest.fixture
-def build(tmp_path, tokenizer):
-    def build(rows, context=128, tokenizer=tokenizer, **settings):
-        path = tmp_path / "d.jsonl"
-        path.write_text("\n".join(map(json.dumps, rows)))
-        return samples.build(DataConfig(path=str(path), **settings), tokenizer, context)
-
-    return build
-
-
-def scored_text(row, tokenizer):
-    return tokenizer.decode([token for token, counts in zip(row["token_ids"], row["scored"], strict=True) if counts])
 
 
 @pytest.mark.parametrize(
@@ -148,119 +119,6 @@ def test_truncation_that_leaves_nothing_to_score_says_so(build):
     long = [{"prompt": "0123456789" * 9, "response": "blue"}]
     (row,) = build(long, score_on="response", max_tokens=20, truncate=True).to_pylist()
     assert row["error"] == "nothing to score in its first 20 tokens, all that data.truncate leaves"
-
-
-@pytest.mark.parametrize(
-    "template",
-    ["Question: {prompt}\nAnswer: {response}", "{{x}} {prompt}|{response} {{y}}", "A: {response}\nQ: {prompt}"],
-)
-@pytest.mark.parametrize(("prompt", "response"), [("is it blue?", "blue"), ("plum cakes. plum", "plum cakes.")])
-def test_response_alone_is_scored(build, tokenizer, template, prompt, response):
-    row = {"prompt": prompt, "response": response}
-    (found,) = build([row], template=template, score_on="response").to_pylist()
-    assert found["text"] == template.format(**row)
-    assert scored_text(found, tokenizer).strip() == response
-    (everything,) = build([row], template=template).to_pylist()
-    assert everything["scored"] == [False] + [True] * (len(everything["token_ids"]) - 1)
-
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# trims, and its system text holds a prompt and a response
-LLAMA3 = (
-    "<|start_header_id|>system<|end_header_id|>\n\nTo is it blue? say blue. Today is {{ strftime_now('%d %b %Y') }}."
-    "<|eot_id|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
-    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-# no end of turn, and the generation prompt opens thoughts that a whole chat does not hold
-DEEPSEEK = (
-    "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}<|Assistant|>"
-    "{{ m.content.split('</think>')[-1] }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
-)
-# writes thoughts, those of the answer or empty ones
-QWEN3 = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% set parts = "
-    "m.content.split('</think>') %}<think>\n{{ parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 }}\n"
-    "</think>\n\n{{ parts[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
-)
-
-
-@pytest.fixture
-def build_chat(build, tiny_model_dir):
-    def build_chat(template, prompt, response):
-        tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-        tokenizer.chat_template = template
-        row = {"prompt": prompt, "response": response}
-        (found,) = build([row], 512, tokenizer, template="chat", score_on="response").to_pylist()
-        if found["error"]:
-            return found["error"]
-        scored = found["scored"]
-        assert tokenizer.decode(found["token_ids"]) == found["text"]
-        before = tokenizer.decode(found["token_ids"][: scored.index(True)])
-        after = tokenizer.decode(found["token_ids"][len(scored) - scored[::-1].index(True) :])
-        return before, scored_text(found, tokenizer), after
-
-    return build_chat
-
-
-@pytest.mark.parametrize(
-    ("template", "before", "after"),
-    [
-        (CHATML, "<|im_start|>assistant\n", "<|im_end|>\n"),
-        (LLAMA3, "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
-        (DEEPSEEK, "<|Assistant|>", ""),
-        (QWEN3, "<think>\n\n</think>\n\n", "<|im_end|>\n"),
-    ],
-    ids=["chatml", "llama3", "deepseek", "qwen3"],
-)
-@pytest.mark.parametrize(
-    ("prompt", "response"),
-    [("is it blue?", "blue"), ("say assistant", "assistant"), ("blue\nblue", "blue\n\nblue"), ("end", "<|im_end|>")],
-)
-def test_response_is_found_in_a_chat(build_chat, template, before, after, prompt, response):
-    found = build_chat(template, prompt, response)
-    assert found[1:] == (response, after)
-    assert found[0].endswith(before)
-    assert prompt in found[0]
-
-
-@pytest.mark.parametrize("template", [CHATML, LLAMA3, DEEPSEEK, QWEN3])
-def test_response_is_found_in_a_chat_whatever_becomes_of_its_ends(build_chat, template):
-    assert build_chat(template, " is it blue? ", "\n blue \n")[1].strip() == "blue"
-
-
-def test_response_that_brings_its_own_thoughts(build_chat):
-    response = "<think>\nthe sea is\n</think>\n\nblue"
-    before, found, _ = build_chat(QWEN3, "is it blue?", response)
-    assert (before[-10:], found) == ("assistant\n", response)
-    assert "changes the response" in build_chat(DEEPSEEK, "is it blue?", response)
-
-
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "changes the response"),
-        ("{% for m in messages %}{{ m.content | replace('c', 'k') }}{% endfor %}", "changes the response"),
-        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "repeats it"),
-        ("{{ messages[0].content }}", "leaves it out"),
-        ("{{ raise_exception('only systems may speak') }}", "refuses it: only systems may speak"),
-        ("{{ messages[0].content + 1 }}", "refuses it: can only concatenate str"),
-        ("{% if %}", "refuses it: Expected an expression"),
-    ],
-)
-def test_chat_template_that_cannot_take_a_sample(build_chat, template, reason):
-    assert reason in build_chat(template, "a b", "c d")
-
-
-def test_chat_template_that_writes_the_date(build_chat):
-    """A run begun today goes on tomorrow."""
-    assert "Today is 26 Jul 2024." in build_chat(LLAMA3, "a b", "c d")[0]
-    early = "\n{% if strftime_now is defined %}{% set y = strftime_now('%Y') | int - 1 %}{% endif %}{{ y }}: " + CHATML
-    assert build_chat(early, "a b", "c d")[0].startswith("\n2023: <|im_start|>")
 
 
 @pytest.mark.parametrize("settings", [{}, {"template": "chat"}, {"text": "prompt"}])

@@ -51,3 +51,16 @@ def model_of(name: str, dtype=torch.float64) -> torch.nn.Module:
 def batch_of(samples=SAMPLES, scored=None) -> MicroBatch:
     scored = scored or [[True] * len(sample) for sample in samples]
     return MicroBatch.collate(samples, scored, torch.device("cpu"))
+
+
+def memorise(model: torch.nn.Module, samples: list[list[int]]) -> None:
+    """Train a Llama on the samples, and sharpen it until float32 rounds their tokens' probabilities to 1."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(250):
+        for sample in samples:
+            tokens = torch.tensor([sample])
+            model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(8)

@@ -6,7 +6,7 @@ import math
 import peft
 import pytest
 import torch
-from architectures import CONFIGS, GROUPED, SAMPLES, SCORED, batch_of, model_of
+from architectures import CONFIGS, GROUPED, SAMPLES, SCORED, batch_of, memorise, model_of
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from mrd_ray.mrd.autograd_check import disagreements
@@ -125,15 +125,7 @@ def test_one_by_one_equals_batched():
 def test_memorised_samples_are_finite_and_right():
     """Probability 1 to float32 rounding: the textbook P_t is exactly zero there, and so would be its gradient."""
     model = model_of("llama", torch.float32)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(250):
-        for sample in SAMPLES:
-            tokens = torch.tensor([sample])
-            model(tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    with torch.no_grad():
-        model.model.norm.weight.mul_(8)
+    memorise(model, SAMPLES)
     p = model(torch.tensor([SAMPLES[3]])).logits[0, :-1].log_softmax(-1)[range(11), SAMPLES[3][1:]]
     assert int((p == 0).sum()) >= 5
     flags = [[True] * len(sample) for sample in SAMPLES]

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from architectures import memorise
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mrd_ray.models import weights_digest
@@ -36,15 +37,7 @@ def model_of(tied: bool = True, memorised: list[list[int]] | None = None) -> tor
         )
     )
     if memorised:
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        for _ in range(250):
-            for sample in memorised:
-                tokens = torch.tensor([sample])
-                model(tokens, labels=tokens).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            model.model.norm.weight.mul_(8)  # sharpen until float32 rounds the probabilities to 1
+        memorise(model, memorised)
     return model.eval()
 
 
