@@ -125,7 +125,7 @@ def skeleton(path: Path) -> PreTrainedModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
             if (path / "adapter_config.json").is_file():
-                adapter = _peft().PeftConfig.from_pretrained(path)
+                adapter = require_peft("model.path, an adapter,").PeftConfig.from_pretrained(path)
                 if getattr(adapter, "use_dora", False):
                     raise UserError(f"model.path: {path} holds a DoRA adapter, which is not supported; merge it first")
                 model.add_adapter(adapter)
@@ -134,11 +134,12 @@ def skeleton(path: Path) -> PreTrainedModel:
     return model
 
 
-def _peft() -> Any:
+def require_peft(setting: str) -> Any:
+    """The peft library. Raises UserError, with the setting that needs it, where it is not installed."""
     try:
         return importlib.import_module("peft")
     except ImportError:
-        raise UserError("model.path holds an adapter, which needs peft: pip install 'mrd-ray[lora]'") from None
+        raise UserError(f"{setting} needs peft: pip install 'mrd-ray[lora]'") from None
 
 
 def select(names: Iterable[str], parameters: str) -> list[str]:
@@ -196,7 +197,7 @@ def load_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
     transformers.utils.logging.disable_progress_bar()
     base = base_directory(path)
     if base != path:
-        _peft()
+        require_peft("model.path, an adapter,")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), output_loading_info=True)
         model, loading = loaded

@@ -134,7 +134,7 @@ class GradientNorms:
         leaf = hidden.detach().requires_grad_()
         gradient = torch.zeros_like(hidden)
         head = self.model.get_output_embeddings()
-        samples = max(1, LOGITS // (head.weight.shape[0] * targets.shape[1]))
+        samples = max(1, LOGITS // (head.out_features * targets.shape[1]))
         for start in range(0, len(targets), samples):
             taps.rows = slice(start, start + samples)
             used = batch.scored[taps.rows].any(0)  # a column in which nothing is scored needs no logits

@@ -97,7 +97,7 @@ class Likelihood:
         if self._by_chunks:
             hidden = self.model.base_model(batch.token_ids, use_cache=False).last_hidden_state[:, :-1][batch.scored]
             head = self.model.get_output_embeddings()
-            rows = max(1, LOGITS // head.weight.shape[0])
+            rows = max(1, LOGITS // head.out_features)
             chunks = (head(h) for h in hidden.split(rows))
         else:
             logits = self.model(batch.token_ids, use_cache=False).logits[:, :-1][batch.scored]

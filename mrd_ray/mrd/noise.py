@@ -99,11 +99,11 @@ def standard_normal(seed: int, name: str, start: int, stop: int) -> torch.Tensor
     return out
 
 
-def standard_normal_like(tensor: torch.Tensor, seed: int, name: str) -> torch.Tensor:
-    """All of z for the parameter `name`: float32, of the tensor's shape and on its device."""
+def standard_normal_like(tensor: torch.Tensor, seed: int, name: str, start: int = 0) -> torch.Tensor:
+    """z for the parameter `name` from flat element `start` on: float32, of the tensor's shape and on its device."""
     zero = torch.zeros(tensor.shape, device=tensor.device)
     z = torch.empty_like(zero)
-    add_noise(z, zero, 1.0, seed, name)
+    add_noise(z, zero, 1.0, seed, name, start)
     return z
 
 

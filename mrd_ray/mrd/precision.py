@@ -85,9 +85,9 @@ def _realised(replica: Replica, sigma: float, seed: int) -> tuple[float, float]:
     replica.perturb(sigma, seed)
     count, moved = 0, 0
     product, intended, realised = 0.0, 0.0, 0.0
-    for name, tensor in replica.working.items():
+    for name, (tensor, start) in replica.working().items():
         step = (tensor.double() - replica.base[name].double()).flatten()
-        z = standard_normal_like(tensor, seed, name).flatten().double()
+        z = standard_normal_like(tensor, seed, name, start).flatten().double()
         count, moved = count + len(step), moved + int((step != 0).sum())
         product += float(step @ z)
         intended += float(z @ z)

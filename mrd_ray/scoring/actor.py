@@ -12,7 +12,7 @@ import torch
 from mrd_ray import models
 from mrd_ray.config import ModelConfig, ScoringConfig
 from mrd_ray.errors import UserError
-from mrd_ray.scoring.estimators import ClosedForm, MonteCarlo, Sample
+from mrd_ray.scoring.estimators import ClosedForm, MonteCarlo, Sample, estimator_of, refuse_wrong_rules
 
 SAMPLE = pa.struct(
     [
@@ -118,8 +118,8 @@ class ScoringActor:
                 f"({task.files_digest[:12]}); give every node the same model"
             )
         model = models.load_model(path, task.model.dtype, torch.device("cuda" if task.on_gpu else "cpu"))
-        estimator = ClosedForm if task.scoring.estimator == "closed_form" else MonteCarlo
-        return estimator(model, task.scoring, task.trial)
+        refuse_wrong_rules(model, task.scoring)
+        return estimator_of(model, task.scoring, task.trial)
 
     def __call__(self, units: pa.Table) -> pa.Table:
         """Score a unit."""

@@ -3,7 +3,7 @@
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,7 +18,7 @@ from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.curvature import TraceEstimator
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures, sum_log_probs
 from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
-from mrd_ray.mrd.perturb import Replica
+from mrd_ray.mrd.perturb import Replica, Shard
 from mrd_ray.mrd.precision import Precision, examine
 
 Sample = dict[str, Any]  # of actor.SAMPLE
@@ -28,21 +28,41 @@ T = TypeVar("T")
 _TOO_LARGE = "does not fit in the device's memory beside the model; shorten it or set data.truncate"
 
 
+Shards = Callable[[], Mapping[str, Shard]]
+
+
+def refuse_wrong_rules(model: PreTrainedModel, scoring: ScoringConfig) -> None:
+    """Raises UserError if the closed form is wanted, and its rules do not hold for this model, of whole weights."""
+    if scoring.estimator != "closed_form":
+        return
+    selected = models.select(dict(model.named_parameters()), scoring.parameters)
+    if wrong := disagreements(GradientNorms(model, selected, scoring.gradient_checkpointing)):
+        raise UserError(
+            f"scoring.estimator: closed_form does not agree with autograd on this model, in {len(wrong)} of "
+            f"{len(selected)} parameters, first {wrong[0]}; use monte_carlo, and report the model"
+        )
+
+
 class MonteCarlo:
     """Algorithm 1: moments of Delta over draws.
 
     Args:
         trial: a few samples to try sigma on, before any other is scored.
+        shards: of weights spread over processes (see `Replica`). All of these must then call this alike, and a
+            micro-batch that does not fit is an error, since halving it would be one forward more than the others make.
 
     Raises:
         UserError: the model's precision cannot carry sigma.
     """
 
-    def __init__(self, model: PreTrainedModel, scoring: ScoringConfig, trial: Sequence[Sample]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, scoring: ScoringConfig, trial: Sequence[Sample], shards: Shards | None = None
+    ) -> None:
         self._scoring = scoring
         self._device = model.device
+        self._halve = shards is None
         self._likelihood = Likelihood(model)
-        self._replica = Replica(model, models.select(dict(model.named_parameters()), scoring.parameters))
+        self._replica = Replica(model, models.select(dict(model.named_parameters()), scoring.parameters), shards)
         self._block: _Block | None = None
         batch = _collate(trial, self._device)
         precision = examine(self._replica, self._likelihood, batch, scoring.sigma, scoring.seed, scoring.antithetic)
@@ -66,13 +86,17 @@ class MonteCarlo:
                 found.append(result | _of_draws(of_part[i].tolist(), draws, result))
         return found
 
+    def restore(self) -> None:
+        """Put the model back as it was."""
+        self._replica.restore()
+
     def _block_of(self, samples: Sequence[Sample]) -> "_Block":
         """The samples at theta; kept from the last unit if that had the same ones, since theta does not change."""
         sample_ids = [sample["sample_id"] for sample in samples]
         if self._block is None or self._block.sample_ids != sample_ids:
             self._replica.restore()
             block = _Block(sample_ids, [], [])
-            for members, found in _fitting(samples, self._device, self._at_theta):
+            for members, found in _fitting(samples, self._device, self._at_theta, self._halve):
                 if found is None:
                     block.too_large.append({"sample_id": members[0]["sample_id"], "error": _TOO_LARGE})
                 else:
@@ -92,23 +116,22 @@ class ClosedForm:
 
     Args:
         trial: a few samples to try a probe on, before any other is scored.
+        shards: as for `MonteCarlo`.
 
     Raises:
-        UserError: the rules do not hold for this model, or torch cannot differentiate it twice.
+        UserError: torch cannot differentiate the model twice.
     """
 
     precision = None
 
-    def __init__(self, model: PreTrainedModel, scoring: ScoringConfig, trial: Sequence[Sample]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, scoring: ScoringConfig, trial: Sequence[Sample], shards: Shards | None = None
+    ) -> None:
         self._scoring = scoring
         self._device = model.device
+        self._halve = shards is None
         selected = models.select(dict(model.named_parameters()), scoring.parameters)
         self._norms = GradientNorms(model, selected, scoring.gradient_checkpointing)
-        if wrong := disagreements(self._norms):
-            raise UserError(
-                f"scoring.estimator: closed_form does not agree with autograd on this model, in {len(wrong)} of "
-                f"{len(selected)} parameters, first {wrong[0]}; use monte_carlo, and report the model"
-            )
         self._traces = TraceEstimator(model, selected)
         if scoring.curvature_probes:
             self._traces.aim(draw_seed(scoring.seed, 0))
@@ -124,11 +147,11 @@ class ClosedForm:
     def __call__(self, samples: Sequence[Sample], draws: range) -> list[Result]:
         """Results of these samples; the closed form has no draws."""
         found: list[Result] = []
-        for members, results in _fitting(samples, self._device, self._score):
+        for members, results in _fitting(samples, self._device, self._score, self._halve):
             found += results or [{"sample_id": members[0]["sample_id"], "error": _TOO_LARGE}]
         for k in range(self._scoring.curvature_probes):
             self._traces.aim(draw_seed(self._scoring.seed, k))
-            probes = _fitting(samples, self._device, lambda _, batch: self._traces.probe(batch).tolist())
+            probes = _fitting(samples, self._device, lambda _, batch: self._traces.probe(batch).tolist(), self._halve)
             values = [value for members, probe in probes for value in probe or [math.nan] * len(members)]
             for result, value in zip(found, values, strict=True):
                 if result["error"] is None and not math.isfinite(value):
@@ -137,6 +160,9 @@ class ClosedForm:
                     result["num_draws"] += 1
                     result["probes"].append(value)
         return found
+
+    def restore(self) -> None:
+        """The model was never changed."""
 
     def _score(self, members: Sequence[Sample], batch: MicroBatch) -> list[Result]:
         measures = TokenMeasures(batch) if self._scoring.measures else None
@@ -152,6 +178,14 @@ class ClosedForm:
                 result["error"] = "its gradient is not finite"
             results.append(result | {"num_draws": 0, "gradient_norm": norms[i], "probes": []})
         return results
+
+
+def estimator_of(
+    model: PreTrainedModel, scoring: ScoringConfig, trial: Sequence[Sample], shards: Shards | None = None
+) -> MonteCarlo | ClosedForm:
+    """The estimator that the settings name. Raises UserError as it does."""
+    kind = ClosedForm if scoring.estimator == "closed_form" else MonteCarlo
+    return kind(model, scoring, trial, shards)
 
 
 class _Part(NamedTuple):
@@ -191,7 +225,7 @@ def _collate(members: Sequence[Sample], device: torch.device) -> MicroBatch:
 
 
 def _fitting(
-    samples: Sequence[Sample], device: torch.device, compute: Callable[[Sequence[Sample], MicroBatch], T]
+    samples: Sequence[Sample], device: torch.device, compute: Callable[[Sequence[Sample], MicroBatch], T], halve: bool
 ) -> Iterator[tuple[Sequence[Sample], T | None]]:
     """Apply `compute` to each micro-batch, halved until the device holds it; None for a sample too large alone."""
     for _, group in itertools.groupby(samples, key=operator.itemgetter("micro_batch")):
@@ -202,7 +236,7 @@ def _fitting(
             try:
                 found = compute(members, _collate(members, device))
             except RuntimeError as problem:
-                if not _out_of_memory(problem):
+                if not (halve and _out_of_memory(problem)):
                     raise
             if found is None and device.type == "cuda":
                 torch.cuda.empty_cache()  # here, since the exception held the failed forward's tensors

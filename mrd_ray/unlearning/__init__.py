@@ -1,0 +1,1 @@
+"""Unlearning with MRD weights: Ray Train over DeepSpeed ZeRO."""

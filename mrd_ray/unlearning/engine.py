@@ -1,0 +1,217 @@
+"""A model under DeepSpeed: its configuration, its weights in whole and in part, its checkpoints."""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from mrd_ray.config import UnlearnConfig
+from mrd_ray.errors import UserError
+from mrd_ray.models import weights_digest
+from mrd_ray.mrd.likelihood import MicroBatch
+from mrd_ray.mrd.perturb import Shard
+from mrd_ray.unlearning.ranks import Ranks
+
+_TAG = "engine"
+# What other settings decide; a DeepSpeed JSON may only say "auto" there.
+_OURS = {
+    "train_batch_size": "unlearning.batch_size",
+    "train_micro_batch_size_per_gpu": "unlearning.micro_batch_size",
+    "gradient_accumulation_steps": "unlearning.batch_size and unlearning.micro_batch_size",
+    "gradient_clipping": "unlearning.max_grad_norm",
+    "optimizer": "unlearning.learning_rate and unlearning.weight_decay",
+    "scheduler": "unlearning.learning_rate",
+    "fp16": "model.dtype",
+    "amp": "model.dtype",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
+    "zero_optimization.offload_param.device": "deepspeed.offload_parameters",
+    "zero_optimization.stage3_param_persistence_threshold": "refreshes in place, which need it to be 0",
+    "bf16.enabled": "model.dtype",
+}
+
+
+def configuration(config: UnlearnConfig, workers: int) -> dict[str, Any]:
+    """The DeepSpeed configuration: ours, with the user's JSON merged in. Raises UserError where they contradict."""
+    share = share_of_batch(config, workers)
+    micro = min(config.unlearning.micro_batch_size or share, share)
+    sets = 2 if with_retain(config) else 1
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": sets * -(-share // micro),
+        "gradient_clipping": config.unlearning.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": config.deepspeed.zero_stage},
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+    }
+    zero = ours["zero_optimization"]
+    if config.deepspeed.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": config.deepspeed.offload_optimizer}
+    if config.deepspeed.offload_parameters != "none":
+        zero["offload_param"] = {"device": config.deepspeed.offload_parameters}
+    if config.deepspeed.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # a weight that stays gathered takes no noise, silently
+    return _merged(ours, _read(config.deepspeed.config), "")
+
+
+def share_of_batch(config: UnlearnConfig, workers: int) -> int:
+    """Forget samples per step and worker. Raises UserError if they do not come out even."""
+    batch = config.unlearning.batch_size
+    if batch % workers:
+        raise UserError(
+            f"unlearning.batch_size: {batch} cannot be shared by {workers} workers (ray.workers); expected a multiple, "
+            f"such as {-(-batch // workers) * workers}"
+        )
+    return batch // workers
+
+
+def with_retain(config: UnlearnConfig) -> bool:
+    """Whether steps take retain samples too."""
+    return config.unlearning.method != "ga" and config.unlearning.retain_weight > 0
+
+
+def _read(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        found = json.loads(Path(path).expanduser().read_text())
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as problem:
+        raise UserError(f"deepspeed.config: {path} is not a DeepSpeed JSON file: {problem}") from None
+    return found
+
+
+def _merged(ours: dict[str, Any], theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in theirs.items():
+        name = f"{where}{key}"
+        if isinstance(value, Mapping) and name not in _OURS:
+            merged[key] = _merged(ours.get(key, {}), value, f"{name}.")
+        elif name in _OURS:
+            if value not in ("auto", ours.get(key)) and not (key == "device" and ours.get(key) is None == value):
+                raise UserError(
+                    f"deepspeed.config: {name} is {json.dumps(value)} there, but {_OURS[name]} decides it "
+                    f"({json.dumps(ours.get(key))}); leave it out"
+                )
+        else:
+            merged[key] = value
+    return merged
+
+
+class Engine:
+    """A model in training on several ranks. All ranks must call every method alike.
+
+    Args:
+        model: whole, in eval mode (no dropout: the same on any number of ranks), the parameters to train requiring
+            gradients. It must not be used other than through the engine from then on.
+        deepspeed: of `configuration`.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: UnlearnConfig, deepspeed: dict[str, Any], ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.stage = config.deepspeed.zero_stage
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=config.unlearning.learning_rate, weight_decay=config.unlearning.weight_decay
+        )
+        self._engine, *_ = _deepspeed(model.device).initialize(
+            model=model, optimizer=optimizer, config=deepspeed, dist_init_required=False
+        )
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The live model. Under ZeRO-3 each forward is a collective."""
+        return self._engine.module
+
+    def logits(self, batch: MicroBatch) -> torch.Tensor:
+        """[B, T, V], to be differentiated. No attention mask: with padding on the right the causal one is exact."""
+        return self._engine(input_ids=batch.token_ids, use_cache=False).logits
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of the sum over ranks of their losses; after the last pass of a step, take the step."""
+        # DeepSpeed takes the mean over ranks, and would over passes
+        self._engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
+        self._engine.step()
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the last step, before clipping."""
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    def shards(self) -> dict[str, Shard]:
+        """The parts of all parameters that this rank holds, to write to before the next forward (see `Replica`)."""
+        parameters = dict(self.model.named_parameters())
+        if self.stage < 3:
+            return {name: Shard(parameter.data, 0) for name, parameter in parameters.items()}
+        self._engine.empty_partition_cache()  # forwards leave weights gathered, which a write to shards would not reach
+        shards = {}
+        for name, parameter in parameters.items():
+            if parameter.ds_status.name != "NOT_AVAILABLE":
+                raise RuntimeError(f"{name} is still gathered; noise would not reach it")
+            start = self.ranks.rank * parameter.ds_tensor.ds_numel
+            count = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)  # the last rank's end is padding
+            if count > 0:
+                shards[name] = Shard(parameter.ds_tensor.data.view(-1)[:count], start)
+        return shards
+
+    def settle(self) -> None:
+        """Let go of gathered weights, before and after work that is not a training step."""
+        self.shards()
+
+    def digest(self) -> str:
+        """Digest of the parts of the weights that this rank holds."""
+        return weights_digest({name: shard.tensor for name, shard in self.shards().items()})
+
+    def save_model(self, folder: Path) -> None:
+        """Write a Hugging Face directory, of the adapter alone if there is one. Weights are gathered one by one."""
+        adapter = any("lora_" in name for name, _ in self.model.named_parameters())
+        weights: dict[str, torch.Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            if adapter and not parameter.requires_grad:
+                continue
+            with torch.no_grad(), self._gathered(parameter):
+                if self.ranks.rank == 0:
+                    weights[name] = parameter.detach().cpu().clone()
+        if self.ranks.rank == 0:
+            weights |= {name: x for name, x in self.model.state_dict().items() if name in dict(self._buffers())}
+            self.model.save_pretrained(folder, state_dict=weights)
+        self.settle()
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return dict(self.model.named_buffers())
+
+    def _gathered(self, parameter: torch.nn.Parameter) -> Any:
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of a checkpoint: weights, masters, optimiser states."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint that as many ranks have written."""
+        self._engine.load_checkpoint(str(folder), tag=_TAG)
+        self.settle()
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """The library, told that there is no GPU where we use none."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # it would compile a shared-memory transport at first use, for minutes
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    return deepspeed

@@ -1,0 +1,290 @@
+"""The unlearning loop that every worker runs: Algorithm 2 of arXiv 2504.06658, and its weighted GradDiff, PO and NPO.
+
+Given a process group, it needs neither Ray nor a cluster. All ranks run it in step: every method is a collective.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from mrd_ray.config import UnlearnConfig
+from mrd_ray.mrd.likelihood import MicroBatch
+from mrd_ray.unlearning import losses, refresh
+from mrd_ray.unlearning.engine import Engine, share_of_batch, with_retain
+from mrd_ray.unlearning.extraction import extraction_likelihoods
+from mrd_ray.unlearning.sampling import ForgetStream, ShuffledStream, choices, sampling_probabilities
+from mrd_ray.unlearning.stopping import Evaluation, below_floor, forgotten
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Tables of data.samples.SCHEMA without errors, sorted by sample_id.
+
+    refusals: of po; so many rows for each forget sample, in its order: its prompt with a refusal for a response.
+    watched: indices of the retain samples that the utility floor is measured on.
+    """
+
+    forget: pa.Table
+    retain: pa.Table | None
+    refusals: pa.Table | None
+    watched: np.ndarray
+
+
+@dataclass
+class State:
+    """What a resumed run goes on from, beside the engine. The draws need no state: they are functions of the step.
+
+    step: optimiser steps taken. initial: of the model before any, whose log-probabilities are NPO's reference.
+    scores: the latest, of step `scored_at`. log: all lines of metrics.jsonl so far.
+    """
+
+    step: int = 0
+    initial: Evaluation | None = None
+    scores: pa.Table | None = None
+    scored_at: int = -1
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        """Write it as state.json and scores.parquet."""
+        initial = None if self.initial is None else self.initial.state()
+        content = {"step": self.step, "initial": initial, "scored_at": self.scored_at, "log": self.log}
+        (folder / "state.json").write_text(json.dumps(content))
+        if self.scores is not None:
+            pq.write_table(self.scores, folder / "scores.parquet")
+
+    @classmethod
+    def load(cls, folder: Path) -> "State":
+        """Read what `save` wrote."""
+        content = json.loads((folder / "state.json").read_text())
+        initial = content["initial"] and Evaluation(**content["initial"])
+        scores = pq.read_table(folder / "scores.parquet") if (folder / "scores.parquet").exists() else None
+        return cls(content["step"], initial, scores, content["scored_at"], content["log"])
+
+
+class Loop:
+    """Unlearn, step by step.
+
+    Args:
+        engine: the live model.
+        state: fresh, or that of the checkpoint which the engine has loaded.
+        until: return before this step even if there is more to do, so that scores can be made elsewhere.
+        log: takes each new line of the log; on rank 0 alone.
+        keep_scores: takes (step, scores) of each refresh; on rank 0 alone.
+        checkpoint: takes (metrics, a function that writes this rank's part of a checkpoint into a folder).
+    """
+
+    def __init__(
+        self,
+        config: UnlearnConfig,
+        sets: Sets,
+        engine: Engine,
+        state: State,
+        *,
+        until: int | None = None,
+        log: Callable[[dict[str, Any]], None],
+        keep_scores: Callable[[int, pa.Table], None],
+        checkpoint: Callable[[dict[str, Any], Callable[[Path], None]], None],
+    ) -> None:
+        self.config, self.sets, self.engine, self.state, self.until = config, sets, engine, state, until
+        self._log, self._keep_scores, self._checkpoint = log, keep_scores, checkpoint
+        unlearning = config.unlearning
+        self.epoch = -(-len(sets.forget) // unlearning.batch_size)  # in steps
+        self.last_step = last_step(config, len(sets.forget))
+        self._retain = ShuffledStream(len(sets.retain), unlearning.seed) if sets.retain is not None else None
+        self._stream: tuple[int, ForgetStream] | None = None
+
+    def run(self) -> str | None:
+        """Why it stopped; None if it reached `until`."""
+        reason = None
+        if self.state.initial is None:
+            reason = self.begin()
+        while reason is None:
+            if self.state.step == self.last_step:
+                reason = f"the last of {self.last_step} steps"
+                break
+            if self.state.step == self.until:
+                return None
+            self.refresh_if_due()
+            reason = self.take_step()
+            if reason is None and (self._due(self.config.stopping.evaluate_every) or self.state.step == self.last_step):
+                reason = self.evaluate_and_checkpoint()
+        self._write({"event": "stop", "reason": reason})
+        return reason
+
+    def _due(self, every: int | None) -> bool:
+        return self.state.step % (every or self.epoch) == 0
+
+    def begin(self) -> str | None:
+        """Look at the model before the first step."""
+        self.refresh_if_due()
+        self.state.initial = self.evaluate()
+        return self._keep(self.state.initial)
+
+    def refresh_if_due(self) -> None:
+        """Score the forget set under the live weights, and draw by the new scores from here on."""
+        state, unlearning = self.state, self.config.unlearning
+        due = state.scored_at < 0 or (self._due(unlearning.refresh_every) and state.scored_at != state.step)
+        if unlearning.weighting == "uniform" or unlearning.refresh != "in_place" or not due:
+            return
+        started = time.monotonic()
+        state.scores = refresh.score_in_place(self.engine, self.sets.forget, self.config.scoring)
+        state.scored_at = state.step
+        if self.engine.ranks.rank == 0:
+            self._keep_scores(state.step, state.scores)
+        mrd = self._mrd()
+        assert mrd is not None
+        self._write(
+            {"event": "refresh", "mrd_median": float(np.nanmedian(mrd)), "seconds": time.monotonic() - started}
+        )
+
+    def _mrd(self) -> np.ndarray | None:
+        return None if self.state.scores is None else self.state.scores["mrd"].to_numpy().astype(np.float64)
+
+    def take_step(self) -> str | None:
+        """One optimiser step. Gives the reason to stop if the loss is not finite."""
+        started = time.monotonic()
+        mine = self._draw()
+        values = [0.0, 0.0, 0.0]  # forget loss, retain loss, tokens
+        for index, loss_of, table, rows, weight in mine:
+            batch = refresh.collate(table.select(["token_ids", "scored"]).take(rows).to_pylist(), self.engine)
+            loss = loss_of(losses.log_probs(self.engine.logits(batch), batch), batch, rows).sum()
+            share = loss / self.config.unlearning.batch_size
+            self.engine.backward(weight * share)
+            values[index] += float(share.detach())
+            values[2] += sum(map(len, table["token_ids"].take(rows).to_pylist()))
+        device = self.engine.model.device
+        forget_loss, retain_loss, tokens = self.engine.ranks.sum(values, device)
+        self.state.step += 1
+        line = {
+            "event": "step", "forget_loss": forget_loss, "retain_loss": retain_loss if self._with_retain else None,
+            "grad_norm": self.engine.grad_norm, "tokens": int(tokens), "seconds": time.monotonic() - started,
+        }  # fmt: skip
+        if not all(map(math.isfinite, (forget_loss, retain_loss, self.engine.grad_norm))):
+            return (
+                f"diverged at step {self.state.step}: forget loss {forget_loss:g}, retain loss {retain_loss:g}, gradient "
+                f"norm {self.engine.grad_norm:g}; try a smaller unlearning.learning_rate"
+            )
+        self._write(line)
+        return None
+
+    @property
+    def _with_retain(self) -> bool:
+        return with_retain(self.config) and self._retain is not None
+
+    def _draw(self) -> list[tuple[int, Callable[..., torch.Tensor], pa.Table, np.ndarray, float]]:
+        """This rank's passes of this step: (0 of forget or 1 of retain samples, loss, table, rows, weight)."""
+        unlearning, step = self.config.unlearning, self.state.step
+        share = share_of_batch(self.config, self.engine.ranks.size)
+        own = slice(self.engine.ranks.rank * share, (self.engine.ranks.rank + 1) * share)
+        rows = self._forget_stream().at(step, unlearning.batch_size)
+        table, loss = self.sets.forget, self._forget_loss
+        if self.sets.refusals is not None:
+            each = len(self.sets.refusals) // len(self.sets.forget)
+            rows = rows * each + choices(unlearning.seed, step, len(rows), each)
+            table = self.sets.refusals
+        passes = [(0, loss, table, part, 1.0) for part in self._micro(rows[own])]
+        if self._with_retain:
+            assert self._retain is not None
+            rows = self._retain.at(step * unlearning.batch_size, unlearning.batch_size)
+            passes += [
+                (1, _descent, self.sets.retain, part, unlearning.retain_weight) for part in self._micro(rows[own])
+            ]
+        return passes
+
+    def _micro(self, rows: np.ndarray) -> list[np.ndarray]:
+        size = self.config.unlearning.micro_batch_size or len(rows)
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _forget_stream(self) -> ForgetStream:
+        """The draws by the latest scores."""
+        if self._stream is None or self._stream[0] != self.state.scored_at:
+            unlearning, sample_ids = self.config.unlearning, self.sets.forget["sample_id"].to_pylist()
+            probabilities = sampling_probabilities(sample_ids, self._mrd(), unlearning.weighting)
+            self._stream = self.state.scored_at, ForgetStream(probabilities, unlearning.seed)
+        return self._stream[1]
+
+    def _forget_loss(self, log_prob: torch.Tensor, batch: MicroBatch, rows: np.ndarray) -> torch.Tensor:
+        unlearning = self.config.unlearning
+        if unlearning.method == "npo":
+            assert self.state.initial is not None
+            reference = torch.tensor([self.state.initial.log_prob[row] for row in rows.tolist()], dtype=torch.float64)
+            return losses.npo(log_prob, reference.to(log_prob.device), unlearning.beta)
+        return (_descent if unlearning.method == "po" else _ascent)(log_prob, batch, rows)
+
+    def evaluate_and_checkpoint(self) -> str | None:
+        """Gives the reason to stop, if there is one. A state below the utility floor leaves no checkpoint."""
+        now, stopping = self.evaluate(), self.config.stopping
+        assert self.state.initial is not None
+        if (problem := below_floor(stopping, self.state.initial, now)) is not None:
+            return problem
+        reason = self._keep(now)
+        if forgotten(stopping, self.state.initial, now):
+            return f"forgotten: EL and MA of {stopping.forgotten} sample(s) below the initial averages"
+        return reason
+
+    def evaluate(self) -> Evaluation:
+        """What the live model knows of the forget set and of the watched retain samples."""
+        started, stopping, sets = time.monotonic(), self.config.stopping, self.sets
+        found = refresh.likelihoods(self.engine, sets.forget, self.config.scoring.micro_batch_tokens)
+        retain_loss = None
+        if sets.retain is not None:
+            watched = sets.retain.take(sets.watched)
+            of_watched = refresh.likelihoods(self.engine, watched, self.config.scoring.micro_batch_tokens)
+            tokens = sum(sum(scored[1:]) for scored in watched["scored"].to_pylist())
+            retain_loss = -math.fsum(log_prob for log_prob, _ in of_watched) / tokens
+        log_prob, accuracy = ([*column] for column in zip(*found, strict=True))
+        now = Evaluation(log_prob, accuracy, self._extraction() if stopping.extraction_n else None, retain_loss)
+        self._write({"event": "evaluation", **now.means(), "seconds": time.monotonic() - started})
+        return now
+
+    def _extraction(self) -> list[float]:
+        ranks, stopping = self.engine.ranks, self.config.stopping
+        mine = list(range(ranks.rank, len(self.sets.forget), ranks.size))
+        token_ids = self.sets.forget["token_ids"].take(mine).to_pylist()
+        self.engine.settle()
+        found = extraction_likelihoods(
+            self.engine.model, token_ids, stopping.extraction_n, stopping.extraction_stride,
+            all_ranks=self.engine.stage == 3,
+        )  # fmt: skip
+        self.engine.settle()
+        return [el for _, el in sorted(ranks.gather(list(zip(mine, found, strict=True))))]
+
+    def _keep(self, now: Evaluation) -> None:
+        """A checkpoint: a Hugging Face model, and all that a run goes on from."""
+
+        def write(folder: Path) -> None:
+            self.engine.save_model(folder / "model")
+            self.engine.save(folder)
+            if self.engine.ranks.rank == 0:
+                self.state.save(folder)
+
+        self._checkpoint({"step": self.state.step, **now.means()}, write)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        line = {"step": self.state.step, "of": self.last_step, **line}
+        self.state.log.append(line)
+        if self.engine.ranks.rank == 0:
+            self._log(line)
+
+
+def last_step(config: UnlearnConfig, forget_samples: int) -> int:
+    """The most optimiser steps of a run."""
+    unlearning = config.unlearning
+    return unlearning.steps or -(-unlearning.epochs * forget_samples // unlearning.batch_size)
+
+
+def _ascent(log_prob: torch.Tensor, batch: MicroBatch, rows: np.ndarray) -> torch.Tensor:
+    return losses.ascent(log_prob, batch.scored.sum(1))
+
+
+def _descent(log_prob: torch.Tensor, batch: MicroBatch, rows: np.ndarray) -> torch.Tensor:
+    return losses.descent(log_prob, batch.scored.sum(1))

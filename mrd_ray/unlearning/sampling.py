@@ -1,0 +1,251 @@
+"""Which samples a step sees: pure functions of (seed, step), the same on every rank and after every resume.
+
+Uniform numbers come from Philox4x64-10 with key (seed, hash64(purpose)) and counter (0, step, 0, 0): streams of
+different purposes, seeds or steps share no block, and none has a state that must be saved.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch.utils.data
+
+from mrd_ray.errors import UserError
+from mrd_ray.mrd.noise import hash64
+
+Weighting = Literal["mrd", "inverse_mrd", "uniform"]
+
+_NAMED = 5  # samples that a message names
+_CHUNK = 1 << 18  # draws of one step of MRDSampler: another number gives other draws
+
+
+def sampling_probabilities(sample_ids: Sequence[str], mrd: np.ndarray | None, weighting: Weighting) -> np.ndarray:
+    """Probability of drawing each sample of the forget set: float64 [n], summing to 1.
+
+    Args:
+        sample_ids: n names, for messages.
+        mrd: [n], nan where there is no score; not looked at for `uniform`.
+        weighting: `mrd`, proportional to MRD (Algorithm 2 of arXiv 2504.06658), so easy samples are drawn more often;
+            `inverse_mrd`, proportional to 1 / MRD (the text of its Section 3.4), so hard ones are; or `uniform`.
+
+    Raises:
+        UserError: the set is empty, or a score that is needed is missing, zero, negative or infinite.
+    """
+    n = len(sample_ids)
+    if weighting not in get_args(Weighting):
+        raise UserError(f"weighting: {weighting!r}; expected one of {', '.join(get_args(Weighting))}")
+    if not n:
+        raise UserError("the forget set is empty; expected at least one sample")
+    if weighting == "uniform":
+        return np.full(n, 1 / n)
+    if mrd is None:
+        raise UserError(f"weighting: {weighting} needs scores; score the forget set, or use weighting: uniform")
+    mrd = np.asarray(mrd, np.float64)
+    if mrd.shape != (n,):
+        raise ValueError(f"scores of shape {mrd.shape} for {n} samples")
+    bad = np.flatnonzero(~(np.isfinite(mrd) & (mrd > 0)))
+    if len(bad):
+        values = ", ".join(f"{str(sample_ids[i])!r} = {mrd[i]}" for i in bad[:_NAMED].tolist())
+        raise UserError(
+            f"weighting: {weighting} needs a finite MRD above 0; {len(bad)} of {n} samples have none: {values}"
+            f"{', ...' if len(bad) > _NAMED else ''} (of nan, the column error of scores.parquet says why). "
+            "Remove them from the forget set, or use weighting: uniform"
+        )
+    # relative to the largest, so that neither 1 / 1e-300 nor a sum overflows
+    weights = mrd / mrd.max() if weighting == "mrd" else mrd.min() / mrd
+    return weights / weights.sum()
+
+
+class ForgetStream:
+    """Indices drawn with replacement, by inverse CDF."""
+
+    def __init__(self, probabilities: np.ndarray, seed: int) -> None:
+        """Make the cumulative sums.
+
+        Args:
+            probabilities: [n], not negative; only their ratios count. One below 1e-16 of all may never be drawn.
+            seed: 0 <= seed < 2**64.
+        """
+        self._cdf = np.cumsum(probabilities, dtype=np.float64)
+        if not (len(self._cdf) and np.min(probabilities) >= 0 and 0 < self._cdf[-1] < np.inf):
+            raise ValueError("expected probabilities that are finite, not negative and not all zero")
+        # The last becomes 1 exactly, and every uniform number is below it: no index can be out of range. With u * total
+        # on the other side of the comparison, rounding could reach the total.
+        self._cdf /= self._cdf[-1]
+        self._seed = seed
+
+    def at(self, step: int, count: int) -> np.ndarray:
+        """The draws of a step, 0 <= step < 2**64: int64 [count]. With a larger count, they begin with the same ones."""
+        uniforms = _generator("forget", self._seed, step).random(count)
+        order = np.argsort(uniforms)  # in order, searches find their memory in cache: 5 times faster for 10^7 samples
+        drawn = np.empty(count, np.int64)
+        # right: the first sum above u, which an index of probability 0 never is, not even for u = 0
+        drawn[order] = np.searchsorted(self._cdf, uniforms[order], side="right")
+        return drawn
+
+
+class ShuffledStream:
+    """The endless sequence of the numbers 0..size, shuffled anew in every epoch."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        """Raises UserError if there is nothing to shuffle. 0 <= seed < 2**64."""
+        if size < 1:
+            raise UserError("the set to draw from is empty; expected at least one sample")
+        self._size, self._seed = size, seed
+        self._epoch, self._permutation = -1, np.empty(0, np.int64)
+
+    def at(self, start: int, count: int) -> np.ndarray:
+        """Elements start..start + count of the sequence: int64 [count]."""
+        out = np.empty(count, np.int64)
+        done = 0
+        while done < count:
+            epoch, first = divmod(start + done, self._size)
+            part = self._shuffled(epoch)[first : first + count - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+        return out
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._permutation = _generator("shuffled", self._seed, epoch).permutation(self._size)
+            self._epoch = epoch
+        return self._permutation
+
+
+def choices(seed: int, step: int, count: int, options: int) -> np.ndarray:
+    """Numbers from 0..options, options excluded, each equally likely: int64 [count]. 0 <= seed, step < 2**64."""
+    return _generator("choices", seed, step).integers(options, size=count)
+
+
+def _generator(purpose: str, seed: int, step: int) -> np.random.Generator:
+    # numpy refuses to put what is no 64-bit word into these arrays: no seed or step aliases another
+    key = np.array([seed, hash64(f"mrd_ray.unlearning {purpose}")], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, step, 0, 0], np.uint64)))
+
+
+class MRDSampler(torch.utils.data.Sampler[int]):
+    """Draws the indices of a forget set with replacement, weighted by MRD: for the DataLoader of any unlearning code.
+
+        DataLoader(forget_set, batch_size=8, sampler=MRDSampler("run/scores.parquet", forget_set_ids))
+
+    Like torch's DistributedSampler it gives every epoch other draws if `set_epoch` is called before it; unlike it, it
+    gives the same to all ranks. Epoch e of a seed always has the same draws; more of them begin with the same ones.
+    """
+
+    def __init__(
+        self,
+        scores: pa.Table | str | os.PathLike[str],
+        sample_ids: Sequence[str] | pa.Array | pa.ChunkedArray | None = None,
+        weighting: Weighting = "mrd",
+        num_samples: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Match the scores with the data set, in numpy and Arrow alone: ten million samples take seconds.
+
+        Args:
+            scores: a scores.parquet (local path or fsspec URI), or its table. Of its columns, sample_id and mrd count.
+            sample_ids: which sample stands at each index of the data set; scores of others are ignored. Whole
+                numbers count as text, as in scoring. An Arrow column is faster than a list. None: all samples of the
+                table, sorted by sample_id.
+            weighting: see `sampling_probabilities`.
+            num_samples: draws per epoch; None for the length of the data set.
+            seed: 0 <= seed < 2**64.
+
+        Raises:
+            UserError: the scores cannot be read, ids occur twice or have no row there, scores cannot serve as weights,
+                or a number is out of its range.
+        """
+        super().__init__()
+        if not 0 <= seed < 2**64:
+            raise UserError(f"seed: {seed}; expected 0 <= seed < 2**64")
+        if num_samples is not None and num_samples < 1:
+            raise UserError(f"num_samples: {num_samples}; expected at least 1, or None")
+        ids, mrd = _scores(scores)
+        if sample_ids is not None:
+            known, ids = ids, _strings(sample_ids, "sample_ids")
+            mrd = mrd[_rows(ids, known)]
+        probabilities = sampling_probabilities(ids, mrd, weighting)
+        self._stream = ForgetStream(probabilities, seed)
+        self._num_samples = len(ids) if num_samples is None else num_samples
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the draws of the next iteration, 0 <= epoch < 2**32."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        first, n = self._epoch << 32, self._num_samples
+        return itertools.chain.from_iterable(
+            self._stream.at(first + chunk, min(_CHUNK, n - chunk * _CHUNK)).tolist() for chunk in range(-(-n // _CHUNK))
+        )
+
+
+def _scores(scores: pa.Table | str | os.PathLike[str]) -> tuple[pa.Array, np.ndarray]:
+    """Ids in ascending order, and their MRD: float64 [n], nan where there is none. Raises UserError."""
+    if isinstance(scores, pa.Table):
+        name, table = "scores", scores
+    else:
+        name = os.fspath(scores)
+        try:
+            with fsspec.open(name, "rb") as opened:
+                file = pq.ParquetFile(opened)
+                table = file.read([column for column in ("sample_id", "mrd") if column in file.schema_arrow.names])
+        except (OSError, ValueError, ImportError, pa.ArrowException) as problem:  # ImportError: no such file system
+            raise UserError(f"{name}: cannot read it ({problem}); expected a scores.parquet") from None
+    if absent := {"sample_id", "mrd"} - set(table.column_names):
+        raise UserError(f"{name}: not a table of scores; it has no column {', '.join(sorted(absent))}")
+    ids = _strings(table["sample_id"], f"{name}, column sample_id")
+    try:
+        mrd = table["mrd"].cast(pa.float64()).to_numpy()
+    except pa.ArrowException as problem:
+        raise UserError(f"{name}, column mrd: expected numbers ({problem})") from None
+    if not pc.all(pc.less(ids[:-1], ids[1:])).as_py():  # scores.parquet is sorted; to sort takes long
+        order = pc.sort_indices(ids)
+        ids, mrd = ids.take(order), mrd[order.to_numpy()]
+        twice = pc.unique(ids[1:].filter(pc.equal(ids[:-1], ids[1:])))
+        if len(twice):
+            raise UserError(f"{name}: {len(twice)} sample ids occur more than once: {_named(twice)}; keep one row each")
+    return ids, mrd
+
+
+def _strings(ids: Sequence[str] | pa.Array | pa.ChunkedArray, name: str) -> pa.Array:
+    """As one array of large_string, since one of string ends at 2 GiB. Raises UserError."""
+    try:
+        arrow = (ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids)).cast(pa.large_string())
+    except pa.ArrowException as problem:
+        raise UserError(f"{name}: expected ids that are text or whole numbers ({problem})") from None
+    if arrow.null_count:
+        raise UserError(f"{name}: {arrow.null_count} of {len(arrow)} ids are null; give every sample one")
+    return arrow.combine_chunks() if isinstance(arrow, pa.ChunkedArray) else arrow
+
+
+def _rows(ids: pa.Array, known: pa.Array) -> np.ndarray:
+    """At which index of `known`, which holds no id twice, each of `ids` stands: int32 [n]. Raises UserError."""
+    found = pc.index_in(ids, value_set=known)
+    if found.null_count:
+        lacking = ids.filter(pc.is_null(found))
+        raise UserError(
+            f"{len(lacking)} of {len(ids)} sample ids of the data set have no row in the scores: {_named(lacking)}; "
+            "score them, or remove them from the forget set"
+        )
+    rows = found.to_numpy()
+    twice = np.flatnonzero(np.bincount(rows, minlength=1) > 1)
+    if len(twice):
+        raise UserError(
+            f"{len(twice)} sample ids occur more than once in the data set: {_named(known.take(pa.array(twice)))}; "
+            "remove their repetitions"
+        )
+    return rows
+
+
+def _named(ids: pa.Array) -> str:
+    return ", ".join(map(repr, ids[:_NAMED].to_pylist())) + (", ..." if len(ids) > _NAMED else "")

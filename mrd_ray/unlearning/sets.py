@@ -1,0 +1,121 @@
+"""The forget, retain and refusal sets, tokenised once by the driver."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from mrd_ray.config import DataConfig, UnlearnConfig
+from mrd_ray.data import read
+from mrd_ray.data import samples as samples_table
+from mrd_ray.data.tokens import Unscorable, choose_columns, render, tokenize
+from mrd_ray.errors import UserError
+from mrd_ray.unlearning.loop import Sets
+from mrd_ray.unlearning.sampling import ShuffledStream
+
+_REFUSALS = 8  # for each forget sample
+
+
+def build(
+    config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, context_length: int | None, console: Console
+) -> Sets:
+    """Read and tokenise. Says on the console what is left out of the retain set, and what stands in both sets.
+
+    Raises:
+        UserError: a set is empty or unusable, a forget sample cannot be unlearned, or refusals do not fit.
+    """
+    console.print(f"Reading {config.data.path}")
+    forget = samples_table.build(config.data, tokenizer, context_length)
+    _refuse_unusable(config.data.path, forget)
+    retain, watched = None, np.zeros(0, np.int64)
+    if config.retain.path is not None:
+        console.print(f"Reading {config.retain.path}")
+        retain = _retain(config, tokenizer, context_length, console)
+        _warn_of_overlap(forget, retain, console)
+        count = min(config.stopping.retain_samples, len(retain))
+        watched = np.sort(ShuffledStream(len(retain), config.unlearning.seed).at(0, count))
+    refusals = None
+    if config.unlearning.refusals is not None:
+        refusals = _refusals(config, Path(config.unlearning.refusals), forget, tokenizer, context_length)
+    return Sets(forget, retain, refusals, watched)
+
+
+def _refuse_unusable(path: str, forget: pa.Table) -> None:
+    if not len(forget):
+        raise UserError(f"data.path: {path} holds no samples; expected at least one to unlearn")
+    bad = forget.filter(pc.is_valid(forget["error"])).select(["sample_id", "error"]).to_pylist()
+    if bad:
+        named = "; ".join(f"{row['sample_id']}: {row['error']}" for row in bad[:5])
+        raise UserError(
+            f"data.path: {len(bad)} of {len(forget)} samples of {path} cannot be unlearned ({named}"
+            f"{'; ...' if len(bad) > 5 else ''}). Mend or remove them; data.truncate cuts long ones"
+        )
+
+
+def _retain(
+    config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, context_length: int | None, console: Console
+) -> pa.Table:
+    own = config.retain.model_dump(include={"path", "name", "split", "max_samples"})
+    data = DataConfig(**(config.data.model_dump() | own | {"id": None}))
+    try:
+        retain = samples_table.build(data, tokenizer, context_length)
+    except UserError as problem:
+        raise UserError(f"retain.path, read with the settings of data: {problem}") from None
+    usable = retain.filter(pc.is_null(retain["error"]))
+    if not len(usable):
+        raise UserError(f"retain.path: {config.retain.path} holds no usable samples")
+    if left_out := len(retain) - len(usable):
+        reasons = retain["error"].drop_null().to_pylist()
+        console.print(f"[red]{left_out} of {len(retain)} retain samples are left out; the first: {reasons[0]}")
+    return usable
+
+
+def _warn_of_overlap(forget: pa.Table, retain: pa.Table, console: Console) -> None:
+    shared = pc.sum(pc.is_in(forget["text"], value_set=retain["text"].combine_chunks())).as_py()
+    if shared:
+        console.print(
+            f"[red]{shared} of {len(forget)} forget samples stand in the retain set too: they will be unlearned and "
+            "learned at once"
+        )
+
+
+def _refusals(
+    config: UnlearnConfig,
+    path: Path,
+    forget: pa.Table,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int | None,
+) -> pa.Table:
+    """Each forget sample's prompt with a few refusals for a response, which alone counts."""
+    try:
+        lines = [line.strip() for line in path.expanduser().read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeError) as problem:
+        raise UserError(f"unlearning.refusals: cannot read {path}: {problem}") from None
+    if not lines:
+        raise UserError(f"unlearning.refusals: {path} holds no lines; expected a refusal on each")
+    numbers = dict(zip(forget["row"].to_pylist(), range(len(forget)), strict=True))
+    each = min(_REFUSALS, len(lines))
+    data = DataConfig(**(config.data.model_dump() | {"score_on": "all"}))  # its prompts and responses; checked below
+    rows = read.rows(data)
+    first = next(rows)
+    columns = choose_columns(data, list(first[1]), data.path)
+    if columns.response is None:
+        raise UserError("unlearning.method: po needs prompts and responses (data.prompt, data.response), not texts")
+    on_response = data.model_copy(update={"score_on": "response"})
+    found: dict[int, list[dict[str, object]]] = {}
+    for number, values in itertools.chain([first], rows):
+        if (i := numbers.get(number)) is None:
+            continue
+        found[i] = []
+        for j in np.sort(ShuffledStream(len(lines), config.unlearning.seed + i).at(0, each)).tolist():
+            try:
+                rendered = render(values | {columns.response: lines[j]}, columns, on_response, tokenizer)
+                tokens = tokenize(rendered, on_response, tokenizer, context_length)
+            except Unscorable as problem:
+                raise UserError(f"unlearning.refusals: line {j + 1} of {path}: {problem}") from None
+            found[i].append({"sample_id": f"{i}-{j}", "row": number, "text": rendered.text, **tokens._asdict()})
+    return pa.Table.from_pylist([row for i in range(len(forget)) for row in found[i]], samples_table.SCHEMA)

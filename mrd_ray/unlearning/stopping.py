@@ -1,0 +1,86 @@
+"""When to stop: the paper's rule (Feng et al., Appendix C.4), and a floor on utility."""
+
+import math
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from mrd_ray.config import StoppingConfig
+
+_FLOOR_NATS = 0.1  # of a memorised retain set, twice the loss may still be next to none
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the model knows of the forget set, sample by sample, and of the watched retain samples.
+
+    log_prob: nats, over the scored tokens. memorization_accuracy (MA), extraction_likelihood (EL_n): in [0, 1]; EL is
+    nan for a sample of n tokens or fewer, and None if it was left out. retain_loss: mean negative log-likelihood of the
+    retain samples' tokens, nats; None without a retain set.
+    """
+
+    log_prob: list[float]
+    memorization_accuracy: list[float]
+    extraction_likelihood: list[float] | None
+    retain_loss: float | None
+
+    def means(self) -> dict[str, float | None]:
+        """What is logged."""
+        extraction = [el for el in self.extraction_likelihood or [] if not math.isnan(el)]
+        return {
+            "forget_log_prob": fmean(self.log_prob),
+            "forget_memorization_accuracy": fmean(self.memorization_accuracy),
+            "forget_extraction_likelihood": fmean(extraction) if extraction else None,
+            "retain_loss": self.retain_loss,
+        }
+
+    def finite(self) -> bool:
+        """Whether the model still gives probabilities."""
+        return all(map(math.isfinite, [*self.log_prob, self.retain_loss or 0.0]))
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; `Evaluation(**state)` is it again."""
+        return asdict(self)
+
+
+def retain_loss_limit(stopping: StoppingConfig, initial: Evaluation) -> float:
+    """The utility floor as a loss in nats; infinite where there is none."""
+    if stopping.max_retain_loss_ratio is None or initial.retain_loss is None:
+        return math.inf
+    return max(stopping.max_retain_loss_ratio * initial.retain_loss, initial.retain_loss + _FLOOR_NATS)
+
+
+def below_floor(stopping: StoppingConfig, initial: Evaluation, now: Evaluation) -> str | None:
+    """Why this state must not become the result, or None."""
+    if not now.finite():
+        return "diverged: the model no longer gives finite probabilities"
+    limit = retain_loss_limit(stopping, initial)
+    if now.retain_loss is not None and now.retain_loss > limit:
+        return (
+            f"utility floor: the retain loss is {now.retain_loss:.3g}, over {limit:.3g} (it was "
+            f"{initial.retain_loss:.3g}; stopping.max_retain_loss_ratio is {stopping.max_retain_loss_ratio:g})"
+        )
+    return None
+
+
+def forgotten(stopping: StoppingConfig, initial: Evaluation, now: Evaluation) -> bool:
+    """EL_n and MA of every forget sample, or their means, are below their averages on the initial model.
+
+    Zero counts as below, since nothing is: there is no less memory than none.
+    """
+    if stopping.forgotten == "never":
+        return False
+    before, after = initial.means(), now.means()
+    of_samples = {
+        "forget_memorization_accuracy": now.memorization_accuracy,
+        "forget_extraction_likelihood": [el for el in now.extraction_likelihood or [] if not math.isnan(el)],
+    }
+    for name, values in of_samples.items():
+        if (threshold := before[name]) is None:
+            continue
+        if stopping.forgotten == "mean":
+            mean = after[name]
+            values = [] if mean is None else [mean]
+        if not all(value < threshold or value == 0 for value in values):
+            return False
+    return True

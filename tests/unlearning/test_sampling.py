@@ -1,0 +1,341 @@
+"""Draws have the frequencies that were asked for, and are pure functions of what they are asked with."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scipy import stats
+from torch.utils.data import DataLoader, Dataset
+
+from mrd_ray.errors import UserError
+from mrd_ray.unlearning import sampling
+from mrd_ray.unlearning.sampling import ForgetStream, MRDSampler, ShuffledStream, choices, sampling_probabilities
+
+MRD = np.array([0.5, 2.0, 1.0, 4.0, 0.25])
+IDS = ["e", "b", "d", "a", "c"]
+EXPECTED = {"mrd": MRD / MRD.sum(), "inverse_mrd": (1 / MRD) / (1 / MRD).sum(), "uniform": np.full(5, 0.2)}
+WEIGHTINGS = pytest.mark.parametrize("weighting", ["mrd", "inverse_mrd", "uniform"])
+
+
+def agrees(drawn, probabilities):
+    counts = np.bincount(drawn, minlength=len(probabilities))
+    return stats.chisquare(counts, probabilities * len(drawn)).pvalue > 1e-3
+
+
+@WEIGHTINGS
+def test_frequencies_are_the_probabilities(weighting):
+    probabilities = sampling_probabilities(IDS, MRD, weighting)
+    assert probabilities.dtype == np.float64
+    np.testing.assert_allclose(probabilities, EXPECTED[weighting], rtol=1e-15)
+    stream = ForgetStream(probabilities, seed=1)
+    assert agrees(stream.at(3, 100_000), EXPECTED[weighting])
+    assert agrees(np.concatenate([stream.at(step, 8) for step in range(5000)]), EXPECTED[weighting])
+    assert not agrees(stream.at(3, 100_000), np.roll(EXPECTED[weighting], 1)) or weighting == "uniform"
+
+
+def test_uniform_needs_no_scores():
+    np.testing.assert_allclose(sampling_probabilities(["a", "b"], None, "uniform"), [0.5, 0.5])
+    with pytest.raises(UserError, match="weighting: mrd needs scores"):
+        sampling_probabilities(["a", "b"], None, "mrd")
+
+
+@WEIGHTINGS
+@pytest.mark.parametrize(
+    "mrd", [[1e-300, 1e-300, 2e-300], [1e-300, 1.0], [1e308, 1e308, 1e308], [5e-324, 1e308]], ids=str
+)
+def test_extreme_scores_do_not_overflow(weighting, mrd):
+    with np.errstate(over="raise", divide="raise", invalid="raise"):
+        probabilities = sampling_probabilities(["x"] * len(mrd), np.array(mrd), weighting)
+    assert probabilities.sum() == pytest.approx(1, abs=1e-15)
+    if weighting == "inverse_mrd" and len(mrd) == 3 and mrd[0] < 1:
+        np.testing.assert_allclose(probabilities, [0.4, 0.4, 0.2])
+
+
+@pytest.mark.parametrize("weighting", ["mrd", "inverse_mrd"])
+def test_scores_that_cannot_weigh_are_named(weighting):
+    mrd = np.array([1.0, np.nan, 0.0, -2.0, np.inf, 3.0, np.nan, -np.inf])
+    with pytest.raises(
+        UserError,
+        match=rf"weighting: {weighting} .* 6 of 8 samples have none: 's1' = nan, 's2' = 0\.0, 's3' = -2\.0, "
+        r"'s4' = inf, 's6' = nan, \.\.\. .* Remove them from the forget set, or use weighting: uniform",
+    ):
+        sampling_probabilities([f"s{i}" for i in range(8)], mrd, weighting)
+    assert sampling_probabilities([f"s{i}" for i in range(8)], mrd, "uniform").sum() == 1
+
+
+@WEIGHTINGS
+def test_empty_set(weighting):
+    with pytest.raises(UserError, match="the forget set is empty"):
+        sampling_probabilities([], np.array([]), weighting)
+
+
+def test_unknown_weighting():
+    with pytest.raises(UserError, match="weighting: 'hard'; expected one of mrd, inverse_mrd, uniform"):
+        sampling_probabilities(IDS, MRD, "hard")
+
+
+def test_draws_are_inverse_cdf():
+    probabilities = EXPECTED["mrd"]
+    uniforms = sampling._generator("forget", 7, 11).random(500)
+    expected = []
+    for u in uniforms:
+        cumulative = 0.0
+        for index, probability in enumerate(probabilities):
+            cumulative += probability
+            if u < cumulative:
+                expected.append(index)
+                break
+    drawn = ForgetStream(probabilities, 7).at(11, 500)
+    assert drawn.dtype == np.int64
+    assert drawn.tolist() == expected
+
+
+def test_draws_depend_on_seed_and_step_alone():
+    stream = ForgetStream(EXPECTED["mrd"], 5)
+    steps = [0, 1, 2, 1000, 2**40]
+    drawn = {step: stream.at(step, 64).tolist() for step in steps}
+    assert {step: stream.at(step, 64).tolist() for step in reversed(steps)} == drawn
+    for step in steps:
+        fresh = ForgetStream(EXPECTED["mrd"], 5)
+        assert fresh.at(step, 64).tolist() == drawn[step]
+        assert fresh.at(step, 16).tolist() == drawn[step][:16]
+    others = [ForgetStream(EXPECTED["mrd"], seed).at(0, 64).tolist() for seed in (0, 1, 6, 2**64 - 1)]
+    assert len({*map(tuple, others), *map(tuple, drawn.values())}) == len(others) + len(steps)
+    assert stream.at(3, 0).tolist() == []
+
+
+def test_streams_of_one_seed_share_no_numbers():
+    purposes = ["forget", "shuffled", "choices"]
+    words = [sampling._generator(purpose, s, t).random(100) for purpose in purposes for s in (0, 1) for t in (0, 1)]
+    assert len(np.unique(words)) == 1200
+
+
+@pytest.mark.parametrize(("seed", "step"), [(-1, 0), (2**64, 0), (0, -1), (0, 2**64)])
+def test_seeds_and_steps_do_not_wrap_around(seed, step):
+    with pytest.raises(OverflowError):
+        ForgetStream(EXPECTED["mrd"], seed).at(step, 1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 0.1, 1e-300, 1e300])
+def test_neither_impossible_nor_absent_indices_are_drawn(monkeypatch, scale):
+    """Even from the uniform numbers at the ends of their range."""
+    probabilities = np.array([0.0, 0.0, 0.1, 0.0, 0.2, 0.7, 0.0]) * scale
+    assert set(ForgetStream(probabilities, 0).at(0, 10_000).tolist()) == {2, 4, 5}
+
+    class Ends:
+        def random(self, count):
+            return np.resize([0.0, 5e-324, 2.0**-53, 1 - 2.0**-53], count)
+
+    monkeypatch.setattr(sampling, "_generator", lambda *_: Ends())
+    assert ForgetStream(probabilities, 0).at(0, 4).tolist() == [2, 2, 2, 5]
+    many = np.random.default_rng(0).random(1001) * scale
+    many[[0, -1]] = 0
+    assert ForgetStream(many, 0).at(0, 4).tolist() == [1, 1, 1, 999]
+
+
+@pytest.mark.parametrize("probabilities", [[], [0.0, 0.0], [1.0, -0.1], [1.0, np.nan], [np.inf, 1.0]])
+def test_what_are_no_probabilities(probabilities):
+    with pytest.raises(ValueError, match="expected probabilities"):
+        ForgetStream(np.array(probabilities), 0)
+
+
+def test_shuffled_epochs():
+    sequence = ShuffledStream(50, 3).at(0, 50 * 20)
+    assert sequence.dtype == np.int64
+    epochs = sequence.reshape(20, 50)
+    assert (np.sort(epochs) == np.arange(50)).all()
+    assert len(np.unique(epochs, axis=0)) == 20
+    assert (ShuffledStream(50, 4).at(0, 50) != epochs[0]).any()
+    # every number equally often at every place
+    places = ShuffledStream(5, 0).at(0, 5 * 5000).reshape(-1, 5)
+    assert all(agrees(place, np.full(5, 0.2)) for place in places.T)
+
+
+def test_any_cut_of_the_shuffled_sequence_is_the_sequence():
+    sequence = ShuffledStream(7, 9).at(0, 100)
+    stream, random = ShuffledStream(7, 9), np.random.default_rng(0)
+    for start, stop in np.sort(random.integers(0, 101, (200, 2)), axis=1).tolist():
+        assert stream.at(start, stop - start).tolist() == sequence[start:stop].tolist()
+    assert ShuffledStream(7, 9).at(93, 7).tolist() == sequence[93:].tolist()
+    assert ShuffledStream(1, 9).at(10**12, 3).tolist() == [0, 0, 0]
+
+
+def test_what_was_handed_out_is_the_callers():
+    stream = ShuffledStream(5, 0)
+    first = stream.at(0, 5).copy()
+    stream.at(0, 5)[:] = 0
+    assert stream.at(0, 5).tolist() == first.tolist()
+
+
+def test_nothing_to_shuffle():
+    with pytest.raises(UserError, match="empty"):
+        ShuffledStream(0, 0)
+
+
+def test_choices():
+    chosen = choices(2, 3, 50_000, 7)
+    assert chosen.dtype == np.int64
+    assert agrees(chosen, np.full(7, 1 / 7))
+    assert choices(2, 3, 20, 7).tolist() == chosen[:20].tolist()
+    assert len({tuple(choices(*at, 20, 7)) for at in [(2, 3), (2, 4), (3, 3), (3, 2)]}) == 4
+    assert set(choices(0, 0, 10, 1).tolist()) == {0}
+
+
+# MRDSampler
+
+
+def table(ids=IDS, mrd=MRD, **columns):
+    return pa.table({"sample_id": pa.array(ids), "mrd": pa.array(mrd)} | columns)
+
+
+class Texts(Dataset):
+    """Gives the ids of its samples, in an order unlike the table's; it lacks b."""
+
+    ids = ("c", "a", "e", "d")
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        return self.ids[index]
+
+
+@WEIGHTINGS
+@pytest.mark.parametrize("source", ["table", "path", "uri"])
+def test_sampler_in_a_data_loader(tmp_path, weighting, source):
+    scores = table(error=pa.nulls(5, pa.string()))
+    if source != "table":
+        pq.write_table(scores.sort_by("sample_id"), tmp_path / "scores.parquet")
+        scores = tmp_path / "scores.parquet" if source == "path" else f"file://{tmp_path}/scores.parquet"
+    sampler = MRDSampler(scores, Texts.ids, weighting, num_samples=40_000, seed=4)
+    loader = DataLoader(Texts(), batch_size=1000, sampler=sampler)
+    assert len(loader) == 40
+    drawn = [sample for batch in loader for sample in batch]
+    probabilities = np.array([EXPECTED[weighting][IDS.index(one)] for one in Texts.ids])
+    assert agrees([Texts.ids.index(one) for one in drawn], probabilities / probabilities.sum())
+
+
+def test_sampler_without_ids_takes_the_tables_order():
+    sampler = MRDSampler(table(), num_samples=50_000)
+    assert agrees(list(sampler), MRD[np.argsort(IDS)] / MRD.sum())
+    assert list(sampler) == list(MRDSampler(table(), sorted(IDS), num_samples=50_000))
+
+
+def test_epochs_of_a_sampler(monkeypatch):
+    monkeypatch.setattr(sampling, "_CHUNK", 8)
+    sampler = MRDSampler(table(), num_samples=20)
+    epochs = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    assert {type(index) for index in epochs[0]} == {int}
+    assert [len(epoch) for epoch in epochs] == [20] * 3 == [len(sampler)] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+    fresh = MRDSampler(table(), num_samples=12)
+    fresh.set_epoch(1)
+    assert list(fresh) == list(fresh) == epochs[1][:12]
+    assert list(MRDSampler(table(), num_samples=20, seed=1)) != epochs[0]
+    assert len(MRDSampler(table())) == 5
+
+
+@pytest.mark.parametrize(
+    "ids", [pa.array(IDS), pa.chunked_array([IDS[:2], IDS[2:]]), np.array(IDS), pa.array(IDS).dictionary_encode()]
+)
+def test_kinds_of_ids(ids):
+    assert list(MRDSampler(table(), ids)) == list(MRDSampler(table(), IDS)) == list(MRDSampler(table(ids), IDS))
+
+
+def test_whole_numbers_count_as_text():
+    assert list(MRDSampler(table(["1", "10", "2"], [1.0, 2.0, 3.0]), [10, 2, 1])) == list(
+        MRDSampler(table(["a", "b", "c"], [2.0, 3.0, 1.0]))
+    )
+
+
+@pytest.mark.parametrize(
+    ("scores", "ids", "message"),
+    [
+        (
+            table(),
+            ["a", *"uvwxyz"],
+            r"6 of 7 sample ids .* no row in the scores: 'u', 'v', 'w', 'x', 'y', \.\.\.; score",
+        ),
+        (table(), ["a", "b", "a", "e", "e"], r"2 sample ids occur more than once in the data set: 'a', 'e'; remove"),
+        (table(["b", "a", "b", "a", "a"]), ["a"], r"scores: 2 sample ids occur more than once: 'a', 'b'; keep"),
+        (table(mrd=[1.0, None, -1.0, 2.0, 1.0]), None, r"2 of 5 samples have none: 'b' = nan, 'd' = -1\.0 "),
+        (table(mrd=[1.0, None, -1.0, 2.0, 1.0]), ["e", "d", "a"], r"1 of 3 samples have none: 'd' = -1\.0 "),
+        (table(mrd=pa.nulls(5)), ["e"], r"1 of 1 samples have none: 'e' = nan "),
+        (table(["a", None, "b", "c", "d"]), None, "column sample_id: 1 of 5 ids are null"),
+        (table(), ["a", None], "sample_ids: 1 of 2 ids are null"),
+        (table(), ["a", 1], "sample_ids: expected ids that are text or whole numbers"),
+        (table(), [["a"]], "sample_ids: expected ids that are text or whole numbers"),
+        (table(mrd=["high"] * 5), None, "column mrd: expected numbers"),
+        (table(), [], "the forget set is empty"),
+        (table([], pa.array([], pa.float64())), None, "the forget set is empty"),
+        (table().drop_columns("mrd"), None, "scores: not a table of scores; it has no column mrd"),
+    ],
+)
+def test_what_a_sampler_cannot_use(scores, ids, message):
+    with pytest.raises(UserError, match=message):
+        MRDSampler(scores, ids)
+
+
+def test_unscored_samples_may_stay_out_of_the_data_set():
+    scores = table(mrd=[1.0, None, -1.0, 2.0, 1.0])
+    assert set(MRDSampler(scores, ["e", "a"], num_samples=100)) == {0, 1}
+    assert set(MRDSampler(scores, weighting="uniform", num_samples=100)) == {0, 1, 2, 3, 4}
+
+
+def test_files_a_sampler_cannot_use(tmp_path):
+    bad = tmp_path / "scores.parquet"
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"scores\.parquet: cannot read it .*; expected a scores\.parquet"):
+            MRDSampler(bad)
+        bad.write_text("not parquet")
+    with pytest.raises(UserError, match="cannot read it"):
+        MRDSampler(str(tmp_path))
+    with pytest.raises(UserError, match="cannot read it"):
+        MRDSampler("nowhere://scores.parquet")
+    pq.write_table(pa.table({"sample_id": ["a"], "score": [1.0]}), bad)
+    with pytest.raises(UserError, match=r"scores\.parquet: not a table of scores; it has no column mrd"):
+        MRDSampler(bad)
+
+
+@pytest.mark.parametrize("setting", [{"num_samples": 0}, {"seed": -1}, {"seed": 2**64}, {"weighting": "x"}])
+def test_settings_out_of_range(setting):
+    with pytest.raises(UserError, match=rf"{next(iter(setting))}: .*; expected"):
+        MRDSampler(table(), **setting)
+
+
+LARGE = """
+import resource, time
+import numpy as np, pyarrow as pa
+from mrd_ray.unlearning.sampling import MRDSampler
+
+n = 10_000_000
+ids = pa.array(np.arange(10**8, 10**8 + n)).cast(pa.string())
+mrd = np.random.default_rng(0).lognormal(size=n)
+order = np.random.default_rng(1).permutation(n)
+scores, dataset = pa.table({"sample_id": ids, "mrd": mrd}), ids.take(pa.array(order))
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+sampler = MRDSampler(scores, dataset)
+drawn = np.fromiter(sampler, np.int64, n)
+seconds, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert len(sampler) == n and drawn.max() < n
+weighed = (mrd[order] ** 2).sum() / mrd.sum()
+print(seconds, (peak - before) / 2**20, mrd[order][drawn].mean() / weighed)
+"""
+
+
+@pytest.mark.slow
+def test_ten_million_samples():
+    """In a fresh process, whose memory peak is its own; in CPU time, which the neighbours leave alone."""
+    command = [sys.executable, "-c", LARGE]
+    seconds, gigabytes, ratio = map(float, subprocess.check_output(command, env=os.environ, text=True).split())
+    print(f"{seconds:.1f} s of CPU time, {gigabytes:.2f} GiB")
+    assert seconds < 20
+    assert gigabytes < 3
+    assert ratio == pytest.approx(1, abs=0.01)
