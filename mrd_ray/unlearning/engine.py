@@ -151,7 +151,7 @@ class Engine:
         parameters = dict(self.model.named_parameters())
         if self.stage < 3:
             return {name: Shard(parameter.data, 0) for name, parameter in parameters.items()}
-        self._engine.empty_partition_cache()  # forwards leave weights gathered, which a write to shards would not reach
+        self._engine.optimizer.empty_partition_cache()  # forwards leave weights gathered, which a write to shards would not reach
         shards = {}
         for name, parameter in parameters.items():
             if parameter.ds_status.name != "NOT_AVAILABLE":

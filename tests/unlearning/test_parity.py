@@ -13,22 +13,10 @@ STAGES = [0, 1, 2, 3]
 STEPS = 20
 
 
-@pytest.fixture(scope="module")
-def files(tiny_model_dir, qa_file, tmp_path_factory):
-    """Model, forget set, retain set, refusals."""
-    folder = tmp_path_factory.mktemp("sets")
-    lines = qa_file.read_text().splitlines(keepends=True)
-    forget, retain, refusals = folder / "forget.jsonl", folder / "retain.jsonl", folder / "refusals.txt"
-    forget.write_text("".join(lines[:5]))
-    retain.write_text("".join(lines[5:]))
-    refusals.write_text("I do not know.\nNo idea.\nThat is beyond me.\n")
-    return tiny_model_dir, forget, retain, refusals
-
-
 def config(files, run, method, stage=0, **more):
     model, forget, retain, refusals = files
     settings = {
-        "unlearning__method": method, "unlearning__steps": STEPS, "unlearning__micro_batch_size": 1,
+        "unlearning__method": method, "unlearning__steps": STEPS, "unlearning__micro_batch_size": 2,
         "unlearning__weighting": "uniform", "deepspeed__zero_stage": stage, "stopping__forgotten": "never",
         "stopping__max_retain_loss_ratio": None, "stopping__evaluate_every": 1000, "unlearning__learning_rate": 3e-4,
         "unlearning__refusals": str(refusals) if method == "po" else None,
@@ -87,7 +75,7 @@ def trajectories(ranks, configs):
     return found
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_method_and_stage_follows_plain_torch(files, tmp_path, size):
     cases = [(method, stage) for method in METHODS for stage in STAGES]
     configs = [config(files, tmp_path / f"{method}-{stage}", method, stage) for method, stage in cases]
