@@ -13,6 +13,7 @@ from mrd_ray.config import (
     RunConfig,
     ScoreConfig,
     ScoringConfig,
+    UnlearnConfig,
 )
 from mrd_ray.errors import UserError
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from mrd_ray.scoring.compare import Comparison, compare
     from mrd_ray.scoring.estimate import Estimate, plan
     from mrd_ray.scoring.score import ScoreRun, score
+    from mrd_ray.unlearning.sampling import MRDSampler
+    from mrd_ray.unlearning.unlearn import UnlearnRun, unlearn
 
 __version__ = version("mrd-ray")
 
@@ -28,6 +31,7 @@ __all__ = [
     "Comparison",
     "DataConfig",
     "Estimate",
+    "MRDSampler",
     "ModelConfig",
     "PlanConfig",
     "RayConfig",
@@ -35,10 +39,13 @@ __all__ = [
     "ScoreConfig",
     "ScoreRun",
     "ScoringConfig",
+    "UnlearnConfig",
+    "UnlearnRun",
     "UserError",
     "compare",
     "plan",
     "score",
+    "unlearn",
 ]
 
 # Imported when first used: every actor imports this package, and needs neither readers nor plots to start.
@@ -49,6 +56,9 @@ _LAZY = {
     "plan": "mrd_ray.scoring.estimate",
     "ScoreRun": "mrd_ray.scoring.score",
     "score": "mrd_ray.scoring.score",
+    "MRDSampler": "mrd_ray.unlearning.sampling",
+    "UnlearnRun": "mrd_ray.unlearning.unlearn",
+    "unlearn": "mrd_ray.unlearning.unlearn",
 }
 
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mrd_ray.config import CompareConfig, DemoConfig, PlanConfig, ScoreConfig
+from mrd_ray.config import CompareConfig, DemoConfig, PlanConfig, ScoreConfig, UnlearnConfig
 from mrd_ray.errors import UserError
 
 # exit codes; argparse itself ends with 2 on a bad command line
-_DONE, _FAILED, _SOME_WITHOUT_SCORE, _INTERRUPTED = 0, 1, 3, 130
+_DONE, _FAILED, _SOME_WITHOUT_SCORE, _STOPPED_EARLY, _INTERRUPTED = 0, 1, 3, 4, 130
 
 
 def parser() -> ArgumentParser:
@@ -39,7 +39,13 @@ def parser() -> ArgumentParser:
     return top
 
 
-_COMMANDS = {"score": ScoreConfig, "plan": PlanConfig, "compare": CompareConfig, "demo": DemoConfig}
+_COMMANDS = {
+    "score": ScoreConfig,
+    "plan": PlanConfig,
+    "compare": CompareConfig,
+    "unlearn": UnlearnConfig,
+    "demo": DemoConfig,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _plan(config)
             case CompareConfig():
                 return _compare(config)
+            case UnlearnConfig():
+                return _unlearn(config)
             case DemoConfig():
                 from mrd_ray.demo.demo import prepare
 
@@ -95,6 +103,20 @@ def _score(config: ScoreConfig) -> int:
     console.print(f"Summary: {finished.run.path('summary.png')}", soft_wrap=True)
     console.print(f"Took {time.monotonic() - started:.0f} s")
     return _SOME_WITHOUT_SCORE if finished.num_errors else _DONE
+
+
+def _unlearn(config: UnlearnConfig) -> int:
+    from mrd_ray.unlearning import summary
+    from mrd_ray.unlearning.unlearn import unlearn
+
+    started = time.monotonic()
+    finished = unlearn(config)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    summary.show(console, finished)
+    console.print(f"\nModel:   {finished.run.path('model')}", soft_wrap=True)
+    console.print(f"Log:     {finished.run.path('metrics.jsonl')}", soft_wrap=True)
+    console.print(f"Took {time.monotonic() - started:.0f} s")
+    return _STOPPED_EARLY if finished.failed else _DONE
 
 
 def _compare(config: CompareConfig) -> int:

@@ -384,6 +384,8 @@ class UnlearnConfig(_Frozen):
     @model_validator(mode="after")
     def _groups_agree(self) -> "UnlearnConfig":
         method = self.unlearning.method
+        if self.checkpoints.best_by == "retain_loss" and self.retain.path is None:
+            raise ValueError("checkpoints.best_by: retain_loss needs retain.path")
         if method != "ga" and self.retain.path is None and self.unlearning.retain_weight:
             raise ValueError(f"retain.path: unlearning.method: {method} needs a retain set, or retain_weight: 0")
         if self.model.dtype == "float64":
@@ -404,7 +406,7 @@ class UnlearnConfig(_Frozen):
         if scoring.estimator == "monte_carlo" and self.deepspeed.offload_parameters != "none":
             raise ValueError(
                 "scoring.estimator: monte_carlo cannot shake offloaded weights in place (deepspeed.offload_parameters)"
-                f"; use closed_form, or unlearning.refresh: actors"
+                "; use closed_form, or unlearning.refresh: actors"
             )
         if scoring.target_relative_se is not None:
             raise ValueError(f"scoring.target_relative_se is not for refreshes in place{way_out}")
@@ -412,6 +414,7 @@ class UnlearnConfig(_Frozen):
             raise ValueError(f"scoring.curvature_probes needs whole weights, not deepspeed.zero_stage: 3{way_out}")
         if scoring.allow_slow_parameters and self.deepspeed.zero_stage == 3:
             raise ValueError(f"scoring.allow_slow_parameters needs whole weights, not deepspeed.zero_stage: 3{way_out}")
+
 
 class CompareConfig(_Frozen):
     """Say how far two runs agree on the same samples, whatever their estimator, sigma, K, precision or model."""

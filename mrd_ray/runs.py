@@ -21,7 +21,18 @@ from pydantic import BaseModel
 
 from mrd_ray.errors import UserError
 
-_PACKAGES = ("mrd-ray", "ray", "torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "pyarrow")
+_PACKAGES = (
+    "mrd-ray",
+    "ray",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "peft",
+    "numpy",
+    "pyarrow",
+)
 
 
 def _version(package: str) -> str | None:
@@ -40,7 +51,7 @@ class RunDirectory:
         try:
             self._fs, self._root = fsspec.core.url_to_fs(uri)
             with self._writing(""):
-                self._fs.makedirs(self.path("units"), exist_ok=True)
+                self._fs.makedirs(self.path(""), exist_ok=True)
         except (ImportError, ValueError) as problem:
             raise UserError(f"run.dir: cannot open {uri}: {problem}") from None
 
@@ -87,6 +98,9 @@ class RunDirectory:
     def write(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all: a kill at any moment leaves the old one. Raises UserError."""
         target = self.path(name)
+        if "/" in name:
+            with self._writing(name):
+                self._fs.makedirs(self.path(name.rsplit("/", 1)[0]), exist_ok=True)
         with self._writing(name):
             if not isinstance(self._fs, LocalFileSystem):
                 self._fs.pipe_file(target, content)  # object stores publish an object when it is complete

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +44,21 @@ class State:
     """What a resumed run goes on from, beside the engine. The draws need no state: they are functions of the step.
 
     step: optimiser steps taken. initial: of the model before any, whose log-probabilities are NPO's reference.
-    scores: the latest, of step `scored_at`. log: all lines of metrics.jsonl so far.
+    latest: of this step's model. scores: the latest, of step `scored_at`. log: all lines of metrics.jsonl so far.
     """
 
     step: int = 0
     initial: Evaluation | None = None
+    latest: Evaluation | None = None
     scores: pa.Table | None = None
     scored_at: int = -1
     log: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
         """Write it as state.json and scores.parquet."""
-        initial = None if self.initial is None else self.initial.state()
-        content = {"step": self.step, "initial": initial, "scored_at": self.scored_at, "log": self.log}
+        content = {"step": self.step, "scored_at": self.scored_at, "log": self.log}
+        for name, evaluation in {"initial": self.initial, "latest": self.latest}.items():
+            content[name] = None if evaluation is None else asdict(evaluation)
         (folder / "state.json").write_text(json.dumps(content))
         if self.scores is not None:
             pq.write_table(self.scores, folder / "scores.parquet")
@@ -65,9 +67,9 @@ class State:
     def load(cls, folder: Path) -> "State":
         """Read what `save` wrote."""
         content = json.loads((folder / "state.json").read_text())
-        initial = content["initial"] and Evaluation(**content["initial"])
+        initial, latest = (content[name] and Evaluation(**content[name]) for name in ("initial", "latest"))
         scores = pq.read_table(folder / "scores.parquet") if (folder / "scores.parquet").exists() else None
-        return cls(content["step"], initial, scores, content["scored_at"], content["log"])
+        return cls(content["step"], initial, latest, scores, content["scored_at"], content["log"])
 
 
 class Loop:
@@ -104,19 +106,15 @@ class Loop:
 
     def run(self) -> str | None:
         """Why it stopped; None if it reached `until`."""
-        reason = None
-        if self.state.initial is None:
-            reason = self.begin()
+        reason = self.begin() if self.state.initial is None else self._forgotten()
         while reason is None:
-            if self.state.step == self.last_step:
+            if self.state.step >= self.last_step:
                 reason = f"the last of {self.last_step} steps"
-                break
-            if self.state.step == self.until:
+            elif self.state.step == self.until:
                 return None
-            self.refresh_if_due()
-            reason = self.take_step()
-            if reason is None and (self._due(self.config.stopping.evaluate_every) or self.state.step == self.last_step):
-                reason = self.evaluate_and_checkpoint()
+            else:
+                self.refresh_if_due()
+                reason = self.take_step() or self.evaluate_if_due()
         self._write({"event": "stop", "reason": reason})
         return reason
 
@@ -126,8 +124,11 @@ class Loop:
     def begin(self) -> str | None:
         """Look at the model before the first step."""
         self.refresh_if_due()
-        self.state.initial = self.evaluate()
-        return self._keep(self.state.initial)
+        self.state.initial = self.state.latest = self.evaluate()
+        if not self.state.initial.finite():
+            return "diverged before the first step: the model gives no finite probabilities"
+        self._keep()
+        return None
 
     def refresh_if_due(self) -> None:
         """Score the forget set under the live weights, and draw by the new scores from here on."""
@@ -142,9 +143,7 @@ class Loop:
             self._keep_scores(state.step, state.scores)
         mrd = self._mrd()
         assert mrd is not None
-        self._write(
-            {"event": "refresh", "mrd_median": float(np.nanmedian(mrd)), "seconds": time.monotonic() - started}
-        )
+        self._write({"event": "refresh", "mrd_median": float(np.nanmedian(mrd)), "seconds": time.monotonic() - started})
 
     def _mrd(self) -> np.ndarray | None:
         return None if self.state.scores is None else self.state.scores["mrd"].to_numpy().astype(np.float64)
@@ -220,16 +219,23 @@ class Loop:
             return losses.npo(log_prob, reference.to(log_prob.device), unlearning.beta)
         return (_descent if unlearning.method == "po" else _ascent)(log_prob, batch, rows)
 
-    def evaluate_and_checkpoint(self) -> str | None:
-        """Gives the reason to stop, if there is one. A state below the utility floor leaves no checkpoint."""
-        now, stopping = self.evaluate(), self.config.stopping
+    def evaluate_if_due(self) -> str | None:
+        """Evaluate, and leave a checkpoint if the state is above the utility floor. Gives the reason to stop, if any."""
+        if not (self._due(self.config.stopping.evaluate_every) or self.state.step in (self.last_step, self.until)):
+            return None
         assert self.state.initial is not None
-        if (problem := below_floor(stopping, self.state.initial, now)) is not None:
+        self.state.latest = self.evaluate()
+        if (problem := below_floor(self.config.stopping, self.state.initial, self.state.latest)) is not None:
             return problem
-        reason = self._keep(now)
-        if forgotten(stopping, self.state.initial, now):
-            return f"forgotten: EL and MA of {stopping.forgotten} sample(s) below the initial averages"
-        return reason
+        self._keep()
+        return self._forgotten()
+
+    def _forgotten(self) -> str | None:
+        stopping, initial, latest = self.config.stopping, self.state.initial, self.state.latest
+        if self.state.step and initial and latest and forgotten(stopping, initial, latest):
+            whose = "every forget sample" if stopping.forgotten == "every" else "the forget set's mean"
+            return f"forgotten: MA{' and EL' if stopping.extraction_n else ''} of {whose} below the initial averages"
+        return None
 
     def evaluate(self) -> Evaluation:
         """What the live model knows of the forget set and of the watched retain samples."""
@@ -258,8 +264,9 @@ class Loop:
         self.engine.settle()
         return [el for _, el in sorted(ranks.gather(list(zip(mine, found, strict=True))))]
 
-    def _keep(self, now: Evaluation) -> None:
+    def _keep(self) -> None:
         """A checkpoint: a Hugging Face model, and all that a run goes on from."""
+        assert self.state.latest is not None
 
         def write(folder: Path) -> None:
             self.engine.save_model(folder / "model")
@@ -267,7 +274,7 @@ class Loop:
             if self.engine.ranks.rank == 0:
                 self.state.save(folder)
 
-        self._checkpoint({"step": self.state.step, **now.means()}, write)
+        self._checkpoint({"step": self.state.step, **self.state.latest.means()}, write)
 
     def _write(self, line: dict[str, Any]) -> None:
         line = {"step": self.state.step, "of": self.last_step, **line}

@@ -1,9 +1,8 @@
 """When to stop: the paper's rule (Feng et al., Appendix C.4), and a floor on utility."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from mrd_ray.config import StoppingConfig
 
@@ -37,10 +36,6 @@ class Evaluation:
     def finite(self) -> bool:
         """Whether the model still gives probabilities."""
         return all(map(math.isfinite, [*self.log_prob, self.retain_loss or 0.0]))
-
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint; `Evaluation(**state)` is it again."""
-        return asdict(self)
 
 
 def retain_loss_limit(stopping: StoppingConfig, initial: Evaluation) -> float:

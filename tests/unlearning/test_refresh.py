@@ -111,7 +111,9 @@ def test_weights_are_the_same_after_a_refresh(files, tmp_path, stage):
 
 
 def with_and_without(ranks, configs):
-    return [[line for line in gang.train(one, ranks, keep=False)[1].state.log if line["event"] == "step"] for one in configs]
+    return [
+        [line for line in gang.train(one, ranks, keep=False)[1].state.log if line["event"] == "step"] for one in configs
+    ]
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -121,12 +123,16 @@ def test_training_goes_on_as_if_there_had_been_no_refresh(files, tmp_path, stage
     often = plain.model_copy(update={"stopping": plain.stopping.model_copy(update={"evaluate_every": 1})})
     few, many = gang.on_ranks(2, with_and_without, [plain, often])[0]
     for a, b in zip(few, many, strict=True):
-        assert (a["forget_loss"], a["retain_loss"], a["grad_norm"]) == (b["forget_loss"], b["retain_loss"], b["grad_norm"])
+        assert (a["forget_loss"], a["retain_loss"], a["grad_norm"]) == (
+            b["forget_loss"],
+            b["retain_loss"],
+            b["grad_norm"],
+        )
 
 
 def measured(ranks, one):
     _, loop, _ = gang.train(one, ranks, keep=False)
-    loop.engine.save_model(Path(one.run.dir) / f"model")
+    loop.engine.save_model(Path(one.run.dir) / "model")
     return loop.evaluate()
 
 
@@ -136,6 +142,7 @@ def test_memorization_accuracy_and_extraction_of_live_weights(files, tmp_path, s
     first, second = gang.on_ranks(2, measured, one)
     assert first == second
     import torch
+
     from mrd_ray.mrd.likelihood import MicroBatch
     from mrd_ray.unlearning.extraction import extraction_likelihoods
 

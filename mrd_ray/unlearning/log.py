@@ -1,0 +1,88 @@
+"""What a user watches: metrics.jsonl, and on request TensorBoard and Weights & Biases; Ray's own metrics."""
+
+import importlib
+import json
+import time
+from typing import Any
+
+import ray.util.metrics
+
+from mrd_ray.config import TrackingConfig, UnlearnConfig
+from mrd_ray.errors import UserError
+from mrd_ray.runs import RunDirectory
+
+NAME = "metrics.jsonl"
+_FLUSH_EVERY = 2.0  # seconds
+
+
+def require(tracking: TrackingConfig) -> None:
+    """Raises UserError if something asked for is not installed."""
+    wanted = {"tensorboard": tracking.tensorboard, "wandb": tracking.wandb_project is not None}
+    for library in (library for library, asked in wanted.items() if asked):
+        try:
+            importlib.import_module(library)
+        except ImportError:
+            raise UserError(f"tracking: {library} is not installed: pip install {library}") from None
+
+
+class Log:
+    """The log of a run, on rank 0. metrics.jsonl holds exactly the steps that led to the present state.
+
+    Args:
+        lines: those of the checkpoint that the run goes on from; what an interrupted attempt wrote after it goes.
+    """
+
+    def __init__(self, run: RunDirectory, config: UnlearnConfig, lines: list[dict[str, Any]]) -> None:
+        self._run = run
+        self._lines = [json.dumps(line) for line in lines]
+        self._flushed = 0.0
+        self._tensorboard = self._wandb = None
+        if config.tracking.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(run.path("tensorboard"), purge_step=lines[-1]["step"] if lines else None)
+        if config.tracking.wandb_project is not None:
+            wandb = importlib.import_module("wandb")
+            self._wandb = wandb.init(project=config.tracking.wandb_project, config=config.model_dump())
+        self._steps = ray.util.metrics.Counter("mrd_ray_unlearning_steps", "Optimiser steps taken")
+        self._tokens = ray.util.metrics.Counter("mrd_ray_unlearning_tokens", "Tokens trained on")
+        self._refresh = ray.util.metrics.Gauge("mrd_ray_unlearning_refresh_seconds", "Duration of the last refresh")
+        self.flush()
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        """Take in a line: {"step": ..., "event": "step" | "refresh" | "evaluation" | "stop", ...}."""
+        self._lines.append(json.dumps(line))
+        numbers = {
+            f"{line['event']}/{name}": value
+            for name, value in line.items()
+            if name not in ("step", "of") and isinstance(value, int | float)
+        }
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, line["step"])
+        if self._wandb is not None:
+            self._wandb.log({"step": line["step"], **numbers})
+        if line["event"] == "step":
+            self._steps.inc()
+            self._tokens.inc(line["tokens"])
+        elif line["event"] == "refresh":
+            self._refresh.set(line["seconds"])
+        if line["event"] != "step" or time.monotonic() - self._flushed > _FLUSH_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put all lines on disk. Raises UserError where it cannot."""
+        self._run.write(NAME, "".join(line + "\n" for line in self._lines).encode())
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Flush everything."""
+        self.flush()
+        for tracker in (self._tensorboard, self._wandb):
+            if tracker is not None:
+                (tracker.close if tracker is self._tensorboard else tracker.finish)()
+
+
+def read(run: RunDirectory) -> list[dict[str, Any]]:
+    """The lines so far; none before a run has begun."""
+    return [json.loads(line) for line in run.read(NAME).splitlines()] if run.exists(NAME) else []

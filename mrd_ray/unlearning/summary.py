@@ -1,0 +1,46 @@
+"""What a person looks at when a run has ended: why, and what the model knew before and knows now."""
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mrd_ray.unlearning.unlearn import UnlearnRun
+
+_ROWS = {
+    "forget_memorization_accuracy": "forget MA: share of tokens that are the likeliest",
+    "forget_extraction_likelihood": "forget EL: share of n-grams given away",
+    "forget_log_prob": "forget log-likelihood, nats per sample",
+    "retain_loss": "retain perplexity",
+}
+
+
+def show(console: Console, finished: UnlearnRun) -> None:
+    """Print the summary."""
+    evaluations = [line for line in finished.log if line["event"] == "evaluation"]
+    before = evaluations[0]
+    after = next(line for line in reversed(evaluations) if line["step"] == finished.step)
+    unlearning = finished.config.unlearning
+    console.print(
+        f"[bold]{escape(unlearning.method)}, weighting {unlearning.weighting}[/]: stopped after "
+        f"{finished.log[-1]['step']} steps, {escape(finished.reason)}",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+    if finished.failed:
+        console.print(f"[red]The result is the last good state, of step {finished.step}", highlight=False)
+        if finished.step == 0:
+            console.print("[red]That is the model as it was: nothing has been unlearned", highlight=False)
+    elif finished.log[-1]["step"] != finished.step:
+        console.print(f"The result is the state of step {finished.step}, the best", highlight=False)
+    table = Table("", "before", "after", title_justify="left")
+    for name, title in _ROWS.items():
+        if before[name] is not None:
+            table.add_row(title, _cell(name, before), _cell(name, after))
+    console.print(table)
+
+
+def _cell(name: str, line: dict[str, Any]) -> str:
+    value = math.exp(min(line[name], 700)) if name == "retain_loss" else line[name]
+    return f"{value:.4g}"

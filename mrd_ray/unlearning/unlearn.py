@@ -1,0 +1,284 @@
+"""`mrd-ray unlearn`, start to end."""
+
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import ray
+from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig
+from ray.train import RunConfig as TrainRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
+
+from mrd_ray import models
+from mrd_ray.config import ModelConfig, RayConfig, RunConfig, ScoreConfig, UnlearnConfig
+from mrd_ray.data import samples as samples_table
+from mrd_ray.errors import UserError
+from mrd_ray.mrd.noise import NOISE_VERSION
+from mrd_ray.progress import Meter
+from mrd_ray.runs import RunDirectory
+from mrd_ray.scoring import pipeline, plan
+from mrd_ray.scoring.pool import Pool
+from mrd_ray.scoring.score import score
+from mrd_ray.unlearning import engine, log, sets
+from mrd_ray.unlearning.loop import Sets, last_step
+from mrd_ray.unlearning.worker import Job, work
+
+_CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class UnlearnRun:
+    """What a finished run left: its directory and settings, why it stopped, metrics.jsonl, and the result's step.
+
+    The result, a Hugging Face directory, is in model/. step: optimiser steps that made it; fewer than were taken where
+    a later state diverged or fell below the utility floor, or an earlier one was best.
+    """
+
+    run: RunDirectory
+    config: UnlearnConfig
+    reason: str
+    step: int
+    log: list[dict[str, Any]]
+
+    @property
+    def failed(self) -> bool:
+        """Whether it stopped because the model diverged or fell below the utility floor."""
+        return self.reason.startswith(("diverged", "utility floor"))
+
+
+def unlearn(config: UnlearnConfig) -> UnlearnRun:
+    """Unlearn a forget set; go on, if the run directory holds such a run already.
+
+    Raises:
+        UserError: bad input or settings, a run directory of something else, or workers that failed too often.
+    """
+    console = Console(stderr=True)
+    run = RunDirectory(config.run.dir)
+    with run.locked():
+        path = models.directory(config.model)
+        skeleton = models.skeleton(path)
+        if config.unlearning.weighting != "uniform":
+            plan.refuse_uncovered(skeleton, config.scoring)
+        log.require(config.tracking)
+        tokenizer = models.load_tokenizer(config.model)
+        of_run = sets.build(config, tokenizer, models.context_length(skeleton.config), console)
+        run.claim(_identity(config, path, models.tokenizer_digest(tokenizer), of_run), config)
+        done = run.manifest().get("outcome")
+        if done is None or done["config"] != config.model_dump(mode="json"):
+            with pipeline.cluster():
+                outcome = _Rounds(config, run, of_run, models.files_digest(path), console).work_off()
+            tokenizer.save_pretrained(run.path("model")) if "://" not in config.run.dir else None
+            run.record("outcome", outcome | {"config": config.model_dump(mode="json")})
+            done = outcome
+    return UnlearnRun(run, config, done["reason"], done["step"], log.read(run))
+
+
+def _identity(config: UnlearnConfig, path: Path, tokenizer: str, of_run: Sets) -> dict[str, Any]:
+    """What the trajectory depends on, but for its length."""
+    tables = {"samples": of_run.forget, "retain samples": of_run.retain, "refusals": of_run.refusals}
+    groups: dict[str, Any] = {
+        "unlearning": config.unlearning.model_dump(exclude={"epochs", "steps", "refusals"}),
+        "lora": config.lora.model_dump(),
+        "deepspeed": config.deepspeed.model_dump(),
+        "stopping": config.stopping.model_dump(include={"extraction_n", "extraction_stride", "retain_samples"}),
+    }
+    if config.unlearning.weighting != "uniform":
+        groups["scoring"] = config.scoring.model_dump(mode="json")
+    settings = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+    return settings | {
+        "model": models.files_digest(path),
+        "model.dtype": config.model.dtype,
+        "tokenizer": tokenizer,
+        "noise version": NOISE_VERSION,
+        **{name: samples_table.digest(table) for name, table in tables.items() if table is not None},
+    }
+
+
+@dataclass
+class _Rounds:
+    """Training, in one round, or in one from each refresh to the next where actors do the scoring."""
+
+    config: UnlearnConfig
+    run: RunDirectory
+    sets: Sets
+    files_digest: str
+    console: Console
+
+    def work_off(self) -> dict[str, Any]:
+        """Train until there is a reason to stop, put the result in place, and say which it is."""
+        config = self.config
+        pool = self._pool()
+        deepspeed = engine.configuration(config, pool.actors)
+        self._refuse_other_world(pool.actors)
+        reference = ray.put(self.sets)
+        by_actors = config.unlearning.refresh == "actors" and config.unlearning.weighting != "uniform"
+        with _Watch(self.run, last_step(config, len(self.sets.forget))):
+            while True:
+                until, scores = self._round() if by_actors else (None, None)
+                job = Job(config, deepspeed, reference, self.files_digest, until, scores)
+                result = self._fit(job, pool)
+                if (fatal := result.return_value.get("fatal")) is not None:
+                    raise UserError(fatal)
+                if (reason := result.return_value["reason"]) is not None:
+                    break
+        return {"reason": reason, "step": self._export(result)}
+
+    def _pool(self) -> Pool:
+        wanted = self.config.ray
+        resources = ray.cluster_resources()
+        workers = wanted.workers or max(1, int(resources.get("GPU", 0)))
+        shape = RayConfig(actors=workers, cpus_per_actor=wanted.cpus_per_worker, gpus_per_actor=wanted.gpus_per_worker)
+        try:
+            return Pool.of(shape, resources)
+        except UserError as problem:
+            raise UserError(str(problem).replace("_per_actor", "_per_worker").replace("ray.actors", "ray.workers"))
+
+    def _storage(self) -> str:
+        return self.run.uri if "://" in self.run.uri else str(Path(self.run.uri).expanduser().absolute())
+
+    def _newest(self) -> tuple[ray.train.Checkpoint, dict[str, Any]] | None:
+        """The checkpoint that a fit would go on from."""
+        if not self.run.exists(f"{_CHECKPOINTS}/checkpoint_manager_snapshot.json"):
+            return None
+        result = Result.from_path(f"{self._storage()}/{_CHECKPOINTS}")
+        return None if result.checkpoint is None else (result.checkpoint, result.metrics)
+
+    def _refuse_other_world(self, workers: int) -> None:
+        if (newest := self._newest()) is not None and (was := newest[1]["workers"]) != workers:
+            raise UserError(
+                f"ray.workers: {workers}, but the checkpoints in {self.run.uri} are of {was}; start the same command "
+                f"with ray.workers: {was}, or start anew in another directory"
+            )
+
+    def _round(self) -> tuple[int, tuple[pa.Table, float] | None]:
+        """Where the coming round ends, and scores if it begins with a refresh."""
+        newest = self._newest()
+        step = 0 if newest is None else int(newest[1]["step"])
+        epoch = -(-len(self.sets.forget) // self.config.unlearning.batch_size)
+        every = self.config.unlearning.refresh_every or epoch
+        until = step - step % every + every
+        if step % every:
+            return until, None
+        started = time.monotonic()
+        model = self.config.model if newest is None else self._model_of(newest[0])
+        dtype = self.config.model.dtype
+        shape = self.config.ray
+        finished = score(
+            ScoreConfig(
+                model=ModelConfig(
+                    path=model.path, dtype=dtype, tokenizer=self.config.model.tokenizer or self.config.model.path
+                ),
+                data=self.config.data,
+                run=RunConfig(dir=f"{self.run.uri}/refreshes/step-{step:06d}"),
+                scoring=self.config.scoring,
+                ray=RayConfig(cpus_per_actor=shape.cpus_per_worker, gpus_per_actor=shape.gpus_per_worker),
+            )
+        )
+        self.run.write_table(f"scores/step-{step:06d}.parquet", finished.scores)
+        return until, (finished.scores, time.monotonic() - started)
+
+    def _model_of(self, checkpoint: ray.train.Checkpoint) -> ModelConfig:
+        if "://" in self.run.uri:
+            raise UserError("unlearning.refresh: actors needs a run.dir that every node sees as a folder, not a URI")
+        return ModelConfig(path=f"{checkpoint.path}/model")
+
+    def _fit(self, job: Job, pool: Pool) -> Result:
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
+        keep, best_by = self.config.checkpoints.keep, self.config.checkpoints.best_by
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"job": job},
+            scaling_config=ScalingConfig(
+                num_workers=pool.actors,
+                use_gpu=pool.gpus > 0,
+                resources_per_worker={"CPU": pool.cpus} | ({"GPU": pool.gpus} if pool.gpus else {}),
+            ),
+            run_config=TrainRunConfig(
+                name=_CHECKPOINTS,
+                storage_path=self._storage(),
+                failure_config=FailureConfig(max_failures=self.config.ray.max_failures),
+                checkpoint_config=CheckpointConfig(
+                    num_to_keep=keep,
+                    checkpoint_score_attribute=None if best_by == "last" else best_by,
+                    checkpoint_score_order="min",
+                ),
+            ),
+            torch_config=TorchConfig(backend="nccl" if pool.gpus else "gloo"),
+        )
+        try:
+            return trainer.fit()
+        except ray.train.TrainingFailedError as problem:
+            raise UserError(
+                f"the workers failed {self.config.ray.max_failures + 1} time(s) (ray.max_failures); the same command "
+                f"goes on from the last checkpoint. {problem}"
+            ) from None
+
+    def _export(self, result: Result) -> int:
+        """Copy the result's model to model/; the step that it is of."""
+        if result.checkpoint is None:
+            raise UserError("no checkpoint was left: the model gives no finite probabilities to begin with")
+        chosen, metrics = result.checkpoint, result.metrics
+        best_by = self.config.checkpoints.best_by
+        if best_by != "last":
+            chosen, metrics = min(result.best_checkpoints, key=lambda pair: (pair[1][best_by], pair[1]["step"]))
+        with chosen.as_directory() as folder:
+            target, _ = fsspec.core.url_to_fs(self.run.uri)
+            if target.exists(self.run.path("model")):
+                target.rm(self.run.path("model"), recursive=True)
+            target.put(f"{folder}/model", self.run.path("model"), recursive=True)
+        return int(metrics["step"])
+
+
+def _worker(settings: dict[str, Any]) -> dict[str, Any]:
+    return work(settings["job"])
+
+
+class _Watch:
+    """Shows the log on the console as workers write it."""
+
+    def __init__(self, run: RunDirectory, steps: int) -> None:
+        self._run, self._meter = run, Meter("Unlearning", steps)
+        self._seen, self._step = 0, 0
+        self._losses = self._knows = ""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self._meter.__enter__()
+        self._meter.advance(0, "starting the workers")
+        self._thread.start()
+
+    def __exit__(self, *problem: Any) -> None:
+        self._over.set()
+        self._thread.join()
+        self._meter.__exit__(*problem)
+
+    def _watch(self) -> None:
+        while True:
+            over = self._over.wait(1.0)
+            for line in log.read(self._run)[self._seen :]:
+                self._seen += 1
+                self._show(line)
+            if over:
+                return
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if line["event"] == "step":
+            self._losses = f"forget loss {line['forget_loss']:.3g}"
+            if line["retain_loss"] is not None:
+                self._losses += f", retain loss {line['retain_loss']:.3g}"
+        elif line["event"] == "evaluation":
+            self._knows = f", forget MA {line['forget_memorization_accuracy']:.3f}"
+            if line["retain_loss"] is not None:
+                self._knows += f", retain perplexity {2.718281828459045 ** line['retain_loss']:.4g}"
+        advanced = max(0, line["step"] - self._step)
+        self._step += advanced
+        self._meter.advance(advanced, f"step {line['step']} of {line['of']}, {self._losses}{self._knows}")

@@ -1,0 +1,127 @@
+"""One worker of the Ray Train job: loads the model, goes on from the newest checkpoint, runs the loop, reports."""
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from mrd_ray import models
+from mrd_ray.config import UnlearnConfig
+from mrd_ray.errors import UserError
+from mrd_ray.runs import RunDirectory
+from mrd_ray.scoring.estimators import refuse_wrong_rules
+from mrd_ray.unlearning import model as trained
+from mrd_ray.unlearning.engine import Engine
+from mrd_ray.unlearning.log import Log
+from mrd_ray.unlearning.loop import Loop, State
+from mrd_ray.unlearning.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a round of training is given.
+
+    sets: a reference to `Sets` in Ray's object store. deepspeed: of `engine.configuration`. until, scores: with
+    refreshes by actors, the step to stop at, and the scores of the step to start at with the seconds they took.
+    """
+
+    config: UnlearnConfig
+    deepspeed: dict[str, Any]
+    sets: ray.ObjectRef
+    files_digest: str
+    until: int | None = None
+    scores: tuple[pa.Table, float] | None = None
+
+
+def work(job: Job) -> dict[str, Any]:
+    """Ray Train's loop per worker: {"reason": why it stopped, or None at `until`}, or {"fatal": what is wrong}.
+
+    What is wrong with settings or data is given back, since an exception would be tried again.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(max(1, int(job.config.ray.cpus_per_worker)))
+    ranks = Ranks.of_process_group()
+    try:
+        return {"reason": _train(job, ranks)}
+    except UserError as problem:
+        return {"fatal": str(problem)}
+
+
+def _train(job: Job, ranks: Ranks) -> str | None:
+    config = job.config
+    run = RunDirectory(config.run.dir)
+    engine = Engine(ranks.agree(lambda: _model(job)), config, job.deepspeed, ranks)
+    state = State()
+    if (checkpoint := ray.train.get_checkpoint()) is not None:
+        with checkpoint.as_directory() as folder:
+            engine.load(Path(folder))
+            state = State.load(Path(folder))
+    log = ranks.agree(lambda: Log(run, config, state.log) if ranks.rank == 0 else None)
+
+    def keep_scores(step: int, scores: pa.Table) -> None:
+        run.write_table(f"scores/step-{step:06d}.parquet", scores)
+
+    if job.scores is not None and state.scored_at != state.step:
+        state.scores, state.scored_at = job.scores[0], state.step
+    loop = Loop(
+        config,
+        ray.get(job.sets),
+        engine,
+        state,
+        until=job.until,
+        log=_alone(log or (lambda line: None)),
+        keep_scores=_alone(keep_scores),
+        checkpoint=lambda metrics, write: _report(metrics, write, ranks),
+    )
+    reason = loop.run()
+    if log is not None:
+        log.close()
+    return reason
+
+
+def _alone(write: Callable[..., None]) -> Callable[..., None]:
+    """What rank 0 does alone: a failure there must end the worker, since the other ranks would wait for it."""
+
+    def checked(*args: Any) -> None:
+        try:
+            write(*args)
+        except UserError as problem:
+            raise RuntimeError(str(problem)) from None
+
+    return checked
+
+
+def _model(job: Job) -> PreTrainedModel:
+    config, path = job.config, models.directory(job.config.model)
+    if (found := models.files_digest(path)) != job.files_digest:
+        raise UserError(
+            f"model.path: {path} on this worker holds other weights ({found[:12]}) than on the driver "
+            f"({job.files_digest[:12]}); give every node the same model"
+        )
+    model = trained.load(config, ray.train.torch.get_device())
+    if config.unlearning.weighting != "uniform" and config.unlearning.refresh == "in_place":
+        refuse_wrong_rules(model, config.scoring)
+    return model
+
+
+def _report(metrics: dict[str, Any], write: Callable[[Path], None], ranks: Ranks) -> None:
+    """Write this rank's part of a checkpoint, and let Ray Train bring it to the run directory meanwhile."""
+    folder = Path(tempfile.mkdtemp(prefix="mrd_ray-checkpoint-"))
+    write(folder)
+    ray.train.report(
+        metrics | {"workers": ranks.size},
+        checkpoint=ray.train.Checkpoint.from_directory(folder),
+        checkpoint_dir_name=f"step-{metrics['step']:06d}",
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+    )
