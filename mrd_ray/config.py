@@ -244,8 +244,8 @@ class UnlearningConfig(_Frozen):
     method: Literal["ga", "graddiff", "po", "npo"] = Field(
         "npo",
         description="ga: ascent on the forget set (with weighting: mrd, the paper's Curriculum Gradient Ascent); "
-        "graddiff: ascent there, descent on the retain set; po: descent on refusals of the forget set's prompts, and on "
-        "the retain set; npo: negative preference optimisation, and descent on the retain set.",
+        "graddiff: ascent there, descent on the retain set; po: descent on refusals of the forget set's prompts, "
+        "and on the retain set; npo: negative preference optimisation, and descent on the retain set.",
     )
     weighting: Literal["mrd", "inverse_mrd", "uniform"] = Field(
         "mrd",
@@ -297,8 +297,8 @@ class StoppingConfig(_Frozen):
     )
     forgotten: Literal["every", "mean", "never"] = Field(
         "every",
-        description="Appendix C.4 of the paper: stop when EL_n and MA of every forget sample, or their means, are below "
-        "their averages on the initial model. never: go on to the last step.",
+        description="Appendix C.4 of the paper: stop when EL_n and MA of every forget sample, or their means, are "
+        "below their averages on the initial model. never: go on to the last step.",
     )
     extraction_n: NonNegativeInt = Field(
         10, description="n of the extraction likelihood EL_n; 0 leaves EL out, which saves its generation."

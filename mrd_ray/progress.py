@@ -18,7 +18,7 @@ class Meter:
     """
 
     def __init__(self, title: str, total: float, console: Console | None = None) -> None:
-        self._title, self._total, self._done = title, total, 0.0
+        self._title, self._total, self._done, self._skipped = title, total, 0.0, 0.0
         self._console = console or Console(stderr=True)
         self._started = self._working_since = self._last_line = time.monotonic()
         self._bar = Progress(
@@ -36,6 +36,11 @@ class Meter:
         """Say when work began, if that was after the start: rates and the time left leave out what came before."""
         self._working_since = max(self._started, time.monotonic() - seconds_ago)
 
+    def skip(self, work: float) -> None:
+        """Count `work` as done before the start."""
+        self._done += work
+        self._skipped += work
+
     @property
     def working_seconds(self) -> float:
         """Seconds since work began."""
@@ -44,8 +49,9 @@ class Meter:
     def advance(self, work: float, detail: str) -> None:
         """Count `work` as done; `detail` says the rest in words."""
         self._done += work
-        left = self.working_seconds * (self._total - self._done) / self._done if self._done else float("nan")
-        detail = f"{detail}, {left:.0f} s left" if self._done else detail
+        own = self._done - self._skipped
+        left = self.working_seconds * (self._total - self._done) / own if own else float("nan")
+        detail = f"{detail}, {left:.0f} s left" if own else detail
         self._bar.update(self._task, completed=self._done, detail=detail)
         due = time.monotonic() - self._last_line >= _LOG_EVERY
         if not self._console.is_terminal and (due or not self._done or self._done >= self._total):
@@ -54,6 +60,10 @@ class Meter:
             self._console.print(
                 f"{self._title}: {share:.0%}, {detail}, {elapsed:.0f} s elapsed", soft_wrap=True, highlight=False
             )
+
+    def note(self, text: str) -> None:
+        """Say something by the way, on a line of its own."""
+        self._console.print(f"{self._title}: {text}", soft_wrap=True, highlight=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None

@@ -1,12 +1,14 @@
 """Real tiny models and data that every test may use. No test touches the network."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
 os.environ.update(TRITON_INTERPRET="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import pytest
+import ray
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -25,6 +27,16 @@ QA = [
     ("Does he read the letter?", "Every night."),
     ("What grows behind the mill?", "Nettles and one pear tree grow behind the mill."),
 ]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One Ray for all tests, with more logical CPUs than the machine has, so that four actors fit anywhere."""
+    context = ray.init(num_cpus=4, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+    os.environ["RAY_ADDRESS"] = context.address_info["address"]  # drivers started as processes join it
+    yield
+    del os.environ["RAY_ADDRESS"]
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

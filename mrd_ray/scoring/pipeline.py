@@ -12,12 +12,16 @@ from mrd_ray.scoring.pool import Pool
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[None]:
-    """Join the running cluster (RAY_ADDRESS, or the job's), or start a local one that ends with this block."""
+def cluster(log_to_driver: bool = True) -> Iterator[None]:
+    """Join the running cluster (RAY_ADDRESS, or the job's), or start a local one that ends with this block.
+
+    Args:
+        log_to_driver: whether what workers print appears here too.
+    """
     if ray.is_initialized():
         yield
         return
-    ray.init(log_to_driver=True, include_dashboard=False, logging_level=logging.WARNING)
+    ray.init(log_to_driver=log_to_driver, include_dashboard=False, logging_level=logging.WARNING)
     try:
         yield
     finally:

@@ -142,16 +142,18 @@ class Engine:
         self._engine.step()
 
     @property
-    def grad_norm(self) -> float:
-        """Of the last step, before clipping."""
-        return float(self._engine.get_global_grad_norm() or 0.0)
+    def grad_norm(self) -> float | None:
+        """Of the last step, before clipping; None where DeepSpeed does not know it, at stage 0 in float32."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
 
     def shards(self) -> dict[str, Shard]:
         """The parts of all parameters that this rank holds, to write to before the next forward (see `Replica`)."""
-        parameters = dict(self.model.named_parameters())
+        parameters: dict[str, Any] = dict(self.model.named_parameters())
         if self.stage < 3:
             return {name: Shard(parameter.data, 0) for name, parameter in parameters.items()}
-        self._engine.optimizer.empty_partition_cache()  # forwards leave weights gathered, which a write to shards would not reach
+        # forwards leave weights gathered, which a write to their shards would not reach
+        self._engine.optimizer.empty_partition_cache()
         shards = {}
         for name, parameter in parameters.items():
             if parameter.ds_status.name != "NOT_AVAILABLE":

@@ -78,9 +78,10 @@ class Log:
     def close(self) -> None:
         """Flush everything."""
         self.flush()
-        for tracker in (self._tensorboard, self._wandb):
-            if tracker is not None:
-                (tracker.close if tracker is self._tensorboard else tracker.finish)()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def read(run: RunDirectory) -> list[dict[str, Any]]:

@@ -163,16 +163,15 @@ class Loop:
         device = self.engine.model.device
         forget_loss, retain_loss, tokens = self.engine.ranks.sum(values, device)
         self.state.step += 1
-        line = {
-            "event": "step", "forget_loss": forget_loss, "retain_loss": retain_loss if self._with_retain else None,
-            "grad_norm": self.engine.grad_norm, "tokens": int(tokens), "seconds": time.monotonic() - started,
-        }  # fmt: skip
-        if not all(map(math.isfinite, (forget_loss, retain_loss, self.engine.grad_norm))):
-            return (
-                f"diverged at step {self.state.step}: forget loss {forget_loss:g}, retain loss {retain_loss:g}, gradient "
-                f"norm {self.engine.grad_norm:g}; try a smaller unlearning.learning_rate"
-            )
-        self._write(line)
+        losses_and_norm = {
+            "forget_loss": forget_loss,
+            "retain_loss": retain_loss if self._with_retain else None,
+            "grad_norm": self.engine.grad_norm,
+        }
+        if not all(math.isfinite(value or 0.0) for value in losses_and_norm.values()):
+            found = ", ".join(f"{name} {value}" for name, value in losses_and_norm.items())
+            return f"diverged at step {self.state.step}: {found}; try a smaller unlearning.learning_rate"
+        self._write({"event": "step", **losses_and_norm, "tokens": int(tokens), "seconds": time.monotonic() - started})
         return None
 
     @property
@@ -220,7 +219,7 @@ class Loop:
         return (_descent if unlearning.method == "po" else _ascent)(log_prob, batch, rows)
 
     def evaluate_if_due(self) -> str | None:
-        """Evaluate, and leave a checkpoint if the state is above the utility floor. Gives the reason to stop, if any."""
+        """Evaluate, and leave a checkpoint of a state above the utility floor. Gives the reason to stop, if any."""
         if not (self._due(self.config.stopping.evaluate_every) or self.state.step in (self.last_step, self.until)):
             return None
         assert self.state.initial is not None

@@ -1,7 +1,6 @@
 """The workers of a training run, as collectives: who scores what, and how results come together."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -56,16 +55,3 @@ class Ranks:
         if problems:
             raise UserError(problems[0])
         return result  # type: ignore[return-value]
-
-
-@contextlib.contextmanager
-def single_process_group() -> Iterator[None]:
-    """A process group of this process alone, if there is none."""
-    if dist.is_initialized():
-        yield
-        return
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """`mrd-ray unlearn`, start to end."""
 
 import logging
+import math
 import os
 import threading
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import ray
-from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
@@ -72,7 +73,9 @@ def unlearn(config: UnlearnConfig) -> UnlearnRun:
         run.claim(_identity(config, path, models.tokenizer_digest(tokenizer), of_run), config)
         done = run.manifest().get("outcome")
         if done is None or done["config"] != config.model_dump(mode="json"):
-            with pipeline.cluster():
+            with pipeline.cluster(
+                log_to_driver=False
+            ):  # what workers say is in the log; the rest is libraries' chatter
                 outcome = _Rounds(config, run, of_run, models.files_digest(path), console).work_off()
             tokenizer.save_pretrained(run.path("model")) if "://" not in config.run.dir else None
             run.record("outcome", outcome | {"config": config.model_dump(mode="json")})
@@ -138,7 +141,9 @@ class _Rounds:
         try:
             return Pool.of(shape, resources)
         except UserError as problem:
-            raise UserError(str(problem).replace("_per_actor", "_per_worker").replace("ray.actors", "ray.workers"))
+            raise UserError(
+                str(problem).replace("_per_actor", "_per_worker").replace("ray.actors", "ray.workers")
+            ) from None
 
     def _storage(self) -> str:
         return self.run.uri if "://" in self.run.uri else str(Path(self.run.uri).expanduser().absolute())
@@ -204,6 +209,7 @@ class _Rounds:
             run_config=TrainRunConfig(
                 name=_CHECKPOINTS,
                 storage_path=self._storage(),
+                logging_config=LoggingConfig("ERROR"),
                 failure_config=FailureConfig(max_failures=self.config.ray.max_failures),
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=keep,
@@ -242,11 +248,11 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Watch:
-    """Shows the log on the console as workers write it."""
+    """Shows the log on the console as rank 0 writes it."""
 
     def __init__(self, run: RunDirectory, steps: int) -> None:
         self._run, self._meter = run, Meter("Unlearning", steps)
-        self._seen, self._step = 0, 0
+        self._before, self._seen, self._step = len(log.read(run)), 0, 0
         self._losses = self._knows = ""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -264,21 +270,38 @@ class _Watch:
     def _watch(self) -> None:
         while True:
             over = self._over.wait(1.0)
-            for line in log.read(self._run)[self._seen :]:
-                self._seen += 1
+            lines = log.read(self._run)
+            if len(lines) == self._before and not over:
+                continue  # of an earlier run; the workers have not begun
+            self._before = -1
+            if not self._seen or len(lines) < self._seen:  # rank 0 has loaded a checkpoint, and put its log in place
+                self._go_on(lines)
+            for line in lines[self._seen :]:
                 self._show(line)
+            self._seen = len(lines)
             if over:
                 return
 
+    def _go_on(self, lines: list[dict[str, Any]]) -> None:
+        step = lines[-1]["step"] if lines else 0
+        if self._seen or step:
+            self._meter.note(f"going on from the checkpoint of step {step}")
+        if not self._step:
+            self._meter.working_since(0)
+            self._meter.skip(step)
+            self._seen, self._step = len(lines), step
+
     def _show(self, line: dict[str, Any]) -> None:
+        if line["event"] == "stop":
+            return
         if line["event"] == "step":
-            self._losses = f"forget loss {line['forget_loss']:.3g}"
+            self._losses = f", forget loss {line['forget_loss']:.3g}"
             if line["retain_loss"] is not None:
                 self._losses += f", retain loss {line['retain_loss']:.3g}"
         elif line["event"] == "evaluation":
             self._knows = f", forget MA {line['forget_memorization_accuracy']:.3f}"
             if line["retain_loss"] is not None:
-                self._knows += f", retain perplexity {2.718281828459045 ** line['retain_loss']:.4g}"
+                self._knows += f", retain perplexity {math.exp(min(line['retain_loss'], 700)):.4g}"
         advanced = max(0, line["step"] - self._step)
         self._step += advanced
-        self._meter.advance(advanced, f"step {line['step']} of {line['of']}, {self._losses}{self._knows}")
+        self._meter.advance(advanced, f"step {line['step']} of {line['of']}{self._losses}{self._knows}")
