@@ -285,7 +285,7 @@ class _Watch:
     def _go_on(self, lines: list[dict[str, Any]]) -> None:
         step = lines[-1]["step"] if lines else 0
         if self._seen or step:
-            self._meter.note(f"going on from the checkpoint of step {step}")
+            self._meter.note("going on from the last checkpoint")
         if not self._step:
             self._meter.working_since(0)
             self._meter.skip(step)

@@ -1,10 +1,12 @@
 """`mrd-ray unlearn` as a Ray Train job on two workers: its files, its equivalences, and going on after anything."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -84,6 +86,7 @@ def test_the_same_command_again_has_nothing_to_do_and_another_is_refused(finishe
         unlearn(config(files, run, ray__workers=1, unlearning__steps=8))
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_from_where_it_ended(finished, files, tmp_path):
     unlearn(config(files, tmp_path, unlearning__steps=4))
     extended = unlearn(config(files, tmp_path))
@@ -91,6 +94,7 @@ def test_more_steps_go_on_from_where_it_ended(finished, files, tmp_path):
     assert trajectory(tmp_path) == trajectory(finished[1])
 
 
+@pytest.mark.slow
 def test_refreshes_by_actors_are_those_in_place(finished, files, tmp_path):
     by_actors = unlearn(config(files, tmp_path, unlearning__refresh="actors", checkpoints__keep=9))
     assert by_actors.reason == "the last of 6 steps"
@@ -115,16 +119,107 @@ def test_a_learning_rate_that_diverges_keeps_the_last_good_checkpoint(files, tmp
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
-def workers() -> list[psutil.Process]:
-    return [process for process in psutil.process_iter() if "RayTrainWorker" in "".join(process.cmdline()[:1])]
+# -- killed at any moment; the refresh is slow enough to be hit
 
 
-KILLS = {
-    "between two refreshes": lambda run: steps(run) == 3,
-    "during a refresh": lambda run: steps(run) == 4 and lines(run)[-1]["event"] == "evaluation",
-    "during a checkpoint": lambda run: (run / "checkpoints" / "step-000004").exists(),
-}
+def long_run(files, run, **more) -> UnlearnConfig:
+    slow_refresh = {"scoring__estimator": "monte_carlo", "scoring__num_draws": 100, "scoring__sigma": 1e-4}
+    settings = {"unlearning__steps": 60, "unlearning__refresh_every": 20, "stopping__evaluate_every": 10}
+    return config(files, run, deepspeed__zero_stage=2, **(settings | slow_refresh | more))
 
 
-def steps(run: Path) -> int:
-    return lines(run)[-1]["step"] if (run / "metrics.jsonl").exists() else 0
+@pytest.fixture(scope="session")
+def uninterrupted(files, ray_cluster, tmp_path_factory):
+    run = tmp_path_factory.mktemp("uninterrupted")
+    unlearn(long_run(files, run))
+    return trajectory(run)
+
+
+def events(run: Path) -> list[tuple[str, int]]:
+    return [(line["event"], line["step"]) for line in lines(run)] if (run / "metrics.jsonl").exists() else []
+
+
+def checkpoint_parts() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("mrd_ray-checkpoint-*"))
+
+
+def between_two_refreshes(run: Path) -> bool:
+    return ("evaluation", 30) in events(run) and (run / "checkpoints" / "step-000030").exists()
+
+
+def during_a_refresh(run: Path) -> bool:
+    done = events(run)
+    return ("evaluation", 20) in done and ("refresh", 20) not in done and not checkpoint_parts()
+
+
+def during_a_checkpoint(run: Path) -> bool:
+    return ("evaluation", 20) in events(run) and bool(checkpoint_parts())
+
+
+class Killer(threading.Thread):
+    """Kills the process that `victim` gives, once, as soon as `when(run)` holds."""
+
+    def __init__(self, run, when, victim) -> None:
+        super().__init__(daemon=True)
+        self.run_dir, self.when, self.victim = run, when, victim
+        self.seen: list[tuple[str, int]] = []
+        self.start()
+
+    def run(self) -> None:
+        while not self.when(self.run_dir):
+            time.sleep(0.005)
+        self.victim().kill()
+        self.seen = events(self.run_dir)
+
+
+def a_worker() -> psutil.Process:
+    return next(p for p in psutil.process_iter() if "RayTrainWorker" in " ".join(p.cmdline()[:1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", [between_two_refreshes, during_a_refresh, during_a_checkpoint])
+def test_a_killed_worker_changes_nothing(files, tmp_path, uninterrupted, when):
+    for left_over in checkpoint_parts():
+        shutil.rmtree(left_over)
+    killer = Killer(tmp_path, when, a_worker)
+    outcome = unlearn(long_run(files, tmp_path))
+    killer.join(1)
+    assert not killer.is_alive()
+    assert killer.seen[-1] != ("evaluation", 60)
+    if when is between_two_refreshes:
+        assert ("refresh", 40) not in killer.seen
+    if when is during_a_refresh:
+        assert ("refresh", 20) not in killer.seen
+    assert outcome.step == 60
+    assert trajectory(tmp_path) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_with_the_same_command(files, tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    settings = tmp_path / "unlearn.yaml"
+    settings.write_text(yaml.safe_dump(long_run(files, run).model_dump(mode="json")))
+    command = [sys.executable, "-m", "mrd_ray", "unlearn", "--config", str(settings)]
+    driver = subprocess.Popen(command, start_new_session=True)
+    Killer(run, between_two_refreshes, lambda: psutil.Process(driver.pid)).join(200)
+    assert driver.wait() == -signal.SIGKILL
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "going on from the last checkpoint" in finished.stderr
+    assert trajectory(run) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_named_and_nothing_is_lost(files, tmp_path, uninterrupted):
+    """On a real file system of a few megabytes."""
+    run = tmp_path / "run"
+    run.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(run)], check=False).returncode:
+        pytest.skip("mounting a small file system takes root")
+    try:
+        with pytest.raises(UserError, match="No space left on device"):
+            unlearn(long_run(files, run, checkpoints__keep=100, ray__max_failures=0))
+        subprocess.run(["mount", "-o", "remount,size=100m", str(run)], check=True)
+        assert unlearn(long_run(files, run, checkpoints__keep=100)).step == 60
+        assert trajectory(run) == uninterrupted
+    finally:
+        subprocess.run(["umount", str(run)], check=True)
