@@ -3,7 +3,7 @@
 Only ratios within one run mean anything, on a machine that does nothing else meanwhile. For CPUs, on Linux.
 """
 
-import itertools
+import importlib
 import json
 import os
 import sys
@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -19,15 +20,15 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from common import Raw, machine, resident, stopwatch
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
+from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedModel
 
 from mrd_ray import models
-from mrd_ray.config import DeepSpeedConfig, ScoringConfig, UnlearnConfig
+from mrd_ray.config import ScoringConfig, UnlearnConfig
 from mrd_ray.mrd.likelihood import MicroBatch
 from mrd_ray.unlearning import losses, refresh, sets
 from mrd_ray.unlearning import model as trained
@@ -40,8 +41,8 @@ from mrd_ray.unlearning.stopping import Evaluation
 Part = Literal["throughput", "workers", "refresh", "memory"]
 Stage = Literal[0, 1, 2, 3]
 Row = tuple[str, float, str]  # what, value, detail
-Step = Callable[[], Raw]  # takes an optimiser step: its tokens, forget_loss, retain_loss
-Runs = dict[str, list[list[Raw]]]  # of each way: per repeat, per worker, what `steps_of` found
+Step = Callable[[], Raw]  # takes an optimiser step: its tokens, forget_loss and retain_loss
+Runs = list[list[Raw]]  # per repeat, per worker, what `steps_of` found
 WARM_UP = 2  # steps
 FEW_DRAWS = (2, 6)  # what more draws cost is extrapolated from these
 PLAIN = "plain torch"
@@ -63,13 +64,12 @@ def main(
 ) -> None:
     """Benchmark unlearning by npo here; print a table and write one JSON file.
 
-    Example: python benchmarks/unlearning.py --model DIR --data ../shared/data/tofu/forget01.json
-    --retain ../shared/data/tofu/retain99.json --parts '[throughput, memory]' --stages '[0, 3]'
+    Example: python benchmarks/unlearning.py --model DIR --data FILE --retain FILE --parts '[memory]' --stages '[0, 3]'
 
     Args:
         model: directory or hub id; the demo keeps one under ~/.cache/mrd_ray.
-        data: forget set.
-        retain: retain set.
+        data: forget set, for example TOFU's ../shared/data/tofu/forget01.json.
+        retain: retain set, for example ../shared/data/tofu/retain99.json.
         out: folder of the JSON file.
         parts: throughput, steps of a worker of `threads` threads against plain torch; workers, two of a thread each
             against one; refresh, its price to a worker of `threads` threads; memory, of each of two workers.
@@ -77,7 +77,7 @@ def main(
         threads: of the single worker and of plain torch.
         steps: optimiser steps that are timed each time, after two that are not.
         repeats: how often each way is measured, in fresh processes (but for refreshes); the ways take turns.
-        batch_size: forget samples per optimiser step, over all workers; as many retain samples go with them.
+        batch_size: an even number of forget samples per step, over all workers; as many retain samples go along.
         max_samples: rows of the forget set, all of which a refresh scores.
         num_draws: K of a refresh by monte_carlo; over 6, its price is extrapolated from those of 2 and of 6 draws.
     """
@@ -107,16 +107,16 @@ def main(
     if "throughput" in parts:
         keep("throughput", take_turns({PLAIN: plain} | ours, repeats))
     if "workers" in parts:
-        pools = {"1 worker": 1, "2 workers": 2}
         ways = {f"{way}, {pool}": replace(job, workers=workers, threads=1)
-                for way, job in ours.items() for pool, workers in pools.items()}  # fmt: skip
+                for way, job in ours.items() for workers, pool in ((1, "1 worker"), (2, "2 workers"))}  # fmt: skip
         keep("workers", take_turns(ways, repeats))
     if "refresh" in parts:
         draws = FEW_DRAWS if num_draws > max(FEW_DRAWS) else (num_draws,)
         keep("refresh", {way: job.run(refreshes, draws, repeats)[0] for way, job in ours.items()})
-    if "memory" in parts:  # the warm-up suffices; with two workers a passed-on batch is half as large
-        half = replace(plain, config=_with(config, "unlearning", batch_size=max(1, batch_size // 2)))
-        ways = {PLAIN: half} | {way: replace(job, workers=2) for way, job in ours.items()}
+    if "memory" in parts:  # of the warm-up; plain torch takes as many samples as one of the two workers
+        half = replace(plain, config=_with(config, "unlearning", batch_size=batch_size // 2))
+        ways = {f"{PLAIN}, half a batch": half}
+        ways |= {f"{way}, 2 workers": replace(job, workers=2) for way, job in ours.items()}
         keep("memory", take_turns({way: replace(job, threads=1, steps=0) for way, job in ways.items()}, 1))
 
     table = Table("what", "value", "detail", title=f"Unlearning on {raw['machine']['cpu']}")
@@ -154,7 +154,7 @@ class Job:
     def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
         """work(self, ranks, *args) in so many fresh processes; what each gives back."""
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(_process, (folder, work, self, args), nprocs=self.workers)
+            spawn(_process, (folder, work, self, args), nprocs=self.workers)
             return [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(self.workers)]
 
 
@@ -162,16 +162,16 @@ def _process(rank: int, folder: str, work: Callable[..., Any], job: Job, args: t
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(job.threads)
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(job.workers), DS_ACCELERATOR="cpu")
-    import deepspeed  # noqa: F401  (now, since the engine's import of it is no part of what is measured)
-
+    for module in ("deepspeed", "torch._inductor.compile_fx"):  # the engine would, some 40 MiB of the latter for ZeRO
+        importlib.import_module(module)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=job.workers)
     torch.save(work(job, Ranks(rank, job.workers), *args), f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
-def take_turns(ways: dict[str, Job], repeats: int) -> Runs:
+def take_turns(ways: dict[str, Job], repeats: int) -> dict[str, Runs]:
     """Time the steps of each way so many times, forwards and backwards in turn, so that drift hits all alike."""
-    found: Runs = {way: [] for way in ways}
+    found: dict[str, Runs] = {way: [] for way in ways}
     for repeat in range(repeats):
         for way in list(ways)[:: -1 if repeat % 2 else 1]:
             found[way].append(ways[way].run(steps_of))
@@ -184,33 +184,32 @@ def reference(job: Job, ranks: Ranks) -> Evaluation:
 
 
 def steps_of(job: Job, ranks: Ranks) -> Raw:
-    """Seconds and losses of each step after the warm-up, and the memory of this worker on the way."""
+    """Each step after the warm-up, with its seconds; and this worker's memory on the way."""
     mebibytes = {"imports": resident("VmRSS")}
     model = trained.load(job.config, torch.device("cpu"))
-    mebibytes |= {"loaded": resident("VmRSS"), "peak of loading": resident("VmHWM")}
-    mebibytes["weights"] = sum(4 * weights.numel() for weights in model.parameters()) / 2**20
+    weights = sum(4 * parameter.numel() for parameter in model.parameters()) / 2**20
+    mebibytes |= {"loaded": resident("VmRSS"), "weights": weights}
     step = _plain_step(job, model) if job.plain else _engine_step(_loop(job, ranks, model))
-    lines, seconds = [], []
+    steps = []
     for _ in range(WARM_UP + job.steps):
         lap = stopwatch()
-        lines.append(step())
-        seconds.append(lap())
+        steps.append(step() | {"seconds": lap()})
     mebibytes["peak"] = resident("VmHWM")
-    return {"seconds": seconds[WARM_UP:], "steps": lines[WARM_UP:], "MiB": mebibytes}
+    return {"steps": steps[WARM_UP:], "MiB": mebibytes}
 
 
 def refreshes(job: Job, ranks: Ranks, draws: tuple[int, ...], repeats: int) -> Raw:
-    """Seconds of steps, and of refreshes by each estimator; they take turns, and the first turn is the warm-up."""
+    """Seconds of steps, and of refreshes by each estimator; they take turns, after a turn for the warm-up."""
     loop = _loop(job, ranks, trained.load(job.config, torch.device("cpu")))
     step = _engine_step(loop)
     estimators = {"closed form": ScoringConfig(estimator="closed_form")}
     estimators |= {f"K = {k}": ScoringConfig(estimator="monte_carlo", num_draws=k) for k in draws}
     seconds: dict[str, list[float]] = {}
+    turn: list[tuple[str, Callable[[], Any]]] = [("step", step)] * job.steps
+    for name, scoring in estimators.items():
+        turn.append((name, partial(refresh.score_in_place, loop.engine, loop.sets.forget, scoring)))
     for repeat in range(repeats + 1):
-        turn = [("step", step)] * job.steps
-        turn += [(name, lambda scoring=scoring: refresh.score_in_place(loop.engine, loop.sets.forget, scoring))
-                 for name, scoring in estimators.items()]  # fmt: skip
-        for name, do in turn:
+        for name, do in turn if repeat else turn[:-1]:  # the most draws need no warm-up of their own
             lap = stopwatch()
             do()
             if repeat:
@@ -235,30 +234,30 @@ def _engine_step(loop: Loop) -> Step:
 
 def _plain_step(job: Job, model: PreTrainedModel) -> Step:
     """The same steps by whoever has his batches ready and writes his own loop."""
-    unlearning = job.config.unlearning
-    assert job.initial is not None and job.sets.retain is not None
-    log_probs = torch.tensor(job.initial.log_prob, dtype=torch.float64)
-    optimizer = torch.optim.AdamW(model.parameters(), unlearning.learning_rate, weight_decay=unlearning.weight_decay)
-    names, size = job.sets.forget["sample_id"].to_pylist(), unlearning.batch_size
-    forget = ForgetStream(sampling_probabilities(names, None, "uniform"), unlearning.seed)
+    unlearning, size = job.config.unlearning, job.config.unlearning.batch_size
+    assert job.initial is not None
+    assert job.sets.retain is not None
+    log_prob = torch.tensor(job.initial.log_prob, dtype=torch.float64)
+    probabilities = sampling_probabilities(job.sets.forget["sample_id"].to_pylist(), None, unlearning.weighting)
+    forget = ForgetStream(probabilities, unlearning.seed)
     retain = ShuffledStream(len(job.sets.retain), unlearning.seed)
-    ready = []
+    ready, halves = [], (slice(size), slice(size, None))
     for i in range(WARM_UP + job.steps):
         drawn, kept = forget.at(i, size), retain.at(i * size, size)
-        rows = [job.sets.forget.take(drawn).to_pylist(), job.sets.retain.take(kept).to_pylist()]
-        batches = [MicroBatch.collate([r["token_ids"] for r in part], [r["scored"] for r in part], model.device)
-                   for part in rows]  # fmt: skip
-        tokens = sum(len(r["token_ids"]) for part in rows for r in part)
-        ready.append((batches, log_probs[torch.from_numpy(drawn)], tokens))
-    waiting = iter(ready)
+        rows = [*job.sets.forget.take(drawn).to_pylist(), *job.sets.retain.take(kept).to_pylist()]
+        token_ids, scored = [row["token_ids"] for row in rows], [row["scored"] for row in rows]
+        to_forget, to_retain = (MicroBatch.collate(token_ids[half], scored[half], model.device) for half in halves)
+        ready.append((to_forget, to_retain, log_prob[torch.from_numpy(drawn)], sum(map(len, token_ids))))
+    optimizer = torch.optim.AdamW(model.parameters(), unlearning.learning_rate, weight_decay=unlearning.weight_decay)
+
+    def log_probs(batch: MicroBatch) -> torch.Tensor:
+        return losses.log_probs(model(input_ids=batch.token_ids, use_cache=False).logits, batch)
 
     def step() -> Raw:
-        (to_forget, to_retain), reference, tokens = next(waiting)
-        log_prob = losses.log_probs(model(input_ids=to_forget.token_ids, use_cache=False).logits, to_forget)
-        forget_loss = losses.npo(log_prob, reference, unlearning.beta).mean()
+        to_forget, to_retain, initially, tokens = ready.pop(0)
+        forget_loss = losses.npo(log_probs(to_forget), initially, unlearning.beta).mean()
         forget_loss.backward()
-        log_prob = losses.log_probs(model(input_ids=to_retain.token_ids, use_cache=False).logits, to_retain)
-        retain_loss = losses.descent(log_prob, to_retain.scored.sum(1)).mean()
+        retain_loss = losses.descent(log_probs(to_retain), to_retain.scored.sum(1)).mean()
         (unlearning.retain_weight * retain_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), unlearning.max_grad_norm)
         optimizer.step()
@@ -271,70 +270,60 @@ def _plain_step(job: Job, model: PreTrainedModel) -> Step:
 def summary(raw: Raw) -> list[Row]:
     """What the raw measurements come to."""
     rows: list[Row] = []
-    configured, threads = raw["configuration"], f"{raw['configuration']['threads']} thread(s)"
+    threads, num_draws = f"{raw['configuration']['threads']} thread(s)", raw["configuration"]["num_draws"]
     if "throughput" in raw:
         runs = raw["throughput"]
         rows += [_rate(f"{way}, tokens/s", runs[way], threads) for way in runs]
         rows += [_faster(f"  {way} / {PLAIN}", runs[way], runs[PLAIN]) for way in runs if way != PLAIN]
     if "workers" in raw:
-        runs = raw["workers"]
-        rows += [_rate(f"{way}, tokens/s", runs[way], "1 thread each") for way in runs]
-        pairs = itertools.batched(runs, 2) if sys.version_info >= (3, 12) else zip(*[iter(runs)] * 2, strict=True)
-        rows += [_faster(f"  {two} / one", runs[two], runs[one]) for one, two in pairs]
+        runs, ways = raw["workers"], list(raw["workers"])
+        rows += [_rate(f"{way}, tokens/s", runs[way], "1 thread each") for way in ways]
+        pairs = zip(ways[::2], ways[1::2], strict=True)
+        rows += [_faster(f"  {two} / {one.split(', ')[1]}", runs[two], runs[one]) for one, two in pairs]
     for way, found in raw.get("refresh", {}).items():
-        rows += _prices(way, found, configured["num_draws"], f"{raw['forget set']['samples']} samples, {threads}")
+        rows += _prices(way, found, num_draws, f"{raw['forget set']['samples']} samples, {threads}")
     for way, (workers,) in raw.get("memory", {}).items():
         memory = max((worker["MiB"] for worker in workers), key=lambda mebibytes: mebibytes["peak"])
-        for what in ("imports", "loaded"):
-            over = memory["peak"] - memory[what]
-            level = {"imports": "over imports", "loaded": "over the loaded model"}[what]
-            detail = f"MiB at peak, {over / memory['weights']:.3g} x the weights' {memory['weights']:.4g}"
-            rows.append((f"{way}, {len(workers)} worker(s), {level}", over, detail))
+        for level, name in {"imports": "imports", "loaded": "the loaded model"}.items():
+            over, weights = memory["peak"] - memory[level], memory["weights"]
+            detail = f"MiB of the largest worker; {over / weights:.3g} times the weights, {weights:.4g} MiB in float32"
+            rows.append((f"{way}: peak over {name}", over, detail))
     return rows
 
 
-def _seconds(runs: list[list[Raw]]) -> list[float]:
-    return [second for workers in runs for second in workers[0]["seconds"]]
+def _steps(runs: Runs) -> list[Raw]:
+    return [step for workers in runs for step in workers[0]["steps"]]
 
 
-def _lines(runs: list[list[Raw]]) -> list[Raw]:
-    return [line for workers in runs for line in workers[0]["steps"]]
+def _rate(what: str, runs: Runs, detail: str) -> Row:
+    steps = _steps(runs)
+    seconds = sorted(step["seconds"] for step in steps)
+    detail += f"; median of {len(steps)} steps of {seconds[0]:.3g} .. {median(seconds):.3g} .. {seconds[-1]:.3g} s"
+    return what, median(step["tokens"] / step["seconds"] for step in steps), detail
 
 
-def _rate(what: str, runs: list[list[Raw]], threads: str) -> Row:
-    rates = [line["tokens"] / second for line, second in zip(_lines(runs), _seconds(runs), strict=True)]
-    return what, median(rates), f"{threads}; median of {len(rates)} steps, a step {_spread(_seconds(runs))}"
-
-
-def _faster(what: str, runs: list[list[Raw]], than: list[list[Raw]]) -> Row:
-    ratios = [theirs / ours for ours, theirs in zip(_seconds(runs), _seconds(than), strict=True)]
-    off = max(
-        abs(ours[loss] / theirs[loss] - 1)
-        for ours, theirs in zip(_lines(runs), _lines(than), strict=True)
-        for loss in ("forget_loss", "retain_loss")
-    )
-    detail = f"median ratio of the same batches' steps, {min(ratios):.3g} .. {max(ratios):.3g}; losses within {off:.1g}"
+def _faster(what: str, runs: Runs, than: Runs) -> Row:
+    pairs = list(zip(_steps(runs), _steps(than), strict=True))  # of the same batches
+    ratios = sorted(theirs["seconds"] / ours["seconds"] for ours, theirs in pairs)
+    off = max(abs(ours[loss] / theirs[loss] - 1) for ours, theirs in pairs for loss in ("forget_loss", "retain_loss"))
+    detail = f"median of the steps' ratios {ratios[0]:.3g} .. {ratios[-1]:.3g}; losses differ by {off:.1g} at most"
     return what, median(ratios), detail
 
 
-def _prices(way: str, found: Raw, num_draws: int, detail: str) -> list[Row]:
+def _prices(way: str, found: Raw, num_draws: int, of_what: str) -> list[Row]:
     """Of refreshes, in steps."""
     seconds = {name: median(laps) for name, laps in found["seconds"].items()}
-    step = seconds["step"]
-    detail = f"refresh of {detail}, over a step of {step:.3g} s; "
-    rows = [(f"{way}, closed form, in steps", seconds["closed form"] / step, f"{detail}{seconds['closed form']:.3g} s")]
     first, last = min(found["draws"]), max(found["draws"])
-    drawn = seconds[f"K = {last}"]
+    drawn, how = seconds[f"K = {last}"], ""
     if last < num_draws:
         drawn += (num_draws - last) * (drawn - seconds[f"K = {first}"]) / (last - first)
-        detail += f"EXTRAPOLATED from {seconds[f'K = {first}']:.3g} s for K = {first} and "
-        detail += f"{seconds[f'K = {last}']:.3g} s for K = {last} to "
-    rows.append((f"{way}, monte_carlo K = {num_draws}, in steps", drawn / step, f"{detail}{drawn:.3g} s"))
-    return rows
-
-
-def _spread(seconds: list[float]) -> str:
-    return f"{min(seconds):.3g} .. {median(seconds):.3g} .. {max(seconds):.3g} s"
+        how = ", EXTRAPOLATED from " + " and ".join(f"{seconds[f'K = {k}']:.3g} s at K = {k}" for k in (first, last))
+    detail = f"a step takes {seconds['step']:.3g} s, a refresh ({of_what})"
+    prices = {"closed form": (seconds["closed form"], ""), f"monte_carlo, K = {num_draws}": (drawn, how)}
+    return [
+        (f"{way}, {name}, in steps", value / seconds["step"], f"{detail} {value:.3g} s{more}")
+        for name, (value, more) in prices.items()
+    ]
 
 
 if __name__ == "__main__":

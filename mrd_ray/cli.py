@@ -70,9 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case UnlearnConfig():
                 return _unlearn(config)
             case DemoConfig():
-                from mrd_ray.demo.demo import prepare
-
-                return _score(prepare(config))
+                return _demo(config)
     except UserError as problem:
         Console(stderr=True).print(f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
         return _FAILED
@@ -117,6 +115,20 @@ def _unlearn(config: UnlearnConfig) -> int:
     console.print(f"Log:     {finished.run.path('metrics.jsonl')}", soft_wrap=True)
     console.print(f"Took {time.monotonic() - started:.0f} s")
     return _STOPPED_EARLY if finished.failed else _DONE
+
+
+def _demo(config: DemoConfig) -> int:
+    from mrd_ray.demo import demo
+
+    scoring = demo.scoring(config)
+    code = _score(scoring)
+    if not config.unlearn or (config.model, config.data) != (None, None):
+        return code
+    print()
+    unlearning = demo.unlearning(scoring)
+    code = _unlearn(unlearning)
+    demo.show_answers(Console(width=None if sys.stdout.isatty() else 120), unlearning)
+    return code
 
 
 def _compare(config: CompareConfig) -> int:

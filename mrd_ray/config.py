@@ -2,7 +2,7 @@
 
 import re
 import string
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -381,6 +381,11 @@ class UnlearnConfig(_Frozen):
     ray: WorkersConfig = Field(WorkersConfig(), description=str(WorkersConfig.__doc__))
     tracking: TrackingConfig = Field(TrackingConfig(), description=str(TrackingConfig.__doc__))
 
+    @field_validator("scoring", mode="before")
+    @classmethod
+    def _closed_form_unless_said(cls, scoring: Any) -> Any:
+        return {"estimator": "closed_form"} | scoring if isinstance(scoring, dict) else scoring
+
     @model_validator(mode="after")
     def _groups_agree(self) -> "UnlearnConfig":
         method = self.unlearning.method
@@ -402,7 +407,10 @@ class UnlearnConfig(_Frozen):
         """What a refresh on live weights cannot honour."""
         scoring, way_out = self.scoring, "; use unlearning.refresh: actors"
         if scoring.estimator == "monte_carlo" and self.model.dtype == "bfloat16" and not scoring.allow_low_precision:
-            raise ValueError("scoring.estimator: monte_carlo in bfloat16 rounds sigma away; use closed_form")
+            raise ValueError(
+                "scoring.estimator: monte_carlo in bfloat16 rounds sigma away; use closed_form, or "
+                "scoring.allow_low_precision where you know that sigma is large enough"
+            )
         if scoring.estimator == "monte_carlo" and self.deepspeed.offload_parameters != "none":
             raise ValueError(
                 "scoring.estimator: monte_carlo cannot shake offloaded weights in place (deepspeed.offload_parameters)"
@@ -440,7 +448,7 @@ class PlanConfig(_Frozen):
 
 
 class DemoConfig(_Frozen):
-    """Score a bundled set of invented authors on a small real model that has memorised it."""
+    """Score a bundled set of invented authors on a small real model that has memorised it, and unlearn it."""
 
     model: str | None = Field(None, description="Your own model (directory or hub id); else SmolLM2-135M-Instruct.")
     data: str | None = Field(None, description="Your own forget set; else 40 questions about invented authors.")
@@ -449,6 +457,10 @@ class DemoConfig(_Frozen):
     estimator: Literal["closed_form", "monte_carlo"] = Field(
         "closed_form",
         description="Exact scores in a minute, or Algorithm 1 with num_draws draws.",
+    )
+    unlearn: bool = Field(
+        True,
+        description="Go on to unlearn, on two workers; only of the bundled model and set, for want of a retain set.",
     )
     num_draws: PositiveInt = Field(
         24, description="K of monte_carlo; few, since the demo is for two CPU cores: a standard error of some 15%."

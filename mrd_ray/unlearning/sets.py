@@ -28,16 +28,18 @@ def build(
     Raises:
         UserError: a set is empty or unusable, a forget sample cannot be unlearned, or refusals do not fit.
     """
-    console.print(f"Reading {config.data.path}")
+    console.print(f"Reading {config.data.path}", markup=False)
     forget = samples_table.build(config.data, tokenizer, context_length)
     _refuse_unusable(config.data.path, forget)
     retain, watched = None, np.zeros(0, np.int64)
     if config.retain.path is not None:
-        console.print(f"Reading {config.retain.path}")
+        console.print(f"Reading {config.retain.path}", markup=False)
         retain = _retain(config, tokenizer, context_length, console)
         _warn_of_overlap(forget, retain, console)
         count = min(config.stopping.retain_samples, len(retain))
-        watched = np.sort(ShuffledStream(len(retain), config.unlearning.seed).at(0, count))
+        watched = np.sort(
+            ShuffledStream(len(retain), config.unlearning.seed + 1).at(0, count)
+        )  # not those trained on first
     refusals = None
     if config.unlearning.refusals is not None:
         refusals = _refusals(config, Path(config.unlearning.refusals), forget, tokenizer, context_length)
@@ -45,8 +47,6 @@ def build(
 
 
 def _refuse_unusable(path: str, forget: pa.Table) -> None:
-    if not len(forget):
-        raise UserError(f"data.path: {path} holds no samples; expected at least one to unlearn")
     bad = forget.filter(pc.is_valid(forget["error"])).select(["sample_id", "error"]).to_pylist()
     if bad:
         named = "; ".join(f"{row['sample_id']}: {row['error']}" for row in bad[:5])
@@ -60,7 +60,7 @@ def _retain(
     config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, context_length: int | None, console: Console
 ) -> pa.Table:
     own = config.retain.model_dump(include={"path", "name", "split", "max_samples"})
-    data = DataConfig(**(config.data.model_dump() | own | {"id": None}))
+    data = DataConfig(**(config.data.model_dump() | own))
     try:
         retain = samples_table.build(data, tokenizer, context_length)
     except UserError as problem:
@@ -70,7 +70,8 @@ def _retain(
         raise UserError(f"retain.path: {config.retain.path} holds no usable samples")
     if left_out := len(retain) - len(usable):
         reasons = retain["error"].drop_null().to_pylist()
-        console.print(f"[red]{left_out} of {len(retain)} retain samples are left out; the first: {reasons[0]}")
+        text = f"{left_out} of {len(retain)} retain samples are left out; the first: {reasons[0]}"
+        console.print(text, style="red", markup=False)
     return usable
 
 
@@ -78,8 +79,8 @@ def _warn_of_overlap(forget: pa.Table, retain: pa.Table, console: Console) -> No
     shared = pc.sum(pc.is_in(forget["text"], value_set=retain["text"].combine_chunks())).as_py()
     if shared:
         console.print(
-            f"[red]{shared} of {len(forget)} forget samples stand in the retain set too: they will be unlearned and "
-            "learned at once"
+            f"{shared} of {len(forget)} forget samples stand in the retain set too, which is meant to stay known",
+            style="red",
         )
 
 
@@ -91,31 +92,48 @@ def _refusals(
     context_length: int | None,
 ) -> pa.Table:
     """Each forget sample's prompt with a few refusals for a response, which alone counts."""
-    try:
-        lines = [line.strip() for line in path.expanduser().read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeError) as problem:
-        raise UserError(f"unlearning.refusals: cannot read {path}: {problem}") from None
-    if not lines:
-        raise UserError(f"unlearning.refusals: {path} holds no lines; expected a refusal on each")
-    numbers = dict(zip(forget["row"].to_pylist(), range(len(forget)), strict=True))
-    each = min(_REFUSALS, len(lines))
-    data = DataConfig(**(config.data.model_dump() | {"score_on": "all"}))  # its prompts and responses; checked below
-    rows = read.rows(data)
+    lines = _lines(path)
+    if config.data.path.lower().endswith(".txt"):
+        raise UserError(_NO_PROMPTS)
+    if not tokenizer.is_fast:
+        raise UserError("unlearning.method: po needs a fast tokenizer, which knows each token's place in the text")
+    rows = read.rows(config.data)
     first = next(rows)
-    columns = choose_columns(data, list(first[1]), data.path)
+    columns = choose_columns(config.data, list(first[1]), config.data.path)
     if columns.response is None:
-        raise UserError("unlearning.method: po needs prompts and responses (data.prompt, data.response), not texts")
-    on_response = data.model_copy(update={"score_on": "response"})
+        raise UserError(_NO_PROMPTS)
+    on_response = config.data.model_copy(update={"score_on": "response"})
+    limit = min((x for x in (config.data.max_tokens, context_length) if x is not None), default=None)
+    each = min(_REFUSALS, len(lines))
+    places = dict(zip(forget["row"].to_pylist(), range(len(forget)), strict=True))
     found: dict[int, list[dict[str, object]]] = {}
     for number, values in itertools.chain([first], rows):
-        if (i := numbers.get(number)) is None:
+        if (i := places.get(number)) is None:
             continue
         found[i] = []
         for j in np.sort(ShuffledStream(len(lines), config.unlearning.seed + i).at(0, each)).tolist():
+            line, refusal = lines[j]
             try:
-                rendered = render(values | {columns.response: lines[j]}, columns, on_response, tokenizer)
-                tokens = tokenize(rendered, on_response, tokenizer, context_length)
+                rendered = render(values | {columns.response: refusal}, columns, on_response, tokenizer)
+                tokens = tokenize(rendered, on_response, tokenizer, limit)
             except Unscorable as problem:
-                raise UserError(f"unlearning.refusals: line {j + 1} of {path}: {problem}") from None
+                raise UserError(
+                    f"unlearning.refusals: line {line} of {path}, with the prompt of row {number}: {problem}"
+                ) from None
             found[i].append({"sample_id": f"{i}-{j}", "row": number, "text": rendered.text, **tokens._asdict()})
     return pa.Table.from_pylist([row for i in range(len(forget)) for row in found[i]], samples_table.SCHEMA)
+
+
+_NO_PROMPTS = "unlearning.method: po needs prompts and responses (data.prompt, data.response), not texts"
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """The refusals with their line numbers."""
+    try:
+        text = path.expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, RuntimeError, UnicodeError) as problem:
+        raise UserError(f"unlearning.refusals: cannot read {path}: {problem}") from None
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"unlearning.refusals: {path} holds no lines; expected a refusal on each")
+    return lines

@@ -89,7 +89,7 @@ def _identity(config: UnlearnConfig, path: Path, tokenizer: str, of_run: Sets) -
     groups: dict[str, Any] = {
         "unlearning": config.unlearning.model_dump(exclude={"epochs", "steps", "refusals"}),
         "lora": config.lora.model_dump(),
-        "deepspeed": config.deepspeed.model_dump(),
+        "deepspeed": config.deepspeed.model_dump() | {"config": engine.user_json(config.deepspeed.config)},
         "stopping": config.stopping.model_dump(include={"extraction_n", "extraction_stride", "retain_samples"}),
     }
     if config.unlearning.weighting != "uniform":

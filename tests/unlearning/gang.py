@@ -68,15 +68,15 @@ def train(
     return reason, loop, tables
 
 
-def on_ranks(size: int, work: Any, *args: Any) -> list[Any]:
+def on_ranks(size: int, work: Any, *args: Any, threads: int = 1) -> list[Any]:
     """work(ranks, *args) in so many processes, which must be importable; what each gives back."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, args=(size, folder, work, args), nprocs=size)
+        torch.multiprocessing.spawn(_rank, args=(size, folder, threads, work, args), nprocs=size)
         return [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(size)]
 
 
-def _rank(rank: int, size: int, folder: str, work: Any, args: tuple) -> None:
-    torch.set_num_threads(1)
+def _rank(rank: int, size: int, folder: str, threads: int, work: Any, args: tuple) -> None:
+    torch.set_num_threads(threads)
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     torch.save(work(Ranks(rank, size), *args), f"{folder}/{rank}")

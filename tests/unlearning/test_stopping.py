@@ -21,27 +21,13 @@ def is_forgotten(rule, before, now) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("now", "every", "mean"),
-    [
-        ((0.5, 0.7), False, False),  # as at the start
-        ((0.59, 0.59), True, True),
-        ((0.1, 0.59), True, True),
-        ((0.1, 0.7), False, True),  # one sample is not below the initial average of 0.6
-        ((0.6, 0.1), False, True),  # nor is one on it
-        ((0.9, 0.3), False, False),  # nor is their mean
-        ((0.0, 0.0), True, True),
-    ],
-)
-def test_the_rule_without_extraction(now, every, mean):
-    before = ((0.5, 0.7),)
-    assert is_forgotten("every", before, (now,)) == every
-    assert is_forgotten("mean", before, (now,)) == mean
-    assert not is_forgotten("never", before, (now,))
-
-
-@pytest.mark.parametrize(
     ("ma", "el", "every", "mean"),
     [
+        ((0.5, 0.7), None, False, False),  # as at the start
+        ((0.1, 0.7), None, False, True),  # one sample is not below the initial average of 0.6
+        ((0.6, 0.1), None, False, True),  # nor is one on it
+        ((0.9, 0.3), None, False, False),  # nor is their mean
+        ((0.0, 0.0), None, True, True),
         ((0.1, 0.1), (0.1, 0.1), True, True),
         ((0.1, 0.1), (0.1, 0.375), False, True),
         ((0.1, 0.7), (0.1, 0.1), False, True),
@@ -50,8 +36,9 @@ def test_the_rule_without_extraction(now, every, mean):
         ((0.0, 0.0), (0.0, 0.0), True, True),
     ],
 )
-def test_both_measures_must_fall(ma, el, every, mean):
-    before = ((0.5, 0.7), (0.25, 0.5))
+def test_the_rule(ma, el, every, mean):
+    """With EL both measures must fall, without it MA."""
+    before = ((0.5, 0.7), el and (0.25, 0.5))
     assert is_forgotten("every", before, (ma, el)) == every
     assert is_forgotten("mean", before, (ma, el)) == mean
     assert not is_forgotten("never", before, (ma, el))
@@ -89,8 +76,6 @@ def test_means():
         "forget_extraction_likelihood": 0.4,
         "retain_loss": 1.5,
     }
-    assert evaluation().means()["forget_extraction_likelihood"] is None
-    assert evaluation().means()["retain_loss"] is None
 
 
 @pytest.mark.parametrize(
@@ -104,33 +89,24 @@ def test_means():
         (1.01, 1.5, 1.6),
         (None, 1.5, INF),
         (2.0, None, INF),
-        (None, None, INF),
     ],
 )
 def test_utility_floor(ratio, initial, limit):
     stopping = StoppingConfig(max_retain_loss_ratio=ratio)
     before = evaluation(retain_loss=initial)
-    assert retain_loss_limit(stopping, before) == pytest.approx(limit)
-    if initial is None:
-        assert below_floor(stopping, before, before) is None
-        return
-    for loss in (0.0, initial, min(limit, 1e9) * (1 - 1e-9)):
-        assert below_floor(stopping, before, evaluation(retain_loss=loss)) is None
-    over = below_floor(stopping, before, evaluation(retain_loss=min(limit, 1e9) * (1 + 1e-9)))
+    found = retain_loss_limit(stopping, before)
+    assert found == pytest.approx(limit)
+    on_it = min(found, 1e9)
+    assert below_floor(stopping, before, before) is None
+    assert below_floor(stopping, before, evaluation(retain_loss=on_it)) is None
+    over = below_floor(stopping, before, evaluation(retain_loss=on_it * (1 + 1e-9)))
     assert (over is None) == (limit == INF)
-
-
-def test_the_floor_itself_is_above_the_floor():
-    before, on_it = evaluation(retain_loss=1.5), evaluation(retain_loss=3.0)
-    assert below_floor(StoppingConfig(max_retain_loss_ratio=2.0), before, on_it) is None
 
 
 def test_what_the_floor_says():
     stopping = StoppingConfig(max_retain_loss_ratio=1.5)
-    found = below_floor(stopping, evaluation(retain_loss=1.0), evaluation(retain_loss=1.75))
-    assert found == (
-        "utility floor: the retain loss is 1.75, over 1.5 (it was 1; stopping.max_retain_loss_ratio is 1.5)"
-    )
+    expected = "utility floor: the retain loss is 1.75, over 1.5 (it was 1; stopping.max_retain_loss_ratio is 1.5)"
+    assert below_floor(stopping, evaluation(retain_loss=1.0), evaluation(retain_loss=1.75)) == expected
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
@@ -140,17 +116,7 @@ def test_a_model_without_finite_probabilities(bad, ratio):
     stopping, before = StoppingConfig(max_retain_loss_ratio=ratio), evaluation(retain_loss=1.5)
     assert before.finite()
     assert evaluation().finite()
-    for now in (
-        evaluation(log_prob=(-3.0, bad), retain_loss=1.5),
-        evaluation(log_prob=(bad, -3.0)),
-        evaluation(retain_loss=bad),
-    ):
+    for now in (evaluation(log_prob=(-3.0, bad), retain_loss=1.5), evaluation(retain_loss=bad)):
         assert not now.finite()
         assert below_floor(stopping, before, now).startswith("diverged")
         assert below_floor(stopping, replace(before, retain_loss=None), now).startswith("diverged")
-
-
-@pytest.mark.parametrize("ratio", [1.0, 0.5, -1.0, INF, NAN])
-def test_ratios_that_make_no_floor(ratio):
-    with pytest.raises(ValueError, match="max_retain_loss_ratio"):
-        StoppingConfig(max_retain_loss_ratio=ratio)
