@@ -297,8 +297,7 @@ def _steps(runs: Runs) -> list[Raw]:
 
 def _rate(what: str, runs: Runs, detail: str) -> Row:
     steps = _steps(runs)
-    seconds = sorted(step["seconds"] for step in steps)
-    detail += f"; median of {len(steps)} steps of {seconds[0]:.3g} .. {median(seconds):.3g} .. {seconds[-1]:.3g} s"
+    detail += f"; median of {len(steps)} steps of {_spread([step['seconds'] for step in steps])}"
     return what, median(step["tokens"] / step["seconds"] for step in steps), detail
 
 
@@ -312,18 +311,22 @@ def _faster(what: str, runs: Runs, than: Runs) -> Row:
 
 def _prices(way: str, found: Raw, num_draws: int, of_what: str) -> list[Row]:
     """Of refreshes, in steps."""
-    seconds = {name: median(laps) for name, laps in found["seconds"].items()}
+    seconds, step = found["seconds"], median(found["seconds"]["step"])
     first, last = min(found["draws"]), max(found["draws"])
     drawn, how = seconds[f"K = {last}"], ""
-    if last < num_draws:
-        drawn += (num_draws - last) * (drawn - seconds[f"K = {first}"]) / (last - first)
-        how = ", EXTRAPOLATED from " + " and ".join(f"{seconds[f'K = {k}']:.3g} s at K = {k}" for k in (first, last))
-    detail = f"a step takes {seconds['step']:.3g} s, a refresh ({of_what})"
+    if last < num_draws:  # turn by turn, since drift between turns would count many times over
+        more = (num_draws - last) / (last - first)
+        drawn = [many + more * (many - few) for few, many in zip(seconds[f"K = {first}"], drawn, strict=True)]
+        how = f", EXTRAPOLATED from {first} and {last} draws"
     prices = {"closed form": (seconds["closed form"], ""), f"monte_carlo, K = {num_draws}": (drawn, how)}
     return [
-        (f"{way}, {name}, in steps", value / seconds["step"], f"{detail} {value:.3g} s{more}")
-        for name, (value, more) in prices.items()
+        (f"{way}, {name}, in steps", median(laps) / step, f"of {step:.3g} s; {of_what}; {_spread(laps)}{how}")
+        for name, (laps, how) in prices.items()
     ]
+
+
+def _spread(seconds: list[float]) -> str:
+    return f"{min(seconds):.3g} .. {median(seconds):.3g} .. {max(seconds):.3g} s"
 
 
 if __name__ == "__main__":

@@ -395,6 +395,8 @@ class UnlearnConfig(_Frozen):
             raise ValueError(f"retain.path: unlearning.method: {method} needs a retain set, or retain_weight: 0")
         if self.model.dtype == "float64":
             raise ValueError("model.dtype: float64 is for scoring; unlearning trains in float32 or bfloat16")
+        if self.unlearning.refresh == "actors" and "://" in self.run.dir:
+            raise ValueError("unlearning.refresh: actors needs a run.dir that every node sees as a folder, not a URI")
         if self.deepspeed.offload_parameters != "none" and self.deepspeed.zero_stage != 3:
             raise ValueError("deepspeed.offload_parameters needs deepspeed.zero_stage: 3")
         if self.deepspeed.offload_optimizer != "none" and self.deepspeed.zero_stage == 0:

@@ -31,7 +31,8 @@ _OURS: dict[str, tuple[Any, str]] = {
     "optimizer": (None, "it is AdamW with unlearning.learning_rate and unlearning.weight_decay"),
     "scheduler": (None, "unlearning.learning_rate is constant"),
     "fp16.enabled": (False, "model.dtype sets it"),
-    "amp.enabled": (False, "model.dtype sets it"),
+    "amp": (None, "DeepSpeed has given it up"),
+    "torch_autocast": (None, "model.dtype says what forwards run in"),
     "bf16.enabled": (None, "model.dtype sets it"),
     "zero_allow_untested_optimizer": (None, "it must be true for torch's AdamW"),
     "zero_force_ds_cpu_optimizer": (None, "it must be false for torch's AdamW"),
@@ -40,6 +41,9 @@ _OURS: dict[str, tuple[Any, str]] = {
     "zero_optimization.offload_param.device": ("none", "deepspeed.offload_parameters sets it"),
     "zero_optimization.cpu_offload": (False, "deepspeed.offload_optimizer sets it"),
     "zero_optimization.cpu_offload_param": (False, "deepspeed.offload_parameters sets it"),
+    "zero_optimization.zero_quantized_weights": (False, "refreshes in place score the weights as they are"),
+    "zero_optimization.zero_hpz_partition_size": (1, "refreshes in place need weights sharded over all workers"),
+    "zero_optimization.mics_shard_size": (-1, "refreshes in place need weights sharded over all workers"),
     "zero_optimization.stage3_param_persistence_threshold": (0, "it must be 0 for refreshes in place"),
 }
 
@@ -114,6 +118,8 @@ def _merged(ours: dict[str, Any], theirs: Mapping[str, Any], where: str) -> dict
                 raise UserError(f"deepspeed.config: {name} is {json.dumps(value)} there, but {why}{now}; leave it out")
         elif isinstance(value, Mapping):
             merged[key] = _merged(ours.get(key, {}), value, f"{name}.")
+        elif value == "auto" and key in ours and not isinstance(ours[key], dict):
+            continue
         elif isinstance(ours.get(key), dict) or (any(other.startswith(f"{name}.") for other in _OURS) and value):
             raise UserError(
                 f"deepspeed.config: {name} is {json.dumps(value)} there; expected an object, or leave it out"

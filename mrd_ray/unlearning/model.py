@@ -1,5 +1,7 @@
 """The model to train, on this worker: whole weights, LoRA factors put in, and what is to change marked."""
 
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedModel
 
@@ -16,7 +18,8 @@ def load(config: UnlearnConfig, device: torch.device) -> PreTrainedModel:
     if config.lora.rank:
         if adapter:
             raise UserError(f"lora.rank: model.path {path} holds an adapter already, which is trained with rank: 0")
-        _add_lora(model, config, str(path))
+        # what other nodes can find too
+        _add_lora(model, config, config.model.path if not Path(config.model.path).is_dir() else str(path.absolute()))
     if adapter or config.lora.rank:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)

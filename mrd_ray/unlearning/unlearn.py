@@ -1,9 +1,7 @@
 """`mrd-ray unlearn`, start to end."""
 
 import logging
-import math
 import os
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +20,13 @@ from mrd_ray.config import ModelConfig, RayConfig, RunConfig, ScoreConfig, Unlea
 from mrd_ray.data import samples as samples_table
 from mrd_ray.errors import UserError
 from mrd_ray.mrd.noise import NOISE_VERSION
-from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline, plan
 from mrd_ray.scoring.pool import Pool
 from mrd_ray.scoring.score import score
 from mrd_ray.unlearning import engine, log, sets
 from mrd_ray.unlearning.loop import Sets, last_step
+from mrd_ray.unlearning.watch import Watch
 from mrd_ray.unlearning.worker import Job, work
 
 _CHECKPOINTS = "checkpoints"
@@ -61,6 +59,7 @@ def unlearn(config: UnlearnConfig) -> UnlearnRun:
         UserError: bad input or settings, a run directory of something else, or workers that failed too often.
     """
     console = Console(stderr=True)
+    config = _with_absolute_paths(config)
     run = RunDirectory(config.run.dir)
     with run.locked():
         path = models.directory(config.model)
@@ -70,17 +69,29 @@ def unlearn(config: UnlearnConfig) -> UnlearnRun:
         log.require(config.tracking)
         tokenizer = models.load_tokenizer(config.model)
         of_run = sets.build(config, tokenizer, models.context_length(skeleton.config), console)
+        if of_run.retain is None:
+            console.print("Without a retain set nothing watches what else the model loses (retain.path)", style="red")
         run.claim(_identity(config, path, models.tokenizer_digest(tokenizer), of_run), config)
         done = run.manifest().get("outcome")
         if done is None or done["config"] != config.model_dump(mode="json"):
-            with pipeline.cluster(
-                log_to_driver=False
-            ):  # what workers say is in the log; the rest is libraries' chatter
+            with pipeline.cluster(log_to_driver=False):  # what matters is in the log; the rest is libraries' chatter
                 outcome = _Rounds(config, run, of_run, models.files_digest(path), console).work_off()
-            tokenizer.save_pretrained(run.path("model")) if "://" not in config.run.dir else None
             run.record("outcome", outcome | {"config": config.model_dump(mode="json")})
             done = outcome
     return UnlearnRun(run, config, done["reason"], done["step"], log.read(run))
+
+
+def _with_absolute_paths(config: UnlearnConfig) -> UnlearnConfig:
+    """Workers have a working directory of their own."""
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().exists() else path
+
+    model = config.model.model_copy(
+        update={"path": absolute(config.model.path), "tokenizer": absolute(config.model.tokenizer)}
+    )
+    run = config.run.dir if "://" in config.run.dir else str(Path(config.run.dir).expanduser().absolute())
+    return config.model_copy(update={"model": model, "run": RunConfig(dir=run)})
 
 
 def _identity(config: UnlearnConfig, path: Path, tokenizer: str, of_run: Sets) -> dict[str, Any]:
@@ -122,7 +133,7 @@ class _Rounds:
         self._refuse_other_world(pool.actors)
         reference = ray.put(self.sets)
         by_actors = config.unlearning.refresh == "actors" and config.unlearning.weighting != "uniform"
-        with _Watch(self.run, last_step(config, len(self.sets.forget))):
+        with Watch(self.run, last_step(config, len(self.sets.forget))):
             while True:
                 until, scores = self._round() if by_actors else (None, None)
                 job = Job(config, deepspeed, reference, self.files_digest, until, scores)
@@ -145,14 +156,11 @@ class _Rounds:
                 str(problem).replace("_per_actor", "_per_worker").replace("ray.actors", "ray.workers")
             ) from None
 
-    def _storage(self) -> str:
-        return self.run.uri if "://" in self.run.uri else str(Path(self.run.uri).expanduser().absolute())
-
     def _newest(self) -> tuple[ray.train.Checkpoint, dict[str, Any]] | None:
         """The checkpoint that a fit would go on from."""
         if not self.run.exists(f"{_CHECKPOINTS}/checkpoint_manager_snapshot.json"):
             return None
-        result = Result.from_path(f"{self._storage()}/{_CHECKPOINTS}")
+        result = Result.from_path(f"{self.run.uri}/{_CHECKPOINTS}")
         return None if result.checkpoint is None else (result.checkpoint, result.metrics)
 
     def _refuse_other_world(self, workers: int) -> None:
@@ -172,14 +180,12 @@ class _Rounds:
         if step % every:
             return until, None
         started = time.monotonic()
-        model = self.config.model if newest is None else self._model_of(newest[0])
-        dtype = self.config.model.dtype
-        shape = self.config.ray
+        model, shape = self.config.model, self.config.ray
+        if newest is not None:
+            model = ModelConfig(path=f"{newest[0].path}/model", dtype=model.dtype)
         finished = score(
             ScoreConfig(
-                model=ModelConfig(
-                    path=model.path, dtype=dtype, tokenizer=self.config.model.tokenizer or self.config.model.path
-                ),
+                model=model,
                 data=self.config.data,
                 run=RunConfig(dir=f"{self.run.uri}/refreshes/step-{step:06d}"),
                 scoring=self.config.scoring,
@@ -189,17 +195,12 @@ class _Rounds:
         self.run.write_table(f"scores/step-{step:06d}.parquet", finished.scores)
         return until, (finished.scores, time.monotonic() - started)
 
-    def _model_of(self, checkpoint: ray.train.Checkpoint) -> ModelConfig:
-        if "://" in self.run.uri:
-            raise UserError("unlearning.refresh: actors needs a run.dir that every node sees as a folder, not a URI")
-        return ModelConfig(path=f"{checkpoint.path}/model")
-
     def _fit(self, job: Job, pool: Pool) -> Result:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         keep, best_by = self.config.checkpoints.keep, self.config.checkpoints.best_by
         trainer = TorchTrainer(
-            _worker,
+            work,
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(
                 num_workers=pool.actors,
@@ -208,7 +209,7 @@ class _Rounds:
             ),
             run_config=TrainRunConfig(
                 name=_CHECKPOINTS,
-                storage_path=self._storage(),
+                storage_path=self.run.uri,
                 logging_config=LoggingConfig("ERROR"),
                 failure_config=FailureConfig(max_failures=self.config.ray.max_failures),
                 checkpoint_config=CheckpointConfig(
@@ -241,67 +242,3 @@ class _Rounds:
                 target.rm(self.run.path("model"), recursive=True)
             target.put(f"{folder}/model", self.run.path("model"), recursive=True)
         return int(metrics["step"])
-
-
-def _worker(settings: dict[str, Any]) -> dict[str, Any]:
-    return work(settings["job"])
-
-
-class _Watch:
-    """Shows the log on the console as rank 0 writes it."""
-
-    def __init__(self, run: RunDirectory, steps: int) -> None:
-        self._run, self._meter = run, Meter("Unlearning", steps)
-        self._before, self._seen, self._step = len(log.read(run)), 0, 0
-        self._losses = self._knows = ""
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> None:
-        self._meter.__enter__()
-        self._meter.advance(0, "starting the workers")
-        self._thread.start()
-
-    def __exit__(self, *problem: Any) -> None:
-        self._over.set()
-        self._thread.join()
-        self._meter.__exit__(*problem)
-
-    def _watch(self) -> None:
-        while True:
-            over = self._over.wait(1.0)
-            lines = log.read(self._run)
-            if len(lines) == self._before and not over:
-                continue  # of an earlier run; the workers have not begun
-            self._before = -1
-            if not self._seen or len(lines) < self._seen:  # rank 0 has loaded a checkpoint, and put its log in place
-                self._go_on(lines)
-            for line in lines[self._seen :]:
-                self._show(line)
-            self._seen = len(lines)
-            if over:
-                return
-
-    def _go_on(self, lines: list[dict[str, Any]]) -> None:
-        step = lines[-1]["step"] if lines else 0
-        if self._seen or step:
-            self._meter.note("going on from the last checkpoint")
-        if not self._step:
-            self._meter.working_since(0)
-            self._meter.skip(step)
-            self._seen, self._step = len(lines), step
-
-    def _show(self, line: dict[str, Any]) -> None:
-        if line["event"] == "stop":
-            return
-        if line["event"] == "step":
-            self._losses = f", forget loss {line['forget_loss']:.3g}"
-            if line["retain_loss"] is not None:
-                self._losses += f", retain loss {line['retain_loss']:.3g}"
-        elif line["event"] == "evaluation":
-            self._knows = f", forget MA {line['forget_memorization_accuracy']:.3f}"
-            if line["retain_loss"] is not None:
-                self._knows += f", retain perplexity {math.exp(min(line['retain_loss'], 700)):.4g}"
-        advanced = max(0, line["step"] - self._step)
-        self._step += advanced
-        self._meter.advance(advanced, f"step {line['step']} of {line['of']}{self._losses}{self._knows}")

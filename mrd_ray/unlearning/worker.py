@@ -43,11 +43,15 @@ class Job:
     scores: tuple[pa.Table, float] | None = None
 
 
-def work(job: Job) -> dict[str, Any]:
+def work(settings: dict[str, Job]) -> dict[str, Any]:
     """Ray Train's loop per worker: {"reason": why it stopped, or None at `until`}, or {"fatal": what is wrong}.
+
+    Args:
+        settings: the job, under "job", since Ray Train gives workers a dictionary.
 
     What is wrong with settings or data is given back, since an exception would be tried again.
     """
+    job = settings["job"]
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(max(1, int(job.config.ray.cpus_per_worker)))
@@ -82,7 +86,7 @@ def _train(job: Job, ranks: Ranks) -> str | None:
         until=job.until,
         log=_alone(log or (lambda line: None)),
         keep_scores=_alone(keep_scores),
-        checkpoint=lambda metrics, write: _report(metrics, write, ranks),
+        checkpoint=lambda metrics, write: _report(metrics, write, config, ranks),
     )
     reason = loop.run()
     if log is not None:
@@ -115,10 +119,12 @@ def _model(job: Job) -> PreTrainedModel:
     return model
 
 
-def _report(metrics: dict[str, Any], write: Callable[[Path], None], ranks: Ranks) -> None:
+def _report(metrics: dict[str, Any], write: Callable[[Path], None], config: UnlearnConfig, ranks: Ranks) -> None:
     """Write this rank's part of a checkpoint, and let Ray Train bring it to the run directory meanwhile."""
     folder = Path(tempfile.mkdtemp(prefix="mrd_ray-checkpoint-"))
     write(folder)
+    if ranks.rank == 0:
+        models.load_tokenizer(config.model).save_pretrained(folder / "model")
     ray.train.report(
         metrics | {"workers": ranks.size},
         checkpoint=ray.train.Checkpoint.from_directory(folder),

@@ -1,0 +1,69 @@
+"""A run on the console, from the log that rank 0 writes."""
+
+import math
+import threading
+from typing import Any
+
+from mrd_ray.progress import Meter
+from mrd_ray.runs import RunDirectory
+from mrd_ray.unlearning import log
+
+
+class Watch:
+    """Shows the log on the console as rank 0 writes it."""
+
+    def __init__(self, run: RunDirectory, steps: int) -> None:
+        self._run, self._meter = run, Meter("Unlearning", steps)
+        self._before, self._seen, self._step = len(log.read(run)), 0, 0
+        self._losses = self._knows = ""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self._meter.__enter__()
+        self._meter.advance(0, "starting the workers")
+        self._thread.start()
+
+    def __exit__(self, *problem: Any) -> None:
+        self._over.set()
+        self._thread.join()
+        self._meter.__exit__(*problem)
+
+    def _watch(self) -> None:
+        while True:
+            over = self._over.wait(1.0)
+            lines = log.read(self._run)
+            if len(lines) == self._before and not over:
+                continue  # of an earlier run; the workers have not begun
+            self._before = -1
+            if not self._seen or len(lines) < self._seen:  # rank 0 has loaded a checkpoint, and put its log in place
+                self._go_on(lines)
+            for line in lines[self._seen :]:
+                self._show(line)
+            self._seen = len(lines)
+            if over:
+                return
+
+    def _go_on(self, lines: list[dict[str, Any]]) -> None:
+        step = lines[-1]["step"] if lines else 0
+        if self._seen or step:
+            self._meter.note("going on from the last checkpoint")
+        if not self._step:
+            self._meter.working_since(0)
+            self._meter.skip(step)
+            self._seen, self._step = len(lines), step
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if line["event"] == "stop":
+            return
+        if line["event"] == "step":
+            self._losses = f", forget loss {line['forget_loss']:.3g}"
+            if line["retain_loss"] is not None:
+                self._losses += f", retain loss {line['retain_loss']:.3g}"
+        elif line["event"] == "evaluation":
+            self._knows = f", forget MA {line['forget_memorization_accuracy']:.3f}"
+            if line["retain_loss"] is not None:
+                self._knows += f", retain perplexity {math.exp(min(line['retain_loss'], 700)):.4g}"
+        advanced = max(0, line["step"] - self._step)
+        self._step += advanced
+        self._meter.advance(advanced, f"step {line['step']} of {line['of']}{self._losses}{self._knows}")
