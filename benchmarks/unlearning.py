@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from mrd_ray import models
 from mrd_ray.config import ScoringConfig, UnlearnConfig
 from mrd_ray.mrd.likelihood import MicroBatch
+from mrd_ray.scoring.score import lengths
 from mrd_ray.unlearning import losses, refresh, sets
 from mrd_ray.unlearning import model as trained
 from mrd_ray.unlearning.engine import Engine, configuration
@@ -41,7 +42,6 @@ from mrd_ray.unlearning.stopping import Evaluation
 Part = Literal["throughput", "workers", "refresh", "memory"]
 Stage = Literal[0, 1, 2, 3]
 Row = tuple[str, float, str]  # what, value, detail
-Step = Callable[[], Raw]  # takes an optimiser step: its tokens, forget_loss and retain_loss
 Runs = list[list[Raw]]  # per repeat, per worker, what `steps_of` found
 WARM_UP = 2  # steps
 FEW_DRAWS = (2, 6)  # what more draws cost is extrapolated from these
@@ -101,8 +101,7 @@ def main(
     (initial,) = Job(config, of_run, 1, threads, steps).run(reference)
     plain = Job(config, of_run, 1, threads, steps, initial, plain=True)
     ours = {f"ZeRO-{stage}": plain.under(stage) for stage in stages}
-    token_ids = of_run.forget["token_ids"].to_pylist()
-    keep("forget set", {"samples": len(token_ids), "tokens": sum(map(len, token_ids))})
+    keep("forget set", {"samples": len(of_run.forget), "tokens": int(lengths(of_run.forget).sum())})
 
     if "throughput" in parts:
         keep("throughput", take_turns({PLAIN: plain} | ours, repeats))
@@ -201,11 +200,10 @@ def steps_of(job: Job, ranks: Ranks) -> Raw:
 def refreshes(job: Job, ranks: Ranks, draws: tuple[int, ...], repeats: int) -> Raw:
     """Seconds of steps, and of refreshes by each estimator; they take turns, after a turn for the warm-up."""
     loop = _loop(job, ranks, trained.load(job.config, torch.device("cpu")))
-    step = _engine_step(loop)
     estimators = {"closed form": ScoringConfig(estimator="closed_form")}
     estimators |= {f"K = {k}": ScoringConfig(estimator="monte_carlo", num_draws=k) for k in draws}
     seconds: dict[str, list[float]] = {}
-    turn: list[tuple[str, Callable[[], Any]]] = [("step", step)] * job.steps
+    turn: list[tuple[str, Callable[[], Any]]] = [("step", _engine_step(loop))] * job.steps
     for name, scoring in estimators.items():
         turn.append((name, partial(refresh.score_in_place, loop.engine, loop.sets.forget, scoring)))
     for repeat in range(repeats + 1):
@@ -223,7 +221,9 @@ def _loop(job: Job, ranks: Ranks, model: PreTrainedModel) -> Loop:
     return Loop(job.config, job.sets, engine, State(initial=job.initial), **nowhere)
 
 
-def _engine_step(loop: Loop) -> Step:
+def _engine_step(loop: Loop) -> Callable[[], Raw]:
+    """A function that takes an optimiser step, and gives its tokens and losses."""
+
     def step() -> Raw:
         if (problem := loop.take_step()) is not None:
             raise RuntimeError(problem)
@@ -232,7 +232,7 @@ def _engine_step(loop: Loop) -> Step:
     return step
 
 
-def _plain_step(job: Job, model: PreTrainedModel) -> Step:
+def _plain_step(job: Job, model: PreTrainedModel) -> Callable[[], Raw]:
     """The same steps by whoever has his batches ready and writes his own loop."""
     unlearning, size = job.config.unlearning, job.config.unlearning.batch_size
     assert job.initial is not None
@@ -313,16 +313,14 @@ def _prices(way: str, found: Raw, num_draws: int, of_what: str) -> list[Row]:
     """Of refreshes, in steps."""
     seconds, step = found["seconds"], median(found["seconds"]["step"])
     first, last = min(found["draws"]), max(found["draws"])
-    drawn, how = seconds[f"K = {last}"], ""
+    drawn, name = seconds[f"K = {last}"], f"monte_carlo, K = {num_draws}"
     if last < num_draws:  # turn by turn, since drift between turns would count many times over
-        more = (num_draws - last) / (last - first)
-        drawn = [many + more * (many - few) for few, many in zip(seconds[f"K = {first}"], drawn, strict=True)]
-        how = f", EXTRAPOLATED from {first} and {last} draws"
-    prices = {"closed form": (seconds["closed form"], ""), f"monte_carlo, K = {num_draws}": (drawn, how)}
-    return [
-        (f"{way}, {name}, in steps", median(laps) / step, f"of {step:.3g} s; {of_what}; {_spread(laps)}{how}")
-        for name, (laps, how) in prices.items()
-    ]
+        pairs = zip(seconds[f"K = {first}"], drawn, strict=True)
+        drawn = [many + (num_draws - last) * (many - few) / (last - first) for few, many in pairs]
+        name += f", EXTRAPOLATED from {first} and {last}"
+    prices = {"closed form": seconds["closed form"], name: drawn}
+    detail = f"of {step:.3g} s; a refresh of {of_what}"
+    return [(f"{way}, {what}, in steps", median(s) / step, f"{detail}: {_spread(s)}") for what, s in prices.items()]
 
 
 def _spread(seconds: list[float]) -> str:

@@ -2,16 +2,13 @@
 
 import json
 import math
-import sys
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "mrd"))
 from architectures import CONFIGS, SAMPLES, memorise, model_of
+from transformers import GPT2Config
 
 from mrd_ray.unlearning.extraction import extraction_likelihoods, overlap
 

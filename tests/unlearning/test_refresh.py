@@ -6,15 +6,17 @@ import gang
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from mrd_ray import models
 from mrd_ray.config import ModelConfig, ScoringConfig
-from mrd_ray.mrd.likelihood import Likelihood, TokenMeasures
+from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures
 from mrd_ray.scoring import plan
 from mrd_ray.scoring.actor import UNIT_SCHEMA, ScoringActor, Task
 from mrd_ray.scoring.score import lengths
 from mrd_ray.scoring.table import scores_table
 from mrd_ray.unlearning import refresh
+from mrd_ray.unlearning.extraction import extraction_likelihoods
 
 ESTIMATORS = {
     "closed_form": {"estimator": "closed_form"},
@@ -72,16 +74,12 @@ def test_a_refresh_is_a_standalone_run_on_the_checkpoint(files, tmp_path, size):
             assert tables[step]["sample_id"] == expected["sample_id"]
 
 
-def lora_and_bfloat16(ranks, configs):
-    return [(loop.engine.digest(), tables) for _, loop, tables in (gang.train(one, ranks) for one in configs)]
-
-
 def test_adapters_and_bfloat16(files, tmp_path):
     lora = {"lora__rank": 2, "unlearning__learning_rate": 1e-2}
     cases = [("lora-2", 2, lora), ("lora-3", 3, lora | {"scoring__parameters": "lora"})]
     cases += [(f"bf16-{stage}", stage, {"model__dtype": "bfloat16"}) for stage in range(4)]
     configs = [config(files, tmp_path / name, "closed_form", stage, **more) for name, stage, more in cases]
-    found = gang.on_ranks(2, lora_and_bfloat16, configs)[0]
+    found = gang.on_ranks(2, runs, configs)[0]
     samples = gang.sets_of(configs[0]).forget
     for (name, _, _), one, (_, tables) in zip(cases, configs, found, strict=True):
         folder = Path(one.run.dir) / "checkpoints" / "2" / "model"
@@ -102,7 +100,7 @@ def around_a_refresh(ranks, one, estimators):
     return found
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_weights_are_the_same_after_a_refresh(files, tmp_path, stage):
     one = config(files, tmp_path, "closed_form", stage)
     estimators = [ScoringConfig(**settings) for settings in ESTIMATORS.values()]
@@ -116,7 +114,7 @@ def with_and_without(ranks, configs):
     ]
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_training_goes_on_as_if_there_had_been_no_refresh(files, tmp_path, stage):
     """With all scores alike there is nothing that a refresh may change."""
     plain = config(files, tmp_path, "closed_form", stage, unlearning__weighting="uniform")
@@ -136,15 +134,11 @@ def measured(ranks, one):
     return loop.evaluate()
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_memorization_accuracy_and_extraction_of_live_weights(files, tmp_path, stage):
     one = config(files, tmp_path, "closed_form", stage, stopping__extraction_n=2)
     first, second = gang.on_ranks(2, measured, one)
     assert first == second
-    import torch
-
-    from mrd_ray.mrd.likelihood import MicroBatch
-    from mrd_ray.unlearning.extraction import extraction_likelihoods
 
     model = models.load_model(tmp_path / "model", "float32", torch.device("cpu"))
     samples = gang.sets_of(one).forget.to_pylist()
