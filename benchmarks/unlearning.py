@@ -317,7 +317,7 @@ def _prices(way: str, found: Raw, num_draws: int, of_what: str) -> list[Row]:
     if last < num_draws:  # turn by turn, since drift between turns would count many times over
         pairs = zip(seconds[f"K = {first}"], drawn, strict=True)
         drawn = [many + (num_draws - last) * (many - few) / (last - first) for few, many in pairs]
-        name += f", EXTRAPOLATED from {first} and {last}"
+        name += ", EXTRAPOLATED"
     prices = {"closed form": seconds["closed form"], name: drawn}
     detail = f"of {step:.3g} s; a refresh of {of_what}"
     return [(f"{way}, {what}, in steps", median(s) / step, f"{detail}: {_spread(s)}") for what, s in prices.items()]

@@ -209,12 +209,10 @@ class Engine:
                 if self.ranks.rank == 0:
                     weights[name] = parameter.detach().cpu().clone()
         if self.ranks.rank == 0:
-            weights |= {name: x for name, x in self.model.state_dict().items() if name in dict(self._buffers())}
+            buffers = dict(self.model.named_buffers())
+            weights |= {name: x for name, x in self.model.state_dict().items() if name in buffers}
             self.model.save_pretrained(folder, state_dict=weights)
         self.settle()
-
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        return dict(self.model.named_buffers())
 
     def _gathered(self, parameter: torch.nn.Parameter) -> Any:
         import deepspeed

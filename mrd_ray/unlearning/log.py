@@ -1,5 +1,6 @@
 """What a user watches: metrics.jsonl, and on request TensorBoard and Weights & Biases; Ray's own metrics."""
 
+import hashlib
 import importlib
 import json
 import time
@@ -43,7 +44,12 @@ class Log:
             self._tensorboard = SummaryWriter(run.path("tensorboard"), purge_step=lines[-1]["step"] if lines else None)
         if config.tracking.wandb_project is not None:
             wandb = importlib.import_module("wandb")
-            self._wandb = wandb.init(project=config.tracking.wandb_project, config=config.model_dump())
+            self._wandb = wandb.init(
+                project=config.tracking.wandb_project,
+                config=config.model_dump(),
+                id=hashlib.sha256(run.uri.encode()).hexdigest()[:16],  # a resumed run goes on in the same one
+                resume="allow",
+            )
         self._steps = ray.util.metrics.Counter("mrd_ray_unlearning_steps", "Optimiser steps taken")
         self._tokens = ray.util.metrics.Counter("mrd_ray_unlearning_tokens", "Tokens trained on")
         self._refresh = ray.util.metrics.Gauge("mrd_ray_unlearning_refresh_seconds", "Duration of the last refresh")

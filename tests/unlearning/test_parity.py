@@ -77,13 +77,15 @@ def trajectories(ranks, configs):
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_method_and_stage_follows_plain_torch(files, tmp_path, size):
-    cases = [(method, stage) for method in METHODS for stage in STAGES]
-    configs = [config(files, tmp_path / f"{method}-{stage}", method, stage) for method, stage in cases]
+    cases = [(method, stage, {}) for method in METHODS for stage in STAGES]
+    cases += [("npo", stage, {"deepspeed__offload_optimizer": "cpu"}) for stage in (1, 3)]
+    cases += [("npo", 3, {"deepspeed__offload_parameters": "cpu"})]
+    configs = [config(files, tmp_path, method, stage, **more) for method, stage, more in cases]
     found = gang.on_ranks(size, trajectories, configs)
     expected = {method: plain(config(files, tmp_path, method)) for method in METHODS}
     for rank in found:
-        for (method, stage), trajectory in zip(cases, rank, strict=True):
+        for (method, *shards), trajectory in zip(cases, rank, strict=True):
             assert len(trajectory) == STEPS
-            np.testing.assert_allclose(trajectory, expected[method], rtol=1e-5, err_msg=f"{method}, stage {stage}")
+            np.testing.assert_allclose(trajectory, expected[method], rtol=1e-5, err_msg=f"{method}, {shards}")
     moved = np.array(expected["npo"])
     assert abs(moved[-1, 0] - moved[0, 0]) > 0.1 * abs(moved[0, 0])
