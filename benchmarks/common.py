@@ -58,7 +58,7 @@ def stopwatch() -> Callable[[], float]:
 def machine() -> Raw:
     """The hardware, how busy it was before we began, and the packages that matter."""
     cpus = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    packages = ("mrd-ray", "ray", "torch", "transformers", "numpy", "pyarrow")
+    packages = ("mrd-ray", "ray", "torch", "deepspeed", "transformers", "numpy", "pyarrow")
     return {
         "cpu": (cpus or [platform.machine()])[0],
         "cores": os.cpu_count(),

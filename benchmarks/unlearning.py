@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -82,7 +81,6 @@ def main(
         num_draws: K of a refresh by monte_carlo; over 6, its price is extrapolated from those of 2 and of 6 draws.
     """
     raw: Raw = {"configuration": dict(locals()), "machine": machine()}
-    raw["machine"]["versions"]["deepspeed"] = version("deepspeed")
     file = Path(out) / time.strftime("unlearning-%Y%m%d-%H%M%S.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     console = Console() if sys.stdout.isatty() else Console(width=150)  # a log has no width of its own

@@ -154,12 +154,13 @@ class Loop:
         mine = self._draw()
         values = [0.0, 0.0, 0.0]  # forget loss, retain loss, tokens
         for index, loss_of, table, rows, weight in mine:
-            batch = refresh.collate(table.select(["token_ids", "scored"]).take(rows).to_pylist(), self.engine)
+            samples = table.select(["token_ids", "scored"]).take(rows).to_pylist()
+            batch = refresh.collate(samples, self.engine)
             loss = loss_of(losses.log_probs(self.engine.logits(batch), batch), batch, rows).sum()
             share = loss / self.config.unlearning.batch_size
             self.engine.backward(weight * share)
             values[index] += float(share.detach())
-            values[2] += sum(map(len, table["token_ids"].take(rows).to_pylist()))
+            values[2] += sum(len(sample["token_ids"]) for sample in samples)
         device = self.engine.model.device
         forget_loss, retain_loss, tokens = self.engine.ranks.sum(values, device)
         self.state.step += 1
