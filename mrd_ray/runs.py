@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,21 @@ class RunDirectory:
                 os.fsync(file.fileno())
             Path(target + ".tmp").replace(target)
 
+    def put(self, name: str, folder: Path) -> None:
+        """Make `name` a copy of a local folder, in place of what is there; only a whole one takes its place."""
+        target, partial = self.path(name), self.path(f"{name}.tmp")
+        with self._writing(name):
+            for old in (partial, target) if not isinstance(self._fs, LocalFileSystem) else (partial,):
+                if self._fs.exists(old):
+                    self._fs.rm(old, recursive=True)
+            if not isinstance(self._fs, LocalFileSystem):
+                self._fs.put(str(folder), target, recursive=True)
+                return
+            self._fs.put(str(folder), partial, recursive=True)
+            if self._fs.exists(target):
+                self._fs.rm(target, recursive=True)
+            Path(partial).replace(target)
+
     def read(self, name: str) -> bytes:
         """The bytes of a file."""
         content: bytes = self._fs.cat_file(self.path(name))
@@ -158,17 +173,21 @@ class RunDirectory:
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         self.write("manifest.json", json.dumps(manifest, indent=2).encode())
 
-    def claim(self, identity: dict[str, Any], config: BaseModel) -> None:
+    def claim(self, identity: dict[str, Any], config: BaseModel, owns: Sequence[str] = ("units",)) -> None:
         """Make this the directory of runs with `identity`, or find that it is already. Raises UserError if not so.
 
         Args:
-            identity: setting or digest by name; everything that a score depends on, but for the number of draws.
+            identity: setting or digest by name; everything that results depend on, but for what may grow.
+            owns: what such a run makes here, and may replace; it must not be there without a manifest.
         """
         manifest: dict[str, Any] = {"identity": identity, "invocations": []}
-        if not self.exists("manifest.json") and self.names("units"):
-            raise UserError(
-                f"run.dir: {self.uri} holds units but no manifest.json to say what they are of; use another directory"
-            )
+        if not self.exists("manifest.json"):
+            for name in owns:
+                if self.exists(name):
+                    raise UserError(
+                        f"run.dir: {self.uri} holds {name} but no manifest.json to say what it is of; use another "
+                        "directory"
+                    )
         if self.exists("manifest.json"):
             manifest = self.manifest()
             differing = [

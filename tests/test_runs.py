@@ -32,6 +32,7 @@ def test_home_directory(tmp_path, monkeypatch):
 def test_half_a_file_is_no_finished_one(tmp_path):
     """What a kill while writing leaves."""
     run = RunDirectory(str(tmp_path))
+    (tmp_path / "units").mkdir()
     (tmp_path / "units" / "u.parquet.tmp").write_bytes(b"half")
     assert run.names("units") == []
     run.write("units/u.parquet", b"whole")
@@ -40,7 +41,6 @@ def test_half_a_file_is_no_finished_one(tmp_path):
 
 def test_store_that_knows_no_empty_folders():
     run = RunDirectory("memory://runs/empty")
-    run._fs.rm(run.path("units"), recursive=True)
     assert run.names("units") == []
 
 

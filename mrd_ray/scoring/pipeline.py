@@ -2,11 +2,13 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 import ray
 
+from mrd_ray.errors import UserError
 from mrd_ray.scoring.actor import ScoringActor, Task
 from mrd_ray.scoring.pool import Pool
 
@@ -21,7 +23,11 @@ def cluster(log_to_driver: bool = True) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(log_to_driver=log_to_driver, include_dashboard=False, logging_level=logging.WARNING)
+    try:
+        ray.init(log_to_driver=log_to_driver, include_dashboard=False, logging_level=logging.WARNING)
+    except ConnectionError as problem:
+        where = os.environ.get("RAY_ADDRESS", "the one that `ray start` was last used for here")
+        raise UserError(f"cannot join the Ray cluster ({where}): {problem}; set RAY_ADDRESS, or unset it") from None
     try:
         yield
     finally:

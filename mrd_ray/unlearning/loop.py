@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -113,8 +114,7 @@ class Loop:
             elif self.state.step == self.until:
                 return None
             else:
-                self.refresh_if_due()
-                reason = self.take_step() or self.evaluate_if_due()
+                reason = self.refresh_if_due() or self.take_step() or self.evaluate_if_due()
         self._write({"event": "stop", "reason": reason})
         return reason
 
@@ -130,20 +130,29 @@ class Loop:
         self._keep()
         return None
 
-    def refresh_if_due(self) -> None:
-        """Score the forget set under the live weights, and draw by the new scores from here on."""
+    def refresh_if_due(self) -> str | None:
+        """Score the forget set under the live weights, and draw by the new scores from here on.
+
+        Gives the reason to stop if the model in training has no finite scores any more.
+        """
         state, unlearning = self.state, self.config.unlearning
         due = state.scored_at < 0 or (self._due(unlearning.refresh_every) and state.scored_at != state.step)
         if unlearning.weighting == "uniform" or unlearning.refresh != "in_place" or not due:
-            return
+            return None
         started = time.monotonic()
-        state.scores = refresh.score_in_place(self.engine, self.sets.forget, self.config.scoring)
-        state.scored_at = state.step
+        scores = refresh.score_in_place(self.engine, self.sets.forget, self.config.scoring)
+        if state.step and not np.isfinite(scores["mrd"].to_numpy().astype(np.float64)).all():
+            return f"diverged at step {state.step}: no finite scores; try a smaller unlearning.learning_rate"
         if self.engine.ranks.rank == 0:
-            self._keep_scores(state.step, state.scores)
-        mrd = self._mrd()
-        assert mrd is not None
-        self._write({"event": "refresh", "mrd_median": float(np.nanmedian(mrd)), "seconds": time.monotonic() - started})
+            self._keep_scores(state.step, scores)
+        self.adopt(scores, time.monotonic() - started)
+        return None
+
+    def adopt(self, scores: pa.Table, seconds: float) -> None:
+        """Draw by these scores of this step's model from here on."""
+        self.state.scores, self.state.scored_at = scores, self.state.step
+        scored = scores["mrd"].drop_null().to_pylist()
+        self._write({"event": "refresh", "mrd_median": median(scored) if scored else None, "seconds": seconds})
 
     def _mrd(self) -> np.ndarray | None:
         return None if self.state.scores is None else self.state.scores["mrd"].to_numpy().astype(np.float64)

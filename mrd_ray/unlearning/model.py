@@ -1,7 +1,5 @@
 """The model to train, on this worker: whole weights, LoRA factors put in, and what is to change marked."""
 
-from pathlib import Path
-
 import torch
 from transformers import PreTrainedModel
 
@@ -18,15 +16,15 @@ def load(config: UnlearnConfig, device: torch.device) -> PreTrainedModel:
     if config.lora.rank:
         if adapter:
             raise UserError(f"lora.rank: model.path {path} holds an adapter already, which is trained with rank: 0")
-        # what other nodes can find too
-        _add_lora(model, config, config.model.path if not Path(config.model.path).is_dir() else str(path.absolute()))
+        add_lora(model, config)
     if adapter or config.lora.rank:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
     return model.eval()
 
 
-def _add_lora(model: PreTrainedModel, config: UnlearnConfig, base: str) -> None:
+def add_lora(model: PreTrainedModel, config: UnlearnConfig) -> None:
+    """Put new factors in. Raises UserError."""
     peft = models.require_peft("lora.rank")
     torch.manual_seed(config.unlearning.seed)  # of the factors; all ranks draw the same
     try:
@@ -36,7 +34,8 @@ def _add_lora(model: PreTrainedModel, config: UnlearnConfig, base: str) -> None:
                 lora_alpha=config.lora.alpha,
                 lora_dropout=0.0,
                 target_modules=config.lora.target_modules,
-                base_model_name_or_path=base,
+                base_model_name_or_path=config.model.path,
+                revision=config.model.revision,
                 task_type="CAUSAL_LM",
             )
         )

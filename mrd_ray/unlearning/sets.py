@@ -37,9 +37,7 @@ def build(
         retain = _retain(config, tokenizer, context_length, console)
         _warn_of_overlap(forget, retain, console)
         count = min(config.stopping.retain_samples, len(retain))
-        watched = np.sort(
-            ShuffledStream(len(retain), config.unlearning.seed + 1).at(0, count)
-        )  # not those trained on first
+        watched = np.sort(ShuffledStream(len(retain), config.unlearning.seed + 1).at(0, count))
     refusals = None
     if config.unlearning.refusals is not None:
         refusals = _refusals(config, Path(config.unlearning.refusals), forget, tokenizer, context_length)

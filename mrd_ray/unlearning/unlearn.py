@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import ray
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, ScalingConfig
@@ -25,11 +24,13 @@ from mrd_ray.scoring import pipeline, plan
 from mrd_ray.scoring.pool import Pool
 from mrd_ray.scoring.score import score
 from mrd_ray.unlearning import engine, log, sets
+from mrd_ray.unlearning import model as trained
 from mrd_ray.unlearning.loop import Sets, last_step
 from mrd_ray.unlearning.watch import Watch
 from mrd_ray.unlearning.worker import Job, work
 
 _CHECKPOINTS = "checkpoints"
+_OWNS = ("model", _CHECKPOINTS, "scores", "refreshes", log.NAME)
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class UnlearnRun:
 
     @property
     def failed(self) -> bool:
-        """Whether it stopped because the model diverged or fell below the utility floor."""
-        return self.reason.startswith(("diverged", "utility floor"))
+        """Whether the model diverged or fell below the utility floor, or the result is the model as it was."""
+        return self.step == 0 or self.reason.startswith(("diverged", "utility floor"))
 
 
 def unlearn(config: UnlearnConfig) -> UnlearnRun:
@@ -64,6 +65,8 @@ def unlearn(config: UnlearnConfig) -> UnlearnRun:
     with run.locked():
         path = models.directory(config.model)
         skeleton = models.skeleton(path)
+        if config.lora.rank:
+            trained.add_lora(skeleton, config)
         if config.unlearning.weighting != "uniform":
             plan.refuse_uncovered(skeleton, config.scoring)
         log.require(config.tracking)
@@ -71,9 +74,9 @@ def unlearn(config: UnlearnConfig) -> UnlearnRun:
         of_run = sets.build(config, tokenizer, models.context_length(skeleton.config), console)
         if of_run.retain is None:
             console.print("Without a retain set nothing watches what else the model loses (retain.path)", style="red")
-        run.claim(_identity(config, path, models.tokenizer_digest(tokenizer), of_run), config)
+        run.claim(_identity(config, path, models.tokenizer_digest(tokenizer), of_run), config, _OWNS)
         done = run.manifest().get("outcome")
-        if done is None or done["config"] != config.model_dump(mode="json"):
+        if done is None or done["config"] != config.model_dump(mode="json") or not run.exists("model"):
             with pipeline.cluster(log_to_driver=False):  # what matters is in the log; the rest is libraries' chatter
                 outcome = _Rounds(config, run, of_run, models.files_digest(path), console).work_off()
             run.record("outcome", outcome | {"config": config.model_dump(mode="json")})
@@ -130,7 +133,7 @@ class _Rounds:
         config = self.config
         pool = self._pool()
         deepspeed = engine.configuration(config, pool.actors)
-        self._refuse_other_world(pool.actors)
+        self._refuse_newest(pool.actors)
         reference = ray.put(self.sets)
         by_actors = config.unlearning.refresh == "actors" and config.unlearning.weighting != "uniform"
         with Watch(self.run, last_step(config, len(self.sets.forget))):
@@ -163,11 +166,19 @@ class _Rounds:
         result = Result.from_path(f"{self.run.uri}/{_CHECKPOINTS}")
         return None if result.checkpoint is None else (result.checkpoint, result.metrics)
 
-    def _refuse_other_world(self, workers: int) -> None:
-        if (newest := self._newest()) is not None and (was := newest[1]["workers"]) != workers:
+    def _refuse_newest(self, workers: int) -> None:
+        """Raises UserError if the run cannot go on from the newest checkpoint."""
+        if (newest := self._newest()) is None:
+            return
+        if (was := newest[1]["workers"]) != workers:
             raise UserError(
                 f"ray.workers: {workers}, but the checkpoints in {self.run.uri} are of {was}; start the same command "
                 f"with ray.workers: {was}, or start anew in another directory"
+            )
+        if (last := last_step(self.config, len(self.sets.forget))) < (step := newest[1]["step"]):
+            raise UserError(
+                f"unlearning.steps (or epochs): {last}, but {self.run.uri} holds a checkpoint of step {step} already; "
+                "use another directory for fewer"
             )
 
     def _round(self) -> tuple[int, tuple[pa.Table, float] | None]:
@@ -177,6 +188,8 @@ class _Rounds:
         epoch = -(-len(self.sets.forget) // self.config.unlearning.batch_size)
         every = self.config.unlearning.refresh_every or epoch
         until = step - step % every + every
+        if newest is None and self.config.lora.rank:
+            return 0, None  # a checkpoint, since the factors to score are made by the workers
         if step % every:
             return until, None
         started = time.monotonic()
@@ -222,6 +235,8 @@ class _Rounds:
         )
         try:
             return trainer.fit()
+        except SystemExit:  # Ray's way to answer ctrl-C
+            raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as problem:
             raise UserError(
                 f"the workers failed {self.config.ray.max_failures + 1} time(s) (ray.max_failures); the same command "
@@ -235,10 +250,8 @@ class _Rounds:
         chosen, metrics = result.checkpoint, result.metrics
         best_by = self.config.checkpoints.best_by
         if best_by != "last":
-            chosen, metrics = min(result.best_checkpoints, key=lambda pair: (pair[1][best_by], pair[1]["step"]))
+            unlearned = [pair for pair in result.best_checkpoints if pair[1]["step"]] or result.best_checkpoints
+            chosen, metrics = min(unlearned, key=lambda pair: (pair[1][best_by], pair[1]["step"]))
         with chosen.as_directory() as folder:
-            target, _ = fsspec.core.url_to_fs(self.run.uri)
-            if target.exists(self.run.path("model")):
-                target.rm(self.run.path("model"), recursive=True)
-            target.put(f"{folder}/model", self.run.path("model"), recursive=True)
+            self.run.put("model", Path(folder) / "model")
         return int(metrics["step"])

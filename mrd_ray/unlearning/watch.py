@@ -35,9 +35,9 @@ class Watch:
             lines = log.read(self._run)
             if len(lines) == self._before and not over:
                 continue  # of an earlier run; the workers have not begun
-            self._before = -1
-            if not self._seen or len(lines) < self._seen:  # rank 0 has loaded a checkpoint, and put its log in place
+            if self._before > 0 or len(lines) < self._seen:  # rank 0 has loaded a checkpoint, and put its log in place
                 self._go_on(lines)
+            self._before = -1
             for line in lines[self._seen :]:
                 self._show(line)
             self._seen = len(lines)
@@ -45,13 +45,12 @@ class Watch:
                 return
 
     def _go_on(self, lines: list[dict[str, Any]]) -> None:
-        step = lines[-1]["step"] if lines else 0
-        if self._seen or step:
-            self._meter.note("going on from the last checkpoint")
-        if not self._step:
+        self._meter.note("going on from the last checkpoint")
+        if not self._step:  # the steps of an earlier start
             self._meter.working_since(0)
-            self._meter.skip(step)
-            self._seen, self._step = len(lines), step
+            self._step = lines[-1]["step"] if lines else 0
+            self._meter.skip(self._step)
+        self._seen = len(lines)
 
     def _show(self, line: dict[str, Any]) -> None:
         if line["event"] == "stop":

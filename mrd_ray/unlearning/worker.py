@@ -76,8 +76,6 @@ def _train(job: Job, ranks: Ranks) -> str | None:
     def keep_scores(step: int, scores: pa.Table) -> None:
         run.write_table(f"scores/step-{step:06d}.parquet", scores)
 
-    if job.scores is not None and state.scored_at != state.step:
-        state.scores, state.scored_at = job.scores[0], state.step
     loop = Loop(
         config,
         ray.get(job.sets),
@@ -88,6 +86,8 @@ def _train(job: Job, ranks: Ranks) -> str | None:
         keep_scores=_alone(keep_scores),
         checkpoint=lambda metrics, write: _report(metrics, write, config, ranks),
     )
+    if job.scores is not None and state.scored_at != state.step:
+        loop.adopt(*job.scores)
     reason = loop.run()
     if log is not None:
         log.close()

@@ -80,10 +80,18 @@ def test_the_same_command_again_has_nothing_to_do_and_another_is_refused(finishe
     before = {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
     assert unlearn(config(files, run)).step == 6
     assert {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")} == before
+    with pytest.raises(UserError, match="holds a checkpoint of step 6 already"):
+        unlearn(config(files, run, unlearning__steps=4))
     with pytest.raises(UserError, match=r"unlearning\.beta: 0\.1 there, 0\.5 now"):
         unlearn(config(files, run, unlearning__beta=0.5))
     with pytest.raises(UserError, match=r"ray\.workers: 1, but the checkpoints in .* are of 2"):
         unlearn(config(files, run, ray__workers=1, unlearning__steps=8))
+
+
+def test_what_a_run_did_not_make_is_left_alone(files, tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match=r"holds model but no manifest\.json"):
+        unlearn(config(files, tmp_path))
 
 
 @pytest.mark.slow
