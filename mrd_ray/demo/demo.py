@@ -38,7 +38,7 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HERE = Path(__file__).parent
 FORGET, RETAIN = _HERE / "forget.jsonl", _HERE / "retain.jsonl"
 _EPOCHS, _BATCH, _LEARNING_RATE = 4, 8, 3e-4
-_UNLEARNING_EPOCHS, _RETAIN_WEIGHT = 4, 2.0
+_UNLEARNING_STEPS, _RETAIN_WEIGHT = 10, 2.0
 _SHOWN, _ANSWER_TOKENS = 4, 28
 
 
@@ -73,8 +73,10 @@ def unlearning(scored: ScoreConfig) -> UnlearnConfig:
         data=scored.data,
         retain=RetainConfig(path=str(RETAIN)),
         run=RunConfig(dir=f"{scored.run.dir.rstrip('/')}-unlearned"),
-        unlearning=UnlearningConfig(method="npo", epochs=_UNLEARNING_EPOCHS, retain_weight=_RETAIN_WEIGHT),
-        stopping=StoppingConfig(extraction_n=3, extraction_stride=8),
+        unlearning=UnlearningConfig(method="npo", steps=_UNLEARNING_STEPS, retain_weight=_RETAIN_WEIGHT),
+        stopping=StoppingConfig(
+            evaluate_every=_UNLEARNING_STEPS, extraction_n=3, extraction_stride=8, max_retain_loss_ratio=3.0
+        ),
         ray=WorkersConfig(workers=2),
     )
 

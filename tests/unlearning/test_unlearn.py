@@ -103,18 +103,20 @@ def test_more_steps_go_on_from_where_it_ended(finished, files, tmp_path):
 
 
 @pytest.mark.slow
-def test_refreshes_by_actors_are_those_in_place(finished, files, tmp_path):
-    by_actors = unlearn(config(files, tmp_path, unlearning__refresh="actors", checkpoints__keep=9))
-    assert by_actors.reason == "the last of 6 steps"
-    for step in (0, 2, 4):
-        name = f"scores/step-{step:06d}.parquet"
-        np.testing.assert_allclose(
-            pq.read_table(tmp_path / name)["mrd"], pq.read_table(finished[1] / name)["mrd"], rtol=1e-5
-        )
-    losses = [
-        [line["forget_loss"] for line in lines(run) if line["event"] == "step"] for run in (tmp_path, finished[1])
-    ]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+@pytest.mark.parametrize("more", [{}, {"lora__rank": 2, "unlearning__learning_rate": 1e-2}], ids=["weights", "lora"])
+def test_refreshes_by_actors_are_those_in_place(files, tmp_path, more):
+    runs = {refresh: tmp_path / refresh for refresh in ("in_place", "actors")}
+    for refresh, run in runs.items():
+        assert unlearn(config(files, run, unlearning__refresh=refresh, unlearning__steps=4, **more)).step == 4
+    in_place, by_actors = (
+        [line for line in lines(run) if line["event"] in ("step", "refresh")] for run in runs.values()
+    )
+    assert [line["event"] for line in by_actors] == ["refresh", "step", "step"] * 2
+    for a, b in zip(in_place, by_actors, strict=True):
+        assert b.get("forget_loss") == pytest.approx(a.get("forget_loss"), rel=1e-5)
+    for step in (0, 2):
+        a, b = (pq.read_table(run / "scores" / f"step-{step:06d}.parquet")["mrd"] for run in runs.values())
+        np.testing.assert_allclose(b, a, rtol=1e-5)
 
 
 def test_a_learning_rate_that_diverges_keeps_the_last_good_checkpoint(files, tmp_path):
