@@ -39,7 +39,7 @@ _HERE = Path(__file__).parent
 FORGET, RETAIN = _HERE / "forget.jsonl", _HERE / "retain.jsonl"
 _EPOCHS, _BATCH, _LEARNING_RATE = 4, 8, 3e-4
 _UNLEARNING_STEPS, _RETAIN_WEIGHT = 10, 2.0
-_SHOWN, _ANSWER_TOKENS = 4, 28
+_SHOWN, _ANSWER_TOKENS = 3, 28
 
 
 def scoring(config: DemoConfig) -> ScoreConfig:
