@@ -238,6 +238,9 @@ class RetainConfig(_Frozen):
     max_samples: PositiveInt | None = Field(None, description="Use only the first so many rows.")
 
 
+Weighting = Literal["mrd", "inverse_mrd", "uniform"]
+
+
 class UnlearningConfig(_Frozen):
     """The method, which samples it takes, and how far it goes."""
 
@@ -247,7 +250,7 @@ class UnlearningConfig(_Frozen):
         "graddiff: ascent there, descent on the retain set; po: descent on refusals of the forget set's prompts, "
         "and on the retain set; npo: negative preference optimisation, and descent on the retain set.",
     )
-    weighting: Literal["mrd", "inverse_mrd", "uniform"] = Field(
+    weighting: Weighting = Field(
         "mrd",
         description="How forget samples are drawn, with replacement: by MRD (Algorithm 2: easy ones more often), "
         "by 1/MRD, or all alike.",

@@ -113,18 +113,17 @@ class RunDirectory:
 
     def put(self, name: str, folder: Path) -> None:
         """Make `name` a copy of a local folder, in place of what is there; only a whole one takes its place."""
-        target, partial = self.path(name), self.path(f"{name}.tmp")
+        target = self.path(name)
+        local = isinstance(self._fs, LocalFileSystem)
+        copy = f"{target}.tmp" if local else target  # object stores rename nothing
         with self._writing(name):
-            for old in (partial, target) if not isinstance(self._fs, LocalFileSystem) else (partial,):
-                if self._fs.exists(old):
-                    self._fs.rm(old, recursive=True)
-            if not isinstance(self._fs, LocalFileSystem):
-                self._fs.put(str(folder), target, recursive=True)
-                return
-            self._fs.put(str(folder), partial, recursive=True)
-            if self._fs.exists(target):
-                self._fs.rm(target, recursive=True)
-            Path(partial).replace(target)
+            if self._fs.exists(copy):
+                self._fs.rm(copy, recursive=True)
+            self._fs.put(str(folder), copy, recursive=True)
+            if local:
+                if self._fs.exists(target):
+                    self._fs.rm(target, recursive=True)
+                Path(copy).replace(target)
 
     def read(self, name: str) -> bytes:
         """The bytes of a file."""

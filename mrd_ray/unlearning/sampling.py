@@ -7,7 +7,7 @@ different purposes, seeds or steps share no block, and none has a state that mus
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import fsspec
 import numpy as np
@@ -16,10 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch.utils.data
 
+from mrd_ray.config import Weighting
 from mrd_ray.errors import UserError
 from mrd_ray.mrd.noise import hash64
-
-Weighting = Literal["mrd", "inverse_mrd", "uniform"]
 
 _NAMED = 5  # samples that a message names
 _CHUNK = 1 << 18  # draws of one step of MRDSampler: another number gives other draws

@@ -78,7 +78,7 @@ def unlearn(config: UnlearnConfig) -> UnlearnRun:
         done = run.manifest().get("outcome")
         if done is None or done["config"] != config.model_dump(mode="json") or not run.exists("model"):
             with pipeline.cluster(log_to_driver=False):  # what matters is in the log; the rest is libraries' chatter
-                outcome = _Rounds(config, run, of_run, models.files_digest(path), console).work_off()
+                outcome = _Rounds(config, run, of_run, models.files_digest(path)).work_off()
             run.record("outcome", outcome | {"config": config.model_dump(mode="json")})
             done = outcome
     return UnlearnRun(run, config, done["reason"], done["step"], log.read(run))
@@ -126,7 +126,6 @@ class _Rounds:
     run: RunDirectory
     sets: Sets
     files_digest: str
-    console: Console
 
     def work_off(self) -> dict[str, Any]:
         """Train until there is a reason to stop, put the result in place, and say which it is."""
