@@ -45,7 +45,7 @@ class Watch:
                 return
 
     def _go_on(self, lines: list[dict[str, Any]]) -> None:
-        self._meter.note("going on from the last checkpoint")
+        self._meter.note("the workers have started again, going on from the last checkpoint if there is one")
         if not self._step:  # the steps of an earlier start
             self._meter.working_since(0)
             self._step = lines[-1]["step"] if lines else 0
