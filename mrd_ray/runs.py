@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,8 @@ class RunDirectory:
         self.uri = uri
         try:
             self._fs, self._root = fsspec.core.url_to_fs(uri)
+            if self._fs.isfile(self._root):
+                raise UserError(f"run.dir: {uri} is a file; expected a directory, or a path where one can be made")
             with self._writing(""):
                 self._fs.makedirs(self.path(""), exist_ok=True)
         except (ImportError, ValueError) as problem:
@@ -114,16 +117,20 @@ class RunDirectory:
     def put(self, name: str, folder: Path) -> None:
         """Make `name` a copy of a local folder, in place of what is there; only a whole one takes its place."""
         target = self.path(name)
-        local = isinstance(self._fs, LocalFileSystem)
-        copy = f"{target}.tmp" if local else target  # object stores rename nothing
         with self._writing(name):
-            if self._fs.exists(copy):
-                self._fs.rm(copy, recursive=True)
-            self._fs.put(str(folder), copy, recursive=True)
-            if local:
-                if self._fs.exists(target):
-                    self._fs.rm(target, recursive=True)
-                Path(copy).replace(target)
+            if isinstance(self._fs, LocalFileSystem):
+                shutil.rmtree(f"{target}.tmp", ignore_errors=True)
+                shutil.copytree(folder, f"{target}.tmp")
+                shutil.rmtree(target, ignore_errors=True)
+                Path(f"{target}.tmp").replace(target)
+                return
+            # file by file, since fsspec takes brackets in a folder's name for a pattern; object stores rename nothing
+            for old in self._fs.find(target):
+                self._fs.rm_file(old)
+            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+                destination = f"{target}/{file.relative_to(folder).as_posix()}"
+                self._fs.makedirs(destination.rsplit("/", 1)[0], exist_ok=True)
+                self._fs.put_file(str(file), destination)
 
     def read(self, name: str) -> bytes:
         """The bytes of a file."""
@@ -181,7 +188,7 @@ class RunDirectory:
         """
         manifest: dict[str, Any] = {"identity": identity, "invocations": []}
         if not self.exists("manifest.json"):
-            for name in owns:
+            for name in ("config.yaml", *owns):
                 if self.exists(name):
                     raise UserError(
                         f"run.dir: {self.uri} holds {name} but no manifest.json to say what it is of; use another "

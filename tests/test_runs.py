@@ -123,3 +123,29 @@ def test_manifest_of_another_shape_is_damaged(tmp_path, content):
     run.write("manifest.json", content.encode())
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         run.claim({"a": 1}, CONFIG)
+
+
+@pytest.mark.parametrize("where", ["{}/a[1]", "memory://runs/a[1]"])
+def test_brackets_in_a_directorys_name_are_no_pattern(tmp_path, where):
+    """A neighbour that the pattern would find has the same files."""
+    uri = where.format(tmp_path)
+    for name, of in {"a1": "neighbour", "a[1]": "own"}.items():
+        (tmp_path / "from" / name / "model").mkdir(parents=True)
+        (tmp_path / "from" / name / "model" / "weights").write_text(of)
+    run = RunDirectory(uri)
+    for _ in range(2):
+        run.put("model", tmp_path / "from" / "a[1]" / "model")
+    assert run.read("model/weights") == b"own"
+
+
+def test_settings_of_the_users_own_are_not_written_over(tmp_path):
+    (tmp_path / "config.yaml").write_text("mine")
+    with pytest.raises(UserError, match=r"holds config\.yaml but no manifest"):
+        RunDirectory(str(tmp_path)).claim({}, CONFIG)
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
+def test_a_file_is_no_directory(tmp_path):
+    (tmp_path / "run").write_text("text")
+    with pytest.raises(UserError, match="is a file; expected a directory"):
+        RunDirectory(str(tmp_path / "run"))

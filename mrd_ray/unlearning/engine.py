@@ -151,6 +151,19 @@ class Engine:
         self._engine, *_ = _deepspeed(model.device).initialize(
             model=model, optimizer=optimizer, config=deepspeed, dist_init_required=False
         )
+        if self.stage == 0 and config.model.dtype == "bfloat16":
+            self._forget_first_step()
+
+    def _forget_first_step(self) -> None:
+        """Undo the step without gradients by which DeepSpeed's wrapper for this case makes the optimiser's states.
+
+        It would be step 1 of Adam's bias correction, and decay the float32 masters.
+        """
+        wrapper = self._engine.optimizer
+        wrapper.optimizer.state.clear()
+        for masters, weights in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+            for master, weight in zip(masters, weights, strict=True):
+                master.data.copy_(weight.data)
 
     @property
     def model(self) -> PreTrainedModel:

@@ -4,7 +4,8 @@ How much of a sample the model gives away when handed its beginning, in the stop
 
     EL_n(x) = sum_{t=1}^{T-n} OVERLAP_n(f(x_<=t), x_>t) / (T - n)
 
-f(x_<=t) is the greedy continuation of the first t tokens, as long as x_>t at most.
+f(x_<=t) is the greedy continuation of the first t tokens, as long as x_>t at most. Where responses alone are scored, x
+is the response, and every prefix has the prompt before it.
 """
 
 import math
@@ -34,19 +35,24 @@ def extraction_likelihoods(
     stride: int = 1,
     rows: int = 32,
     all_ranks: bool = False,
+    scored: Sequence[Sequence[bool]] | None = None,
 ) -> list[float]:
-    """EL_n of every sample, between 0 and 1; nan where it has n tokens or fewer.
+    """EL_n of every sample, between 0 and 1; nan where it has too few tokens for one n-gram.
 
     Args:
         model: a causal language model in eval mode. Only its EOS and pad ids are taken from its generation settings.
         samples: token ids of each.
         n: tokens per n-gram, at least 1.
-        stride: the mean is over the prefixes of 1, 1 + stride, 1 + 2 stride, ... tokens; 1 is the definition.
+        stride: the mean is over every so many-th prefix; 1 is the definition.
         rows: prefixes per call of `generate`. They matter to the result only as rounding does.
         all_ranks: every rank of the default process group calls this, each with samples of its own, maybe none, and
             all make the same number of forwards, as ZeRO-3 demands of them. Otherwise this rank works alone.
+        scored: of each token, whether it counts: x runs from the first that does to the last. None: all but the first.
     """
-    prefixes = [(i, t) for i, sample in enumerate(samples) for t in range(1, len(sample) - n + 1, stride)]
+    flags = [[False] + [True] * (len(sample) - 1) for sample in samples] if scored is None else [*map(list, scored)]
+    spans = [(of.index(True), len(of) - of[::-1].index(True)) if any(of) else (0, 0) for of in flags]
+    samples = [sample[:stop] for sample, (_, stop) in zip(samples, spans, strict=True)]
+    prefixes = [(i, t) for i, (start, stop) in enumerate(spans) for t in range(start, stop - n + 1, stride)]
     # By the tokens to generate, so that few are generated past a row's need; the most first, on every rank alike.
     prefixes.sort(key=lambda prefix: (len(samples[prefix[0]]) - prefix[1], prefix[1]), reverse=True)
     calls = [prefixes[start : start + rows] for start in range(0, len(prefixes), rows)]

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import math
 import time
 from typing import Any
 
@@ -35,13 +36,14 @@ class Log:
 
     def __init__(self, run: RunDirectory, config: UnlearnConfig, lines: list[dict[str, Any]]) -> None:
         self._run = run
-        self._lines = [json.dumps(line) for line in lines]
+        self._lines = [_json(line) for line in lines]
         self._flushed = 0.0
         self._tensorboard = self._wandb = None
         if config.tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(run.path("tensorboard"), purge_step=lines[-1]["step"] if lines else None)
+            folder = f"{run.uri}/tensorboard" if "://" in run.uri else run.path("tensorboard")
+            self._tensorboard = SummaryWriter(folder, purge_step=lines[-1]["step"] if lines else None)
         if config.tracking.wandb_project is not None:
             wandb = importlib.import_module("wandb")
             self._wandb = wandb.init(
@@ -57,7 +59,7 @@ class Log:
 
     def __call__(self, line: dict[str, Any]) -> None:
         """Take in a line: {"step": ..., "event": "step" | "refresh" | "evaluation" | "stop", ...}."""
-        self._lines.append(json.dumps(line))
+        self._lines.append(_json(line))
         numbers = {
             f"{line['event']}/{name}": value
             for name, value in line.items()
@@ -90,6 +92,16 @@ class Log:
             self._wandb.finish()
 
 
+def _json(line: dict[str, Any]) -> str:
+    """JSON has no word for a loss that is not finite: it becomes null."""
+    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()})
+
+
 def read(run: RunDirectory) -> list[dict[str, Any]]:
-    """The lines so far; none before a run has begun."""
-    return [json.loads(line) for line in run.read(NAME).splitlines()] if run.exists(NAME) else []
+    """The lines so far; none before a run has begun. Raises UserError if they are damaged."""
+    if not run.exists(NAME):
+        return []
+    try:
+        return [json.loads(line) for line in run.read(NAME).splitlines()]
+    except ValueError as problem:
+        raise UserError(f"{run.path(NAME)} is damaged ({problem}); use another directory") from None

@@ -83,6 +83,7 @@ class Loop:
         log: takes each new line of the log; on rank 0 alone.
         keep_scores: takes (step, scores) of each refresh; on rank 0 alone.
         checkpoint: takes (metrics, a function that writes this rank's part of a checkpoint into a folder).
+        measure: takes (step, engine) every `evaluation_every` steps, at the start and at the end; on all ranks.
     """
 
     def __init__(
@@ -96,9 +97,10 @@ class Loop:
         log: Callable[[dict[str, Any]], None],
         keep_scores: Callable[[int, pa.Table], None],
         checkpoint: Callable[[dict[str, Any], Callable[[Path], None]], None],
+        measure: Callable[[int, Engine], None] | None = None,
     ) -> None:
         self.config, self.sets, self.engine, self.state, self.until = config, sets, engine, state, until
-        self._log, self._keep_scores, self._checkpoint = log, keep_scores, checkpoint
+        self._log, self._keep_scores, self._checkpoint, self._measure = log, keep_scores, checkpoint, measure
         unlearning = config.unlearning
         self.epoch = -(-len(sets.forget) // unlearning.batch_size)  # in steps
         self.last_step = last_step(config, len(sets.forget))
@@ -114,12 +116,20 @@ class Loop:
             elif self.state.step == self.until:
                 return None
             else:
+                self.measure_if_due()
                 reason = self.refresh_if_due() or self.take_step() or self.evaluate_if_due()
+        self.measure_if_due(at_the_end=True)
         self._write({"event": "stop", "reason": reason})
         return reason
 
     def _due(self, every: int | None) -> bool:
         return self.state.step % (every or self.epoch) == 0
+
+    def measure_if_due(self, at_the_end: bool = False) -> None:
+        """Let the caller measure the live model."""
+        every = self.config.evaluation_every
+        if self._measure is not None and every is not None and (at_the_end or self.state.step % every == 0):
+            self._measure(self.state.step, self.engine)
 
     def begin(self) -> str | None:
         """Look at the model before the first step."""
@@ -264,12 +274,16 @@ class Loop:
     def _extraction(self) -> list[float]:
         ranks, stopping = self.engine.ranks, self.config.stopping
         mine = list(range(ranks.rank, len(self.sets.forget), ranks.size))
-        token_ids = self.sets.forget["token_ids"].take(mine).to_pylist()
+        samples = self.sets.forget.take(mine)
         self.engine.settle()
         found = extraction_likelihoods(
-            self.engine.model, token_ids, stopping.extraction_n, stopping.extraction_stride,
+            self.engine.model,
+            samples["token_ids"].to_pylist(),
+            stopping.extraction_n,
+            stopping.extraction_stride,
             all_ranks=self.engine.stage == 3,
-        )  # fmt: skip
+            scored=samples["scored"].to_pylist(),
+        )
         self.engine.settle()
         return [el for _, el in sorted(ranks.gather(list(zip(mine, found, strict=True))))]
 

@@ -18,6 +18,11 @@ def load(config: UnlearnConfig, device: torch.device) -> PreTrainedModel:
             raise UserError(f"lora.rank: model.path {path} holds an adapter already, which is trained with rank: 0")
         add_lora(model, config)
     if adapter or config.lora.rank:
+        names = [name for name, _ in model.named_parameters()]
+        if more := [name for name in names if "modules_to_save" in name]:
+            raise UserError(f"model.path: the adapter in {path} trains whole layers too ({more[0]}); merge it first")
+        if not any("lora_" in name for name in names):
+            raise UserError(f"model.path: the adapter in {path} has no LoRA factors; merge it first")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
     return model.eval()

@@ -175,7 +175,9 @@ class MRDSampler(torch.utils.data.Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the draws of the next iteration, 0 <= epoch < 2**32."""
+        """Choose the draws of the next iteration, 0 <= epoch < 2**32. Raises ValueError."""
+        if not 0 <= epoch < 2**32:
+            raise ValueError(f"epoch: {epoch}; expected a number from 0 to 2**32 - 1")
         self._epoch = epoch
 
     def __len__(self) -> int:

@@ -57,7 +57,9 @@ def _refuse_unusable(path: str, forget: pa.Table) -> None:
 def _retain(
     config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, context_length: int | None, console: Console
 ) -> pa.Table:
-    own = config.retain.model_dump(include={"path", "name", "split", "max_samples"})
+    own = config.retain.model_dump(exclude={"text"}) | {"where": {}}
+    if config.retain.text is not None:
+        own |= {"text": config.retain.text, "prompt": None, "response": None, "id": None, "score_on": "all"}
     data = DataConfig(**(config.data.model_dump() | own))
     try:
         retain = samples_table.build(data, tokenizer, context_length)

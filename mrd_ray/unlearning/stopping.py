@@ -7,6 +7,13 @@ from statistics import fmean
 from mrd_ray.config import StoppingConfig
 
 _FLOOR_NATS = 0.1  # of a memorised retain set, twice the loss may still be next to none
+# what is logged of a model, as people read it
+TITLES = {
+    "forget_memorization_accuracy": "forget MA: share of tokens that are the likeliest",
+    "forget_extraction_likelihood": "forget EL: share of n-grams given away",
+    "forget_log_prob": "forget log-likelihood, nats per sample",
+    "retain_loss": "retain perplexity",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,9 @@ def retain_loss_limit(stopping: StoppingConfig, initial: Evaluation) -> float:
     """The utility floor as a loss in nats; infinite where there is none."""
     if stopping.max_retain_loss_ratio is None or initial.retain_loss is None:
         return math.inf
-    return max(stopping.max_retain_loss_ratio * initial.retain_loss, initial.retain_loss + _FLOOR_NATS)
+    ratio, before = stopping.max_retain_loss_ratio, initial.retain_loss
+    # the loss so many times what it was, or the perplexity: of an ordinary model, twice the loss is no limit at all
+    return max(min(ratio * before, before + math.log(ratio)), before + _FLOOR_NATS)
 
 
 def below_floor(stopping: StoppingConfig, initial: Evaluation, now: Evaluation) -> str | None:

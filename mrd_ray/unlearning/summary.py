@@ -7,19 +7,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mrd_ray.errors import UserError
+from mrd_ray.unlearning.stopping import TITLES
 from mrd_ray.unlearning.unlearn import UnlearnRun
-
-_ROWS = {
-    "forget_memorization_accuracy": "forget MA: share of tokens that are the likeliest",
-    "forget_extraction_likelihood": "forget EL: share of n-grams given away",
-    "forget_log_prob": "forget log-likelihood, nats per sample",
-    "retain_loss": "retain perplexity",
-}
 
 
 def show(console: Console, finished: UnlearnRun) -> None:
     """Print the summary."""
     evaluations = [line for line in finished.log if line["event"] == "evaluation"]
+    if not evaluations:
+        raise UserError(f"{finished.run.path('metrics.jsonl')} has no evaluation; use another directory")
     before = evaluations[0]
     after = next(line for line in reversed(evaluations) if line["step"] == finished.step)
     unlearning = finished.config.unlearning
@@ -29,13 +26,14 @@ def show(console: Console, finished: UnlearnRun) -> None:
         soft_wrap=True, highlight=False,
     )  # fmt: skip
     if finished.failed:
-        console.print(f"[red]The result is the last good state, of step {finished.step}", highlight=False)
+        which = "last good" if finished.config.checkpoints.best_by == "last" else "best"
+        console.print(f"[red]The result is the {which} state, of step {finished.step}", highlight=False)
         if finished.step == 0:
             console.print("[red]That is the model as it was: nothing has been unlearned", highlight=False)
     elif finished.log[-1]["step"] != finished.step:
         console.print(f"The result is the state of step {finished.step}, the best", highlight=False)
     table = Table("", "before", "after", title_justify="left")
-    for name, title in _ROWS.items():
+    for name, title in TITLES.items():
         if before[name] is not None:
             table.add_row(title, _cell(name, before), _cell(name, after))
     console.print(table)

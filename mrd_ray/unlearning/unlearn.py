@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from mrd_ray.scoring.pool import Pool
 from mrd_ray.scoring.score import score
 from mrd_ray.unlearning import engine, log, sets
 from mrd_ray.unlearning import model as trained
+from mrd_ray.unlearning.engine import Engine
 from mrd_ray.unlearning.loop import Sets, last_step
 from mrd_ray.unlearning.watch import Watch
-from mrd_ray.unlearning.worker import Job, work
+from mrd_ray.unlearning.worker import RANKED_BY, Job, work
 
 _CHECKPOINTS = "checkpoints"
-_OWNS = ("model", _CHECKPOINTS, "scores", "refreshes", log.NAME)
+_OWNS = ("model", _CHECKPOINTS, "scores", "refreshes", "evaluations", log.NAME)
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,18 @@ class UnlearnRun:
         return self.step == 0 or self.reason.startswith(("diverged", "utility floor"))
 
 
-def unlearn(config: UnlearnConfig) -> UnlearnRun:
+def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None = None) -> UnlearnRun:
     """Unlearn a forget set; go on, if the run directory holds such a run already.
+
+    Args:
+        config: all settings.
+        measure: gives a table from the live model every `evaluation_every` steps; called on all ranks alike.
 
     Raises:
         UserError: bad input or settings, a run directory of something else, or workers that failed too often.
     """
     console = Console(stderr=True)
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     run = RunDirectory(config.run.dir)
     with run.locked():
         path = models.directory(config.model)
@@ -78,14 +84,14 @@ def unlearn(config: UnlearnConfig) -> UnlearnRun:
         done = run.manifest().get("outcome")
         if done is None or done["config"] != config.model_dump(mode="json") or not run.exists("model"):
             with pipeline.cluster(log_to_driver=False):  # what matters is in the log; the rest is libraries' chatter
-                outcome = _Rounds(config, run, of_run, models.files_digest(path)).work_off()
+                outcome = _Rounds(config, run, of_run, models.files_digest(path), measure).work_off()
             run.record("outcome", outcome | {"config": config.model_dump(mode="json")})
             done = outcome
     return UnlearnRun(run, config, done["reason"], done["step"], log.read(run))
 
 
-def _with_absolute_paths(config: UnlearnConfig) -> UnlearnConfig:
-    """Workers have a working directory of their own."""
+def with_absolute_paths(config: UnlearnConfig) -> UnlearnConfig:
+    """The same settings for workers, which have a working directory of their own."""
 
     def absolute(path: str | None) -> str | None:
         return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().exists() else path
@@ -93,8 +99,15 @@ def _with_absolute_paths(config: UnlearnConfig) -> UnlearnConfig:
     model = config.model.model_copy(
         update={"path": absolute(config.model.path), "tokenizer": absolute(config.model.tokenizer)}
     )
+    judges = {name: absolute(getattr(config.evaluation, name)) for name in ("embedding_model", "toxicity_model")}
     run = config.run.dir if "://" in config.run.dir else str(Path(config.run.dir).expanduser().absolute())
-    return config.model_copy(update={"model": model, "run": RunConfig(dir=run)})
+    return config.model_copy(
+        update={
+            "model": model,
+            "run": RunConfig(dir=run),
+            "evaluation": config.evaluation.model_copy(update=judges),
+        }
+    )
 
 
 def _identity(config: UnlearnConfig, path: Path, tokenizer: str, of_run: Sets) -> dict[str, Any]:
@@ -126,6 +139,7 @@ class _Rounds:
     run: RunDirectory
     sets: Sets
     files_digest: str
+    measure: Callable[[Engine], pa.Table] | None
 
     def work_off(self) -> dict[str, Any]:
         """Train until there is a reason to stop, put the result in place, and say which it is."""
@@ -134,14 +148,16 @@ class _Rounds:
         deepspeed = engine.configuration(config, pool.actors)
         self._refuse_newest(pool.actors)
         reference = ray.put(self.sets)
+        measure = None if self.measure is None else ray.put(self.measure)
         by_actors = config.unlearning.refresh == "actors" and config.unlearning.weighting != "uniform"
         with Watch(self.run, last_step(config, len(self.sets.forget))):
             while True:
                 until, scores = self._round() if by_actors else (None, None)
-                job = Job(config, deepspeed, reference, self.files_digest, until, scores)
+                job = Job(config, deepspeed, reference, self.files_digest, until, scores, measure)
                 result = self._fit(job, pool)
                 if (fatal := result.return_value.get("fatal")) is not None:
-                    raise UserError(fatal)
+                    kept = " Checkpoints are in the run directory, each with a model/." if self._newest() else ""
+                    raise UserError(f"{fatal.rstrip('.')}.{kept}")
                 if (reason := result.return_value["reason"]) is not None:
                     break
         return {"reason": reason, "step": self._export(result)}
@@ -162,7 +178,13 @@ class _Rounds:
         """The checkpoint that a fit would go on from."""
         if not self.run.exists(f"{_CHECKPOINTS}/checkpoint_manager_snapshot.json"):
             return None
-        result = Result.from_path(f"{self.run.uri}/{_CHECKPOINTS}")
+        try:
+            result = Result.from_path(f"{self.run.uri}/{_CHECKPOINTS}")
+        except (RuntimeError, ValueError, OSError) as problem:
+            raise UserError(
+                f"{self.run.path(_CHECKPOINTS)} is damaged ({problem}); start anew in another directory, from the "
+                "model/ of one of its checkpoints if need be"
+            ) from None
         return None if result.checkpoint is None else (result.checkpoint, result.metrics)
 
     def _refuse_newest(self, workers: int) -> None:
@@ -180,8 +202,8 @@ class _Rounds:
                 "use another directory for fewer"
             )
 
-    def _round(self) -> tuple[int, tuple[pa.Table, float] | None]:
-        """Where the coming round ends, and scores if it begins with a refresh."""
+    def _round(self) -> tuple[int, tuple[int, pa.Table, float] | None]:
+        """Where the coming round ends, and what `Job.scores` is, if it begins with a refresh."""
         newest = self._newest()
         step = 0 if newest is None else int(newest[1]["step"])
         epoch = -(-len(self.sets.forget) // self.config.unlearning.batch_size)
@@ -205,7 +227,7 @@ class _Rounds:
             )
         )
         self.run.write_table(f"scores/step-{step:06d}.parquet", finished.scores)
-        return until, (finished.scores, time.monotonic() - started)
+        return until, (step, finished.scores, time.monotonic() - started)
 
     def _fit(self, job: Job, pool: Pool) -> Result:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -226,7 +248,7 @@ class _Rounds:
                 failure_config=FailureConfig(max_failures=self.config.ray.max_failures),
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=keep,
-                    checkpoint_score_attribute=None if best_by == "last" else best_by,
+                    checkpoint_score_attribute=None if best_by == "last" else RANKED_BY,
                     checkpoint_score_order="min",
                 ),
             ),

@@ -56,7 +56,8 @@ class Watch:
         if line["event"] == "stop":
             return
         if line["event"] == "step":
-            self._losses = f", forget loss {line['forget_loss']:.3g}"
+            forget_loss = line["forget_loss"]
+            self._losses = f", forget loss {'not finite' if forget_loss is None else f'{forget_loss:.3g}'}"
             if line["retain_loss"] is not None:
                 self._losses += f", retain loss {line['retain_loss']:.3g}"
         elif line["event"] == "evaluation":

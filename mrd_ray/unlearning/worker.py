@@ -1,5 +1,8 @@
 """One worker of the Ray Train job: loads the model, goes on from the newest checkpoint, runs the loop, reports."""
 
+import hashlib
+import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -32,7 +35,8 @@ class Job:
     """What a round of training is given.
 
     sets: a reference to `Sets` in Ray's object store. deepspeed: of `engine.configuration`. until, scores: with
-    refreshes by actors, the step to stop at, and the scores of the step to start at with the seconds they took.
+    refreshes by actors, the step to stop at, and the step of which there are scores, these, and the seconds they took.
+    measure: a reference to a function of the live engine that gives a table every `evaluation_every` steps, or None.
     """
 
     config: UnlearnConfig
@@ -40,7 +44,11 @@ class Job:
     sets: ray.ObjectRef
     files_digest: str
     until: int | None = None
-    scores: tuple[pa.Table, float] | None = None
+    scores: tuple[int, pa.Table, float] | None = None
+    measure: ray.ObjectRef | None = None
+
+
+RANKED_BY = "ranked_by"  # among what is reported with each checkpoint
 
 
 def work(settings: dict[str, Job]) -> dict[str, Any]:
@@ -65,6 +73,8 @@ def work(settings: dict[str, Job]) -> dict[str, Any]:
 def _train(job: Job, ranks: Ranks) -> str | None:
     config = job.config
     run = RunDirectory(config.run.dir)
+    for left in Path(tempfile.gettempdir()).glob(f"{_prefix(config, ranks)}*"):  # by a worker that was killed
+        shutil.rmtree(left, ignore_errors=True)
     engine = Engine(ranks.agree(lambda: _model(job)), config, job.deepspeed, ranks)
     state = State()
     if (checkpoint := ray.train.get_checkpoint()) is not None:
@@ -76,6 +86,11 @@ def _train(job: Job, ranks: Ranks) -> str | None:
     def keep_scores(step: int, scores: pa.Table) -> None:
         run.write_table(f"scores/step-{step:06d}.parquet", scores)
 
+    def measure(step: int, engine: Engine) -> None:
+        table = ray.get(job.measure)(engine)
+        if ranks.rank == 0:
+            _alone(run.write_table)(f"evaluations/step-{step:06d}.parquet", table)
+
     loop = Loop(
         config,
         ray.get(job.sets),
@@ -85,9 +100,10 @@ def _train(job: Job, ranks: Ranks) -> str | None:
         log=_alone(log or (lambda line: None)),
         keep_scores=_alone(keep_scores),
         checkpoint=lambda metrics, write: _report(metrics, write, config, ranks),
+        measure=measure if job.measure is not None else None,
     )
-    if job.scores is not None and state.scored_at != state.step:
-        loop.adopt(*job.scores)
+    if job.scores is not None and state.scored_at < job.scores[0] == state.step:
+        loop.adopt(*job.scores[1:])
     reason = loop.run()
     if log is not None:
         log.close()
@@ -119,14 +135,27 @@ def _model(job: Job) -> PreTrainedModel:
     return model
 
 
+def _rank_of(metrics: dict[str, Any], config: UnlearnConfig) -> float:
+    """What the best checkpoint has least of. The model as it was is no result, and makes room for others."""
+    best_by = config.checkpoints.best_by
+    if best_by == "last":
+        return 0.0
+    return float(metrics[best_by]) if metrics["step"] else sys.float_info.max
+
+
+def _prefix(config: UnlearnConfig, ranks: Ranks) -> str:
+    """Of the folders where this rank writes its part of a checkpoint: the run's own."""
+    return f"mrd_ray-checkpoint-{hashlib.sha256(config.run.dir.encode()).hexdigest()[:16]}-{ranks.rank}-"
+
+
 def _report(metrics: dict[str, Any], write: Callable[[Path], None], config: UnlearnConfig, ranks: Ranks) -> None:
     """Write this rank's part of a checkpoint, and let Ray Train bring it to the run directory meanwhile."""
-    folder = Path(tempfile.mkdtemp(prefix="mrd_ray-checkpoint-"))
+    folder = Path(tempfile.mkdtemp(prefix=_prefix(config, ranks)))
     write(folder)
     if ranks.rank == 0:
         models.load_tokenizer(config.model).save_pretrained(folder / "model")
     ray.train.report(
-        metrics | {"workers": ranks.size},
+        metrics | {"workers": ranks.size, RANKED_BY: _rank_of(metrics, config)},
         checkpoint=ray.train.Checkpoint.from_directory(folder),
         checkpoint_dir_name=f"step-{metrics['step']:06d}",
         checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,

@@ -2,12 +2,18 @@
 
 import json
 
+import peft
 import pytest
+import torch
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
 
 from mrd_ray import cli
-from mrd_ray.config import UnlearnConfig
+from mrd_ray.config import ScoringConfig, UnlearnConfig
 from mrd_ray.errors import UserError
+from mrd_ray.runs import RunDirectory
+from mrd_ray.unlearning import log
+from mrd_ray.unlearning import model as trained
 from mrd_ray.unlearning.engine import configuration, with_retain
 
 GA = {"unlearning__method": "ga"}
@@ -238,6 +244,39 @@ def test_what_goes_together(settings):
     """From Python and on the command line, which mean the same."""
     found = config(settings)
     assert found.scoring.estimator == settings.get("scoring__estimator", "closed_form")
-    line = cli.parser()
-    flags = line.instantiate(line.parse_args(command(settings)))["unlearn"].as_dict()
-    assert UnlearnConfig(**{key: value for key, value in flags.items() if key not in ("config", "__path__")}) == found
+    assert cli.settings(cli.parser(), command(settings)) == found
+
+
+def test_a_pattern_of_layers_must_be_one():
+    with pytest.raises(ValidationError, match="no regular expression"):
+        config({"lora__rank": 2, "lora__target_modules": "q_proj("})
+
+
+def test_scoring_is_closed_form_unless_said_in_python_too():
+    tree = {"model": {"path": "m"}, "data": {"path": "d"}, "run": {"dir": "r"}, "unlearning": {"method": "ga"}}
+    assert UnlearnConfig(**tree, scoring=ScoringConfig(sigma=1e-6)).scoring.estimator == "closed_form"
+    said = ScoringConfig(estimator="monte_carlo", sigma=1e-6)
+    assert UnlearnConfig(**tree, scoring=said).scoring == said
+
+
+def test_a_damaged_log_is_named(tmp_path):
+    run = RunDirectory(str(tmp_path))
+    run.write(log.NAME, b'{"step": 0, "event"')
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
+        log.read(run)
+
+
+def test_an_adapter_of_more_than_lora_is_refused(tiny_model_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.add_adapter(
+        peft.LoraConfig(
+            r=2,
+            target_modules=["q_proj"],
+            modules_to_save=["norm"],
+            base_model_name_or_path=str(tiny_model_dir),
+            task_type="CAUSAL_LM",
+        )
+    )
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="trains whole layers too"):
+        trained.load(config({"model__path": str(tmp_path)}), torch.device("cpu"))

@@ -96,6 +96,20 @@ def test_definition(name, dtype):
                 assert extraction_likelihoods(model, samples, n, stride, rows) == approx(expected)
 
 
+def test_of_a_scored_response_the_prompt_is_given():
+    model = model_of("llama", torch.float64)
+    reference = Reference(model)
+    sample, n = max(half_known(reference), key=len), 2
+    start, stop = 4, len(sample) - 1  # a prompt of four tokens, and one after the response
+    scored = [start <= t < stop for t in range(len(sample))]
+    overlaps = [
+        overlap(reference.continuation(sample[:t], stop - t), sample[t:stop], n) for t in range(start, stop - n + 1)
+    ]
+    found = extraction_likelihoods(model, [sample], n, scored=[scored])
+    assert found == approx([sum(overlaps) / len(overlaps)])
+    assert found != approx(extraction_likelihoods(model, [sample], n))
+
+
 def test_too_short_a_sample_has_none():
     found = extraction_likelihoods(model_of("llama"), SAMPLES, 3)
     assert [math.isnan(value) for value in found] == [False, True, True, False]

@@ -339,3 +339,9 @@ def test_ten_million_samples():
     assert seconds < 20
     assert gigabytes < 3
     assert ratio == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("epoch", [-1, 2**32])
+def test_an_epoch_out_of_range_is_refused_at_once(epoch):
+    with pytest.raises(ValueError, match="epoch"):
+        MRDSampler(table()).set_epoch(epoch)

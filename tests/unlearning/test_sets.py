@@ -75,6 +75,14 @@ def test_forget_and_retain_set(build):
     assert shown == "Reading /[b]f.jsonl\nReading /retain.jsonl\n"
 
 
+def test_a_retain_set_may_be_of_texts_beside_a_forget_set_of_prompts(build, tokenizer):
+    texts = ["The mill stands by the Sarn.", "Bells ring at noon."]
+    settings = {"data__prompt": "prompt", "data__response": "response", "data__score_on": "response", "data__id": "id"}
+    found, _ = build(retain=[{"text": text} for text in texts], retain__text="text", **settings)
+    assert sorted(found.retain["text"].to_pylist()) == sorted(texts)
+    assert all(sum(scored) == len(scored) - 1 for scored in found.retain["scored"].to_pylist())
+
+
 def test_watched_samples(build):
     def watched(seed, count):
         found, _ = build(retain=RETAIN, unlearning__seed=seed, stopping__retain_samples=count)

@@ -81,9 +81,11 @@ def test_means():
 @pytest.mark.parametrize(
     ("ratio", "initial", "limit"),
     [
-        (2.0, 1.5, 3.0),
-        (1.2, 1.5, 1.8),
-        (2.0, 0.1, 0.2),  # where both say the same
+        (2.0, 0.5, 1.0),
+        (2.0, 1.5, 1.5 + math.log(2)),  # twice the perplexity comes before twice the loss
+        (2.0, 4.05, 4.05 + math.log(2)),  # twice the loss would be more than knowing nothing of 512 tokens
+        (1.2, 1.5, 1.5 + math.log(1.2)),
+        (2.0, 0.1, 0.2),  # where loss and nats say the same
         (2.0, 0.01, 0.11),  # memorised: twice next to nothing is next to nothing
         (2.0, 0.0, 0.1),
         (1.01, 1.5, 1.6),
@@ -105,7 +107,7 @@ def test_utility_floor(ratio, initial, limit):
 
 def test_what_the_floor_says():
     stopping = StoppingConfig(max_retain_loss_ratio=1.5)
-    expected = "utility floor: the retain loss is 1.75, over 1.5 (it was 1; stopping.max_retain_loss_ratio is 1.5)"
+    expected = "utility floor: the retain loss is 1.75, over 1.41 (it was 1; stopping.max_retain_loss_ratio is 1.5)"
     assert below_floor(stopping, evaluation(retain_loss=1.0), evaluation(retain_loss=1.75)) == expected
 
 

@@ -119,6 +119,17 @@ def test_refreshes_by_actors_are_those_in_place(files, tmp_path, more):
         np.testing.assert_allclose(b, a, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_the_best_is_never_the_model_as_it_was(files, tmp_path):
+    """Which has the lowest retain loss of all, and must not take the place of a result either."""
+    settings = {"checkpoints__best_by": "retain_loss", "checkpoints__keep": 1, "unlearning__learning_rate": 3e-3}
+    outcome = unlearn(config(files, tmp_path, **settings))
+    losses = {line["step"]: line["retain_loss"] for line in outcome.log if line["event"] == "evaluation"}
+    assert losses[0] == min(losses.values())
+    assert outcome.step == min((step for step in losses if step), key=losses.__getitem__)
+    assert not outcome.failed
+
+
 def test_a_learning_rate_that_diverges_keeps_the_last_good_checkpoint(files, tmp_path):
     wild = unlearn(
         config(files, tmp_path, unlearning__learning_rate=1e30, unlearning__method="graddiff", ray__workers=1)

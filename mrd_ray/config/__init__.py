@@ -1,0 +1,50 @@
+"""Every setting, in one frozen tree per command. The descriptions here are the ones `--help` prints."""
+
+from mrd_ray.config.base import ModelConfig, RayConfig, RunConfig
+from mrd_ray.config.data import DataConfig, RetainConfig
+from mrd_ray.config.demo import DemoConfig
+from mrd_ray.config.evaluation import EvaluateConfig, EvaluatedSet, EvaluationConfig, MembershipConfig, Metric
+from mrd_ray.config.report import ReportConfig
+from mrd_ray.config.scoring import CompareConfig, Measure, PlanConfig, ScoreConfig, ScoringConfig
+from mrd_ray.config.tasks import TasksConfig
+from mrd_ray.config.unlearning import (
+    CheckpointsConfig,
+    DeepSpeedConfig,
+    LoraConfig,
+    StoppingConfig,
+    TrackingConfig,
+    UnlearnConfig,
+    UnlearningConfig,
+    Weighting,
+    WorkersConfig,
+)
+
+__all__ = [
+    "CheckpointsConfig",
+    "CompareConfig",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "DemoConfig",
+    "EvaluateConfig",
+    "EvaluatedSet",
+    "EvaluationConfig",
+    "LoraConfig",
+    "Measure",
+    "MembershipConfig",
+    "Metric",
+    "ModelConfig",
+    "PlanConfig",
+    "RayConfig",
+    "ReportConfig",
+    "RetainConfig",
+    "RunConfig",
+    "ScoreConfig",
+    "ScoringConfig",
+    "StoppingConfig",
+    "TasksConfig",
+    "TrackingConfig",
+    "UnlearnConfig",
+    "UnlearningConfig",
+    "Weighting",
+    "WorkersConfig",
+]

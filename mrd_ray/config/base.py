@@ -1,0 +1,43 @@
+"""What the settings of all commands have in common."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, StringConstraints
+
+Name = Annotated[str, StringConstraints(min_length=1)]
+
+
+class Frozen(BaseModel):
+    """Settings that nobody changes, and of which none is misspelt."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Frozen):
+    """The causal language model whose memory is measured."""
+
+    path: Name = Field(description="Directory of a Hugging Face model, or a hub id such as Qwen/Qwen3-0.6B.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the hub id model.path.")
+    tokenizer: str | None = Field(
+        None, description="Directory of the tokenizer, or a hub id (its default branch); the model's own if unset."
+    )
+    dtype: Literal["float32", "float64", "bfloat16"] = Field(
+        "float32",
+        description="Precision of weights and forward. bfloat16 is for the closed form: it rounds small sigmas away.",
+    )
+
+
+class RunConfig(Frozen):
+    """Where results go."""
+
+    dir: Name = Field(description="Run directory: a local path or an fsspec URI. Starting again on it resumes.")
+
+
+class RayConfig(Frozen):
+    """The actor pool. Each actor holds a replica of the model: two copies of its weights, plus activations."""
+
+    actors: PositiveInt | None = Field(None, description="How many; unset, as many as the cluster has room for.")
+    cpus_per_actor: PositiveFloat = Field(1.0, description="CPUs per actor; also its number of threads (at least one).")
+    gpus_per_actor: NonNegativeFloat | None = Field(
+        None, description="GPUs per actor; unset, one if the cluster has any, else none."
+    )

@@ -1,0 +1,169 @@
+"""Settings of evaluation."""
+
+import re
+from typing import Literal
+
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from mrd_ray.config.base import Frozen, ModelConfig, RayConfig, RunConfig
+from mrd_ray.config.data import DataConfig
+
+Metric = Literal[
+    "probability",
+    "normalized_probability",
+    "truth_ratio",
+    "accuracy",
+    "embedding_accuracy",
+    "rouge_l",
+    "memorization_accuracy",
+    "extraction_likelihood",
+    "min_k",
+    "perplexity",
+    "multiple_choice",
+    "toxicity",
+]
+_OF_ALTERNATIVES = {"normalized_probability", "truth_ratio", "accuracy", "embedding_accuracy"}
+OF_ANSWERS = {"rouge_l", "embedding_accuracy", "toxicity"}  # that need the model to answer
+
+
+class EvaluatedSet(DataConfig):
+    """A set that the model is asked about, and what is measured on it."""
+
+    score_on: Literal["all", "response"] = Field(
+        "response", description="Which tokens count: the response alone, or all; all of a text, always."
+    )
+    metrics: tuple[Metric, ...] = Field(min_length=1, description="What is measured; README defines each.")
+    paraphrase: str | None = Field(
+        None, description="Column with the true answer in other words; unset, the response stands for it."
+    )
+    wrong: str | None = Field(None, description="Column with a list of wrong answers.")
+    choices: str | None = Field(
+        None,
+        description="multiple_choice: column with a list of choices; the response is the index of the right one.",
+    )
+    subject: str | None = Field(None, description="multiple_choice: column with a subject, accuracy is given by each.")
+
+    @model_validator(mode="after")
+    def _columns_serve_the_metrics(self) -> "EvaluatedSet":
+        metrics = set(self.metrics)
+        if (of := metrics & _OF_ALTERNATIVES) and self.wrong is None:
+            raise ValueError(f"metrics: {min(of)} needs `wrong`, a column with wrong answers")
+        if "multiple_choice" in metrics and (self.choices is None or len(metrics) > 1):
+            raise ValueError("metrics: multiple_choice needs `choices`, a column, and goes with no other metric")
+        texts = self.text is not None or self.path.lower().endswith(".txt")
+        if texts and (of := metrics & {"probability", *OF_ANSWERS, *_OF_ALTERNATIVES}):
+            raise ValueError(f"metrics: {min(of)} needs prompts with responses, not texts")
+        if metrics >= {"perplexity", "extraction_likelihood"}:
+            raise ValueError("metrics: perplexity, of windows, and extraction_likelihood, of whole texts; use two sets")
+        if "perplexity" in metrics and not texts:
+            raise ValueError("metrics: perplexity needs texts (`text`, or a .txt file)")
+        return self
+
+
+class MembershipConfig(Frozen):
+    """Which sets min_k tells apart. Both need it among their metrics."""
+
+    members: str = Field(description="The set that the model is thought to have been trained on.")
+    non_members: str = Field(description="A set of the same kind that it has not seen.")
+
+
+class EvaluationConfig(Frozen):
+    """The sets, and what goes for all of them."""
+
+    sets: dict[str, EvaluatedSet] = Field({}, description="Evaluated sets by name.")
+    forget: str | None = Field(
+        None, description="The set that was to be forgotten; a warning says how many of its rows are in other sets."
+    )
+    reference: str | None = Field(
+        None,
+        description="Run directory of the same evaluation of a model that never saw the forget set; with it "
+        "comes TOFU's forget quality.",
+    )
+    utility: tuple[str, ...] = Field((), description="Sets whose metrics make TOFU's model utility.")
+    membership: MembershipConfig | None = Field(None, description="Sets whose min_k gives a membership AUC.")
+    min_k_percent: tuple[PositiveFloat, ...] = Field(
+        (5, 10, 20, 30, 40, 50, 60), description="k of min_k, each in (0, 100]."
+    )
+    max_new_tokens: PositiveInt = Field(128, description="Longest generated answer, in tokens.")
+    stop: str | None = Field(None, description="A generated answer ends before the first of these, '\\n' for instance.")
+    embedding_model: str | None = Field(
+        None, description="embedding_accuracy: a sentence-transformers directory or hub id."
+    )
+    toxicity_model: str | None = Field(
+        None, description="toxicity: a text-classification directory or hub id, unitary/toxic-bert for instance."
+    )
+    toxicity_label: str = Field("toxic", description="toxicity: the label whose probability it is.")
+    extraction_n: PositiveInt = Field(10, description="n of the extraction likelihood EL_n.")
+    extraction_stride: PositiveInt = Field(1, description="EL_n starts from every so many-th prefix of a sample.")
+    perplexity_window: int = Field(1024, ge=2, description="perplexity: tokens of a window, at most the context.")
+    perplexity_stride: PositiveInt = Field(512, description="perplexity: tokens from one window to the next.")
+    zero_shot: tuple[str, ...] = Field(
+        (), description="Tasks of the LM Evaluation Harness, without examples in the prompt: hellaswag, for instance."
+    )
+    zero_shot_tasks: str | None = Field(None, description="Folder with YAML files of more such tasks.")
+    zero_shot_limit: PositiveInt | None = Field(None, description="Only so many rows of each zero-shot task.")
+    micro_batch_tokens: PositiveInt = Field(512, description="Tokens per forward, padding included.")
+    generation_batch: PositiveInt = Field(16, description="Answers that are generated together.")
+
+    @field_validator("sets")
+    @classmethod
+    def _names_are_plain(cls, sets: dict[str, EvaluatedSet]) -> dict[str, EvaluatedSet]:
+        for name in sets:
+            if re.fullmatch(r"[a-z][a-z0-9_-]*", name) is None:
+                raise ValueError(f"evaluation.sets: {name!r} is no name; expected a-z, then a-z, 0-9, _ and -")
+        return sets
+
+    @model_validator(mode="after")
+    def _groups_agree(self) -> "EvaluationConfig":
+        def require(setting: str, name: str, metrics: set[str]) -> None:
+            if name not in self.sets:
+                raise ValueError(f"evaluation.{setting}: no set {name!r}; there are {', '.join(self.sets)}")
+            if lacking := metrics - set(self.sets[name].metrics):
+                raise ValueError(f"evaluation.{setting}: set {name!r} needs {min(lacking)} among its metrics")
+
+        for metric, model in {"embedding_accuracy": "embedding_model", "toxicity": "toxicity_model"}.items():
+            asking = [name for name, evaluated in self.sets.items() if metric in evaluated.metrics]
+            if asking and getattr(self, model) is None:
+                raise ValueError(f"evaluation.{model}: set {asking[0]!r} needs it, for {metric}")
+        if self.forget is not None:
+            require("forget", self.forget, set())
+        if self.reference is not None:
+            if self.forget is None:
+                raise ValueError("evaluation.reference needs evaluation.forget, the set to compare on")
+            require("forget", self.forget, {"truth_ratio"})
+        for name in self.utility:
+            require("utility", name, {"rouge_l", "truth_ratio"})
+            if not {"probability", "normalized_probability"} & set(self.sets[name].metrics):
+                raise ValueError(f"evaluation.utility: set {name!r} needs probability or normalized_probability")
+        if self.membership is not None:
+            require("membership.members", self.membership.members, {"min_k"})
+            require("membership.non_members", self.membership.non_members, {"min_k"})
+        if self.perplexity_stride >= self.perplexity_window:
+            raise ValueError(
+                f"evaluation.perplexity_stride: {self.perplexity_stride} is not under perplexity_window, "
+                f"{self.perplexity_window}: windows must overlap, since the first token of each has none before it"
+            )
+        if wide := [k for k in self.min_k_percent if k > 100]:
+            raise ValueError(f"evaluation.min_k_percent: {wide[0]:g} is over 100")
+        return self
+
+
+class EvaluateConfig(Frozen):
+    """Measure what a model still knows, of what it was to forget and of the rest."""
+
+    model: ModelConfig
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description=str(EvaluationConfig.__doc__))
+    run: RunConfig
+    ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
+
+    @model_validator(mode="after")
+    def _something_is_measured(self) -> "EvaluateConfig":
+        if not self.evaluation.sets and not self.evaluation.zero_shot:
+            raise ValueError("evaluation.sets: none; give some, evaluation.zero_shot, or --task")
+        return self

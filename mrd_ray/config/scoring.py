@@ -1,0 +1,143 @@
+"""Settings of scoring, of its plan, and of comparing two runs."""
+
+import re
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from mrd_ray.config.base import Frozen, ModelConfig, Name, RayConfig, RunConfig
+from mrd_ray.config.data import DataConfig
+
+Measure = Literal["mean_log_prob", "entropy", "memorization_accuracy", "log_prob_gradient_norm"]
+
+
+class ScoringConfig(Frozen):
+    """Memory Removal Difficulty (arXiv 2504.06658), and how to estimate it."""
+
+    estimator: Literal["monte_carlo", "closed_form"] = Field(
+        "monte_carlo",
+        description="Algorithm 1 as it stands, or its small-sigma limit from exact per-sample gradient norms: "
+        "one forward and one backward instead of K + 1 forwards, and no sampling error.",
+    )
+    parameters: Name = Field(
+        "all",
+        description="Which parameters count as theta: all, lora (the factors of a LoRA adapter), "
+        "or a regular expression found in their names, such as 'layers[.](20|21)[.]'.",
+    )
+    sigma: PositiveFloat = Field(1e-5, description="Standard deviation of the parameter noise.")
+    statistic: Literal["mean_abs", "abs_mean"] = Field(
+        "mean_abs", description="Which one is `mrd`: E|Delta| (Algorithm 1) or |E Delta| (Definition 3.1)."
+    )
+    seed: NonNegativeInt = Field(0, lt=2**32, description="Seed of the noise.")
+    micro_batch_tokens: PositiveInt = Field(
+        512,
+        description="Tokens per forward, padding included: few pad less, which suits CPUs; 16384 suits a GPU. "
+        "Part of the run's identity: shapes decide rounding.",
+    )
+    num_draws: PositiveInt = Field(
+        200, lt=2**32, description="monte_carlo: K, how many perturbations. A later run can add some."
+    )
+    antithetic: bool = Field(
+        False,
+        description="monte_carlo: each draw evaluates theta + delta and theta - delta. Their half sum resolves the "
+        "second-order E Delta, which plain draws cannot at small sigma.",
+    )
+    target_relative_se: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="monte_carlo: after num_draws, add draws to the samples whose standard error is over this share "
+        "of their score, twice as many in all each time, until none is or max_draws is reached.",
+    )
+    max_draws: PositiveInt = Field(3200, lt=2**32, description="monte_carlo: the most that target_relative_se may use.")
+    allow_low_precision: bool = Field(
+        False,
+        description="monte_carlo: score even where model.dtype rounds sigma away; every row says so.",
+    )
+    curvature_probes: NonNegativeInt = Field(
+        0,
+        description="closed_form: Hutchinson probes of the Hessian's trace (Theorem 3.2), each some nine forwards. "
+        "They give abs_mean, nonlinearity, and the correction that large sigmas need.",
+    )
+    allow_slow_parameters: bool = Field(
+        False,
+        description="closed_form: parameters that no rule covers are differentiated sample by sample, not refused.",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="closed_form: recompute layers in the backward; long samples need less memory."
+    )
+    measures: tuple[Measure, ...] = Field(
+        (),
+        description="Other measures of difficulty, as columns from the same pass: mean_log_prob, entropy, "
+        "memorization_accuracy; with closed_form also log_prob_gradient_norm.",
+    )
+
+    @field_validator("parameters")
+    @classmethod
+    def _parameters_is_a_pattern(cls, parameters: str) -> str:
+        try:
+            re.compile(parameters)
+        except re.error as problem:
+            raise ValueError(f"scoring.parameters: {parameters!r} is not a regular expression: {problem}") from None
+        return parameters
+
+    @model_validator(mode="after")
+    def _settings_fit_the_estimator(self) -> "ScoringConfig":
+        other = {
+            "monte_carlo": ("curvature_probes", "allow_slow_parameters", "gradient_checkpointing"),
+            "closed_form": ("antithetic", "target_relative_se", "allow_low_precision"),
+        }[self.estimator]
+        if misplaced := [name for name in other if getattr(self, name)]:
+            raise ValueError(f"scoring.{misplaced[0]} has no meaning with scoring.estimator: {self.estimator}")
+        if self.estimator == "monte_carlo" and "log_prob_gradient_norm" in self.measures:
+            raise ValueError("scoring.measures: log_prob_gradient_norm needs scoring.estimator: closed_form")
+        if self.estimator == "closed_form" and self.sigma > 1e-3:
+            raise ValueError(f"scoring.sigma: {self.sigma:g} is too large for closed_form, which holds to about 1e-3")
+        if self.estimator == "closed_form" and self.sigma > 1e-4 and not self.curvature_probes:
+            raise ValueError(
+                f"scoring.sigma: {self.sigma:g} with closed_form needs scoring.curvature_probes, 16 say: "
+                "the small-sigma limit holds to about 1e-4"
+            )
+        if self.estimator == "closed_form" and self.statistic == "abs_mean" and not self.curvature_probes:
+            raise ValueError("scoring.statistic: abs_mean with closed_form needs scoring.curvature_probes, 16 say")
+        if self.target_relative_se is not None and self.num_draws < 16:
+            raise ValueError(
+                f"scoring.num_draws: {self.num_draws} with scoring.target_relative_se; expected at least 16, "
+                "since a standard error from fewer may be small by chance"
+            )
+        if self.target_relative_se is not None and self.max_draws < self.num_draws:
+            raise ValueError(f"scoring.max_draws: {self.max_draws} is under scoring.num_draws, {self.num_draws}")
+        return self
+
+
+class ScoreConfig(Frozen):
+    """Score every sample of a forget set by how hard it is to unlearn (its MRD)."""
+
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig
+    scoring: ScoringConfig = Field(ScoringConfig(), description=str(ScoringConfig.__doc__))
+    ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
+
+
+class CompareConfig(Frozen):
+    """Say how far two runs agree on the same samples, whatever their estimator, sigma, K, precision or model."""
+
+    run_a: str = Field(description="A run directory, or a scores.parquet.")
+    run_b: str = Field(description="Another.")
+    out: str = Field("compare.png", description="Where the scatter plot goes.")
+
+
+class PlanConfig(Frozen):
+    """Say what scoring would cost, without loading the model's weights or starting Ray."""
+
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig | None = Field(None, description="Not used; so that a configuration of `score` can be planned.")
+    scoring: ScoringConfig = Field(ScoringConfig(), description=str(ScoringConfig.__doc__))
+    ray: RayConfig = Field(RayConfig(actors=1), description="The cluster's shape.")
+    tflops: PositiveFloat | None = Field(
+        None,
+        description="Sustained float32 TFLOP/s of one actor. Unset: measured on this machine's CPU for CPU actors; "
+        "a cautious guess for GPU actors.",
+    )

@@ -1,0 +1,229 @@
+"""Settings of unlearning."""
+
+import re
+from typing import Any, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from mrd_ray.config.base import Frozen, ModelConfig, RunConfig
+from mrd_ray.config.data import DataConfig, RetainConfig
+from mrd_ray.config.evaluation import EvaluationConfig
+from mrd_ray.config.scoring import ScoringConfig
+
+Weighting = Literal["mrd", "inverse_mrd", "uniform"]
+
+
+class UnlearningConfig(Frozen):
+    """The method, which samples it takes, and how far it goes."""
+
+    method: Literal["ga", "graddiff", "po", "npo"] = Field(
+        "npo",
+        description="ga: ascent on the forget set (with weighting: mrd, the paper's Curriculum Gradient Ascent); "
+        "graddiff: ascent there, descent on the retain set; po: descent on refusals of the forget set's prompts, "
+        "and on the retain set; npo: negative preference optimisation, and descent on the retain set.",
+    )
+    weighting: Weighting = Field(
+        "mrd",
+        description="How forget samples are drawn, with replacement: by MRD (Algorithm 2: easy ones more often), "
+        "by 1/MRD, or all alike.",
+    )
+    retain_weight: NonNegativeFloat = Field(1.0, description="lambda, the retain loss's weight; of all methods but ga.")
+    beta: PositiveFloat = Field(0.1, description="npo: inverse temperature.")
+    refusals: str | None = Field(
+        None, description="po: a .txt file with a refusal a line; each draw of a forget sample takes one by chance."
+    )
+    learning_rate: PositiveFloat = Field(5e-5, description="Of AdamW, constant.")
+    weight_decay: NonNegativeFloat = Field(0.01, description="Of AdamW.")
+    max_grad_norm: NonNegativeFloat = Field(1.0, description="Gradients are clipped to this norm; 0 for no clipping.")
+    batch_size: PositiveInt = Field(
+        8, description="Forget samples per optimiser step, over all workers; as many retain samples go with them."
+    )
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="Samples per forward and worker, gradients being accumulated; unset, a worker's whole share."
+    )
+    epochs: PositiveInt = Field(5, description="The most passes over the forget set, in number of draws.")
+    steps: PositiveInt | None = Field(None, description="The most optimiser steps; goes over epochs.")
+    seed: NonNegativeInt = Field(0, lt=2**32, description="Of the draws, and of new LoRA factors.")
+    refresh_every: PositiveInt | None = Field(
+        None, description="Score the forget set anew every so many steps; unset, once an epoch."
+    )
+    refresh: Literal["in_place", "actors"] = Field(
+        "in_place",
+        description="in_place: the workers score, on the live weights. actors: training stops for `mrd-ray score` on "
+        "the checkpoint, with machines of its own; about a minute each time.",
+    )
+
+    @model_validator(mode="after")
+    def _settings_fit_the_method(self) -> "UnlearningConfig":
+        if (self.method == "po") != (self.refusals is not None):
+            if self.method == "po":
+                raise ValueError("unlearning.method: po needs unlearning.refusals, a .txt file with a refusal a line")
+            raise ValueError(f"unlearning.refusals has no meaning with unlearning.method: {self.method}")
+        return self
+
+
+class StoppingConfig(Frozen):
+    """When to stop before the last step."""
+
+    evaluate_every: PositiveInt | None = Field(
+        None,
+        description="Steps between evaluations, each a pass over the forget set that ends in a checkpoint; unset, once "
+        "an epoch.",
+    )
+    forgotten: Literal["every", "mean", "never"] = Field(
+        "every",
+        description="Appendix C.4 of the paper: stop when EL_n and MA of every forget sample, or their means, are "
+        "below their averages on the initial model. never: go on to the last step.",
+    )
+    extraction_n: NonNegativeInt = Field(
+        10, description="n of the extraction likelihood EL_n; 0 leaves EL out, which saves its generation."
+    )
+    extraction_stride: PositiveInt = Field(
+        1, description="EL_n starts from every so many-th prefix of a sample; 1 is the definition, more costs less."
+    )
+    max_retain_loss_ratio: float | None = Field(
+        2.0,
+        gt=1,
+        description="Utility floor: stop when the retain loss, or its exponential, the perplexity, is over this many "
+        "times what it was (not before the loss is over 0.1 nats above), and keep the checkpoint before. Unset (null): "
+        "no floor.",
+    )
+    retain_samples: PositiveInt = Field(64, description="Retain samples that the floor is measured on.")
+
+
+class CheckpointsConfig(Frozen):
+    """What a run goes on from, and which state becomes the result."""
+
+    keep: PositiveInt = Field(2, description="How many to keep.")
+    best_by: Literal["last", "forget_memorization_accuracy", "retain_loss"] = Field(
+        "last", description="The result: the last checkpoint, or the one where this is smallest."
+    )
+
+
+class LoraConfig(Frozen):
+    """Train LoRA factors, and leave the model's own weights as they are."""
+
+    rank: NonNegativeInt = Field(0, description="0: train all weights (or the adapter that model.path holds).")
+    alpha: PositiveFloat = Field(16.0, description="Scale: factors count alpha / rank times.")
+    target_modules: str = Field("all-linear", description="A regular expression for layer names, or all-linear.")
+
+    @field_validator("target_modules")
+    @classmethod
+    def _target_modules_is_a_pattern(cls, target_modules: str) -> str:
+        try:
+            re.compile(target_modules)
+        except re.error as problem:
+            raise ValueError(f"lora.target_modules: {target_modules!r} is no regular expression: {problem}") from None
+        return target_modules
+
+
+class DeepSpeedConfig(Frozen):
+    """How weights, gradients and optimiser states lie on the workers."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="ZeRO: shard nothing, optimiser states, gradients too, or weights too."
+    )
+    offload_optimizer: Literal["none", "cpu"] = Field("none", description="Where optimiser states lie.")
+    offload_parameters: Literal["none", "cpu"] = Field("none", description="Stage 3: where weights lie.")
+    config: str | None = Field(
+        None, description="A DeepSpeed JSON file with more settings; what contradicts ours is refused."
+    )
+
+
+class WorkersConfig(Frozen):
+    """The training workers."""
+
+    workers: PositiveInt | None = Field(None, description="How many; unset, one for each GPU, or one without any.")
+    cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs per worker; also its number of threads.")
+    gpus_per_worker: NonNegativeFloat | None = Field(
+        None, description="GPUs per worker; unset, one if the cluster has any, else none."
+    )
+    max_failures: NonNegativeInt = Field(3, description="So often the run goes on from its checkpoint after a failure.")
+
+
+class TrackingConfig(Frozen):
+    """Where the log goes besides metrics.jsonl."""
+
+    tensorboard: bool = Field(False, description="Event files under RUN/tensorboard; needs tensorboard.")
+    wandb_project: str | None = Field(None, description="Weights & Biases project; needs wandb and a login.")
+
+
+class UnlearnConfig(Frozen):
+    """Unlearn a forget set with MRD weights: Ray Train over DeepSpeed ZeRO, rescoring as the model changes."""
+
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig
+    retain: RetainConfig = Field(RetainConfig(), description=str(RetainConfig.__doc__))
+    unlearning: UnlearningConfig = Field(UnlearningConfig(), description=str(UnlearningConfig.__doc__))
+    scoring: ScoringConfig = Field(
+        ScoringConfig(estimator="closed_form"), description="How MRD is estimated, at the start and at each refresh."
+    )
+    stopping: StoppingConfig = Field(StoppingConfig(), description=str(StoppingConfig.__doc__))
+    checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description=str(CheckpointsConfig.__doc__))
+    lora: LoraConfig = Field(LoraConfig(), description=str(LoraConfig.__doc__))
+    deepspeed: DeepSpeedConfig = Field(DeepSpeedConfig(), description=str(DeepSpeedConfig.__doc__))
+    ray: WorkersConfig = Field(WorkersConfig(), description=str(WorkersConfig.__doc__))
+    tracking: TrackingConfig = Field(TrackingConfig(), description=str(TrackingConfig.__doc__))
+    evaluation: EvaluationConfig = Field(
+        EvaluationConfig(), description="As in `mrd-ray evaluate`, in the course of training; zero_shot is not."
+    )
+    evaluation_every: PositiveInt | None = Field(
+        None, description="Steps between such evaluations, into RUN/evaluations/; unset, none is made."
+    )
+
+    @field_validator("scoring", mode="before")
+    @classmethod
+    def _closed_form_unless_said(cls, scoring: Any) -> Any:
+        if isinstance(scoring, ScoringConfig):
+            scoring = scoring.model_dump(include=scoring.model_fields_set)
+        return {"estimator": "closed_form"} | scoring if isinstance(scoring, dict) else scoring
+
+    @model_validator(mode="after")
+    def _groups_agree(self) -> "UnlearnConfig":
+        method = self.unlearning.method
+        if self.evaluation_every is not None and not self.evaluation.sets:
+            raise ValueError("evaluation_every needs evaluation.sets, or --task")
+        if self.checkpoints.best_by == "retain_loss" and self.retain.path is None:
+            raise ValueError("checkpoints.best_by: retain_loss needs retain.path")
+        if method != "ga" and self.retain.path is None and self.unlearning.retain_weight:
+            raise ValueError(f"retain.path: unlearning.method: {method} needs a retain set, or retain_weight: 0")
+        if self.model.dtype == "float64":
+            raise ValueError("model.dtype: float64 is for scoring; unlearning trains in float32 or bfloat16")
+        if self.unlearning.refresh == "actors" and "://" in self.run.dir:
+            raise ValueError("unlearning.refresh: actors needs a run.dir that every node sees as a folder, not a URI")
+        if self.deepspeed.offload_parameters != "none" and self.deepspeed.zero_stage != 3:
+            raise ValueError("deepspeed.offload_parameters needs deepspeed.zero_stage: 3")
+        if self.deepspeed.offload_optimizer != "none" and self.deepspeed.zero_stage == 0:
+            raise ValueError("deepspeed.offload_optimizer needs deepspeed.zero_stage: 1, 2 or 3")
+        if self.unlearning.weighting != "uniform" and self.unlearning.refresh == "in_place":
+            self._refuse_in_place()
+        return self
+
+    def _refuse_in_place(self) -> None:
+        """What a refresh on live weights cannot honour."""
+        scoring, way_out = self.scoring, "; use unlearning.refresh: actors"
+        if scoring.estimator == "monte_carlo" and self.model.dtype == "bfloat16" and not scoring.allow_low_precision:
+            raise ValueError(
+                "scoring.estimator: monte_carlo in bfloat16 rounds sigma away; use closed_form, or "
+                "scoring.allow_low_precision where you know that sigma is large enough"
+            )
+        if scoring.estimator == "monte_carlo" and self.deepspeed.offload_parameters != "none":
+            raise ValueError(
+                "scoring.estimator: monte_carlo cannot shake offloaded weights in place (deepspeed.offload_parameters)"
+                "; use closed_form, or unlearning.refresh: actors"
+            )
+        if scoring.target_relative_se is not None:
+            raise ValueError(f"scoring.target_relative_se is not for refreshes in place{way_out}")
+        if scoring.curvature_probes and self.deepspeed.zero_stage == 3:
+            raise ValueError(f"scoring.curvature_probes needs whole weights, not deepspeed.zero_stage: 3{way_out}")
+        if scoring.allow_slow_parameters and self.deepspeed.zero_stage == 3:
+            raise ValueError(f"scoring.allow_slow_parameters needs whole weights, not deepspeed.zero_stage: 3{way_out}")
