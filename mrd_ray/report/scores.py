@@ -1,0 +1,195 @@
+"""The part of the page on score runs: each alone, and how far they agree."""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import scipy.stats
+
+from mrd_ray.config import CompareConfig
+from mrd_ray.errors import UserError
+from mrd_ray.report import charts
+from mrd_ray.report.charts import Chart
+from mrd_ray.report.read import Scores
+from mrd_ray.report.tables import Cell, Column, DataTable, Table, Text
+from mrd_ray.scoring import compare
+
+_SHOWN = 10
+_MEASURES = {  # columns that a score is held against, as they are called in a chart
+    "num_tokens": "number of tokens",
+    "log_prob": "log-probability (nats)",
+    "mean_log_prob": "mean log-probability (nats per token)",
+    "entropy": "entropy (nats)",
+    "memorization_accuracy": "memorization accuracy",
+    "log_prob_gradient_norm": "gradient norm of the log-probability",
+}
+_WITHHELD = "left out, since a reason may quote the sample"
+
+
+@dataclass(frozen=True)
+class ScoreSection:
+    """One score run."""
+
+    name: str
+    says: list[str]
+    quantiles: Table | None
+    charts: list[Chart]
+    tables: list[Table]
+    samples: DataTable
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Score runs held against one another."""
+
+    table: Table
+    charts: list[Chart]
+    apart: list[Table]
+
+
+def section(run: Scores, number: int, include_text: bool) -> ScoreSection:
+    """A run's scores: their distribution, the hardest and easiest samples, and all of them."""
+    table = run.scores.append_column("text", pa.array([run.texts.get(i) for i in run.scores["sample_id"].to_pylist()]))
+    scored = table.filter(pa.array(np.isfinite(_array(table, "mrd"))))
+    scored = scored.sort_by([("mrd", "ascending"), ("sample_id", "ascending")])
+    unscored = table.filter(pa.array(~np.isfinite(_array(table, "mrd"))))
+    mrd, se = _array(scored, "mrd"), _array(scored, "mrd_se")
+    drawn, quantiles, tables = [], None, []
+    if len(scored):
+        points = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
+        head = ("quantile", "min", "5%", "25%", "median", "75%", "95%", "max")
+        quantiles = Table("Quantiles of the scores", head, [["MRD", *np.quantile(mrd, points).tolist()]])
+        drawn = [charts.distribution(mrd, se), charts.by_rank(mrd, se), *_against(scored, mrd)]
+        count = min(_SHOWN, (len(scored) + 1) // 2)
+        hardest, easiest = (
+            scored.slice(0, count),
+            scored.take(list(range(len(scored) - 1, len(scored) - 1 - count, -1))),
+        )
+        tables = [
+            _extremes(f"The {count} hardest to unlearn (smallest MRD)", hardest, include_text),
+            _extremes(f"The {count} easiest to unlearn (largest MRD)", easiest, include_text),
+        ]
+    if len(unscored):
+        reasons = Counter(unscored["error"].to_pylist() if include_text else [_WITHHELD] * len(unscored))
+        rows: list[list[Cell]] = [[count, Text(reason)] for reason, count in reasons.most_common(_SHOWN)]
+        more = f"; {len(reasons) - _SHOWN} more reasons are in the table below" if len(reasons) > _SHOWN else ""
+        tables.append(Table(f"Samples without a score{more}", ("samples", "reason"), rows))
+    samples = _samples(pa.concat_tables([scored, unscored]), len(scored), number, run.about.name, include_text)
+    says = [f"{len(scored):,} of {len(table):,} samples have a score.", *_warnings(scored, mrd, se)]
+    return ScoreSection(run.about.name, says, quantiles, drawn, tables, samples)
+
+
+def _array(table: pa.Table, column: str) -> np.ndarray:
+    """As floats, nan for null."""
+    found: np.ndarray = table[column].to_numpy().astype(float)
+    return found
+
+
+def _against(scored: pa.Table, mrd: np.ndarray) -> list[Chart]:
+    found = []
+    for column, name in _MEASURES.items():
+        if column not in scored.column_names:
+            continue
+        other = _array(scored, column)
+        both = np.isfinite(other)
+        if both.sum() > 2:
+            with np.errstate(all="ignore"):
+                varied = np.ptp(other[both]) > 0 and np.ptp(mrd[both]) > 0
+                spearman = float(scipy.stats.spearmanr(other[both], mrd[both]).statistic) if varied else float("nan")
+            found.append(charts.against(name, other[both], mrd[both], spearman))
+    return found
+
+
+def _warnings(scored: pa.Table, mrd: np.ndarray, se: np.ndarray) -> list[str]:
+    """What would be wrong to overlook; the limits are those of scoring.summary."""
+    found = []
+    if unclear := int((mrd < 2 * se).sum()):
+        found.append(f"{unclear:,} score(s) are less than twice their standard error: they say little.")
+    if loud := int((_array(scored, "mean_abs") > _array(scored, "num_tokens")).sum()):
+        found.append(
+            f"{loud:,} sample(s) have log-probabilities that change by more than themselves: sigma is too large."
+        )
+    if "low_precision" in scored.column_names and any(scored["low_precision"].to_pylist()):
+        found.append("These scores are marked low_precision: rounding is not small beside the signal.")
+    return found
+
+
+def _extremes(caption: str, rows: pa.Table, include_text: bool) -> Table:
+    head = ("MRD", "± s.e.", *(["text"] if include_text else []), "tokens", "log p", "draws", "sample")
+    found: list[list[Cell]] = []
+    for row in rows.to_pylist():
+        text = [Text(row["text"])] if include_text else []
+        of_sample = (row["num_tokens"], row["log_prob"], row["num_draws"], Text(row["sample_id"]))
+        found.append([row["mrd"], row["mrd_se"], *text, *of_sample])
+    return Table(caption, head, found)
+
+
+def _samples(rows: pa.Table, scored: int, number: int, name: str, include_text: bool) -> DataTable:
+    def column(label: str, of: str) -> Column:
+        return Column(label, rows[of].to_pylist())
+
+    ranks = [*range(1, scored + 1), *[None] * (len(rows) - scored)]
+    columns = [Column("rank", ranks), column("MRD", "mrd"), column("± s.e.", "mrd_se")]
+    if include_text:
+        columns.append(Column("text", rows["text"].to_pylist(), "text"))
+    columns += [column("draws", "num_draws"), column("tokens", "num_tokens"), column("log p", "log_prob")]
+    columns += [
+        column(label, of)
+        for of, label in {
+            "mean_log_prob": "log p per token",
+            "entropy": "entropy",
+            "memorization_accuracy": "MA",
+            "log_prob_gradient_norm": "gradient norm",
+            "nonlinearity": "nonlinearity",
+            "weight": "weight",
+        }.items()
+        if of in rows.column_names and rows[of].null_count < len(rows)
+    ]
+    columns.append(Column("sample", rows["sample_id"].to_pylist(), "name"))
+    if scored < len(rows):
+        errors = [
+            None if error is None else error if include_text else _WITHHELD for error in rows["error"].to_pylist()
+        ]
+        columns.append(Column("error", errors, "text"))
+    return DataTable(f"samples-{number}", f"All {len(rows):,} samples of {name}", columns)
+
+
+def agreement(runs: Sequence[Scores], include_text: bool) -> Agreement | None:
+    """How far the runs agree; None with fewer than two of them."""
+    if len(runs) < 2:
+        return None
+    rows: list[list[Cell]] = []
+    drawn, apart = [], []
+    for a, b in itertools.combinations(runs, 2):
+        names = f"{b.about.name} against {a.about.name}"
+        try:
+            found = compare.compare(CompareConfig(run_a=a.about.uri, run_b=b.about.uri))
+        except UserError as problem:
+            rows.append([names, None, None, None, None, f"not compared: {problem}"])
+            continue
+        far = "no standard errors to go by" if found.apart is None else f"{found.apart:.1%} over 3 s.e. apart"
+        rows.append([names, found.compared, found.spearman, found.kendall, found.median_ratio, far])
+        if a is runs[0]:
+            drawn.append(_scatter(a, b, found))
+            apart.append(_apart(a, b, found, include_text))
+    head = ("runs", "samples", "Spearman", "Kendall", "median ratio", "difference")
+    return Agreement(Table("Agreement of each two runs", head, rows), drawn, apart)
+
+
+def _scatter(a: Scores, b: Scores, found: compare.Comparison) -> Chart:
+    scores = np.array([(row["a"], row["b"]) for row in found.rows])
+    far = None if found.apart is None else np.array([abs(row["z"]) > 3 for row in found.rows])
+    return charts.two_runs(a.about.name, b.about.name, scores, far, found.spearman)
+
+
+def _apart(a: Scores, b: Scores, found: compare.Comparison, include_text: bool) -> Table:
+    head = ["sample", *(["text"] if include_text else []), a.about.name, b.about.name, "apart"]
+    rows: list[list[Cell]] = []
+    for row in found.rows[: _SHOWN // 2]:
+        apart = f"{row['b'] / row['a'] - 1:+.1%}" if found.apart is None else f"{row['z']:+.1f} s.e."
+        text = [Text(row["text"])] if include_text else []
+        rows.append([Text(row["sample_id"]), *text, row["a"], row["b"], apart])
+    return Table(f"Where {b.about.name} and {a.about.name} disagree most", head, rows)

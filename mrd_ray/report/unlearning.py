@@ -1,0 +1,168 @@
+"""The part of the page on unlearn runs: what each did to the model, step by step, and how its scores moved."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from mrd_ray.report import charts, evaluation
+from mrd_ray.report.charts import Chart, Line
+from mrd_ray.report.read import Unlearning
+from mrd_ray.report.tables import Cell, Table, Text
+from mrd_ray.unlearning.stopping import TITLES
+
+_MOVED = 10
+_PERPLEXITY = "retain_loss"  # is logged in nats
+
+
+@dataclass(frozen=True)
+class UnlearnSection:
+    """One unlearn run."""
+
+    name: str
+    says: list[str]
+    charts: list[Chart]
+    tables: list[Table]
+
+
+@dataclass(frozen=True)
+class UnlearnSections:
+    """All unlearn runs: before and after side by side, one over another where there are several, then each."""
+
+    table: Table
+    charts: list[Chart]
+    runs: list[UnlearnSection]
+
+
+def sections(runs: Sequence[Unlearning], texts: Mapping[str, Mapping[str, str | None]]) -> UnlearnSections | None:
+    """Of all unlearn runs. texts: of samples by sample_id, by the digest of their set, as far as they are known."""
+    if not runs:
+        return None
+    head = ["measure", *(f"{run.about.name}: {when}" for run in runs for when in ("before", "after"))]
+    rows: list[list[Cell]] = [
+        [title, *(_measure(name, line) for run in runs for line in (run.before, run.after))]
+        for name, title in TITLES.items()
+    ]
+    rows = [row for row in rows if any(cell is not None for cell in row[1:])]
+    overlays = [] if len(runs) < 2 else [_overlay(runs, *chart) for chart in _EVALUATED]
+    return UnlearnSections(
+        Table("What the model knew before and knows after", head, rows),
+        [chart for chart in overlays if chart is not None],
+        [_section(run, texts.get(str(run.about.manifest["identity"].get("samples")), {})) for run in runs],
+    )
+
+
+_EVALUATED = (  # title, unit, names of what is logged at evaluations
+    ("Memorisation of the forget set", "share", ("forget_memorization_accuracy", "forget_extraction_likelihood")),
+    ("Retain perplexity", "perplexity", (_PERPLEXITY,)),
+    ("Log-likelihood of the forget set", "nats per sample", ("forget_log_prob",)),
+)
+
+
+def _measure(name: str, line: dict[str, Any] | None) -> float | None:
+    if line is None or line.get(name) is None:
+        return None
+    return math.exp(min(line[name], 700.0)) if name == _PERPLEXITY else float(line[name])
+
+
+def _label(name: str) -> str:
+    return TITLES[name].split(":")[0].split(",")[0]
+
+
+def _overlay(runs: Sequence[Unlearning], title: str, unit: str, names: Sequence[str]) -> Chart | None:
+    name = names[0]
+    lines = []
+    for run in runs:
+        evaluations = run.lines("evaluation")
+        values = [_measure(name, line) for line in evaluations]
+        lines.append(Line(f"{_label(name)} of {run.about.name}", [line["step"] for line in evaluations], values))
+    return charts.over_steps(f"{title}, by run", unit, lines, [], None)
+
+
+def _section(run: Unlearning, texts: Mapping[str, str | None]) -> UnlearnSection:
+    refreshes = sorted({line["step"] for line in run.lines("refresh")})
+    stops = run.lines("stop")
+    stop = stops[-1]["step"] if stops else None
+    steps = run.lines("step")
+    at = [line["step"] for line in steps]
+    losses = [
+        Line(label, at, [line.get(name) for line in steps])
+        for label, name in {"forget loss": "forget_loss", "retain loss": "retain_loss"}.items()
+    ]
+    found = [charts.over_steps("Losses in training", "loss", losses, refreshes, stop)]
+    evaluations = run.lines("evaluation")
+    for title, unit, names in _EVALUATED:
+        at = [line["step"] for line in evaluations]
+        lines = [Line(_label(name), at, [_measure(name, line) for line in evaluations]) for name in names]
+        found.append(charts.over_steps(title, unit, lines, refreshes, stop))
+    found += evaluation.over_steps(run.evaluations, refreshes, stop)
+    tables: list[Table] = []
+    if len(run.refreshes) > 1 and (history := _history(run, texts)) is not None:
+        chart, *tables = history
+        found.append(chart)
+    return UnlearnSection(run.about.name, _outcome(run), [chart for chart in found if chart is not None], tables)
+
+
+def _outcome(run: Unlearning) -> list[str]:
+    steps = run.lines("step")
+    taken = steps[-1]["step"] if steps else 0
+    if run.outcome is None:
+        last = run.log[-1]["of"] if run.log else "?"
+        return [f"Not finished: {taken:,} of {last} steps so far. The same command goes on from its last checkpoint."]
+    says = [f"Stopped after {taken:,} steps: {run.outcome['reason']}."]
+    step = run.outcome["step"]
+    if step == 0:
+        says.append("The result is the model as it was: nothing has been unlearned.")
+    elif step != taken:
+        says.append(f"The result is the model of step {step:,}.")
+    return says
+
+
+def _history(run: Unlearning, texts: Mapping[str, str | None]) -> tuple[Chart, Table, Table] | None:
+    """How ranks move from refresh to refresh, of the samples that all refreshes score; None with fewer than three."""
+    steps = sorted(run.refreshes)
+    by_step = [
+        {i: mrd for i, mrd in zip(table["sample_id"].to_pylist(), table["mrd"].to_pylist(), strict=True) if _known(mrd)}
+        for table in (run.refreshes[step] for step in steps)
+    ]
+    ids = sorted(set.intersection(*(set(scores) for scores in by_step)))
+    if len(ids) < 3:
+        return None
+    mrd = np.array([[scores[i] for i in ids] for scores in by_step])
+    ranks = np.array([scipy.stats.rankdata(row, "ordinal") for row in mrd])
+    to_first = [_spearman(mrd[0], row) for row in mrd]
+    third = max(1, len(ids) // 3)
+    stayed = int(((ranks[0] <= third) & (ranks[-1] <= third)).sum())
+    moves = np.abs(ranks[-1] - ranks[0])
+    says = (
+        f"From step {steps[0]} to step {steps[-1]}, the {len(ids):,} samples keep their order with a Spearman rank "
+        f"correlation of {to_first[-1]:.2f}; half of them move by {charts.number(float(np.median(moves)))} ranks or "
+        f"more. Of the {third:,} that were hardest, {stayed:,} still are."
+    )
+    chart = charts.rank_history(steps, ranks, says)
+    to_previous = [None, *(_spearman(a, b) for a, b in itertools.pairwise(mrd))]
+    rows: list[list[Cell]] = [
+        [step, float(np.median(row)), first, previous]
+        for step, row, first, previous in zip(steps, mrd, to_first, to_previous, strict=True)
+    ]
+    head = ("step", "median MRD", "rank correlation with the first", "with the one before")
+    refreshes = Table("Refreshes of the scores", head, rows)
+    most = np.argsort(-moves, kind="stable")[:_MOVED].tolist()
+    columns = ("sample", *(["text"] if texts else []), "rank before", "rank after", "MRD before", "MRD after")
+    moved: list[list[Cell]] = []
+    for i in most:
+        text = [Text(texts.get(ids[i]))] if texts else []
+        moved.append([Text(ids[i]), *text, int(ranks[0, i]), int(ranks[-1, i]), mrd[0, i], mrd[-1, i]])
+    return chart, refreshes, Table("The samples that moved most, from the first refresh to the last", columns, moved)
+
+
+def _known(mrd: float | None) -> bool:
+    return mrd is not None and math.isfinite(mrd)
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+    return float(scipy.stats.spearmanr(a, b).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else math.nan
