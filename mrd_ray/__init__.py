@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 from mrd_ray.config import (
     CompareConfig,
     DataConfig,
+    EvaluateConfig,
     ModelConfig,
     PlanConfig,
     RayConfig,
+    ReportConfig,
     RunConfig,
     ScoreConfig,
     ScoringConfig,
@@ -18,11 +20,14 @@ from mrd_ray.config import (
 from mrd_ray.errors import UserError
 
 if TYPE_CHECKING:
+    from mrd_ray.evaluation.evaluate import EvaluateRun, evaluate
+    from mrd_ray.evaluation.in_training import unlearn
+    from mrd_ray.report.report import write_report
     from mrd_ray.scoring.compare import Comparison, compare
     from mrd_ray.scoring.estimate import Estimate, plan
     from mrd_ray.scoring.score import ScoreRun, score
     from mrd_ray.unlearning.sampling import MRDSampler
-    from mrd_ray.unlearning.unlearn import UnlearnRun, unlearn
+    from mrd_ray.unlearning.unlearn import UnlearnRun
 
 __version__ = version("mrd-ray")
 
@@ -31,10 +36,13 @@ __all__ = [
     "Comparison",
     "DataConfig",
     "Estimate",
+    "EvaluateConfig",
+    "EvaluateRun",
     "MRDSampler",
     "ModelConfig",
     "PlanConfig",
     "RayConfig",
+    "ReportConfig",
     "RunConfig",
     "ScoreConfig",
     "ScoreRun",
@@ -43,9 +51,11 @@ __all__ = [
     "UnlearnRun",
     "UserError",
     "compare",
+    "evaluate",
     "plan",
     "score",
     "unlearn",
+    "write_report",
 ]
 
 # Imported when first used: every actor imports this package, and needs neither readers nor plots to start.
@@ -54,11 +64,14 @@ _LAZY = {
     "compare": "mrd_ray.scoring.compare",
     "Estimate": "mrd_ray.scoring.estimate",
     "plan": "mrd_ray.scoring.estimate",
+    "EvaluateRun": "mrd_ray.evaluation.evaluate",
+    "evaluate": "mrd_ray.evaluation.evaluate",
+    "write_report": "mrd_ray.report.report",
     "ScoreRun": "mrd_ray.scoring.score",
     "score": "mrd_ray.scoring.score",
     "MRDSampler": "mrd_ray.unlearning.sampling",
     "UnlearnRun": "mrd_ray.unlearning.unlearn",
-    "unlearn": "mrd_ray.unlearning.unlearn",
+    "unlearn": "mrd_ray.evaluation.in_training",
 }
 
 

@@ -6,19 +6,15 @@ import pytest
 import yaml
 
 from mrd_ray import cli
-from mrd_ray.config import DemoConfig, PlanConfig, ScoreConfig, UnlearnConfig
+from mrd_ray.config import DemoConfig, PlanConfig, ReportConfig, ScoreConfig, UnlearnConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 SCORE = ["score", "--model.path", "m", "--data.path", "d.jsonl", "--run.dir", "r"]
-KINDS = {"score": ScoreConfig, "plan": PlanConfig, "unlearn": UnlearnConfig, "demo": DemoConfig}
 
 
-def parse(*arguments) -> ScoreConfig | PlanConfig | UnlearnConfig | DemoConfig:
-    line = cli.parser()
-    parsed = line.parse_args([str(argument) for argument in arguments])
-    settings = line.instantiate(parsed)[parsed.command].as_dict()
-    return KINDS[parsed.command](**{key: value for key, value in settings.items() if key not in ("config", "__path__")})
+def parse(*arguments) -> ScoreConfig | PlanConfig | ReportConfig | UnlearnConfig | DemoConfig:
+    return cli.settings(cli.parser(), [str(argument) for argument in arguments])
 
 
 def error(capsys, *arguments) -> str:
@@ -52,6 +48,7 @@ def test_sigma_as_people_write_it_in_yaml(tmp_path, written):
         [*SCORE, "--scoring.sigma", "3e-7", "--data.template", "{{x}} {prompt}\n: {response}", "--ray.actors", "2"],
         [*SCORE, "--data.text", "null", "--data.prompt", "p", "--data.response", "r", "--data.score_on", "response"],
         ["plan", "--model.path", "m", "--data.path", "d", "--tflops", "0.1", "--ray.actors", "8"],
+        ["report", "a", "b", "--include_text", "false", "--out", "o.html"],
         ["demo", "--num_draws", "3", "--ray.cpus_per_actor", "0.5"],
         [
             "unlearn",
@@ -124,6 +121,7 @@ def test_settings_that_disagree(capsys, flags, named):
         ([], "command"),
         (["scores"], "scores"),
         (SCORE[:3], "data.path"),
+        (["report"], "runs"),
         (["score", "--config", "absent.yaml"], "absent.yaml"),
     ],
 )
@@ -131,13 +129,14 @@ def test_incomplete(capsys, arguments, named):
     assert named in error(capsys, *arguments)
 
 
-@pytest.mark.parametrize("command", KINDS)
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in ("compare", "tasks")])
 def test_help_describes_every_setting(capsys, command):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
     assert ended.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for field in KINDS[command].model_fields["ray"].annotation.model_fields.values():
+    fields = cli.COMMANDS[command].model_fields
+    for field in (fields["ray"].annotation.model_fields if "ray" in fields else fields).values():
         assert field.description in printed
 
 

@@ -43,7 +43,24 @@ def rows(data: DataConfig) -> Iterator[Row]:
     first = next(records, None)
     if first is None:
         raise UserError(f"data.path: {data.path} holds no rows")
-    yield from itertools.islice(itertools.chain([first], records), data.max_samples)
+    yield from itertools.islice(_where(data, itertools.chain([first], records)), data.max_samples)
+
+
+def _where(data: DataConfig, records: Iterator[Row]) -> Iterator[Row]:
+    """Those rows whose columns have the values of data.where, at least one."""
+    found = False
+    for row in records:
+        for column in data.where:
+            if column not in row.values:
+                raise UserError(
+                    f"{data.path}, row {row.number}: no column {column!r} (data.where); its columns are "
+                    f"{', '.join(row.values)}"
+                )
+        if all(row.values[column] == value for column, value in data.where.items()):
+            found = True
+            yield row
+    if not found:
+        raise UserError(f"data.where: no row of {data.path} has {data.where}")
 
 
 def text(path: str) -> str:

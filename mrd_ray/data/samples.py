@@ -92,7 +92,7 @@ def _rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int 
         except Unscorable as problem:
             sample["error"] = str(problem)
         if columns.id is None:
-            sample["sample_id"] = _digest_id([values.get(column) for column in columns if column], seen)
+            sample["sample_id"] = digest_id([values.get(column) for column in columns if column], seen)
         elif is_id(own := values.get(columns.id)):
             sample["sample_id"] = str(own)
         else:
@@ -121,11 +121,11 @@ def _windows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: i
             sample["error"] = "a last window of one token, which has no token before it"
         else:
             sample |= Tokens(token_ids, [False] + [True] * (len(token_ids) - 1))._asdict()
-        sample["sample_id"] = _digest_id([sample["text"]], seen)
+        sample["sample_id"] = digest_id([sample["text"]], seen)
         yield sample
 
 
-def _digest_id(cells: list[Any], seen: Counter[str]) -> str:
+def digest_id(cells: list[Any], seen: Counter[str]) -> str:
     """A digest of all that a sample is made of, numbered where samples repeat, so that ids survive reordering."""
     stem = hashlib.sha256(json.dumps(cells, default=repr).encode()).hexdigest()[:16]
     seen[stem] += 1

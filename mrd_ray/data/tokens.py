@@ -72,7 +72,8 @@ def _is_unicode(value: str) -> bool:
     return True
 
 
-def _cell(values: dict[str, Any], column: str) -> str:
+def cell(values: dict[str, Any], column: str) -> str:
+    """The text in a row's column. Raises Unscorable."""
     value = values.get(column)
     if value is None:
         raise Unscorable(f"column {column!r} is missing or null")
@@ -97,11 +98,11 @@ class Rendered(NamedTuple):
 def render(values: dict[str, Any], columns: Columns, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """A row's columns put together. Raises Unscorable."""
     if columns.text is not None:
-        text = _cell(values, columns.text)
+        text = cell(values, columns.text)
         return Rendered(text, 0, len(text), True)
     assert columns.prompt is not None
     assert columns.response is not None
-    prompt, response = _cell(values, columns.prompt), _cell(values, columns.response)
+    prompt, response = cell(values, columns.prompt), cell(values, columns.response)
     if data.template == "chat":
         text, start, stop = _render_chat(prompt, response, tokenizer)
     else:

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import json
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,13 +10,14 @@ from pathlib import Path
 import torch
 import transformers
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mrd_ray.config import (
     DataConfig,
     DemoConfig,
+    EvaluateConfig,
+    EvaluatedSet,
+    EvaluationConfig,
     ModelConfig,
     RetainConfig,
     RunConfig,
@@ -30,16 +30,14 @@ from mrd_ray.config import (
 )
 from mrd_ray.data import samples
 from mrd_ray.errors import UserError
-from mrd_ray.models import load_model
 from mrd_ray.progress import Meter
-from mrd_ray.unlearning.extraction import greedy
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HERE = Path(__file__).parent
 FORGET, RETAIN = _HERE / "forget.jsonl", _HERE / "retain.jsonl"
 _EPOCHS, _BATCH, _LEARNING_RATE = 4, 8, 3e-4
 _UNLEARNING_STEPS, _RETAIN_WEIGHT = 10, 2.0
-_SHOWN, _ANSWER_TOKENS = 3, 28
+_ASKED, _ANSWER_TOKENS = 20, 28
 
 
 def scoring(config: DemoConfig) -> ScoreConfig:
@@ -81,26 +79,18 @@ def unlearning(scored: ScoreConfig) -> UnlearnConfig:
     )
 
 
-def show_answers(console: Console, unlearned: UnlearnConfig) -> None:
-    """A few questions of either set, and what the model answers before and after."""
-    tokenizer = AutoTokenizer.from_pretrained(unlearned.model.path)
-    asked = [
-        (title, json.loads(line))
-        for title, path in {"to be forgotten": FORGET, "to be kept": RETAIN}.items()
-        for line in path.read_text().splitlines()[:_SHOWN]
-    ]
-    prompts = [tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"] for _, row in asked]
-    answers = []
-    for path in (unlearned.model.path, f"{unlearned.run.dir}/model"):
-        model = load_model(Path(path), "float32", torch.device("cpu"))
-        continued = greedy(model, prompts, [_ANSWER_TOKENS] * len(prompts))
-        answers.append([str(tokenizer.decode(tokens)).split("\n")[0].strip() for tokens in continued])
-    for title in dict.fromkeys(title for title, _ in asked):
-        table = Table("question", "answer before", "answer after", title=f"Known {title}", title_justify="left")
-        for (own, row), before, after in zip(asked, *answers, strict=True):
-            if own == title:
-                table.add_row(*map(escape, (row["question"], before, after)))
-        console.print(table)
+def evaluation(unlearned: UnlearnConfig, model: str, when: str) -> EvaluateConfig:
+    """What a model says when asked about both sets, before or after."""
+    metrics = ("rouge_l", "probability", "memorization_accuracy")
+    asked = {
+        name: EvaluatedSet(path=str(path), max_samples=_ASKED, metrics=metrics)
+        for name, path in {"to_forget": FORGET, "to_keep": RETAIN}.items()
+    }
+    return EvaluateConfig(
+        model=ModelConfig(path=model),
+        evaluation=EvaluationConfig(sets=asked, forget="to_forget", max_new_tokens=_ANSWER_TOKENS, stop="\n"),
+        run=RunConfig(dir=f"{unlearned.run.dir}-{when}"),
+    )
 
 
 def unpacked(cache: Path) -> Path:

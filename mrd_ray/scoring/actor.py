@@ -3,16 +3,20 @@
 import os
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
+from transformers import PreTrainedModel
 
 from mrd_ray import models
 from mrd_ray.config import ModelConfig, ScoringConfig
 from mrd_ray.errors import UserError
 from mrd_ray.scoring.estimators import ClosedForm, MonteCarlo, Sample, estimator_of, refuse_wrong_rules
+
+T = TypeVar("T")
 
 SAMPLE = pa.struct(
     [
@@ -91,33 +95,44 @@ class Task:
     trial: list[Sample]
 
 
+def replica(config: ModelConfig, files_digest: str, on_gpu: bool) -> PreTrainedModel:
+    """This worker's replica of the driver's model. Raises UserError if the weights here are others."""
+    path = models.directory(config)
+    if (found := models.files_digest(path)) != files_digest:
+        raise UserError(
+            f"model.path: {path} on {os.uname().nodename} holds other weights ({found[:12]}) than on the driver "
+            f"({files_digest[:12]}); give every node the same model"
+        )
+    return models.load_model(path, config.dtype, torch.device("cuda" if on_gpu else "cpu"))
+
+
+def attempt(load: Callable[[], T]) -> tuple[T | None, str | None]:
+    """What `load` gives, or why no unit can be worked off on this actor.
+
+    An exception in an actor's constructor would end the run with Ray's traceback around it.
+    """
+    try:
+        return load(), None
+    except UserError as problem:
+        return None, str(problem)
+    except torch.OutOfMemoryError as problem:
+        return None, f"model.path: it does not fit on the device ({problem}); monte_carlo needs two copies of it"
+    except Exception as problem:  # a defect of ours, or a model that a library chokes on
+        return None, f"an actor could not start: {type(problem).__name__}: {problem}\n{traceback.format_exc()}"
+
+
 class ScoringActor:
     """A callable class for Ray Data: one unit (a row of UNIT_SCHEMA) in, one row of RESULT_SCHEMA out.
 
-    A failure that concerns the run as a whole comes back as `fatal`: an exception in a constructor would end the run
-    with Ray's traceback around it.
+    A failure that concerns the run as a whole comes back as `fatal`.
     """
 
     def __init__(self, task: Task) -> None:
-        self._fatal: str | None = None
         torch.set_num_threads(task.threads)
-        try:
-            self._estimator = self._load(task)
-        except UserError as problem:
-            self._fatal = str(problem)
-        except torch.OutOfMemoryError as problem:
-            self._fatal = f"model.path: it does not fit on the device ({problem}); monte_carlo needs two copies of it"
-        except Exception as problem:  # a defect of ours, or a model that a library chokes on
-            self._fatal = f"an actor could not start: {type(problem).__name__}: {problem}\n{traceback.format_exc()}"
+        self._estimator, self._fatal = attempt(lambda: self._load(task))
 
     def _load(self, task: Task) -> MonteCarlo | ClosedForm:
-        path = models.directory(task.model)
-        if (found := models.files_digest(path)) != task.files_digest:
-            raise UserError(
-                f"model.path: {path} on {os.uname().nodename} holds other weights ({found[:12]}) than on the driver "
-                f"({task.files_digest[:12]}); give every node the same model"
-            )
-        model = models.load_model(path, task.model.dtype, torch.device("cuda" if task.on_gpu else "cpu"))
+        model = replica(task.model, task.files_digest, task.on_gpu)
         refuse_wrong_rules(model, task.scoring)
         return estimator_of(model, task.scoring, task.trial)
 
@@ -126,7 +141,7 @@ class ScoringActor:
         started = time.perf_counter()
         (unit,) = units.to_pylist()
         result: dict[str, Any] = {"unit_id": unit["unit_id"], "samples": []}
-        if self._fatal is None:
+        if self._estimator is not None:
             try:
                 result["samples"] = self._estimator(unit["samples"], range(unit["first_draw"], unit["stop_draw"]))
                 result["precision"] = self._estimator.precision

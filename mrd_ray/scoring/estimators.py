@@ -25,7 +25,7 @@ Sample = dict[str, Any]  # of actor.SAMPLE
 Result = dict[str, Any]  # of actor.RESULT
 T = TypeVar("T")
 
-_TOO_LARGE = "does not fit in the device's memory beside the model; shorten it or set data.truncate"
+TOO_LARGE = "does not fit in the device's memory beside the model; shorten it or set data.truncate"
 
 
 Shards = Callable[[], Mapping[str, Shard]]
@@ -96,9 +96,9 @@ class MonteCarlo:
         if self._block is None or self._block.sample_ids != sample_ids:
             self._replica.restore()
             block = _Block(sample_ids, [], [])
-            for members, found in _fitting(samples, self._device, self._at_theta, self._halve):
+            for members, found in fitting(samples, self._device, self._at_theta, self._halve):
                 if found is None:
-                    block.too_large.append({"sample_id": members[0]["sample_id"], "error": _TOO_LARGE})
+                    block.too_large.append({"sample_id": members[0]["sample_id"], "error": TOO_LARGE})
                 else:
                     block.parts.append(found)
             self._block = block
@@ -147,11 +147,11 @@ class ClosedForm:
     def __call__(self, samples: Sequence[Sample], draws: range) -> list[Result]:
         """Results of these samples; the closed form has no draws."""
         found: list[Result] = []
-        for members, results in _fitting(samples, self._device, self._score, self._halve):
-            found += results or [{"sample_id": members[0]["sample_id"], "error": _TOO_LARGE}]
+        for members, results in fitting(samples, self._device, self._score, self._halve):
+            found += results or [{"sample_id": members[0]["sample_id"], "error": TOO_LARGE}]
         for k in range(self._scoring.curvature_probes):
             self._traces.aim(draw_seed(self._scoring.seed, k))
-            probes = _fitting(samples, self._device, lambda _, batch: self._traces.probe(batch).tolist(), self._halve)
+            probes = fitting(samples, self._device, lambda _, batch: self._traces.probe(batch).tolist(), self._halve)
             values = [value for members, probe in probes for value in probe or [math.nan] * len(members)]
             for result, value in zip(found, values, strict=True):
                 if result["error"] is None and not math.isfinite(value):
@@ -224,7 +224,7 @@ def _collate(members: Sequence[Sample], device: torch.device) -> MicroBatch:
     return MicroBatch.collate([s["token_ids"] for s in members], [s["scored"] for s in members], device)
 
 
-def _fitting(
+def fitting(
     samples: Sequence[Sample], device: torch.device, compute: Callable[[Sequence[Sample], MicroBatch], T], halve: bool
 ) -> Iterator[tuple[Sequence[Sample], T | None]]:
     """Apply `compute` to each micro-batch, halved until the device holds it; None for a sample too large alone."""
@@ -236,7 +236,7 @@ def _fitting(
             try:
                 found = compute(members, _collate(members, device))
             except RuntimeError as problem:
-                if not (halve and _out_of_memory(problem)):
+                if not (halve and out_of_memory(problem)):
                     raise
             if found is None and device.type == "cuda":
                 torch.cuda.empty_cache()  # here, since the exception held the failed forward's tensors
@@ -247,7 +247,8 @@ def _fitting(
                 yield members, found
 
 
-def _out_of_memory(problem: RuntimeError) -> bool:
+def out_of_memory(problem: RuntimeError) -> bool:
+    """Whether the device, or the machine, lacked memory for something."""
     return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem)
 
 

@@ -4,12 +4,12 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pyarrow as pa
 import ray
 
 from mrd_ray.errors import UserError
-from mrd_ray.scoring.actor import ScoringActor, Task
 from mrd_ray.scoring.pool import Pool
 
 
@@ -34,8 +34,11 @@ def cluster(log_to_driver: bool = True) -> Iterator[None]:
         ray.shutdown()
 
 
-def results(units: Iterable[pa.Table], task: Task, pool: Pool) -> Iterator[pa.Table]:
-    """One-row tables of actor.UNIT_SCHEMA -> one-row tables of actor.RESULT_SCHEMA, in the order they finish.
+def results(units: Iterable[pa.Table], actor: type, task: Any, pool: Pool) -> Iterator[pa.Table]:
+    """One-row tables of units -> one-row tables of their results, in the order they finish.
+
+    Args:
+        actor: a callable class, made with `task` in each worker, that takes a unit and gives its result.
 
     Ray restarts actors that die and runs their units again.
     """
@@ -44,7 +47,7 @@ def results(units: Iterable[pa.Table], task: Task, pool: Pool) -> Iterator[pa.Ta
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # our Meter reports; a failed task still prints
     dataset = ray.data.from_arrow(list(units)).map_batches(
-        ScoringActor,
+        actor,
         fn_constructor_args=[task],
         batch_size=1,
         batch_format="pyarrow",

@@ -20,7 +20,7 @@ from mrd_ray.mrd.noise import NOISE_VERSION
 from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline, plan, summary
-from mrd_ray.scoring.actor import RESULT_SCHEMA, UNIT_SCHEMA, Task
+from mrd_ray.scoring.actor import RESULT_SCHEMA, UNIT_SCHEMA, ScoringActor, Task
 from mrd_ray.scoring.pool import Pool
 from mrd_ray.scoring.table import scores_table, unsettled
 
@@ -161,7 +161,7 @@ class _Rounds:
         scored = 0
         with Meter("Scoring" if number == 0 else f"More draws, round {number}", sum(work.values())) as meter:
             meter.advance(0, f"{len(units)} unit(s) to do, starting {pool.actors} actor(s)")
-            for count, result in enumerate(pipeline.results(tables, task, pool), 1):
+            for count, result in enumerate(pipeline.results(tables, ScoringActor, task, pool), 1):
                 (row,) = result.select(["unit_id", "seconds", "fatal", "precision"]).to_pylist()
                 if row["fatal"] is not None:
                     raise UserError(row["fatal"])

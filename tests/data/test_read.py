@@ -159,3 +159,14 @@ def test_bad_text_file(tmp_path, content, message):
         (tmp_path / "t.txt").write_bytes(content)
     with pytest.raises(UserError, match=re.escape(message)):
         read.text(str(tmp_path / "t.txt"))
+
+
+def test_where_takes_rows_by_the_values_of_columns(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"row {i}", "safe": i % 2 == 0}) for i in range(6)))
+    found = list(read.rows(DataConfig(path=str(file), where={"safe": False}, max_samples=2)))
+    assert [row.number for row in found] == [2, 4]
+    with pytest.raises(UserError, match=r"no column 'sound' \(data.where\); its columns are text, safe"):
+        list(read.rows(DataConfig(path=str(file), where={"sound": True})))
+    with pytest.raises(UserError, match=r"data\.where: no row"):
+        list(read.rows(DataConfig(path=str(file), where={"safe": "no"})))

@@ -1,0 +1,151 @@
+"""What evaluation costs against a plain batched transformers loop over the same rows, in likelihoods and in answers.
+
+Only ratios within one run mean anything, on a machine that does nothing else meanwhile. For CPUs, on Linux.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from common import Raw, machine, stopwatch
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mrd_ray import ModelConfig, models
+from mrd_ray.config import EvaluationConfig
+from mrd_ray.evaluation import sets
+from mrd_ray.evaluation.measure import Measurer
+
+OURS, PLAIN = "mrd_ray", "plain loop"
+
+
+def main(
+    model: str,
+    data: str,
+    out: str = "benchmarks/results",
+    max_samples: int = 24,
+    max_new_tokens: int = 32,
+    repeats: int = 3,
+    threads: int = 1,
+) -> None:
+    """Benchmark one evaluation actor's work here; print a table and write a JSON file.
+
+    Args:
+        model: directory or hub id; the demo keeps one under ~/.cache/mrd_ray.
+        data: questions with wrong answers, for example TOFU's ../shared/data/tofu/forget10_perturbed.json.
+        out: folder of the JSON file.
+        max_samples: rows of the set.
+        max_new_tokens: tokens of an answer.
+        repeats: passes over the rows in each of the two ways, which take turns.
+        threads: of torch.
+    """
+    configuration = dict(locals())
+    torch.set_num_threads(threads)
+    questions = {"path": data, "prompt": "question", "response": "answer", "wrong": "perturbed_answer",
+                 "max_samples": max_samples}  # fmt: skip
+    raw: Raw = {"configuration": configuration, "machine": machine(), "seconds": {}}
+    path = models.directory(ModelConfig(path=model))
+    loaded = models.load_model(path, "float32", torch.device("cpu"))
+    tokenizer = models.load_tokenizer(ModelConfig(path=model))
+    for part, metric in {"likelihoods": "truth_ratio", "answers": "rouge_l"}.items():
+        own = questions | {"metrics": [metric]} | ({} if metric == "truth_ratio" else {"wrong": None})
+        evaluation = EvaluationConfig.model_validate({"sets": {part: own}, "max_new_tokens": max_new_tokens})
+        table = sets.build(part, evaluation.sets[part], evaluation, tokenizer, models.context_length(loaded.config))
+        units = [rows for _, rows in sets.units(part, table)]
+        measurer = Measurer(loaded, tokenizer, evaluation)
+        if part == "answers":  # their likelihood is the other part's
+            units = [[row | {"sequences": []} for row in rows] for rows in units]
+        raw["seconds"][part] = {OURS: [], PLAIN: []}
+        for repeat in range(repeats + 1):  # the first one warms up
+            lap = stopwatch()
+            found = [record for rows in units for record in measurer(rows)]
+            ours = lap()
+            expected = [value for rows in units for value in plain(loaded, tokenizer, rows, evaluation)]
+            theirs = lap()
+            check(found, expected)
+            if repeat:
+                raw["seconds"][part][OURS].append(ours)
+                raw["seconds"][part][PLAIN].append(theirs)
+    file = Path(out) / time.strftime("evaluation-%Y%m%d-%H%M%S.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(raw, indent=1))
+
+    console = Console() if sys.stdout.isatty() else Console(width=120)  # a log has no width of its own
+    shown = Table("what", "value", "target", "detail", title=f"Evaluation on {raw['machine']['cpu']}")
+    for part, seconds in raw["seconds"].items():
+        for way, laps in seconds.items():
+            shown.add_row(f"{part}, {way}", f"{median(laps):.4g}", "", f"s for {max_samples} rows")
+        ratio = median(a / b for a, b in zip(seconds[OURS], seconds[PLAIN], strict=True))
+        met = f"[{'green' if ratio <= 1.05 else 'red'}]<= 1.05"
+        shown.add_row(f"  {part}, ours / plain", f"{ratio:.4g}", met, "time, median of the repeats' ratios")
+    console.print(shown)
+    console.print(f"Timings and configuration: {file}", soft_wrap=True)
+
+
+@torch.no_grad()
+def plain(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[sets.Row], evaluation: EvaluationConfig
+) -> list[Any]:
+    """What anyone would write: sort by length, pad, forward with an attention mask, log_softmax; generate.
+
+    Gives the sum of log p of each sequence's scored tokens, in the rows' order, then the answers' texts.
+    """
+    sequences = [(i, sequence) for i, row in enumerate(rows) for sequence in row["sequences"]]
+    order = sorted(range(len(sequences)), key=lambda at: len(sequences[at][1]["token_ids"]))
+    sums = [0.0] * len(sequences)
+    while order:
+        batch: list[int] = []
+        while order and (len(batch) + 1) * len(sequences[order[0]][1]["token_ids"]) <= max(
+            evaluation.micro_batch_tokens, len(sequences[order[0]][1]["token_ids"])
+        ):
+            batch.append(order.pop(0))
+        width = len(sequences[batch[-1]][1]["token_ids"])
+        ids = torch.zeros(len(batch), width, dtype=torch.int64)
+        mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for row, at in enumerate(batch):
+            length = len(sequences[at][1]["token_ids"])
+            ids[row, :length] = torch.tensor(sequences[at][1]["token_ids"])
+            scored[row, :length] = torch.tensor(sequences[at][1]["scored"])
+            mask[row, :length] = 1
+        log_probs = model(ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+        of_targets = log_probs.gather(-1, ids[:, 1:, None])[..., 0] * scored[:, 1:]
+        for row, at in enumerate(batch):
+            sums[at] = float(of_targets[row].sum())
+    answers: dict[int, str] = {}
+    asked = sorted((i for i, row in enumerate(rows) if row["prompt_ids"]), key=lambda i: len(rows[i]["prompt_ids"]))
+    for start in range(0, len(asked), evaluation.generation_batch):
+        members = asked[start : start + evaluation.generation_batch]
+        width = max(len(rows[i]["prompt_ids"]) for i in members)
+        ids = torch.zeros(len(members), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(members):
+            prompt = rows[i]["prompt_ids"]
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        generator: Any = model
+        output = generator.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=evaluation.max_new_tokens, pad_token_id=0
+        )
+        for row, i in enumerate(members):
+            answers[i] = str(tokenizer.decode(output[row, width:], skip_special_tokens=True)).strip()
+    return [*sums, *(answers[i] for i in sorted(answers))]
+
+
+def check(records: list[dict[str, Any]], expected: list[Any]) -> None:
+    """Both ways must have done the same work."""
+    if records[0]["generated"] is not None:
+        same = sum(record["generated"] == answer for record, answer in zip(records, expected, strict=True))
+        assert same >= 0.9 * len(records), f"{same} of {len(records)} answers are the same"
+        return
+    sums = [sum(log_probs) for record in records for log_probs in record["log_probs"]]
+    assert all(abs(a - b) <= 1e-3 * max(1.0, abs(b)) for a, b in zip(sums, expected, strict=True))
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -1,0 +1,8 @@
+"""Entry point for `ray job submit ... -- python jobs/evaluate.py --config ...`: the same as `mrd-ray evaluate`."""
+
+import sys
+
+from mrd_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,0 +1,150 @@
+"""Tasks: forget, retain and evaluated sets with the paper's settings, each a YAML file."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+import yaml
+from huggingface_hub import HfApi
+from pydantic import ConfigDict, Field, ValidationError
+
+from mrd_ray.config import EvaluationConfig
+from mrd_ray.config.base import Frozen
+from mrd_ray.data.read import FILE_SUFFIXES
+from mrd_ray.errors import UserError
+
+_HUB_SECONDS = 5.0
+PRESETS = Path(__file__).parent / "presets"
+
+
+class Task(Frozen):
+    """A task file. Its sections are settings of `score`, `unlearn` and `evaluate`; each command takes those it has."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    description: str = Field("", description="What it is, in a line.")
+    copies: dict[str, str] = Field(
+        {},
+        description="By hub id, how a file of a local copy is named, from {name} and {split}.",
+    )
+    data: dict[str, Any] = Field({}, description="The forget set.")
+    retain: dict[str, Any] = Field({}, description="The retain set.")
+    scoring: dict[str, Any] = Field({}, description="Settings of scoring.")
+    unlearning: dict[str, Any] = Field({}, description="Settings of unlearning.")
+    methods: dict[str, dict[str, Any]] = Field({}, description="More settings of unlearning, by method.")
+    evaluation: dict[str, Any] = Field({}, description="Evaluated sets, and settings of evaluation.")
+
+
+def names() -> list[str]:
+    """The tasks that come with the package."""
+    return sorted(file.stem for file in PRESETS.glob("*.yaml"))
+
+
+def load(task: str, copies: Mapping[str, str], method: str | None = None) -> dict[str, Any]:
+    """Settings by section: data, retain, scoring, unlearning, evaluation.
+
+    Args:
+        task: a name of `names`, or a YAML file.
+        copies: by hub id, a folder with a local copy to read instead.
+        method: of unlearning, if it is not the task's own.
+
+    Raises:
+        UserError: no such task, or one with other settings than a task has.
+    """
+    file, read = _read(task)
+    if unknown := copies.keys() - read.copies.keys():
+        raise UserError(
+            f"task_data: the task reads nothing from {min(unknown)!r}, but from {', '.join(read.copies) or 'no hub id'}"
+        )
+    return _sections(file, read, copies, method)
+
+
+def _sections(file: Path, read: Task, copies: Mapping[str, str], method: str | None) -> dict[str, Any]:
+    method = method or read.unlearning.get("method")
+    unlearning = read.unlearning | read.methods.get(str(method), {})
+    if method is not None:
+        unlearning["method"] = method
+    if (refusals := unlearning.get("refusals")) is not None:
+        unlearning["refusals"] = str(file.parent / refusals)
+    sections = {
+        "data": read.data,
+        "retain": read.retain,
+        "scoring": read.scoring,
+        "unlearning": unlearning,
+        "evaluation": read.evaluation,
+    }
+    for _, source in _sources(sections):
+        _use_copy(source, read.copies, copies)
+    return {name: section for name, section in sections.items() if section}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of a task, and why it cannot be read from here; None where it can."""
+
+    name: str
+    path: str
+    problem: str | None
+
+
+def sources(task: str, copies: Mapping[str, str]) -> tuple[str, list[Source]]:
+    """A task's description and sets, each tried: a file is looked for, the hub is asked. Copies as for `load`.
+
+    Raises UserError as `load` does, but for copies that the task does not read.
+    """
+    file, read = _read(task)
+    sections = _sections(file, read, copies, None)
+    found = []
+    for name, source in _sources(sections):
+        where = " ".join(filter(None, [source["path"], source.get("name")]))
+        found.append(Source({"data": "forget set"}.get(name, name), where, _problem(source["path"])))
+    return read.description, found
+
+
+def _problem(path: str) -> str | None:
+    if PurePosixPath(path).suffix.lower() in FILE_SUFFIXES:
+        filesystem, name = fsspec.core.url_to_fs(os.path.expanduser(path))
+        return None if filesystem.exists(name) else "no such file"
+    if Path(path).expanduser().is_dir():
+        return None
+    try:
+        HfApi().dataset_info(path, timeout=_HUB_SECONDS)
+    except Exception as problem:  # no network, no such dataset, no access to it: each library layer has its own
+        return (str(problem).splitlines() or [type(problem).__name__])[0]
+    return None
+
+
+def _read(task: str) -> tuple[Path, Task]:
+    file = PRESETS / f"{task}.yaml" if task in names() else Path(task).expanduser()
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"task: {task} is neither one of {', '.join(names())} nor a file") from None
+    except (OSError, UnicodeError, yaml.YAMLError) as problem:
+        raise UserError(f"task: cannot read {file}: {problem}") from None
+    try:
+        read = Task.model_validate(content)
+        if read.evaluation:
+            EvaluationConfig.model_validate(read.evaluation)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"task: {file}, {where}: {first['msg']}") from None
+    return file, read
+
+
+def _sources(sections: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every set of a task, by its name or what it is for."""
+    yield from ((name, sections[name]) for name in ("data", "retain") if sections[name])
+    yield from sections["evaluation"].get("sets", {}).items()
+
+
+def _use_copy(source: dict[str, Any], patterns: Mapping[str, str], copies: Mapping[str, str]) -> None:
+    """Read from a local copy of a hub dataset, if there is one."""
+    if (folder := copies.get(source["path"])) is None:
+        return
+    pattern = patterns[source["path"]]
+    source["path"] = str(Path(folder) / pattern.format(name=source.pop("name", ""), split=source.pop("split", "train")))

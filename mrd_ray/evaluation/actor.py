@@ -1,0 +1,69 @@
+"""One replica of the model on one worker: takes rows of evaluated sets, gives back what metrics are made of."""
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from mrd_ray import models
+from mrd_ray.config import EvaluationConfig, ModelConfig
+from mrd_ray.evaluation.measure import RECORD, Measurer
+from mrd_ray.evaluation.sets import ROW
+from mrd_ray.scoring.actor import attempt, replica
+
+UNIT_SCHEMA = pa.schema([("unit_id", pa.string()), ("rows", pa.list_(ROW))])
+RESULT_SCHEMA = pa.schema(
+    [
+        ("unit_id", pa.string()),
+        ("worker", pa.string()),
+        ("seconds", pa.float64()),
+        ("fatal", pa.string()),
+        ("records", pa.list_(RECORD)),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every unit of a run has in common."""
+
+    model: ModelConfig
+    evaluation: EvaluationConfig
+    files_digest: str
+    threads: int
+    on_gpu: bool
+
+
+class EvaluationActor:
+    """A callable class for Ray Data: one unit (a row of UNIT_SCHEMA) in, one row of RESULT_SCHEMA out.
+
+    A failure that concerns the run as a whole comes back as `fatal`.
+    """
+
+    def __init__(self, task: Task) -> None:
+        torch.set_num_threads(task.threads)
+        self._measurer, self._fatal = attempt(lambda: self._load(task))
+
+    def _load(self, task: Task) -> Measurer:
+        model = replica(task.model, task.files_digest, task.on_gpu)
+        return Measurer(model, models.load_tokenizer(task.model), task.evaluation)
+
+    def __call__(self, units: pa.Table) -> pa.Table:
+        """Measure a unit."""
+        started = time.perf_counter()
+        (unit,) = units.to_pylist()
+        result: dict[str, Any] = {"unit_id": unit["unit_id"], "records": []}
+        if self._measurer is not None:
+            try:
+                result["records"] = self._measurer(unit["rows"])
+            except torch.OutOfMemoryError as problem:  # of EL_n's generation
+                self._fatal = f"the device ran out of memory; lower evaluation.generation_batch ({problem})"
+        result |= {
+            "worker": f"{os.uname().nodename}:{os.getpid()}",
+            "seconds": time.perf_counter() - started,
+            "fatal": self._fatal,
+        }
+        return pa.Table.from_pylist([result], RESULT_SCHEMA)

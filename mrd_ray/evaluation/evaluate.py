@@ -1,0 +1,212 @@
+"""`mrd-ray evaluate`, start to end."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+import ray
+from rich.console import Console
+
+from mrd_ray import models
+from mrd_ray.config import EvaluateConfig, EvaluationConfig
+from mrd_ray.errors import UserError
+from mrd_ray.evaluation import sets, table, zero_shot
+from mrd_ray.evaluation.actor import RESULT_SCHEMA, UNIT_SCHEMA, EvaluationActor, Task
+from mrd_ray.evaluation.aggregate import Figure
+from mrd_ray.evaluation.measure import Record
+from mrd_ray.progress import Meter
+from mrd_ray.runs import RunDirectory
+from mrd_ray.scoring import pipeline
+from mrd_ray.scoring.pool import Pool
+
+_IDENTITY = [
+    "extraction_n",
+    "extraction_stride",
+    "micro_batch_tokens",
+    "generation_batch",
+    "stop",
+    "embedding_model",
+    "toxicity_model",
+    "toxicity_label",
+    "zero_shot_limit",
+]
+_ANSWERS = pa.schema(
+    [
+        ("set", pa.string()),
+        ("sample_id", pa.string()),
+        ("prompt", pa.string()),
+        ("answer", pa.string()),
+        ("generated", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class EvaluateRun:
+    """What a finished run left.
+
+    lines: of table.SCHEMA, as evaluation.parquet. answers: set, sample_id, prompt, answer, generated. figures: of sets
+    and of the model, as figures.parquet and figures.json.
+    """
+
+    run: RunDirectory
+    config: EvaluateConfig
+    lines: pa.Table
+    answers: pa.Table
+    figures: list[Figure]
+
+    @property
+    def num_errors(self) -> int:
+        """Rows that could not be evaluated."""
+        return len(self.lines) - self.lines["error"].null_count
+
+
+def evaluate(config: EvaluateConfig) -> EvaluateRun:
+    """Evaluate a model on all sets; go on, if the run directory holds such a run already.
+
+    Raises:
+        UserError: bad input or settings, or a run directory of something else.
+    """
+    console = Console(stderr=True)
+    run = RunDirectory(config.run.dir)
+    with run.locked():
+        path = models.directory(config.model)
+        files_digest = models.files_digest(path)
+        zero_shot.require(config)
+        tokenizer = models.load_tokenizer(config.model)
+        skeleton = models.skeleton(path)
+        reference = None if config.evaluation.reference is None else _reference(config.evaluation)
+        tables = {}
+        for name, evaluated in config.evaluation.sets.items():
+            console.print(f"Reading {evaluated.path} ({name})", markup=False)
+            limit = models.context_length(skeleton.config)
+            tables[name] = sets.build(name, evaluated, config.evaluation, tokenizer, limit)
+        _warn_of_overlap(tables, config.evaluation, console)
+        run.claim(
+            {
+                "model": files_digest,
+                "model.dtype": config.model.dtype,
+                "tokenizer": models.tokenizer_digest(tokenizer),
+            }
+            | {f"evaluation.sets.{name}": sets.digest(rows) for name, rows in tables.items()}
+            | {f"evaluation.{name}": getattr(config.evaluation, name) for name in _IDENTITY},
+            config,
+            owns=("units", "evaluation.parquet"),
+        )
+        work = _Work(config, run, tables, files_digest)
+        records = work.off()
+        suites = zero_shot.figures(config, run, files_digest)
+        finished = _finish(config, run, tables, records, reference, suites)
+    return finished
+
+
+def _reference(evaluation: EvaluationConfig) -> pa.Table:
+    run = RunDirectory(str(evaluation.reference))
+    if not run.exists("evaluation.parquet"):
+        raise UserError(f"evaluation.reference: {evaluation.reference} holds no evaluation.parquet; evaluate it first")
+    lines = run.read_table("evaluation.parquet")
+    if not table.Lines(lines).values(str(evaluation.forget), "truth_ratio"):
+        raise UserError(
+            f"evaluation.reference: {evaluation.reference} has no truth_ratio of a set named {evaluation.forget!r}"
+        )
+    return lines
+
+
+def _warn_of_overlap(tables: Mapping[str, pa.Table], evaluation: EvaluationConfig, console: Console) -> None:
+    if evaluation.forget is None:
+        return
+    members = evaluation.membership.members if evaluation.membership is not None else None
+    for name, rows in tables.items():
+        if name in (evaluation.forget, members):
+            continue
+        if shared := sets.shared_rows(tables[evaluation.forget], rows):
+            console.print(
+                f"{shared} of {len(tables[evaluation.forget])} rows of the forget set stand in {name} too",
+                style="red", markup=False,
+            )  # fmt: skip
+
+
+@dataclass
+class _Work:
+    """Units, each a few rows of one set, which the rows alone decide, and the actors that work them off."""
+
+    config: EvaluateConfig
+    run: RunDirectory
+    tables: Mapping[str, pa.Table]
+    files_digest: str
+
+    def off(self) -> dict[str, dict[str, Record]]:
+        """Measure what is missing, and give the records of each set by sample_id."""
+        units = [unit for name, rows in self.tables.items() for unit in sets.units(name, rows)]
+        there = set(self.run.names("units"))
+        missing = [(unit_id, rows) for unit_id, rows in units if f"{unit_id}.parquet" not in there]
+        if missing:
+            with pipeline.cluster():
+                self._measure(missing)
+        records: dict[str, dict[str, Record]] = {name: {} for name in self.tables}
+        for unit_id, _ in units:
+            for record in self._result(unit_id):
+                records[unit_id.rsplit(".", 1)[0]][record["sample_id"]] = record
+        return records
+
+    def _measure(self, units: list[tuple[str, list[sets.Row]]]) -> None:
+        """Work off these units; each one's result is on disk before it counts as done."""
+        config = self.config
+        pool = Pool.of(config.ray, ray.cluster_resources())
+        pool = dataclasses.replace(pool, actors=min(pool.actors, len(units)))
+        task = Task(config.model, config.evaluation, self.files_digest, pool.threads, pool.gpus > 0)
+        work = {unit_id: sum(map(sets.cost, rows)) for unit_id, rows in units}
+        rows_of = {unit_id: len(rows) for unit_id, rows in units}
+        tables = [pa.Table.from_pylist([{"unit_id": unit_id, "rows": rows}], UNIT_SCHEMA) for unit_id, rows in units]
+        measured = 0
+        with Meter("Evaluating", sum(work.values())) as meter:
+            meter.advance(0, f"{len(units)} unit(s) to do, starting {pool.actors} actor(s)")
+            for count, result in enumerate(pipeline.results(tables, EvaluationActor, task, pool), 1):
+                (row,) = result.select(["unit_id", "seconds", "fatal"]).to_pylist()
+                if row["fatal"] is not None:
+                    raise UserError(row["fatal"])
+                if count == 1:
+                    meter.working_since(row["seconds"])
+                self.run.write_table(f"units/{row['unit_id']}.parquet", result)
+                measured += rows_of[row["unit_id"]]
+                rate = measured / meter.working_seconds
+                meter.advance(work[row["unit_id"]], f"unit {count} of {len(units)}, {rate:.3g} rows/s")
+
+    def _result(self, unit_id: str) -> list[Record]:
+        name = f"units/{unit_id}.parquet"
+        result = self.run.read_table(name)
+        if result.schema != RESULT_SCHEMA or result["unit_id"].to_pylist() != [unit_id]:
+            raise UserError(
+                f"{self.run.path(name)} is not that unit's result; delete it and start the same command again"
+            )
+        records: list[Record] = result["records"].to_pylist()[0]
+        return records
+
+
+def _finish(
+    config: EvaluateConfig,
+    run: RunDirectory,
+    tables: Mapping[str, pa.Table],
+    records: Mapping[str, Mapping[str, Record]],
+    reference: pa.Table | None,
+    suites: list[Figure],
+) -> EvaluateRun:
+    """From records to metrics and figures, all written."""
+    lines, answers = [], []
+    for name, rows in tables.items():
+        lines.append(table.lines(name, config.evaluation.sets[name], config.evaluation, rows, records[name]))
+        answers += [
+            {"set": name, "answer": row["response"], "generated": record["generated"], **row}
+            for row in rows.select(["sample_id", "prompt", "response"]).to_pylist()
+            if (record := records[name].get(row["sample_id"])) is not None and record["generated"] is not None
+        ]
+    of_all = pa.concat_tables(lines)
+    figures = table.figures(of_all, config.evaluation, reference) + suites
+    finished = EvaluateRun(run, config, of_all, pa.Table.from_pylist(answers, _ANSWERS), figures)
+    run.write_table("evaluation.parquet", of_all)
+    run.write_table("answers.parquet", finished.answers)
+    run.write_table("figures.parquet", pa.Table.from_pylist([asdict(figure) for figure in figures], table.FIGURES))
+    run.write("figures.json", json.dumps([asdict(figure) for figure in figures], indent=1).encode())
+    return finished

@@ -1,0 +1,52 @@
+"""Evaluation of the live model in the course of unlearning, on its possibly sharded weights."""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+from rich.console import Console
+
+from mrd_ray import models
+from mrd_ray.config import UnlearnConfig
+from mrd_ray.evaluation import sets, table
+from mrd_ray.evaluation.measure import Measurer
+from mrd_ray.unlearning import unlearn as training
+from mrd_ray.unlearning.engine import Engine
+
+
+def unlearn(config: UnlearnConfig) -> training.UnlearnRun:
+    """Unlearn a forget set, and evaluate every `evaluation_every` steps if that is set: see `unlearning.unlearn`.
+
+    RUN/evaluations/step-NNNNNN.parquet are then as the evaluation.parquet of `mrd-ray evaluate` on that step's model.
+    """
+    if config.evaluation_every is None:
+        return training.unlearn(config)
+    config = training.with_absolute_paths(config)
+    tokenizer = models.load_tokenizer(config.model)
+    limit = models.context_length(models.load_config(models.directory(config.model)))
+    tables = {}
+    for name, evaluated in config.evaluation.sets.items():
+        Console(stderr=True).print(f"Reading {evaluated.path} ({name})", markup=False)
+        tables[name] = sets.build(name, evaluated, config.evaluation, tokenizer, limit)
+    return training.unlearn(config, InTraining(config, tables))
+
+
+@dataclass(frozen=True)
+class InTraining:
+    """Lines of all sets (table.SCHEMA), from the live weights of a training run, which stay as they are."""
+
+    config: UnlearnConfig
+    tables: dict[str, pa.Table]
+
+    def __call__(self, engine: Engine) -> pa.Table:
+        """All ranks must call this. The numbers are those of `mrd-ray evaluate`: rows go in the same batches."""
+        evaluation = self.config.evaluation
+        engine.settle()
+        measurer = Measurer(
+            engine.model, models.load_tokenizer(self.config.model), evaluation, engine.ranks, synced=engine.stage == 3
+        )
+        lines = []
+        for name, rows in self.tables.items():
+            records = {record["sample_id"]: record for _, unit in sets.units(name, rows) for record in measurer(unit)}
+            lines.append(table.lines(name, evaluation.sets[name], evaluation, rows, records))
+        engine.settle()
+        return pa.concat_tables(lines)

@@ -1,0 +1,63 @@
+"""Other models that judge what the evaluated one says. On the workers."""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+
+from mrd_ray.config import EvaluationConfig
+from mrd_ray.errors import UserError
+
+
+class Judges:
+    """The models that the settings name, on one device.
+
+    Raises:
+        UserError: one cannot be loaded, or lacks what it is wanted for.
+    """
+
+    def __init__(self, evaluation: EvaluationConfig, device: torch.device) -> None:
+        self._label = evaluation.toxicity_label
+        self._embedder: Any = None
+        self._classifier: Any = None
+        if evaluation.embedding_model is not None:
+            self._embedder = _embedder(evaluation.embedding_model, device)
+        if evaluation.toxicity_model is not None:
+            self._classifier = _classifier(evaluation.toxicity_model, self._label, device)
+
+    def similarities(self, text: str, others: Sequence[str]) -> list[float]:
+        """Cosines of a text's sentence embedding with those of others."""
+        vectors = self._embedder.encode([text, *others], normalize_embeddings=True, show_progress_bar=False)
+        cosines: list[float] = (vectors[1:].astype("float64") @ vectors[0].astype("float64")).tolist()
+        return cosines
+
+    def toxicity(self, text: str) -> float:
+        """The classifier's probability of the label, each label being yes or no where the model says it has several."""
+        scores = self._classifier(text, top_k=None, truncation=True)
+        return float(next(score["score"] for score in scores if score["label"] == self._label))
+
+
+def _embedder(path: str, device: torch.device) -> Any:
+    try:
+        library = importlib.import_module("sentence_transformers")
+    except ImportError:
+        raise UserError(
+            "evaluation.embedding_model needs sentence-transformers: pip install 'mrd-ray[judges]'"
+        ) from None
+    try:
+        return library.SentenceTransformer(path, device=str(device))
+    except (OSError, ValueError) as problem:
+        raise UserError(f"evaluation.embedding_model: cannot load {path}: {problem}") from None
+
+
+def _classifier(path: str, label: str, device: torch.device) -> Any:
+    try:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as problem:
+        raise UserError(f"evaluation.toxicity_model: cannot load {path}: {problem}") from None
+    if label not in (labels := model.config.label2id):
+        raise UserError(f"evaluation.toxicity_label: {path} has no label {label!r}, but {', '.join(labels)}")
+    return transformers.pipeline("text-classification", model=model, tokenizer=tokenizer, device=device)

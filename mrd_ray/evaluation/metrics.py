@@ -1,0 +1,80 @@
+"""Metrics of one row, each from log-probabilities (nats) of its scored tokens, or from texts.
+
+mean() below is over the tokens of a response, so that exp(mean(log p)) = P(a | q)^(1 / |a|), whatever its length.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from statistics import fmean
+from typing import Any
+
+from rouge_score.rouge_scorer import RougeScorer
+
+LogProbs = Sequence[float]
+
+
+def probability(answer: LogProbs) -> float:
+    """P(a | q)^(1 / |a|) of TOFU (Maini et al., 2024, section 2.2.1), in (0, 1]."""
+    return math.exp(fmean(answer))
+
+
+def normalized_probability(answer: LogProbs, wrong: Sequence[LogProbs]) -> float:
+    """TOFU's probability where there are choices: that of the answer over the sum of all, each as `probability`."""
+    alternatives = [fmean(log_probs) for log_probs in [answer, *wrong]]
+    highest = max(alternatives)  # a ratio of exponentials, which alone might be too small for floats
+    return math.exp(alternatives[0] - highest) / math.fsum(math.exp(x - highest) for x in alternatives)
+
+
+def truth_ratio(paraphrase: LogProbs, wrong: Sequence[LogProbs]) -> float:
+    """TOFU's R_truth: how likely wrong answers are beside the right one in other words; over 1, likelier.
+
+    R = prod_i P(wrong_i | q)^(1 / |wrong_i| n) / P(paraphrase | q)^(1 / |paraphrase|)
+
+    with the geometric mean over the n wrong answers that TOFU's published figures have, and its code. (The formula in
+    the article has an arithmetic mean.)
+    """
+    return math.exp(min(fmean(map(fmean, wrong)) - fmean(paraphrase), 700.0))
+
+
+def accuracy(paraphrase: LogProbs, wrong: Sequence[LogProbs]) -> float:
+    """1 if the right answer in other words has a higher mean log-probability than every wrong one, else 0.
+
+    Forget accuracy of arXiv 2504.06658 is its mean over the forget set; unlearning accuracy UA = 1 - that.
+    """
+    return float(all(fmean(paraphrase) > fmean(log_probs) for log_probs in wrong))
+
+
+def embedding_accuracy(similarities: Sequence[float]) -> float:
+    """1 if the model's own answer is more like the truth (the first) than like every wrong answer, else 0.
+
+    `accuracy` by what the model says instead of what it prefers. Cosines of sentence embeddings.
+    """
+    return float(all(similarities[0] > other for other in similarities[1:]))
+
+
+def multiple_choice(choices: Sequence[LogProbs], right: int) -> float:
+    """1 if the letter of the right choice is the likeliest of the letters, else 0; the first wins a tie."""
+    means = [fmean(log_probs) for log_probs in choices]
+    return float(means.index(max(means)) == right)
+
+
+def memorization_accuracy(correct: Sequence[bool]) -> float:
+    """MA = sum_t 1{argmax p(. | x_<t) = x_t} / T (Tirumala et al., 2022), over the scored tokens."""
+    return fmean(correct)
+
+
+def min_k(log_probs: LogProbs, percent: float) -> float:
+    """Min-k% Prob (Shi et al., 2024): mean log p of the k% least likely tokens, of one at least. Higher: a member."""
+    count = max(1, int(len(log_probs) * percent / 100))
+    return fmean(sorted(log_probs)[:count])
+
+
+def rouge_l(generated: str, answer: str) -> float:
+    """ROUGE-L recall of a generated answer (Lin, 2004; stemmed, as TOFU has it). RR of arXiv 2504.06658 is 1 - this."""
+    return float(_rouge().score(answer, generated)["rougeL"].recall)
+
+
+@cache
+def _rouge() -> Any:
+    return RougeScorer(["rougeL"], use_stemmer=True)

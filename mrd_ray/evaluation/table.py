@@ -1,0 +1,202 @@
+"""Records of rows -> one line per row and metric, and the figures of sets and of the model."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import pyarrow as pa
+
+from mrd_ray.config import EvaluatedSet, EvaluationConfig
+from mrd_ray.evaluation import aggregate, metrics
+from mrd_ray.evaluation.aggregate import Figure
+from mrd_ray.evaluation.measure import Record
+from mrd_ray.evaluation.sets import ANSWER, CHOICE, PARAPHRASE, WINDOW, WRONG
+
+SCHEMA = pa.schema(
+    [
+        pa.field("set", pa.string(), nullable=False),
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("subject", pa.string()),
+        pa.field("metric", pa.string()),
+        pa.field("value", pa.float64(), metadata={"unit": "as the metric's definition says; null where undefined"}),
+        pa.field("tokens", pa.int64(), metadata={"unit": "scored tokens of the response or text"}),
+        pa.field("error", pa.string(), metadata={"unit": "null, or why the row could not be evaluated"}),
+    ]
+)
+FIGURES = pa.schema(
+    [
+        pa.field("set", pa.string(), metadata={"unit": "null: of the model as a whole"}),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("value", pa.float64()),
+        pa.field("se", pa.float64(), metadata={"unit": "standard error; null where none is known"}),
+        pa.field("rows", pa.int64(), metadata={"unit": "rows that it is made of"}),
+    ]
+)
+
+
+def lines(
+    name: str,
+    evaluated: EvaluatedSet,
+    evaluation: EvaluationConfig,
+    rows: pa.Table,
+    records: Mapping[str, Record],
+) -> pa.Table:
+    """One line of SCHEMA per row and metric of a set; one, without a metric, for a row with an error.
+
+    Args:
+        rows: of sets.SCHEMA.
+        records: by sample_id.
+    """
+    found = []
+    for row in rows.select(["sample_id", "subject", "response", "right", "error"]).to_pylist():
+        line = {"set": name, "sample_id": row["sample_id"], "subject": row["subject"]}
+        record = records.get(row["sample_id"])
+        error = row["error"] or (record and record["error"])
+        if record is not None and error is None and not all(math.isfinite(p) for ps in record["log_probs"] for p in ps):
+            error = "its log-probability is not finite"
+        if record is None or error is not None:
+            found.append(line | {"error": error})
+            continue
+        log_probs = _of_row(record)
+        line["tokens"] = len(log_probs.whole)
+        for metric, value in _values(evaluated, evaluation, row, record, log_probs):
+            found.append(line | {"metric": metric, "value": value})
+    return pa.Table.from_pylist(found, SCHEMA)
+
+
+# What arXiv 2504.06658 reports of the forget set: 1 - a metric's mean.
+_FORGOTTEN = {"rouge_l": "RR", "accuracy": "UA", "embedding_accuracy": "UA_by_embedding"}
+
+
+@dataclass(frozen=True)
+class _LogProbs:
+    """Of a row's sequences, by role; `whole` is of the response, or of all windows of a text."""
+
+    whole: list[float]
+    paraphrase: list[float]
+    wrong: list[list[float]]
+    choices: list[list[float]]
+
+
+def _of_row(record: Record) -> _LogProbs:
+    def of(role: str) -> list[list[float]]:
+        found: Iterator[tuple[str, list[float]]] = zip(record["roles"], record["log_probs"], strict=True)
+        return [log_probs for name, log_probs in found if name.split("-")[0] == role]
+
+    whole = [p for log_probs in of(ANSWER) + of(WINDOW) for p in log_probs]
+    paraphrase = of(PARAPHRASE)
+    return _LogProbs(whole, paraphrase[0] if paraphrase else whole, of(WRONG), of(CHOICE))
+
+
+def _values(
+    evaluated: EvaluatedSet,
+    evaluation: EvaluationConfig,
+    row: dict[str, Any],
+    record: Record,
+    log_probs: _LogProbs,
+) -> Iterator[tuple[str, float | None]]:
+    """Each metric of the set, in its order."""
+    for metric in evaluated.metrics:
+        match metric:
+            case "probability":
+                yield metric, metrics.probability(log_probs.whole)
+            case "normalized_probability":
+                yield metric, metrics.normalized_probability(log_probs.whole, log_probs.wrong)
+            case "truth_ratio":
+                yield metric, metrics.truth_ratio(log_probs.paraphrase, log_probs.wrong)
+            case "accuracy":
+                yield metric, metrics.accuracy(log_probs.paraphrase, log_probs.wrong)
+            case "embedding_accuracy":
+                yield metric, metrics.embedding_accuracy(record["similarities"])
+            case "toxicity":
+                yield metric, record["toxicity"]
+            case "rouge_l":
+                yield metric, metrics.rouge_l(record["generated"], row["response"])
+            case "memorization_accuracy":
+                correct = zip(record["roles"], record["correct"], strict=True)
+                own = [c for role, cs in correct if role.split("-")[0] in (ANSWER, WINDOW) for c in cs]
+                yield metric, metrics.memorization_accuracy(own)
+            case "extraction_likelihood":
+                value = record["extraction_likelihood"]
+                yield metric, None if math.isnan(value) else value
+            case "min_k":
+                for percent in evaluation.min_k_percent:
+                    yield f"min_{percent:g}", metrics.min_k(log_probs.whole, percent)
+            case "perplexity":
+                yield metric, math.exp(min(-fmean(log_probs.whole), 700.0))
+            case "multiple_choice":
+                yield metric, metrics.multiple_choice(log_probs.choices, row["right"])
+
+
+class Lines:
+    """Lines of all sets, to be asked for the values of one metric."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._by: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for line in table.to_pylist():
+            if line["value"] is not None:
+                self._by.setdefault((line["set"], line["metric"]), []).append(line)
+
+    def of(self, name: str, metric: str) -> list[dict[str, Any]]:
+        """Those of a set with a value of this metric."""
+        return self._by.get((name, metric), [])
+
+    def values(self, name: str, metric: str) -> list[float]:
+        """Their values."""
+        return [line["value"] for line in self.of(name, metric)]
+
+
+def figures(table: pa.Table, evaluation: EvaluationConfig, reference: pa.Table | None) -> list[Figure]:
+    """What the lines of all sets come to.
+
+    reference: lines of the same sets, of a model that never saw the forget set.
+    """
+    by = Lines(table)
+    found: list[Figure] = []
+    for name, evaluated in evaluation.sets.items():
+        for metric in evaluated.metrics:
+            own = _of_set(by, name, metric)
+            if own and name == evaluation.forget and metric in _FORGOTTEN:
+                own.append(replace(own[0], metric=_FORGOTTEN[metric], value=1 - own[0].value))
+            found += own
+    if evaluation.membership is not None:
+        for percent in evaluation.min_k_percent:
+            min_k, sets = f"min_{percent:g}", evaluation.membership
+            members, others = by.values(sets.members, min_k), by.values(sets.non_members, min_k)
+            if members and others:
+                found.append(aggregate.membership_auc(f"{min_k}_auc", members, others))
+    if reference is not None and evaluation.forget is not None:
+        ratios = [Lines(lines).values(evaluation.forget, "truth_ratio") for lines in (table, reference)]
+        if all(ratios):
+            found.append(aggregate.forget_quality(*ratios))
+    if evaluation.utility:
+        parts = [part for name in evaluation.utility for part in _utility(by, name, evaluation.sets[name])]
+        rows = sum(len(by.of(name, "truth_ratio")) for name in evaluation.utility)
+        if not any(map(math.isnan, parts)):
+            found.append(Figure(None, "model_utility", aggregate.model_utility(parts), None, rows))
+    return found
+
+
+def _of_set(by: Lines, name: str, metric: str) -> list[Figure]:
+    rows = by.of(name, metric)
+    if metric == "min_k" or not rows:
+        return []
+    if metric == "perplexity":
+        weighted = [-line["tokens"] * math.log(line["value"]) for line in rows]
+        return [aggregate.perplexity(name, weighted, [line["tokens"] for line in rows])]
+    found = [aggregate.mean(name, metric, by.values(name, metric))]
+    if metric == "multiple_choice":
+        for subject in sorted({line["subject"] for line in rows if line["subject"] is not None}):
+            values = [line["value"] for line in rows if line["subject"] == subject]
+            found.append(aggregate.mean(name, f"multiple_choice: {subject}", values))
+    return found
+
+
+def _utility(by: Lines, name: str, evaluated: EvaluatedSet) -> Sequence[float]:
+    """The three parts of a set's share in the model utility; nan where no row has one."""
+    probability = "normalized_probability" if "normalized_probability" in evaluated.metrics else "probability"
+    kept = [max(0.0, 1.0 - ratio) for ratio in by.values(name, "truth_ratio")]
+    parts = (by.values(name, probability), by.values(name, "rouge_l"), kept)
+    return [fmean(values) if values else math.nan for values in parts]

@@ -1,0 +1,100 @@
+"""Zero-shot suites of the LM Evaluation Harness (Gao et al., 2024), which does all of it."""
+
+import importlib
+import json
+from typing import Any
+
+import ray
+import torch
+from rich.console import Console
+
+from mrd_ray import models
+from mrd_ray.config import EvaluateConfig
+from mrd_ray.errors import UserError
+from mrd_ray.evaluation.aggregate import Figure
+from mrd_ray.runs import RunDirectory
+from mrd_ray.scoring import pipeline
+from mrd_ray.scoring.actor import attempt, replica
+from mrd_ray.scoring.pool import Pool
+
+
+def require(config: EvaluateConfig) -> None:
+    """Raises UserError if suites are wanted and the harness is not installed, or does not know one of them."""
+    if not config.evaluation.zero_shot:
+        return
+    try:
+        tasks = importlib.import_module("lm_eval.tasks")
+    except ImportError:
+        raise UserError("evaluation.zero_shot needs lm-eval: pip install 'mrd-ray[zero-shot]'") from None
+    known = tasks.TaskManager(include_path=config.evaluation.zero_shot_tasks).all_tasks
+    if unknown := [name for name in config.evaluation.zero_shot if name not in known]:
+        raise UserError(
+            f"evaluation.zero_shot: the harness knows no {unknown[0]!r}; `lm-eval ls tasks` lists those that it does, "
+            "and evaluation.zero_shot_tasks is a folder with YAML files of your own"
+        )
+
+
+def figures(config: EvaluateConfig, run: RunDirectory, files_digest: str) -> list[Figure]:
+    """Figures of each suite, one Ray task each; those that are there from an earlier start are taken."""
+    names = {name: f"units/zero-shot-{name}.json" for name in config.evaluation.zero_shot}
+    missing = [name for name, file in names.items() if not run.exists(file)]
+    if missing:
+        with pipeline.cluster():
+            pool = Pool.of(config.ray, ray.cluster_resources())
+            work = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=3)(_suite)
+            waiting = {work.remote(config, name, files_digest, pool.threads, pool.gpus > 0): name for name in missing}
+            while waiting:
+                (done,), _ = ray.wait(list(waiting), num_returns=1)
+                found, fatal = ray.get(done)
+                name = waiting.pop(done)
+                if fatal is not None:
+                    raise UserError(f"evaluation.zero_shot: {name}: {fatal}")
+                run.write(names[name], json.dumps(found).encode())
+                Console(stderr=True).print(f"Zero-shot: {name} done, {len(waiting)} to do", highlight=False)
+    return [Figure(**figure) for file in names.values() for figure in json.loads(run.read(file))]
+
+
+def _suite(
+    config: EvaluateConfig, name: str, files_digest: str, threads: int, on_gpu: bool
+) -> tuple[list[dict[str, Any]] | None, str | None]:
+    """On a worker: the figures of one suite, subtasks included, or why there are none."""
+    torch.set_num_threads(threads)
+    return attempt(lambda: _evaluated(config, name, files_digest, on_gpu))
+
+
+def _evaluated(config: EvaluateConfig, name: str, files_digest: str, on_gpu: bool) -> list[dict[str, Any]]:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    evaluation = config.evaluation
+    model = replica(config.model, files_digest, on_gpu)
+    wrapped = HFLM(
+        pretrained=model, tokenizer=models.load_tokenizer(config.model), batch_size=evaluation.generation_batch
+    )
+    found = simple_evaluate(
+        model=wrapped,
+        tasks=[name],
+        num_fewshot=0,
+        limit=evaluation.zero_shot_limit,
+        log_samples=False,
+        task_manager=TaskManager(include_path=evaluation.zero_shot_tasks),
+    )
+    figures = []
+    for task, values in found["results"].items():
+        rows = found["n-samples"].get(task, {}).get("effective", 0)
+        for key, value in values.items():
+            metric, _, its_filter = key.partition(",")
+            if not its_filter or metric.endswith("_stderr"):
+                continue
+            se = values.get(f"{metric}_stderr,{its_filter}")
+            figures.append(
+                {
+                    "set": task,
+                    "metric": metric if its_filter == "none" else f"{metric} ({its_filter})",
+                    "value": float(value),
+                    "se": float(se) if isinstance(se, float) else None,
+                    "rows": int(rows),
+                }
+            )
+    return figures

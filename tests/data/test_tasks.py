@@ -1,0 +1,49 @@
+"""Task files: those of the package are settings that every command takes, and a bad one is named."""
+
+import pytest
+
+from mrd_ray import EvaluateConfig, UnlearnConfig, UserError
+from mrd_ray.data import tasks
+
+
+@pytest.mark.parametrize("task", tasks.names())
+def test_a_preset_makes_valid_settings(task):
+    read = tasks.load(task, {})
+    common = {"model": {"path": "m"}, "run": {"dir": "r"}}
+    EvaluateConfig(**common, evaluation=read["evaluation"])
+    UnlearnConfig(**common, data=read["data"], retain=read["retain"], unlearning=read["unlearning"])
+
+
+@pytest.mark.parametrize(("method", "epochs"), [("npo", 4), ("po", 5), ("graddiff", 5)])
+def test_a_method_brings_its_own_settings(method, epochs):
+    unlearning = tasks.load("tofu", {}, method)["unlearning"]
+    assert (unlearning["method"], unlearning["epochs"]) == (method, epochs)
+
+
+def test_local_copies_are_read_instead_of_the_hub(tofu_dir):
+    read = tasks.load("tofu", {"locuslab/TOFU": str(tofu_dir)})
+    assert read["data"]["path"] == str(tofu_dir / "forget10.json")
+    assert read["evaluation"]["sets"]["retain"]["path"] == str(tofu_dir / "retain_perturbed.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("evaluation: {sets: {a: {path: x.txt, metrics: [beauty]}}}", "sets.a.metrics.0"),
+        ("sets: {}", "sets: Extra inputs"),
+        ("a: [", "cannot read"),
+        ("[1]", "task: "),
+    ],
+)
+def test_a_bad_task_file_is_named_with_its_setting(tmp_path, content, message):
+    file = tmp_path / "task.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=message):
+        tasks.load(str(file), {})
+
+
+def test_unknown_tasks_and_copies_are_refused():
+    with pytest.raises(UserError, match=r"neither one of safe, tofu, whp, wmdp nor a file"):
+        tasks.load("tofuu", {})
+    with pytest.raises(UserError, match="reads nothing from 'locuslab/TOFUU', but from locuslab/TOFU"):
+        tasks.load("tofu", {"locuslab/TOFUU": "x"})
