@@ -122,7 +122,7 @@ def test_refreshes_by_actors_are_those_in_place(files, tmp_path, more):
 @pytest.mark.slow
 def test_the_best_is_never_the_model_as_it_was(files, tmp_path):
     """Which has the lowest retain loss of all, and must not take the place of a result either."""
-    settings = {"checkpoints__best_by": "retain_loss", "checkpoints__keep": 1, "unlearning__learning_rate": 3e-3}
+    settings = {"checkpoints__best_by": "retain_loss", "checkpoints__keep": 1, "unlearning__method": "ga"}
     outcome = unlearn(config(files, tmp_path, **settings))
     losses = {line["step"]: line["retain_loss"] for line in outcome.log if line["event"] == "evaluation"}
     assert losses[0] == min(losses.values())
