@@ -116,10 +116,10 @@ def settings(line: ArgumentParser, arguments: Sequence[str]) -> Any:
     """The config of the command that the arguments name. Raises pydantic.ValidationError."""
     parsed = line.parse_args(arguments)
     values = line.instantiate(parsed)[parsed.command]
-    # the settings of a task have become defaults
-    ours = {key: value for key, value in values.items() if key not in ("config", "task", "task_data", "__path__")}
-    if parsed.command == "tasks":
-        ours["task_data"] = values["task_data"]
+    others = {"config", "__path__"}
+    if parsed.command in _OF_TASKS:  # their settings have become defaults
+        others |= {"task", "task_data"}
+    ours = {key: value for key, value in values.items() if key not in others}
     return COMMANDS[parsed.command](**ours)
 
 

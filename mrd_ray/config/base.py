@@ -1,5 +1,6 @@
 """What the settings of all commands have in common."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, StringConstraints
@@ -11,6 +12,15 @@ class Frozen(BaseModel):
     """Settings that nobody changes, and of which none is misspelt."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def refuse_no_pattern(setting: str, value: str) -> str:
+    """The value of a setting that must be a regular expression. Raises ValueError."""
+    try:
+        re.compile(value)
+    except re.error as problem:
+        raise ValueError(f"{setting}: {value!r} is not a regular expression: {problem}") from None
+    return value
 
 
 class ModelConfig(Frozen):

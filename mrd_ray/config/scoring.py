@@ -1,11 +1,10 @@
 """Settings of scoring, of its plan, and of comparing two runs."""
 
-import re
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from mrd_ray.config.base import Frozen, ModelConfig, Name, RayConfig, RunConfig
+from mrd_ray.config.base import Frozen, ModelConfig, Name, RayConfig, RunConfig, refuse_no_pattern
 from mrd_ray.config.data import DataConfig
 
 Measure = Literal["mean_log_prob", "entropy", "memorization_accuracy", "log_prob_gradient_norm"]
@@ -75,11 +74,7 @@ class ScoringConfig(Frozen):
     @field_validator("parameters")
     @classmethod
     def _parameters_is_a_pattern(cls, parameters: str) -> str:
-        try:
-            re.compile(parameters)
-        except re.error as problem:
-            raise ValueError(f"scoring.parameters: {parameters!r} is not a regular expression: {problem}") from None
-        return parameters
+        return refuse_no_pattern("scoring.parameters", parameters)
 
     @model_validator(mode="after")
     def _settings_fit_the_estimator(self) -> "ScoringConfig":

@@ -1,6 +1,5 @@
 """Settings of unlearning."""
 
-import re
 from typing import Any, Literal
 
 from pydantic import (
@@ -13,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from mrd_ray.config.base import Frozen, ModelConfig, RunConfig
+from mrd_ray.config.base import Frozen, ModelConfig, RunConfig, refuse_no_pattern
 from mrd_ray.config.data import DataConfig, RetainConfig
 from mrd_ray.config.evaluation import EvaluationConfig
 from mrd_ray.config.scoring import ScoringConfig
@@ -118,11 +117,7 @@ class LoraConfig(Frozen):
     @field_validator("target_modules")
     @classmethod
     def _target_modules_is_a_pattern(cls, target_modules: str) -> str:
-        try:
-            re.compile(target_modules)
-        except re.error as problem:
-            raise ValueError(f"lora.target_modules: {target_modules!r} is no regular expression: {problem}") from None
-        return target_modules
+        return refuse_no_pattern("lora.target_modules", target_modules)
 
 
 class DeepSpeedConfig(Frozen):

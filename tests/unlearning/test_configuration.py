@@ -248,7 +248,7 @@ def test_what_goes_together(settings):
 
 
 def test_a_pattern_of_layers_must_be_one():
-    with pytest.raises(ValidationError, match="no regular expression"):
+    with pytest.raises(ValidationError, match=r"lora\.target_modules.*is not a regular expression"):
         config({"lora__rank": 2, "lora__target_modules": "q_proj("})
 
 
