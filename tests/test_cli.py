@@ -14,7 +14,7 @@ SCORE = ["score", "--model.path", "m", "--data.path", "d.jsonl", "--run.dir", "r
 
 
 def parse(*arguments) -> ScoreConfig | PlanConfig | ReportConfig | UnlearnConfig | DemoConfig:
-    return cli.settings(cli.parser(), [str(argument) for argument in arguments])
+    return cli.LINE.settings(cli.LINE.parser(), [str(argument) for argument in arguments])
 
 
 def error(capsys, *arguments) -> str:
@@ -129,13 +129,13 @@ def test_incomplete(capsys, arguments, named):
     assert named in error(capsys, *arguments)
 
 
-@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in ("compare", "tasks")])
+@pytest.mark.parametrize("command", [name for name in cli.LINE.commands if name not in ("compare", "tasks")])
 def test_help_describes_every_setting(capsys, command):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
     assert ended.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
-    fields = cli.COMMANDS[command].model_fields
+    fields = cli.LINE.commands[command].model_fields
     for field in (fields["ray"].annotation.model_fields if "ray" in fields else fields).values():
         assert field.description in printed
 

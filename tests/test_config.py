@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from mrd_ray.cli import parser
+from mrd_ray.cli import LINE
 from mrd_ray.config import DataConfig, ScoreConfig
 
 REQUIRED = ["score", "--model.path", "m", "--data.path", "d.jsonl", "--run.dir", "r"]
@@ -56,7 +56,7 @@ def test_data_settings_refused(setting):
 )
 def test_bad_flags_are_refused_by_name(flags, named, capsys):
     with pytest.raises(SystemExit) as end:
-        parser().parse_args([*REQUIRED, *flags])
+        LINE.parser().parse_args([*REQUIRED, *flags])
     assert end.value.code == 2
     assert named in capsys.readouterr().err
 
@@ -64,27 +64,27 @@ def test_bad_flags_are_refused_by_name(flags, named, capsys):
 def test_unknown_key_in_yaml_is_refused_by_name(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("scoring:\n  sigmaa: 1.0e-4\n")
     with pytest.raises(SystemExit):
-        parser().parse_args(["score", "--config", str(tmp_path / "c.yaml"), *REQUIRED[1:]])
+        LINE.parser().parse_args(["score", "--config", str(tmp_path / "c.yaml"), *REQUIRED[1:]])
     assert "scoring.sigmaa" in capsys.readouterr().err
 
 
 def test_flags_go_over_yaml_and_print_config_replays(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("scoring:\n  sigma: 1.0e-4\n  num_draws: 7\n")
     line = ["score", "--config", str(tmp_path / "c.yaml"), *REQUIRED[1:], "--scoring.num_draws", "9"]
-    parsed = parser().parse_args(line).score
+    parsed = LINE.parser().parse_args(line).score
     assert (parsed.scoring.sigma, parsed.scoring.num_draws) == (1e-4, 9)
     with pytest.raises(SystemExit):
-        parser().parse_args([*line, "--print_config"])
+        LINE.parser().parse_args([*line, "--print_config"])
     printed = capsys.readouterr().out
     (tmp_path / "printed.yaml").write_text(printed)
-    again = parser().parse_args(["score", "--config", str(tmp_path / "printed.yaml")]).score
+    again = LINE.parser().parse_args(["score", "--config", str(tmp_path / "printed.yaml")]).score
     assert (again.scoring, again.model, again.data) == (parsed.scoring, parsed.model, parsed.data)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_shipped_configs_parse(file):
     command = file.stem.split("_")[0]
-    parsed = parser().parse_args([command, "--config", str(file)])
+    parsed = LINE.parser().parse_args([command, "--config", str(file)])
     for key, value in yaml.safe_load(file.read_text()).items():
         for name, setting in value.items() if isinstance(value, dict) else []:
             found = parsed[command][key][name]

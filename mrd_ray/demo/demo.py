@@ -2,16 +2,15 @@
 
 import hashlib
 import importlib.util
-import random
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mrd_ray import fine_tune
 from mrd_ray.config import (
     DataConfig,
     DemoConfig,
@@ -30,7 +29,6 @@ from mrd_ray.config import (
 )
 from mrd_ray.data import samples
 from mrd_ray.errors import UserError
-from mrd_ray.progress import Meter
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HERE = Path(__file__).parent
@@ -48,7 +46,7 @@ def scoring(config: DemoConfig) -> ScoreConfig:
         pretrained = unpacked(cache)
         recipe = repr((_EPOCHS, _BATCH, _LEARNING_RATE)).encode() + FORGET.read_bytes() + RETAIN.read_bytes()
         name = f"smollm2-authors-{hashlib.sha256(recipe).hexdigest()[:8]}"
-        model = str(_cached(cache, name, lambda folder: memorise(pretrained, folder, [FORGET, RETAIN])))
+        model = str(fine_tune.cached(cache, name, lambda folder: memorise(pretrained, folder, [FORGET, RETAIN])))
     else:
         model = config.model
     data = config.data or str(FORGET)
@@ -95,22 +93,7 @@ def evaluation(unlearned: UnlearnConfig, model: str, when: str) -> EvaluateConfi
 
 def unpacked(cache: Path) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face directory."""
-    return _cached(cache, "smollm2-135m-instruct", _unpack)
-
-
-def _cached(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
-    """The folder cache/name, made if it is not there; a kill while making it leaves nothing under that name."""
-    folder, partial = cache / name, cache / f"{name}.partial"
-    if folder.is_dir():
-        return folder
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        make(partial)
-        partial.rename(folder)
-    except OSError as problem:
-        raise UserError(f"cache: cannot make {folder}: {problem.strerror or problem}") from None
-    return folder
+    return fine_tune.cached(cache, "smollm2-135m-instruct", _unpack)
 
 
 def _unpack(folder: Path) -> None:
@@ -140,29 +123,6 @@ def memorise(pretrained: Path, folder: Path, sets: Sequence[Path]) -> None:
         for path in sets
         for ids in samples.build(DataConfig(path=str(path)), tokenizer, None)["token_ids"].to_pylist()
     ]
-    torch.manual_seed(0)
-    shuffle = random.Random(0)
-    model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0, fused=True)
-    with Meter("Memorising the authors (once, cached)", _EPOCHS * len(token_ids)) as meter:
-        meter.advance(0, f"{len(token_ids)} question-answer pairs, {_EPOCHS} epochs")
-        for epoch in range(_EPOCHS):
-            shuffle.shuffle(token_ids)
-            for start in range(0, len(token_ids), _BATCH):
-                batch = token_ids[start : start + _BATCH]
-                loss = _loss(model, batch)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                meter.advance(len(batch), f"epoch {epoch + 1} of {_EPOCHS}, loss {loss.item():.3f}")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _loss(model: PreTrainedModel, token_ids: list[list[int]]) -> torch.Tensor:
-    """Mean negative log-likelihood of every token after the first."""
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in token_ids], batch_first=True)
-    lengths = torch.tensor([len(ids) for ids in token_ids])
-    labels = padded.masked_fill(torch.arange(padded.shape[1]) >= lengths[:, None], -100)
-    loss: torch.Tensor = model(padded, labels=labels, use_cache=False).loss
-    return loss
+    fine_tune.memorise(
+        pretrained, folder, token_ids, "Memorising the authors (once, cached)", _EPOCHS, _BATCH, _LEARNING_RATE
+    )

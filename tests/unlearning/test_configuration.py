@@ -244,7 +244,7 @@ def test_what_goes_together(settings):
     """From Python and on the command line, which mean the same."""
     found = config(settings)
     assert found.scoring.estimator == settings.get("scoring__estimator", "closed_form")
-    assert cli.settings(cli.parser(), command(settings)) == found
+    assert cli.LINE.settings(cli.LINE.parser(), command(settings)) == found
 
 
 def test_a_pattern_of_layers_must_be_one():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from mrd_ray import models
+from mrd_ray import fine_tune, models
 from mrd_ray.demo import demo
 from mrd_ray.unlearning.extraction import greedy
 
@@ -30,7 +30,7 @@ def memorised(tofu_dir, tmp_path_factory):
     if not (cache / "smollm2-authors-57ffba28").is_dir() and not (cache / "smollm2-135m-instruct").is_dir():
         pytest.skip("run `make demo` once, for its model")
     pretrained = demo.unpacked(cache)
-    model = demo._cached(
+    model = fine_tune.cached(
         cache, "smollm2-tofu-forget01", lambda folder: demo.memorise(pretrained, folder, [forget, retain])
     )
     return model, forget, retain

@@ -1,0 +1,108 @@
+"""Command lines made from config classes: flags, YAML, tasks, and what goes wrong with them."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from pydantic import ValidationError
+from rich.console import Console
+
+from mrd_ray.errors import UserError
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130  # exit codes; argparse itself ends with 2 on a bad command line
+_TASK_DATA = "Local copies of the task's hub datasets: '{locuslab/TOFU: FOLDER}'."
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """Commands, each with a config class that says what its flags are.
+
+    of_tasks: the commands that take their defaults from a task (see `data.tasks`). positional: by command, the fields
+    that are no flags, with how many words each takes where it is not one.
+    """
+
+    prog: str
+    description: str
+    commands: Mapping[str, Any]
+    of_tasks: Sequence[str]
+    positional: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
+
+    def parser(self, task: Mapping[str, Any] | None = None) -> ArgumentParser:
+        """Of all commands. task: settings by section, for defaults."""
+        top = ArgumentParser(prog=self.prog, description=self.description, allow_abbrev=False)
+        commands = top.add_subcommands(required=True, dest="command")
+        for name, config in self.commands.items():
+            command = ArgumentParser(description=config.__doc__, allow_abbrev=False)
+            command.add_argument("--config", action="config", help="YAML file of these settings; flags go over it.")
+            if name in self.of_tasks:
+                command.add_argument("--task", type=str, help="A task of `mrd-ray tasks`, or a YAML file of your own.")
+                command.add_argument("--task_data", type=dict[str, str], default={}, help=_TASK_DATA)
+            positional = self.positional.get(name, {})
+            for word, how_many in positional.items():
+                more: dict[str, Any] = {"nargs": how_many} if how_many else {}
+                command.add_argument(word, type=str, help=config.model_fields[word].description, **more)
+            command.add_class_arguments(config, as_group=False, skip=set(positional))
+            for section, settings in (task or {}).items():
+                if name in self.of_tasks and section in config.model_fields:
+                    command.set_defaults({f"{section}.{setting}": value for setting, value in settings.items()})
+            commands.add_subcommand(name, command, help=(config.__doc__ or "").strip().splitlines()[0])
+        return top
+
+    def settings(self, line: ArgumentParser, arguments: Sequence[str]) -> Any:
+        """The config of the command that the arguments name. Raises pydantic.ValidationError."""
+        parsed = line.parse_args(arguments)
+        values = line.instantiate(parsed)[parsed.command]
+        others = {"config", "__path__"}
+        if parsed.command in self.of_tasks:  # their settings have become defaults
+            others |= {"task", "task_data"}
+        ours = {key: value for key, value in values.items() if key not in others}
+        return self.commands[parsed.command](**ours)
+
+    def run(self, arguments: Sequence[str], call: Callable[[Any], int]) -> int:
+        """Parse, call, and give the exit code; a UserError is printed, and is exit code 1."""
+        try:
+            line = self.parser(_task(arguments))
+        except UserError as problem:
+            return _failed(problem)
+        try:
+            config = self.settings(line, arguments)
+        except ValidationError as problem:  # settings that are each in range but contradict one another
+            line.error("; ".join(_named(problem.title, error) for error in problem.errors()))
+        try:
+            return call(config)
+        except UserError as problem:
+            return _failed(problem)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            return INTERRUPTED
+
+
+def _failed(problem: UserError) -> int:
+    Console(stderr=True).print(f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return FAILED
+
+
+def _task(arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings of the task that the command line names, which must be known before it can be parsed."""
+    from mrd_ray.data import tasks
+
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--task")
+    flags.add_argument("--task_data", type=yaml.safe_load, default={})
+    flags.add_argument("--unlearning.method", dest="method")
+    known, _ = flags.parse_known_args(arguments)
+    copies = known.task_data if isinstance(known.task_data, dict) else {}  # the real parser refuses what is none
+    return {} if known.task is None else tasks.load(known.task, copies, known.method)
+
+
+def _named(model: str, error: Any) -> str:
+    """A message of pydantic's that names the setting: ours do by themselves."""
+    message = str(error["msg"])
+    if message.startswith("Value error, "):
+        return message.removeprefix("Value error, ")
+    group = model.removesuffix("Config").lower()
+    return ".".join([group, *map(str, error["loc"])]) + f": {message}, not {error['input']!r}"

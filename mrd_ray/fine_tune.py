@@ -1,0 +1,66 @@
+"""Plain fine-tuning until a model knows a set by heart, for the demo and for experiments on models that do not yet."""
+
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from mrd_ray.errors import UserError
+from mrd_ray.progress import Meter
+
+
+def cached(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder cache/name, made if it is not there; a kill while making it leaves nothing under that name."""
+    folder, partial = cache / name, cache / f"{name}.partial"
+    if folder.is_dir():
+        return folder
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        make(partial)
+        partial.rename(folder)
+    except OSError as problem:
+        raise UserError(f"cache: cannot make {folder}: {problem.strerror or problem}") from None
+    return folder
+
+
+def memorise(
+    pretrained: Path,
+    folder: Path,
+    token_ids: Sequence[Sequence[int]],
+    title: str,
+    epochs: int = 4,
+    batch_size: int = 8,
+    learning_rate: float = 3e-4,
+) -> None:
+    """Train on these samples with AdamW, every token after the first counting, and save model and tokenizer."""
+    torch.manual_seed(0)
+    shuffle, order = random.Random(0), list(token_ids)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32).train().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+    with Meter(title, epochs * len(order)) as meter:
+        meter.advance(0, f"{len(order)} samples, {epochs} epochs")
+        for epoch in range(epochs):
+            shuffle.shuffle(order)
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                loss = _loss(model, batch)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                meter.advance(len(batch), f"epoch {epoch + 1} of {epochs}, loss {loss.item():.3f}")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(pretrained).save_pretrained(folder)
+
+
+def _loss(model: PreTrainedModel, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Mean negative log-likelihood of every token after the first."""
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in token_ids], batch_first=True)
+    lengths = torch.tensor([len(ids) for ids in token_ids])
+    labels = padded.masked_fill(torch.arange(padded.shape[1]) >= lengths[:, None], -100)
+    loss: torch.Tensor = model(padded.to(model.device), labels=labels.to(model.device), use_cache=False).loss
+    return loss
