@@ -47,7 +47,11 @@ class CommandLine:
                 command.add_argument(word, type=str, help=config.model_fields[word].description, **more)
             command.add_class_arguments(config, as_group=False, skip=set(positional))
             for section, settings in (task or {}).items():
-                if name in self.of_tasks and section in config.model_fields:
+                if name not in self.of_tasks or section not in config.model_fields:
+                    continue
+                if isinstance(config.model_fields[section].default, dict):  # a setting by itself
+                    command.set_defaults({section: settings})
+                else:
                     command.set_defaults({f"{section}.{setting}": value for setting, value in settings.items()})
             commands.add_subcommand(name, command, help=(config.__doc__ or "").strip().splitlines()[0])
         return top

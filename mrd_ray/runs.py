@@ -132,6 +132,12 @@ class RunDirectory:
                 self._fs.makedirs(destination.rsplit("/", 1)[0], exist_ok=True)
                 self._fs.put_file(str(file), destination)
 
+    def remove(self, folder: str) -> None:
+        """Delete a folder of this run, if it is there."""
+        if self.exists(folder):
+            with self._writing(folder):
+                self._fs.rm(self.path(folder), recursive=True)
+
     def read(self, name: str) -> bytes:
         """The bytes of a file."""
         content: bytes = self._fs.cat_file(self.path(name))

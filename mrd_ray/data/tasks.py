@@ -44,7 +44,7 @@ def names() -> list[str]:
 
 
 def load(task: str, copies: Mapping[str, str], method: str | None = None) -> dict[str, Any]:
-    """Settings by section: data, retain, scoring, unlearning, evaluation.
+    """Settings by section: data, retain, scoring, unlearning, methods (settings of unlearning by method), evaluation.
 
     Args:
         task: a name of `names`, or a YAML file.
@@ -64,16 +64,20 @@ def load(task: str, copies: Mapping[str, str], method: str | None = None) -> dic
 
 def _sections(file: Path, read: Task, copies: Mapping[str, str], method: str | None) -> dict[str, Any]:
     method = method or read.unlearning.get("method")
-    unlearning = read.unlearning | read.methods.get(str(method), {})
+    methods = {name: dict(settings) for name, settings in read.methods.items()}
+    unlearning = dict(read.unlearning)
+    for settings in (unlearning, *methods.values()):
+        if (refusals := settings.get("refusals")) is not None:
+            settings["refusals"] = str(file.parent / refusals)
+    unlearning |= methods.get(str(method), {})
     if method is not None:
         unlearning["method"] = method
-    if (refusals := unlearning.get("refusals")) is not None:
-        unlearning["refusals"] = str(file.parent / refusals)
     sections = {
         "data": read.data,
         "retain": read.retain,
         "scoring": read.scoring,
         "unlearning": unlearning,
+        "methods": methods,
         "evaluation": read.evaluation,
     }
     for _, source in _sources(sections):

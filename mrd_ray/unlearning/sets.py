@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from mrd_ray.config import DataConfig, UnlearnConfig
+from mrd_ray.config import DataConfig, RetainConfig, UnlearnConfig
 from mrd_ray.data import read
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.tokens import Unscorable, choose_columns, render, tokenize
@@ -54,13 +54,18 @@ def _refuse_unusable(path: str, forget: pa.Table) -> None:
         )
 
 
+def retain_data(data: DataConfig, retain: RetainConfig) -> DataConfig:
+    """How the retain set is read: as `data` says, but for what `retain` says."""
+    own = retain.model_dump(exclude={"text"}) | {"where": {}}
+    if retain.text is not None:
+        own |= {"text": retain.text, "prompt": None, "response": None, "id": None, "score_on": "all"}
+    return DataConfig(**(data.model_dump() | own))
+
+
 def _retain(
     config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, context_length: int | None, console: Console
 ) -> pa.Table:
-    own = config.retain.model_dump(exclude={"text"}) | {"where": {}}
-    if config.retain.text is not None:
-        own |= {"text": config.retain.text, "prompt": None, "response": None, "id": None, "score_on": "all"}
-    data = DataConfig(**(config.data.model_dump() | own))
+    data = retain_data(config.data, config.retain)
     try:
         retain = samples_table.build(data, tokenizer, context_length)
     except UserError as problem:

@@ -1,0 +1,144 @@
+"""Settings of the paper's experiments."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+
+from mrd_ray.config.base import Frozen, ModelConfig, RayConfig, RunConfig
+from mrd_ray.config.data import DataConfig, RetainConfig
+from mrd_ray.config.evaluation import EvaluationConfig
+from mrd_ray.config.scoring import ScoringConfig
+from mrd_ray.config.unlearning import (
+    CheckpointsConfig,
+    DeepSpeedConfig,
+    StoppingConfig,
+    UnlearningConfig,
+    Weighting,
+    WorkersConfig,
+)
+
+Method = Literal["ga", "graddiff", "po", "npo"]
+Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+Several = Annotated[tuple[NonNegativeInt, ...], Field(min_length=2)]
+
+
+class LearnConfig(Frozen):
+    """Fine-tune model.path on the forget and the retain set first, as a model needs that has not seen them."""
+
+    epochs: NonNegativeInt = Field(0, description="0: the model knows them already.")
+    batch_size: PositiveInt = Field(8, description="Samples per step.")
+    learning_rate: PositiveFloat = Field(3e-4, description="Of AdamW, constant.")
+    cache: str = Field("~/.cache/mrd_ray", description="Folder that keeps such models, which every node must see.")
+
+
+class ExperimentConfig(Frozen):
+    """What all experiments have in common."""
+
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig
+    retain: RetainConfig = Field(RetainConfig(), description=str(RetainConfig.__doc__))
+    learn: LearnConfig = Field(LearnConfig(), description=str(LearnConfig.__doc__))
+    scoring: ScoringConfig = Field(ScoringConfig(estimator="closed_form"), description=str(ScoringConfig.__doc__))
+    results: str | None = Field(None, description="Folder that gets the findings too, as NAME.json and NAME.png.")
+
+    @field_validator("scoring", mode="before")
+    @classmethod
+    def _closed_form_unless_said(cls, scoring: Any) -> Any:
+        if isinstance(scoring, ScoringConfig):
+            scoring = scoring.model_dump(include=scoring.model_fields_set)
+        return {"estimator": "closed_form"} | scoring if isinstance(scoring, dict) else scoring
+
+
+class AloneConfig(Frozen):
+    """Gradient ascent with AdamW on one sample, or a few, from the model as it was, until they are forgotten."""
+
+    learning_rate: PositiveFloat = Field(5e-6, description="Of AdamW, constant, without weight decay.")
+    max_updates: PositiveInt = Field(100, description="Give up after so many; what is not forgotten counts as this.")
+    reference: str | None = Field(
+        None,
+        description="Model (directory or hub id) that never saw the samples: forgotten is what has MA and EL below the "
+        "forget set's averages on it. Unset: with learn.epochs, model.path before it learned; otherwise the averages "
+        "on the model itself (the paper, C.4), which samples below average meet at once.",
+    )
+    extraction_n: NonNegativeInt = Field(10, description="n of EL_n; 0 leaves EL out.")
+    extraction_stride: PositiveInt = Field(1, description="EL_n starts from every so many-th prefix of a sample.")
+
+
+class TasksOfSweep(Frozen):
+    """Ray tasks, each with a replica of the model, its gradient and two AdamW moments, in float32."""
+
+    cpus_per_task: PositiveFloat = Field(1.0, description="CPUs per task; also its number of threads.")
+    gpus_per_task: NonNegativeFloat = Field(0.0, description="GPUs per task.")
+    samples_per_task: PositiveInt = Field(8, description="Samples, or composite samples, that a task takes.")
+
+
+class Fig3Config(ExperimentConfig):
+    """Figure 3: how far parameters move until a composite sample, a few samples together, is forgotten."""
+
+    alone: AloneConfig = Field(AloneConfig(), description=str(AloneConfig.__doc__))
+    size: PositiveInt = Field(4, description="Samples of a composite sample.")
+    composites: int = Field(12, ge=3, description="Composite samples, without a sample in common.")
+    seed: NonNegativeInt = Field(0, description="Of which samples go together.")
+    ray: TasksOfSweep = Field(TasksOfSweep(), description=str(TasksOfSweep.__doc__))
+
+
+class Fig4Config(ExperimentConfig):
+    """Figure 4: MRD against the number of updates until a single sample is forgotten, and simpler measures too."""
+
+    alone: AloneConfig = Field(AloneConfig(), description=str(AloneConfig.__doc__))
+    ray: TasksOfSweep = Field(TasksOfSweep(), description=str(TasksOfSweep.__doc__))
+
+
+class Fig5Config(ExperimentConfig):
+    """Figure 5: MRD against sigma, in several precisions, and against the number of draws K."""
+
+    sigmas: tuple[PositiveFloat, ...] = Field((1e-7, 1e-6, 1e-5, 1e-4, 1e-3), min_length=2, description="Of the noise.")
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = Field(
+        ("float32", "bfloat16"), min_length=1, description="Precisions of weights and forward."
+    )
+    sigma_draws: PositiveInt = Field(50, description="K at each sigma.")
+    draws: tuple[PositiveInt, ...] = Field((10, 25, 50, 100, 200), min_length=2, description="Each K at scoring.sigma.")
+    ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
+
+
+class UnlearningSweep(ExperimentConfig):
+    """What experiments that unlearn a set as a whole have in common."""
+
+    unlearning: UnlearningConfig = Field(UnlearningConfig(), description=str(UnlearningConfig.__doc__))
+    stopping: StoppingConfig = Field(StoppingConfig(), description=str(StoppingConfig.__doc__))
+    checkpoints: CheckpointsConfig = Field(CheckpointsConfig(keep=1), description=str(CheckpointsConfig.__doc__))
+    deepspeed: DeepSpeedConfig = Field(DeepSpeedConfig(), description=str(DeepSpeedConfig.__doc__))
+    ray: WorkersConfig = Field(WorkersConfig(), description=str(WorkersConfig.__doc__))
+    at_once: PositiveInt = Field(1, description="Runs at a time.")
+    seeds: Several = Field((0, 1, 2), description="Of the draws of forget and retain samples.")
+
+
+class Fig2Config(UnlearningSweep):
+    """Figure 2: how much the same unlearning varies with the samples that are to be forgotten."""
+
+    selections: int = Field(5, ge=2, description="Forget sets drawn from data.")
+    size: PositiveInt = Field(20, description="Samples of each.")
+    selection_seed: NonNegativeInt = Field(0, description="Of the selections.")
+
+
+class TablesConfig(UnlearningSweep):
+    """Tables 1, 4, 5, 6: each method with uniform and with MRD weights, on a task."""
+
+    methods: dict[Method, dict[str, Any]] = Field(
+        {"ga": {}, "graddiff": {}, "npo": {}},
+        description="Methods (ga is the paper's SGA, and with MRD weights its CGA), each with settings of unlearning "
+        "of its own.",
+    )
+    weightings: tuple[Weighting, ...] = Field(("uniform", "mrd"), min_length=1, description="How samples are drawn.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description=str(EvaluationConfig.__doc__))
+
+
+class Table7Config(ExperimentConfig):
+    """Table 7: MRD against what samples are like: semantic complexity, frequency, initial probability, rare words."""
+
+    corpus: str | None = Field(
+        None, description="A .txt file of ordinary text, which says how common a word is; unset, both sets do."
+    )
+    common_words: PositiveInt = Field(5000, description="So many of its words, the most frequent, are not rare.")
+    ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))

@@ -1,0 +1,112 @@
+"""Figure 2: how much does the outcome of the same unlearning vary with which samples are to be forgotten?"""
+
+import json
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+import scipy.stats
+
+from mrd_ray.config import DataConfig
+from mrd_ray.config.paper import Fig2Config
+from mrd_ray.data import read
+from mrd_ray.errors import UserError
+from mrd_ray.paper import sweep, unlearned
+from mrd_ray.paper.findings import Cell, Findings
+from mrd_ray.paper.statistics import mean
+from mrd_ray.paper.subject import Subject, prepare
+from mrd_ray.unlearning.stopping import TITLES
+
+_CLAIM = (
+    "With the same method and settings, what unlearning achieves varies a good deal with the samples selected to be "
+    "forgotten, so that a comparison of methods may measure the selection."
+)
+_MANY_SHARE = 0.5
+
+
+def experiment(config: Fig2Config) -> tuple[Findings, Subject]:
+    """Unlearn several selections, each with several seeds; compare the spread between with that within."""
+    names = ("unlearning", "stopping", "scoring", "checkpoints", "deepspeed")
+    own = {name: getattr(config, name).model_dump(mode="json") for name in names}
+    subject = prepare(
+        config, own | {"size": config.size, "selection_seed": config.selection_seed, "experiment": "fig2"}
+    )
+    cells = {}
+    for i, data in enumerate(_selections(config, subject)):
+        for seed in config.seeds:
+            name = f"selection-{i}-seed-{seed}"
+            unlearning = config.unlearning.model_copy(update={"seed": seed})
+            cells[name] = unlearned.cell(config, subject, name, unlearning, data)
+    results = sweep.work_off(subject.run, "Unlearning selections", unlearned.work, cells, at_once=config.at_once)
+    after = {
+        metric: [
+            [results[f"selection-{i}-seed-{seed}"]["after"][metric] for seed in config.seeds]
+            for i in range(config.selections)
+        ]
+        for metric in TITLES
+        if all(metric in result["after"] for result in results.values())
+    }
+    rows: list[dict[str, Cell]] = [_row(TITLES[metric], values) for metric, values in after.items()]
+    varied = [row for row in rows if isinstance(row["p"], float) and row["p"] < 0.05]
+    found = [
+        f"{'Agrees' if varied else 'Undecided'}: {len(varied)} of {len(rows)} figures differ between selections beyond "
+        "what seeds do (analysis of variance, p < 0.05)."
+    ]
+    many = [str(row["figure"]) for row in rows if isinstance(row["share"], float) and row["share"] > _MANY_SHARE]
+    if many:
+        found.append(f"The selection makes over half of the variance of: {'; '.join(many)}.")
+    found.append(
+        f"{config.selections} selections of {config.size} samples (selection seed {config.selection_seed}), each with "
+        f"seeds {', '.join(map(str, config.seeds))}; {config.unlearning.method}, weighting "
+        f"{config.unlearning.weighting}."
+    )
+    title = "Figure 2: variance of unlearning from the selection of samples"
+    return Findings("fig2", title, _CLAIM, rows, found, _page(after)), subject
+
+
+def _selections(config: Fig2Config, subject: Subject) -> list[DataConfig]:
+    """Forget sets drawn from data, each a file of the run. Another selection more changes none of the others."""
+    if config.data.path.lower().endswith(".txt"):
+        raise UserError("data.path: a selection needs rows; give a .jsonl file, not plain text")
+    rows = [row.values for row in read.rows(config.data)]
+    if config.size > len(rows):
+        raise UserError(f"size: {config.size} is over the {len(rows)} samples of {config.data.path}")
+    found = []
+    for i in range(config.selections):
+        chosen = random.Random(f"{config.selection_seed} {i}").sample(range(len(rows)), config.size)
+        name = f"selections/{i}.jsonl"
+        subject.run.write(name, "".join(json.dumps(rows[j]) + "\n" for j in sorted(chosen)).encode())
+        update: dict[str, Any] = {"path": subject.run.path(name), "name": None, "where": {}, "max_samples": None}
+        found.append(config.data.model_copy(update=update))
+    return found
+
+
+def _row(title: str, values: list[list[float]]) -> dict[str, Cell]:
+    """Between selections and within them, over seeds: one-way analysis of variance, and its variance components."""
+    of_selections = [float(np.mean(one)) for one in values]
+    within = float(np.mean([np.var(one, ddof=1) for one in values]))
+    between = max(0.0, float(np.var(of_selections, ddof=1)) - within / len(values[0]))
+    p = float(scipy.stats.f_oneway(*values).pvalue) if within else float("nan")
+    return {
+        "figure": title,
+        "mean over selections": mean(of_selections),
+        "least": min(of_selections),
+        "most": max(of_selections),
+        "s.d. between": between**0.5,
+        "s.d. of seeds": within**0.5,
+        "share": between / (between + within) if between + within else float("nan"),
+        "p": p,
+    }
+
+
+def _page(after: Mapping[str, list[list[float]]]) -> matplotlib.figure.Figure:
+    page = matplotlib.figure.Figure(figsize=(3.6 * len(after), 4), layout="constrained")
+    for axis, (metric, values) in zip(np.atleast_1d(page.subplots(1, len(after))), after.items(), strict=True):
+        shown: Any = axis
+        for i, of_seeds in enumerate(values):
+            shown.plot([i + 1] * len(of_seeds), of_seeds, "o", color="#4878a8", alpha=0.7)
+        shown.set(xlabel="selection", title=TITLES[metric].replace(": ", ":\n"), xticks=range(1, len(values) + 1))
+        shown.title.set_fontsize(9)
+    return page

@@ -1,0 +1,90 @@
+"""Estimates with 95% confidence intervals."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+_LEVEL, _RESAMPLES = 0.95, 9999
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate, and its 95% confidence interval; nan where the data do not say."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.value:.3g}"
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+    @property
+    def decided(self) -> bool:
+        """Whether zero is outside the interval."""
+        return self.low > 0 or self.high < 0
+
+
+def mean(values: Sequence[float]) -> Interval:
+    """Mean, with Student's interval."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return Interval(float(np.mean(values)), math.nan, math.nan)
+    interval = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(_LEVEL)
+    return Interval(float(np.mean(values)), float(interval.low), float(interval.high))
+
+
+def spearman(x: Sequence[float], y: Sequence[float], given: Sequence[float] | None = None) -> Interval:
+    """Spearman's rank correlation of paired values, with a percentile bootstrap over the pairs.
+
+    given: a third value of each pair, to be held fixed: the partial correlation of ranks.
+    """
+    columns = (x, y) if given is None else (x, y, given)
+    return _bootstrap(_rank_correlation, *columns)
+
+
+def excess(x: Sequence[float], other: Sequence[float], y: Sequence[float]) -> Interval:
+    """|Spearman(x, y)| - |Spearman(other, y)|, bootstrapped over the same pairs: how much better x ranks y."""
+
+    def difference(x: Any, other: Any, y: Any, axis: int = -1) -> Any:
+        return abs(_rank_correlation(x, y, axis=axis)) - abs(_rank_correlation(other, y, axis=axis))
+
+    return _bootstrap(difference, x, other, y)
+
+
+def variation(values: Sequence[float]) -> Interval:
+    """Coefficient of variation, standard deviation over mean, with a percentile bootstrap."""
+    return _bootstrap(lambda v, axis=-1: np.std(v, axis=axis, ddof=1) / np.mean(v, axis=axis), values)
+
+
+def _bootstrap(statistic: Any, *columns: Sequence[float]) -> Interval:
+    data = tuple(np.asarray(column, float) for column in columns)
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)  # where a resample has nan, see below
+        value = float(statistic(*data))
+        if math.isnan(value):  # all alike
+            return Interval(value, math.nan, math.nan)
+        found = scipy.stats.bootstrap(
+            data, statistic, paired=True, vectorized=True, n_resamples=_RESAMPLES, method="percentile",
+            rng=np.random.default_rng(0), batch=500,
+        )  # fmt: skip
+        tails = [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]
+        low, high = np.nanquantile(found.bootstrap_distribution, tails)  # nan: a resample of pairs that are all alike
+    return Interval(value, float(low), float(high))
+
+
+def _rank_correlation(x: Any, y: Any, z: Any = None, axis: int = -1) -> Any:
+    if z is None:
+        return _correlation(scipy.stats.rankdata(x, axis=axis), scipy.stats.rankdata(y, axis=axis), axis)
+    xy, xz, yz = (_rank_correlation(*pair, axis=axis) for pair in ((x, y), (x, z), (y, z)))
+    return (xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
+
+
+def _correlation(x: Any, y: Any, axis: int) -> Any:
+    x, y = x - x.mean(axis, keepdims=True), y - y.mean(axis, keepdims=True)
+    return (x * y).sum(axis) / np.sqrt((x**2).sum(axis) * (y**2).sum(axis))

@@ -1,0 +1,90 @@
+"""What an experiment is made on: the model, made to learn the sets where it must, and the samples."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from mrd_ray import fine_tune, models
+from mrd_ray.config import ModelConfig, RunConfig, ScoreConfig
+from mrd_ray.config.base import RayConfig
+from mrd_ray.config.paper import ExperimentConfig
+from mrd_ray.data import samples as samples_table
+from mrd_ray.errors import UserError
+from mrd_ray.runs import RunDirectory
+from mrd_ray.scoring.score import ScoreRun, score
+from mrd_ray.unlearning.sets import retain_data
+
+_MEASURES = ("mean_log_prob", "memorization_accuracy", "log_prob_gradient_norm")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """samples, retained: of data.samples.SCHEMA. pretrained: the model before it learned them, None if it did not."""
+
+    run: RunDirectory
+    model: ModelConfig
+    pretrained: ModelConfig | None
+    tokenizer: PreTrainedTokenizerBase
+    samples: pa.Table
+    retained: pa.Table | None
+
+    def score(self, config: ExperimentConfig, ray: RayConfig) -> ScoreRun:
+        """Every sample's MRD and other measures, in RUN/scores."""
+        scoring = config.scoring.model_copy(update={"measures": _MEASURES})
+        run = RunConfig(dir=self.run.path("scores"))
+        return score(ScoreConfig(model=self.model, data=config.data, run=run, scoring=scoring, ray=ray))
+
+
+def prepare(config: ExperimentConfig, identity: dict[str, Any]) -> Subject:
+    """Read the sets, let the model learn them if it must, and claim the run directory.
+
+    identity: the settings, beside the sets and the model, that results in RUN/cells depend on.
+
+    Raises:
+        UserError: bad input, a sample that cannot be scored, or a run directory of something else.
+    """
+    console = Console(stderr=True)
+    run = RunDirectory(config.run.dir if "://" in config.run.dir else str(Path(config.run.dir).expanduser().absolute()))
+    path = models.directory(config.model)
+    tokenizer = models.load_tokenizer(config.model)
+    limit = models.context_length(models.load_config(path))
+    console.print(f"Reading {config.data.path}", markup=False)
+    samples = samples_table.build(config.data, tokenizer, limit)
+    if errors := samples["error"].drop_null().to_pylist():
+        raise UserError(f"data.path: {len(errors)} samples of {config.data.path} cannot be scored: {errors[0]}")
+    retained = None
+    if config.retain.path is not None:
+        console.print(f"Reading {config.retain.path}", markup=False)
+        retained = samples_table.build(retain_data(config.data, config.retain), tokenizer, limit)
+        retained = retained.filter(pc.is_null(retained["error"]))
+    known = {"forget set": samples, "retain set": retained}
+    sets = {name: samples_table.digest(table) for name, table in known.items() if table is not None}
+    recipe = {"model": models.files_digest(path), **sets, **config.learn.model_dump(exclude={"cache"})}
+    run.claim(recipe | {"model.dtype": config.model.dtype} | identity, config, owns=("cells", "scores"))
+    own = config.model.model_copy(update={"path": str(path.absolute()), "revision": None})
+    if not config.learn.epochs:
+        return Subject(run, own, None, tokenizer, samples, retained)
+    learned = _learned(config, path, [table for table in known.values() if table is not None], recipe)
+    return Subject(
+        run, own.model_copy(update={"path": str(learned), "tokenizer": None}), own, tokenizer, samples, retained
+    )
+
+
+def _learned(config: ExperimentConfig, path: Path, tables: list[pa.Table], recipe: dict[str, Any]) -> Path:
+    token_ids = [ids for table in tables for ids in table["token_ids"].to_pylist()]
+    learn = config.learn
+    name = f"learned-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]}"
+    return fine_tune.cached(
+        Path(learn.cache).expanduser().absolute(),
+        name,
+        lambda folder: fine_tune.memorise(
+            path, folder, token_ids, "Learning the sets (once, cached)", learn.epochs, learn.batch_size,
+            learn.learning_rate,
+        ),
+    )  # fmt: skip

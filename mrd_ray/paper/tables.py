@@ -1,0 +1,132 @@
+"""Tables 1, 4, 5, 6: does drawing forget samples by MRD improve each method, in what is forgotten and what is kept?"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.figure
+
+from mrd_ray.config import UnlearningConfig
+from mrd_ray.config.paper import Method, TablesConfig
+from mrd_ray.errors import UserError
+from mrd_ray.evaluation.aggregate import title
+from mrd_ray.paper import sweep, unlearned
+from mrd_ray.paper.findings import Cell, Findings
+from mrd_ray.paper.statistics import Interval, mean
+from mrd_ray.paper.subject import Subject, prepare
+from mrd_ray.unlearning.stopping import TITLES
+
+_CLAIM = (
+    "Drawing forget samples by MRD improves each of SGA (which makes it CGA), GradDiff, PO and NPO: more is forgotten, "
+    "and less of what is to stay is lost."
+)
+_METHODS = {"ga": "SGA", "graddiff": "GradDiff", "po": "PO", "npo": "NPO"}
+Values = dict[str, list[float]]  # by figure, of all seeds
+
+
+def experiment(config: TablesConfig) -> tuple[Findings, Subject]:
+    """Every method, weighting and seed; each figure's mean over seeds, and the paired gain over uniform weights."""
+    names = ("unlearning", "stopping", "scoring", "checkpoints", "deepspeed", "evaluation")
+    own: dict[str, Any] = {name: getattr(config, name).model_dump(mode="json") for name in names}
+    subject = prepare(config, own | {"methods": config.methods, "experiment": "tables"})
+    cells = {"before": _before(config, subject)} if config.evaluation.sets else {}
+    for method in config.methods:
+        for weighting in config.weightings:
+            for seed in config.seeds:
+                name = f"{method}-{weighting}-{seed}"
+                unlearning = _unlearning(config, method, {"weighting": weighting, "seed": seed})
+                evaluation = config.evaluation if config.evaluation.sets else None
+                cells[name] = unlearned.cell(config, subject, name, unlearning, config.data, evaluation)
+    results = sweep.work_off(subject.run, "Unlearning", unlearned.work, cells, at_once=config.at_once)
+    values: dict[tuple[str, str], Values] = {
+        (method, weighting): _values([results[f"{method}-{weighting}-{seed}"] for seed in config.seeds])
+        for method in config.methods
+        for weighting in config.weightings
+    }
+    any_cell = results[f"{next(iter(config.methods))}-{config.weightings[0]}-{config.seeds[0]}"]
+    before = _values([{"after": any_cell["before"], "figures": results.get("before", {}).get("figures", [])}])
+    rows = [_row(figure, before, values) for figure in before]
+    found = [*_gains(values), _setting(config, results)]
+    heading = "Tables 1, 4, 5, 6: methods with uniform and with MRD weights"
+    return Findings("tables", heading, _CLAIM, rows, found, _page(before, values)), subject
+
+
+def _unlearning(config: TablesConfig, method: Method, more: dict[str, Any]) -> UnlearningConfig:
+    settings = config.unlearning.model_dump(exclude_unset=True, exclude={"method", "refusals"})
+    try:
+        return UnlearningConfig(**(settings | config.methods[method] | {"method": method} | more))
+    except ValueError as problem:
+        raise UserError(f"methods.{method}: {problem}") from None
+
+
+def _before(config: TablesConfig, subject: Subject) -> unlearned.Cell:
+    evaluation = unlearned.evaluation_of(config, subject, subject.model.path, "before", config.evaluation)
+    return unlearned.Cell(None, evaluation)
+
+
+def _values(results: Sequence[Mapping[str, Any]]) -> Values:
+    """By figure, its value in each result."""
+    found: Values = {}
+    for result in results:
+        for name, value in result["after"].items():
+            found.setdefault(TITLES[name], []).append(value)
+        for of, metric, value in result.get("figures", ()):
+            found.setdefault(title(metric) if of is None else f"{of}: {title(metric)}", []).append(value)
+    return found
+
+
+def _row(figure: str, before: Values, values: Mapping[tuple[str, str], Values]) -> dict[str, Cell]:
+    row: dict[str, Cell] = {"figure": figure, "before": before[figure][0]}
+    for (method, weighting), own in values.items():
+        row[f"{_METHODS[method]}, {weighting}"] = mean(own[figure]) if figure in own else None
+    for method in dict.fromkeys(method for method, _ in values):
+        if (gain := _gain(figure, method, values)) is not None:
+            row[f"{_METHODS[method]}: mrd - uniform"] = gain
+    return row
+
+
+def _gain(figure: str, method: str, values: Mapping[tuple[str, str], Values]) -> Interval | None:
+    """Of MRD over uniform weights, seed by seed; None if either is not there."""
+    pair = [values.get((method, weighting), {}).get(figure) for weighting in ("mrd", "uniform")]
+    if pair[0] is None or pair[1] is None:
+        return None
+    return mean([a - b for a, b in zip(pair[0], pair[1], strict=True)])
+
+
+def _gains(values: Mapping[tuple[str, str], Values]) -> list[str]:
+    """Per method, what MRD weights change beyond chance."""
+    found = []
+    for method in dict.fromkeys(method for method, _ in values):
+        figures = values.get((method, "mrd"), {})
+        gains = {figure: gain for figure in figures if (gain := _gain(figure, method, values)) is not None}
+        decided = [f"{figure}: {gain}" for figure, gain in gains.items() if gain.decided]
+        if gains:
+            found.append(
+                f"{_METHODS[method]}: MRD weights change {len(decided)} of {len(gains)} figures beyond chance"
+                + (f" ({'; '.join(decided)})." if decided else ", so neither agrees nor disagrees.")
+            )
+    return found
+
+
+def _setting(config: TablesConfig, results: Mapping[str, sweep.Result]) -> str:
+    steps = [result["steps"] for result in results.values() if "steps" in result]
+    seeds, size = ", ".join(map(str, config.seeds)), config.unlearning.batch_size
+    return f"Seeds {seeds}; {min(steps)} to {max(steps)} steps of {size} forget samples."
+
+
+def _page(before: Values, values: Mapping[tuple[str, str], Values]) -> matplotlib.figure.Figure:
+    """What is forgotten against what is kept: forget MA and retain perplexity, a point for each seed."""
+    page = matplotlib.figure.Figure(figsize=(6.5, 5), layout="constrained")
+    axis = page.add_subplot()
+    forget, retain = TITLES["forget_memorization_accuracy"], TITLES["retain_loss"]
+    colours = dict(zip(_METHODS, ("#4878a8", "#c44e52", "#55a868", "#8172b2"), strict=True))
+    for (method, weighting), own in values.items():
+        if retain in own:
+            marker = {"mrd": "o", "uniform": "x"}.get(weighting, "+")
+            label = f"{_METHODS[method]}, {weighting}"
+            axis.plot(own[forget], own[retain], marker, color=colours[method], label=label)
+    if retain in before:
+        axis.plot(before[forget], before[retain], "k*", label="before")
+        axis.set_yscale("log")
+        axis.legend(fontsize=8)
+    axis.set(xlabel=forget, ylabel=f"{retain} (log)", title="Further left: more forgotten; lower: more kept")
+    return page
