@@ -69,7 +69,7 @@ class CommandLine:
     def run(self, arguments: Sequence[str], call: Callable[[Any], int]) -> int:
         """Parse, call, and give the exit code; a UserError is printed, and is exit code 1."""
         try:
-            line = self.parser(_task(arguments))
+            line = self.parser(task_of(arguments))
         except UserError as problem:
             return _failed(problem)
         try:
@@ -90,7 +90,7 @@ def _failed(problem: UserError) -> int:
     return FAILED
 
 
-def _task(arguments: Sequence[str]) -> dict[str, Any]:
+def task_of(arguments: Sequence[str]) -> dict[str, Any]:
     """The settings of the task that the command line names, which must be known before it can be parsed."""
     from mrd_ray.data import tasks
 

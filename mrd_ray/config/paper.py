@@ -93,6 +93,7 @@ class Fig4Config(ExperimentConfig):
 class Fig5Config(ExperimentConfig):
     """Figure 5: MRD against sigma, in several precisions, and against the number of draws K."""
 
+    scored: PositiveInt | None = Field(None, description="Score only the first so many samples of data; unset, all.")
     sigmas: tuple[PositiveFloat, ...] = Field((1e-7, 1e-6, 1e-5, 1e-4, 1e-3), min_length=2, description="Of the noise.")
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = Field(
         ("float32", "bfloat16"), min_length=1, description="Precisions of weights and forward."

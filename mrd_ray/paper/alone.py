@@ -159,7 +159,7 @@ def ascend(
     with torch.no_grad():
         for name, weights in model.named_parameters():
             weights.copy_(theta[name])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=alone.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=alone.learning_rate, weight_decay=0.0, fused=True)
     batch = _batch(samples, model)
     num_tokens = batch.scored.sum(1)
     accuracy: list[float] = []

@@ -17,6 +17,7 @@ from mrd_ray.paper import sweep, unlearned
 from mrd_ray.paper.findings import Cell, Findings
 from mrd_ray.paper.statistics import mean
 from mrd_ray.paper.subject import Subject, prepare
+from mrd_ray.runs import RunDirectory
 from mrd_ray.unlearning.stopping import TITLES
 
 _CLAIM = (
@@ -34,7 +35,7 @@ def experiment(config: Fig2Config) -> tuple[Findings, Subject]:
         config, own | {"size": config.size, "selection_seed": config.selection_seed, "experiment": "fig2"}
     )
     cells = {}
-    for i, data in enumerate(_selections(config, subject)):
+    for i, data in enumerate(selections(config, subject.run)):
         for seed in config.seeds:
             name = f"selection-{i}-seed-{seed}"
             unlearning = config.unlearning.model_copy(update={"seed": seed})
@@ -48,7 +49,7 @@ def experiment(config: Fig2Config) -> tuple[Findings, Subject]:
         for metric in TITLES
         if all(metric in result["after"] for result in results.values())
     }
-    rows: list[dict[str, Cell]] = [_row(TITLES[metric], values) for metric, values in after.items()]
+    rows: list[dict[str, Cell]] = [row(TITLES[metric], values) for metric, values in after.items()]
     varied = [row for row in rows if isinstance(row["p"], float) and row["p"] < 0.05]
     found = [
         f"{'Agrees' if varied else 'Undecided'}: {len(varied)} of {len(rows)} figures differ between selections beyond "
@@ -66,7 +67,7 @@ def experiment(config: Fig2Config) -> tuple[Findings, Subject]:
     return Findings("fig2", title, _CLAIM, rows, found, _page(after)), subject
 
 
-def _selections(config: Fig2Config, subject: Subject) -> list[DataConfig]:
+def selections(config: Fig2Config, run: RunDirectory) -> list[DataConfig]:
     """Forget sets drawn from data, each a file of the run. Another selection more changes none of the others."""
     if config.data.path.lower().endswith(".txt"):
         raise UserError("data.path: a selection needs rows; give a .jsonl file, not plain text")
@@ -77,13 +78,13 @@ def _selections(config: Fig2Config, subject: Subject) -> list[DataConfig]:
     for i in range(config.selections):
         chosen = random.Random(f"{config.selection_seed} {i}").sample(range(len(rows)), config.size)
         name = f"selections/{i}.jsonl"
-        subject.run.write(name, "".join(json.dumps(rows[j]) + "\n" for j in sorted(chosen)).encode())
-        update: dict[str, Any] = {"path": subject.run.path(name), "name": None, "where": {}, "max_samples": None}
+        run.write(name, "".join(json.dumps(rows[j]) + "\n" for j in sorted(chosen)).encode())
+        update: dict[str, Any] = {"path": run.path(name), "name": None, "where": {}, "max_samples": None}
         found.append(config.data.model_copy(update=update))
     return found
 
 
-def _row(title: str, values: list[list[float]]) -> dict[str, Cell]:
+def row(title: str, values: list[list[float]]) -> dict[str, Cell]:
     """Between selections and within them, over seeds: one-way analysis of variance, and its variance components."""
     of_selections = [float(np.mean(one)) for one in values]
     within = float(np.mean([np.var(one, ddof=1) for one in values]))

@@ -19,8 +19,14 @@ _CLAIM = "MRD is measured with sigma = 1e-5 and K = 200; the order it puts sampl
 def experiment(config: Fig5Config) -> tuple[Findings, Subject]:
     """Algorithm 1 at each sigma and precision, and at each K, against the closed form in float32."""
     settings = {"scoring.seed": config.scoring.seed, "scoring.micro_batch_tokens": config.scoring.micro_batch_tokens}
-    own = {"sigma_draws": config.sigma_draws, "scoring.sigma": config.scoring.sigma, "experiment": "fig5"}
+    own = {
+        "scored": config.scored,
+        "sigma_draws": config.sigma_draws,
+        "scoring.sigma": config.scoring.sigma,
+        "experiment": "fig5",
+    }
     subject = prepare(config, settings | own)
+    # one at a time, since each run spreads over all actors
     results = sweep.work_off(subject.run, "Scoring", _score, _runs(config, subject), at_once=1)
     exact = results["closed-form-float32"]
     rows = [_row(name, result, exact) for name, result in results.items()]
@@ -32,10 +38,12 @@ def _runs(config: Fig5Config, subject: Subject) -> dict[str, ScoreConfig]:
     """A scoring run of each cell."""
     base = config.scoring.model_dump(include={"parameters", "seed", "micro_batch_tokens"})
 
+    data = config.data if config.scored is None else config.data.model_copy(update={"max_samples": config.scored})
+
     def run(directory: str, dtype: str, **scoring: Any) -> ScoreConfig:
         return ScoreConfig(
             model=subject.model.model_copy(update={"dtype": dtype}),
-            data=config.data,
+            data=data,
             run=RunConfig(dir=subject.run.path(f"runs/{directory}")),
             scoring=ScoringConfig(**base, **scoring),
             ray=config.ray,
