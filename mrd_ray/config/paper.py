@@ -2,7 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from mrd_ray.config.base import Frozen, ModelConfig, RayConfig, RunConfig
 from mrd_ray.config.data import DataConfig, RetainConfig
@@ -73,21 +81,29 @@ class TasksOfSweep(Frozen):
     samples_per_task: PositiveInt = Field(8, description="Samples, or composite samples, that a task takes.")
 
 
-class Fig3Config(ExperimentConfig):
-    """Figure 3: how far parameters move until a composite sample, a few samples together, is forgotten."""
+class UnlearningAlone(ExperimentConfig):
+    """What experiments that unlearn a few samples at a time have in common."""
 
     alone: AloneConfig = Field(AloneConfig(), description=str(AloneConfig.__doc__))
+    ray: TasksOfSweep = Field(TasksOfSweep(), description=str(TasksOfSweep.__doc__))
+
+    @model_validator(mode="after")
+    def _updates_must_not_round_away(self) -> "UnlearningAlone":
+        if self.model.dtype != "float32":
+            raise ValueError(f"model.dtype: {self.model.dtype}, but these updates are made in float32")
+        return self
+
+
+class Fig3Config(UnlearningAlone):
+    """Figure 3: how far parameters move until a composite sample, a few samples together, is forgotten."""
+
     size: PositiveInt = Field(4, description="Samples of a composite sample.")
     composites: int = Field(12, ge=3, description="Composite samples, without a sample in common.")
     seed: NonNegativeInt = Field(0, description="Of which samples go together.")
-    ray: TasksOfSweep = Field(TasksOfSweep(), description=str(TasksOfSweep.__doc__))
 
 
-class Fig4Config(ExperimentConfig):
+class Fig4Config(UnlearningAlone):
     """Figure 4: MRD against the number of updates until a single sample is forgotten, and simpler measures too."""
-
-    alone: AloneConfig = Field(AloneConfig(), description=str(AloneConfig.__doc__))
-    ray: TasksOfSweep = Field(TasksOfSweep(), description=str(TasksOfSweep.__doc__))
 
 
 class Fig5Config(ExperimentConfig):

@@ -8,12 +8,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedModel
 
 from mrd_ray import models
 from mrd_ray.config import ModelConfig
 from mrd_ray.config.paper import AloneConfig, TasksOfSweep
+from mrd_ray.errors import UserError
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures
 from mrd_ray.paper import sweep
 from mrd_ray.paper.subject import Subject
@@ -32,9 +34,10 @@ def unlearn_each(
     resources: dict[str, Any] = {"cpus": tasks.cpus_per_task, "gpus": tasks.gpus_per_task}
     reference = subject.model
     if alone.reference is not None:
-        reference = ModelConfig(path=alone.reference)
+        reference = ModelConfig(path=str(models.directory(ModelConfig(path=alone.reference)).absolute()))
     elif subject.pretrained is not None:
         reference = subject.pretrained
+    _refuse_other_tokens(reference, subject)
     everything = subject.samples.select(["token_ids", "scored"]).to_pylist()
     ask = _Task(reference, _digest(reference), alone, tasks, {"": everything}, None)
     found = sweep.work_off(subject.run, "What it never knew", _averages, {"reference": ask}, **resources)
@@ -48,6 +51,18 @@ def unlearn_each(
     }
     results = sweep.work_off(subject.run, title, _unlearn_block, cells, **resources)
     return limits, {name: Outcome(**one) for result in results.values() for name, one in result.items()}
+
+
+def _refuse_other_tokens(reference: ModelConfig, subject: Subject) -> None:
+    """Raises UserError if the samples' token ids mean something else to the reference model."""
+    ids = sorted(set(pc.list_flatten(subject.samples["token_ids"]).to_pylist()))
+    theirs = models.load_tokenizer(reference).convert_ids_to_tokens(ids)
+    for token_id, own, other in zip(ids, subject.tokenizer.convert_ids_to_tokens(ids), theirs, strict=True):
+        if own != other:
+            raise UserError(
+                f"alone.reference: {reference.path} has another tokenizer: token {token_id} is {other!r} there and "
+                f"{own!r} in {subject.model.path}; give a model of the same family"
+            )
 
 
 def identity(alone: AloneConfig, tasks: TasksOfSweep) -> dict[str, Any]:

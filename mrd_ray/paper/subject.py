@@ -22,6 +22,8 @@ from mrd_ray.unlearning.sets import retain_data
 
 _MEASURES = ("mean_log_prob", "memorization_accuracy", "log_prob_gradient_norm")
 
+_FEWEST = 3  # of which there is a rank correlation
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -58,6 +60,8 @@ def prepare(config: ExperimentConfig, identity: dict[str, Any]) -> Subject:
     samples = samples_table.build(config.data, tokenizer, limit)
     if errors := samples["error"].drop_null().to_pylist():
         raise UserError(f"data.path: {len(errors)} samples of {config.data.path} cannot be scored: {errors[0]}")
+    if len(samples) < _FEWEST:
+        raise UserError(f"data.path: {config.data.path} holds {len(samples)} samples; expected at least {_FEWEST}")
     retained = None
     if config.retain.path is not None:
         console.print(f"Reading {config.retain.path}", markup=False)
@@ -67,13 +71,13 @@ def prepare(config: ExperimentConfig, identity: dict[str, Any]) -> Subject:
     sets = {name: samples_table.digest(table) for name, table in known.items() if table is not None}
     recipe = {"model": models.files_digest(path), **sets, **config.learn.model_dump(exclude={"cache"})}
     run.claim(recipe | {"model.dtype": config.model.dtype} | identity, config, owns=("cells", "scores"))
-    own = config.model.model_copy(update={"path": str(path.absolute()), "revision": None})
+    here = config.model.tokenizer and Path(config.model.tokenizer).expanduser()  # workers have other directories
+    tokenizer_path = str(here.absolute()) if here and here.is_dir() else config.model.tokenizer
+    own = config.model.model_copy(update={"path": str(path.absolute()), "tokenizer": tokenizer_path, "revision": None})
     if not config.learn.epochs:
         return Subject(run, own, None, tokenizer, samples, retained)
     learned = _learned(config, path, [table for table in known.values() if table is not None], recipe)
-    return Subject(
-        run, own.model_copy(update={"path": str(learned), "tokenizer": None}), own, tokenizer, samples, retained
-    )
+    return Subject(run, own.model_copy(update={"path": str(learned)}), own, tokenizer, samples, retained)
 
 
 def _learned(config: ExperimentConfig, path: Path, tables: list[pa.Table], recipe: dict[str, Any]) -> Path:

@@ -47,7 +47,7 @@ def evaluation_of(
 ) -> EvaluateConfig:
     """The evaluation of a model, in RUN/evaluations/NAME."""
     return EvaluateConfig(
-        model=subject.model.model_copy(update={"path": model, "tokenizer": None}),
+        model=subject.model.model_copy(update={"path": model}),
         evaluation=evaluation,
         run=RunConfig(dir=subject.run.path(f"evaluations/{name}")),
         ray=RayConfig(cpus_per_actor=config.ray.cpus_per_worker, gpus_per_actor=config.ray.gpus_per_worker),
