@@ -20,7 +20,8 @@ _CLAIM = (
     "and less of what is to stay is lost."
 )
 _METHODS = {"ga": "SGA", "graddiff": "GradDiff", "po": "PO", "npo": "NPO"}
-Values = dict[str, list[float]]  # by figure, of all seeds
+Figure = tuple[str | None, str]  # an evaluated set, or None, and a metric
+Values = dict[Figure, list[float]]  # of all seeds
 
 
 def experiment(config: TablesConfig) -> tuple[Findings, Subject]:
@@ -45,7 +46,7 @@ def experiment(config: TablesConfig) -> tuple[Findings, Subject]:
     any_cell = results[f"{next(iter(config.methods))}-{config.weightings[0]}-{config.seeds[0]}"]
     before = _values([{"after": any_cell["before"], "figures": results.get("before", {}).get("figures", [])}])
     rows = [_row(figure, before, values) for figure in before]
-    found = [*_gains(values), _setting(config, results)]
+    found = [*_gains(values, config.evaluation.forget), _setting(config, results)]
     heading = "Tables 1, 4, 5, 6: methods with uniform and with MRD weights"
     return Findings("tables", heading, _CLAIM, rows, found, _page(before, values)), subject
 
@@ -64,18 +65,36 @@ def _before(config: TablesConfig, subject: Subject) -> unlearned.Cell:
 
 
 def _values(results: Sequence[Mapping[str, Any]]) -> Values:
-    """By figure, its value in each result."""
+    """By figure, its value in each result; of figures that all results have."""
     found: Values = {}
     for result in results:
         for name, value in result["after"].items():
-            found.setdefault(TITLES[name], []).append(value)
+            found.setdefault((None, name), []).append(value)
         for of, metric, value in result.get("figures", ()):
-            found.setdefault(title(metric) if of is None else f"{of}: {title(metric)}", []).append(value)
-    return found
+            found.setdefault((of, metric), []).append(value)
+    return {figure: values for figure, values in found.items() if len(values) == len(results)}
 
 
-def _row(figure: str, before: Values, values: Mapping[tuple[str, str], Values]) -> dict[str, Cell]:
-    row: dict[str, Cell] = {"figure": figure, "before": before[figure][0]}
+def _title(figure: Figure) -> str:
+    of, metric = figure
+    words = TITLES.get(metric) or title(metric)
+    return words if of is None else f"{of}: {words}"
+
+
+def better(figure: Figure, forget: str | None) -> int:
+    """Whether more of a figure is what unlearning is for (1), or less of it (-1); 0 where that depends on the task."""
+    of, metric = figure
+    if metric in TITLES or metric in ("perplexity", "toxicity"):
+        return -1
+    if metric in ("model_utility", "forget_quality", "UA", "UA_by_embedding", "RR"):
+        return 1
+    if metric in ("probability", "normalized_probability", "rouge_l", "accuracy", "embedding_accuracy"):
+        return -1 if of == forget else 1
+    return 0
+
+
+def _row(figure: Figure, before: Values, values: Mapping[tuple[str, str], Values]) -> dict[str, Cell]:
+    row: dict[str, Cell] = {"figure": _title(figure), "before": before[figure][0]}
     for (method, weighting), own in values.items():
         row[f"{_METHODS[method]}, {weighting}"] = mean(own[figure]) if figure in own else None
     for method in dict.fromkeys(method for method, _ in values):
@@ -84,7 +103,7 @@ def _row(figure: str, before: Values, values: Mapping[tuple[str, str], Values]) 
     return row
 
 
-def _gain(figure: str, method: str, values: Mapping[tuple[str, str], Values]) -> Interval | None:
+def _gain(figure: Figure, method: str, values: Mapping[tuple[str, str], Values]) -> Interval | None:
     """Of MRD over uniform weights, seed by seed; None if either is not there."""
     pair = [values.get((method, weighting), {}).get(figure) for weighting in ("mrd", "uniform")]
     if pair[0] is None or pair[1] is None:
@@ -92,18 +111,21 @@ def _gain(figure: str, method: str, values: Mapping[tuple[str, str], Values]) ->
     return mean([a - b for a, b in zip(pair[0], pair[1], strict=True)])
 
 
-def _gains(values: Mapping[tuple[str, str], Values]) -> list[str]:
-    """Per method, what MRD weights change beyond chance."""
+def _gains(values: Mapping[tuple[str, str], Values], forget: str | None) -> list[str]:
+    """Per method, what MRD weights make better and worse beyond chance."""
     found = []
     for method in dict.fromkeys(method for method, _ in values):
-        figures = values.get((method, "mrd"), {})
-        gains = {figure: gain for figure in figures if (gain := _gain(figure, method, values)) is not None}
-        decided = [f"{figure}: {gain}" for figure, gain in gains.items() if gain.decided]
-        if gains:
-            found.append(
-                f"{_METHODS[method]}: MRD weights change {len(decided)} of {len(gains)} figures beyond chance"
-                + (f" ({'; '.join(decided)})." if decided else ", so neither agrees nor disagrees.")
-            )
+        judged = {figure: of for figure in values.get((method, "mrd"), {}) if (of := better(figure, forget))}
+        gains = {figure: gain for figure in judged if (gain := _gain(figure, method, values)) is not None}
+        if not gains:
+            continue
+        decided = {figure: gain for figure, gain in gains.items() if gain.decided}
+        good = [_title(figure) for figure, gain in decided.items() if gain.value * judged[figure] > 0]
+        bad = [_title(figure) for figure in decided if _title(figure) not in good]
+        verdict = "Undecided" if not decided else "Agrees" if not bad else "Disagrees" if not good else "Mixed"
+        parts = [f"{word} in {'; '.join(of)}" for word, of in {"better": good, "worse": bad}.items() if of]
+        words = ", and ".join(parts) or "neither better nor worse in any"
+        found.append(f"{_METHODS[method]}: {verdict}. MRD weights are beyond chance {words}, of {len(gains)} figures.")
     return found
 
 
@@ -117,7 +139,7 @@ def _page(before: Values, values: Mapping[tuple[str, str], Values]) -> matplotli
     """What is forgotten against what is kept: forget MA and retain perplexity, a point for each seed."""
     page = matplotlib.figure.Figure(figsize=(6.5, 5), layout="constrained")
     axis = page.add_subplot()
-    forget, retain = TITLES["forget_memorization_accuracy"], TITLES["retain_loss"]
+    forget, retain = (None, "forget_memorization_accuracy"), (None, "retain_loss")
     colours = dict(zip(_METHODS, ("#4878a8", "#c44e52", "#55a868", "#8172b2"), strict=True))
     for (method, weighting), own in values.items():
         if retain in own:
@@ -128,5 +150,7 @@ def _page(before: Values, values: Mapping[tuple[str, str], Values]) -> matplotli
         axis.plot(before[forget], before[retain], "k*", label="before")
         axis.set_yscale("log")
         axis.legend(fontsize=8)
-    axis.set(xlabel=forget, ylabel=f"{retain} (log)", title="Further left: more forgotten; lower: more kept")
+    axis.set(
+        xlabel=_title(forget), ylabel=f"{_title(retain)} (log)", title="Further left: more forgotten; lower: more kept"
+    )
     return page

@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 
 from mrd_ray.command_line import task_of
-from mrd_ray.paper import fig2, table7
+from mrd_ray.paper import fig2, table7, tables
 from mrd_ray.paper.main import LINE, main
 from mrd_ray.runs import RunDirectory
 
@@ -132,6 +132,24 @@ def test_variance_components_of_a_known_design():
     assert row["s.d. between"] == pytest.approx(3, rel=0.1)
     assert row["s.d. of seeds"] == pytest.approx(1, rel=0.02)
     assert row["share"] == pytest.approx(0.9, abs=0.02)
+
+
+def test_what_is_better_depends_on_the_set():
+    assert tables.better(("kept", "rouge_l"), "gone") == 1
+    assert tables.better(("gone", "rouge_l"), "gone") == tables.better((None, "retain_loss"), "gone") == -1
+    assert tables.better(("gone", "RR"), "gone") == tables.better((None, "model_utility"), "gone") == 1
+    assert tables.better(("any", "multiple_choice"), "gone") == 0  # hazardous knowledge, or other
+
+
+@pytest.mark.parametrize(
+    ("mrd", "verdict"),
+    [([0.1, 0.11, 0.12], "Agrees"), ([0.9, 0.91, 0.92], "Disagrees"), ([0.1, 0.5, 0.9], "Undecided")],
+)
+def test_verdict_of_a_method(mrd, verdict):
+    figure = (None, "forget_memorization_accuracy")
+    values = {("npo", "mrd"): {figure: mrd}, ("npo", "uniform"): {figure: [0.5, 0.5, 0.51]}}
+    (found,) = tables._gains(values, None)
+    assert found.startswith(f"NPO: {verdict}. ")
 
 
 def test_characteristics_by_hand():
