@@ -50,6 +50,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
+def count(n: int, noun: str) -> str:
+    """1 sample, 1,234 samples."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 class _Axis:
     """Values -> pixels, linear or logarithmic."""
 

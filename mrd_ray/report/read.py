@@ -69,7 +69,8 @@ class Unlearning:
     def outcome(self) -> dict[str, Any] | None:
         """Why it stopped and which step the result is of; None while it has not ended."""
         found: dict[str, Any] | None = self.about.manifest.get("outcome")
-        return found
+        # that of fewer steps stays in the manifest while a run is continued
+        return None if found is None or found["config"] != self.about.config else found
 
     @property
     def before(self) -> dict[str, Any] | None:
@@ -80,9 +81,11 @@ class Unlearning:
     def after(self) -> dict[str, Any] | None:
         """The evaluation of the result, or the latest one of an unfinished run."""
         evaluations = self.lines("evaluation")
-        if self.outcome is not None:
-            evaluations = [line for line in evaluations if line["step"] == self.outcome["step"]]
-        return evaluations[-1] if evaluations else None
+        if self.outcome is None:
+            found = evaluations[1:]
+        else:
+            found = [line for line in evaluations if line["step"] == self.outcome["step"]]
+        return found[-1] if found else None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.stats
 
 from mrd_ray.report import charts, evaluation
-from mrd_ray.report.charts import Chart, Line
+from mrd_ray.report.charts import Chart, Line, count
 from mrd_ray.report.read import Unlearning
 from mrd_ray.report.tables import Cell, Table, Text
 from mrd_ray.unlearning.stopping import TITLES
@@ -33,7 +33,7 @@ class UnlearnSection:
 class UnlearnSections:
     """All unlearn runs: before and after side by side, one over another where there are several, then each."""
 
-    table: Table
+    table: Table | None
     charts: list[Chart]
     runs: list[UnlearnSection]
 
@@ -50,7 +50,7 @@ def sections(runs: Sequence[Unlearning], texts: Mapping[str, Mapping[str, str | 
     rows = [row for row in rows if any(cell is not None for cell in row[1:])]
     overlays = [] if len(runs) < 2 else [_overlay(runs, *chart) for chart in _EVALUATED]
     return UnlearnSections(
-        Table("What the model knew before and knows after", head, rows),
+        Table("What the model knew before and knows after", head, rows) if rows else None,
         [chart for chart in overlays if chart is not None],
         [_section(run, texts.get(str(run.about.manifest["identity"].get("samples")), {})) for run in runs],
     )
@@ -86,7 +86,7 @@ def _overlay(runs: Sequence[Unlearning], title: str, unit: str, names: Sequence[
 def _section(run: Unlearning, texts: Mapping[str, str | None]) -> UnlearnSection:
     refreshes = sorted({line["step"] for line in run.lines("refresh")})
     stops = run.lines("stop")
-    stop = stops[-1]["step"] if stops else None
+    stop = stops[-1]["step"] if stops and run.outcome is not None else None
     steps = run.lines("step")
     at = [line["step"] for line in steps]
     losses = [
@@ -108,12 +108,13 @@ def _section(run: Unlearning, texts: Mapping[str, str | None]) -> UnlearnSection
 
 
 def _outcome(run: Unlearning) -> list[str]:
-    steps = run.lines("step")
-    taken = steps[-1]["step"] if steps else 0
+    if not run.log:
+        return ["Not finished: no step so far. The same command starts it again."]
+    taken = run.log[-1]["step"]  # a step at which it diverged counts, and has no line of its own
     if run.outcome is None:
-        last = run.log[-1]["of"] if run.log else "?"
-        return [f"Not finished: {taken:,} of {last} steps so far. The same command goes on from its last checkpoint."]
-    says = [f"Stopped after {taken:,} steps: {run.outcome['reason']}."]
+        last = run.log[-1]["of"]
+        return [f"Not finished: {taken:,} of {last:,} steps so far. The same command goes on from its last checkpoint."]
+    says = [f"Stopped after {count(taken, 'step')}: {run.outcome['reason']}."]
     step = run.outcome["step"]
     if step == 0:
         says.append("The result is the model as it was: nothing has been unlearned.")

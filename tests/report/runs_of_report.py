@@ -57,9 +57,10 @@ def unlearn_run(
     """An unlearn run whose refreshes found the scores of these score runs."""
     first = next(iter(refreshes.values()))
     data = json.loads((first / "manifest.json").read_text())["invocations"][-1]["config"]["data"]
-    config = UnlearnConfig(model={"path": "m"}, data=data, run={"dir": str(run)}, retain={"path": "r.jsonl"})
-    outcome = {"outcome": {"reason": log[-1].get("reason"), "step": log[-1]["step"]}} if ended else {}
-    manifest(run, first, config.model_dump(mode="json"), **outcome)
+    settings = UnlearnConfig(model={"path": "m"}, data=data, run={"dir": str(run)}, retain={"path": "r.jsonl"})
+    config = settings.model_dump(mode="json")
+    outcome = {"outcome": {"reason": log[-1].get("reason"), "step": log[-1]["step"], "config": config}} if ended else {}
+    manifest(run, first, config, **outcome)
     (run / "metrics.jsonl").write_text("".join(json.dumps({"of": 10, **line}) + "\n" for line in log))
     (run / "scores").mkdir()
     for step, scored in refreshes.items():

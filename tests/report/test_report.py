@@ -57,6 +57,14 @@ def write(tmp_path: Path, *runs: Path, **settings: object) -> Page:
     return Page(tmp_path / "page.html")
 
 
+def edit_config(run: Path, **groups: dict) -> None:
+    """Other settings of the last start."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    for group, settings in groups.items():
+        manifest["invocations"][-1]["config"][group] |= settings
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize(("run", "name"), [("exact", "samples-1"), ("drawn", "samples-2")])
 def test_table_holds_the_scores(runs, report, run, name, pairs):
     """To six digits, in the order of ranks, those without a score last."""
@@ -136,6 +144,28 @@ def test_unlearning_in_mid_run(runs, tmp_path):
     words = write(tmp_path, tmp_path / "run").words
     assert "Not finished: 3 of 10 steps so far" in words
     assert "stops after" not in words
+    assert "share of tokens that are the likeliest 0.9222 -" in " ".join(words.split())  # nothing known after
+
+
+def test_unlearning_that_is_continued_is_not_finished(runs, tmp_path):
+    unlearn_run(tmp_path / "run", {0: runs["exact"]}, [line | {"of": 20} for line in LOG])
+    edit_config(tmp_path / "run", unlearning={"steps": 20})
+    words = write(tmp_path, tmp_path / "run").words
+    assert "Not finished: 10 of 20 steps so far" in words
+    assert "stops after" not in words
+
+
+def test_unlearning_that_has_not_begun(runs, tmp_path):
+    unlearn_run(tmp_path / "run", {0: runs["exact"]}, [], ended=False)
+    words = write(tmp_path, tmp_path / "run").words
+    assert "Not finished: no step so far" in words
+    assert "knew before" not in words
+
+
+def test_unlearning_that_diverged_counts_the_step_it_diverged_at(runs, tmp_path):
+    log = [*LOG[:3], {"event": "stop", "step": 2, "reason": "diverged at step 2"}]
+    unlearn_run(tmp_path / "run", {0: runs["exact"]}, log)
+    assert "Stopped after 2 steps: diverged at step 2." in write(tmp_path, tmp_path / "run").words
 
 
 def test_evaluations_in_the_course_of_unlearning(runs, tmp_path):
