@@ -3,6 +3,7 @@
 All marks carry classes and no colours of their own, so that one drawing serves light, dark and paper.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import LogLocator, MaxNLocator
+
+from mrd_ray.scoring import summary
 
 _WIDTH, _HEIGHT = 460, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 68, 12, 12, 46
@@ -30,7 +33,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Line:
-    """A series over steps; a null is a gap."""
+    """A series over steps. Where a value is null, the line goes straight from the one before to the one after."""
 
     label: str
     steps: Sequence[int]
@@ -41,6 +44,8 @@ def number(value: float | None, digits: int = 4) -> str:
     """A number as people read it: 1,234, 0.00514, 1e-5; a dash for none."""
     if value is None or math.isnan(value):
         return "-"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     if 1e-4 <= abs(value) < 1e6:
@@ -55,6 +60,13 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+def correlation(spearman: float) -> str:
+    """That of two scores of the same samples in words."""
+    if math.isnan(spearman):
+        return "no rank correlation, since in one of them all scores are the same"
+    return f"a Spearman rank correlation of {spearman:.2f}"
+
+
 class _Axis:
     """Values -> pixels, linear or logarithmic."""
 
@@ -63,8 +75,8 @@ class _Axis:
     ) -> None:
         found = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
         low, high = min(found), max(found)
-        if low == high:
-            low, high = (low * 0.9, high * 1.1) if low else (-1.0, 1.0)
+        if high - low <= 1e-9 * max(abs(low), abs(high)):
+            low, high = (low - abs(low) * 0.1, high + abs(high) * 0.1) if low else (0.0, 1.0)
         self.log, self.pixels = log, pixels
         if log:
             margin = (high / low) ** 0.03
@@ -75,7 +87,7 @@ class _Axis:
             self.low, self.high = (low - margin, high + margin) if low != 0 else (0.0, high + margin)
             ticks = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=whole).tick_values(low, high)
         first, last = (low, high) if whole else (self.low, self.high)  # no rank 0 beside the first
-        self.ticks = [float(tick) for tick in ticks if first <= tick <= last]
+        self.ticks = [float(tick) for tick in ticks if first <= tick <= last and not (whole and tick % 1)]
 
     def __call__(self, value: float) -> float:
         """The pixel of a value."""
@@ -88,9 +100,9 @@ def _x(values: Iterable[float], *, log: bool = False, whole: bool = False) -> _A
     return _Axis(values, (_LEFT, _WIDTH - _RIGHT), log=log, whole=whole)
 
 
-def _y(values: Iterable[float], *, log: bool = False, ranks: bool = False) -> _Axis:
-    ends = (_TOP, _HEIGHT - _BOTTOM) if ranks else (_HEIGHT - _BOTTOM, _TOP)
-    return _Axis(values, ends, log=log, whole=ranks)
+def _y(values: Iterable[float], *, log: bool = False, whole: bool = False, down: bool = False) -> _Axis:
+    ends = (_TOP, _HEIGHT - _BOTTOM) if down else (_HEIGHT - _BOTTOM, _TOP)
+    return _Axis(values, ends, log=log, whole=whole)
 
 
 def _draw(title: str, x: _Axis, y: _Axis, x_label: str, y_label: str, marks: Iterable[Markup]) -> Markup:
@@ -158,24 +170,25 @@ def _is_log(values: np.ndarray) -> bool:
 
 def distribution(mrd: np.ndarray, se: np.ndarray) -> Chart:
     """How many samples have which score. se: nan where not known."""
-    edges = np.histogram_bin_edges(mrd, "auto" if len(mrd) < 100_000 else 100)
-    if len(edges) > 101:
-        edges = np.histogram_bin_edges(mrd, 100)
+    edges = summary.histogram_edges(mrd)
     counts, _ = np.histogram(mrd, edges)
-    x, y = _x(edges.tolist()), _y([0, *counts.tolist()])
+    x, y = _x(edges), _y([0, *counts.tolist()], whole=True)
     marks = [
         Markup('<rect class="bar c0" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>').format(
-            x(low), y(count), round(max(x(high) - x(low) - 1, 0.5), 1), round(y(0) - y(count), 1),
-            f"{number(low)} to {number(high)}: {count:,} samples",
+            x(low), y(found), round(max(x(high) - x(low) - 1, 0.5), 1), round(y(0) - y(found), 1),
+            f"{number(low)} to {number(high)}: {count(found, 'sample')}",
         )
-        for low, high, count in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
-        if count
+        for (low, high), found in zip(itertools.pairwise(edges), counts.tolist(), strict=True)
+        if found
     ]  # fmt: skip
     low, quarter, median, three, high = np.quantile(mrd, [0, 0.25, 0.5, 0.75, 1])
-    says = (
-        f"The scores of {len(mrd):,} samples run from {number(low)} to {number(high)}; half of them lie between "
-        f"{number(quarter)} and {number(three)}, around a median of {number(median)}."
-    )
+    if number(low) == number(high):
+        says = f"The score of {count(len(mrd), 'sample')} is {number(median)}."
+    else:
+        says = (
+            f"The scores of {len(mrd):,} samples run from {number(low)} to {number(high)}; half of them lie between "
+            f"{number(quarter)} and {number(three)}, around a median of {number(median)}."
+        )
     known = se[np.isfinite(se) & (mrd > 0)] / mrd[np.isfinite(se) & (mrd > 0)]
     if len(known) and known.max() > 0:
         says += f" The typical standard error is {np.median(known):.1%} of a score."
@@ -225,7 +238,7 @@ def two_runs(a: str, b: str, scores: np.ndarray, apart: np.ndarray | None, spear
     ends = max(x.low, y.low), min(x.high, y.high)
     marks = [_path([(x(end), y(end)) for end in ends], "guide")] if ends[0] < ends[1] else []
     marks += _points(x, y, scores[:, 0], scores[:, 1])
-    says = f"Scores of {len(scores):,} samples in {a} and in {b}: Spearman rank correlation {spearman:.2f}"
+    says = f"The scores of {len(scores):,} samples in {a} and in {b} have {correlation(spearman)}"
     if apart is not None:
         says += f"; {apart.mean():.1%} are over three standard errors apart"
         if len(scores) <= _MANY:
@@ -261,10 +274,12 @@ def over_steps(
             marks += [_dot(x(step), y(value), kind) for step, value in known]
         legend.append((kind, line.label))
         (first, was), (last, now) = known[0], known[-1]
-        low = min(known, key=lambda at: at[1])
+        low, high = (of(known, key=lambda at: at[1]) for of in (min, max))
         words = f"{line.label} goes from {number(was)} at step {first} to {number(now)} at step {last}"
         words = words if first != last else f"{line.label} is {number(was)} at step {first}"
-        says.append(words + (f", lowest {number(low[1])} at step {low[0]}" if low[0] not in (first, last) else ""))
+        for extreme, (step, value) in {"lowest": low, "highest": high}.items():
+            words += "" if value in (was, now) else f", {extreme} {number(value)} at step {step}"
+        says.append(words)
     sentence = ". ".join(f"{words[0].upper()}{words[1:]}" for words in says) + "."
     if refreshes:
         legend.append(("refresh", "refresh of the scores"))
@@ -281,7 +296,7 @@ def rank_history(steps: Sequence[int], ranks: np.ndarray, says: str) -> Chart:
     n = ranks.shape[1]
     by_first = np.argsort(ranks[0], kind="stable")
     shown = by_first[np.unique(np.linspace(0, n - 1, min(n, _TRACES)).round().astype(int))]
-    x, y = _x(steps, whole=True), _y([1, n], ranks=True)
+    x, y = _x(steps, whole=True), _y([1, n], whole=True, down=True)
     marks = [
         _path(
             [(x(step), y(rank)) for step, rank in zip(steps, ranks[:, i].tolist(), strict=True)],

@@ -15,7 +15,7 @@ from mrd_ray.report import charts
 from mrd_ray.report.charts import Chart
 from mrd_ray.report.read import Scores
 from mrd_ray.report.tables import Cell, Column, DataTable, Table, Text
-from mrd_ray.scoring import compare
+from mrd_ray.scoring import compare, summary
 
 _SHOWN = 10
 _MEASURES = {  # columns that a score is held against, as they are called in a chart
@@ -63,14 +63,14 @@ def section(run: Scores, number: int, include_text: bool) -> ScoreSection:
         head = ("quantile", "min", "5%", "25%", "median", "75%", "95%", "max")
         quantiles = Table("Quantiles of the scores", head, [["MRD", *np.quantile(mrd, points).tolist()]])
         drawn = [charts.distribution(mrd, se), charts.by_rank(mrd, se), *_against(scored, mrd)]
-        count = min(_SHOWN, (len(scored) + 1) // 2)
-        hardest, easiest = (
-            scored.slice(0, count),
-            scored.take(list(range(len(scored) - 1, len(scored) - 1 - count, -1))),
-        )
+        hardest, easiest = summary.ends(range(len(scored)))
         tables = [
-            _extremes(f"The {count} hardest to unlearn (smallest MRD)", hardest, include_text),
-            _extremes(f"The {count} easiest to unlearn (largest MRD)", easiest, include_text),
+            _extremes(f"The {len(which)} {words}", scored.take(list(which)), include_text)
+            for which, words in (
+                (hardest, "hardest to unlearn (smallest MRD)"),
+                (easiest, "easiest to unlearn (largest MRD)"),
+            )
+            if which
         ]
     if len(unscored):
         reasons = Counter(unscored["error"].to_pylist() if include_text else [_WITHHELD] * len(unscored))

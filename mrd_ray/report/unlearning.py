@@ -102,7 +102,7 @@ def _section(run: Unlearning, texts: Mapping[str, str | None]) -> UnlearnSection
     found += evaluation.over_steps(run.evaluations, refreshes, stop)
     tables: list[Table] = []
     if len(run.refreshes) > 1 and (history := _history(run, texts)) is not None:
-        chart, *tables = history
+        chart, tables = history
         found.append(chart)
     return UnlearnSection(run.about.name, _outcome(run), [chart for chart in found if chart is not None], tables)
 
@@ -123,7 +123,7 @@ def _outcome(run: Unlearning) -> list[str]:
     return says
 
 
-def _history(run: Unlearning, texts: Mapping[str, str | None]) -> tuple[Chart, Table, Table] | None:
+def _history(run: Unlearning, texts: Mapping[str, str | None]) -> tuple[Chart, list[Table]] | None:
     """How ranks move from refresh to refresh, of the samples that all refreshes score; None with fewer than three."""
     steps = sorted(run.refreshes)
     by_step = [
@@ -134,31 +134,38 @@ def _history(run: Unlearning, texts: Mapping[str, str | None]) -> tuple[Chart, T
     if len(ids) < 3:
         return None
     mrd = np.array([[scores[i] for i in ids] for scores in by_step])
-    ranks = np.array([scipy.stats.rankdata(row, "ordinal") for row in mrd])
+    ranks = np.array([scipy.stats.rankdata(row) for row in mrd])  # those of equal scores are equal
     to_first = [_spearman(mrd[0], row) for row in mrd]
     third = max(1, len(ids) // 3)
-    stayed = int(((ranks[0] <= third) & (ranks[-1] <= third)).sum())
     moves = np.abs(ranks[-1] - ranks[0])
     says = (
-        f"From step {steps[0]} to step {steps[-1]}, the {len(ids):,} samples keep their order with a Spearman rank "
-        f"correlation of {to_first[-1]:.2f}; half of them move by {charts.number(float(np.median(moves)))} ranks or "
-        f"more. Of the {third:,} that were hardest, {stayed:,} still are."
+        f"From step {steps[0]} to step {steps[-1]}, the orders of the {len(ids):,} samples have "
+        f"{charts.correlation(to_first[-1])}"
     )
-    chart = charts.rank_history(steps, ranks, says)
+    if half := float(np.median(moves)):
+        says += f"; half of them move by {charts.number(half)} rank{'' if half == 1 else 's'} or more"
+    else:
+        says += f"; {int((moves > 0).sum()):,} of them move"
+    if not math.isnan(to_first[-1]):
+        stayed = int(((ranks[0] <= third) & (ranks[-1] <= third)).sum())
+        says += f". Of the {third:,} that were hardest, {stayed:,} still are"
+    chart = charts.rank_history(steps, ranks, f"{says}.")
     to_previous = [None, *(_spearman(a, b) for a, b in itertools.pairwise(mrd))]
     rows: list[list[Cell]] = [
         [step, float(np.median(row)), first, previous]
         for step, row, first, previous in zip(steps, mrd, to_first, to_previous, strict=True)
     ]
     head = ("step", "median MRD", "rank correlation with the first", "with the one before")
-    refreshes = Table("Refreshes of the scores", head, rows)
-    most = np.argsort(-moves, kind="stable")[:_MOVED].tolist()
+    tables = [Table("Refreshes of the scores", head, rows)]
+    most = [i for i in np.argsort(-moves, kind="stable")[:_MOVED].tolist() if moves[i]]
     columns = ("sample", *(["text"] if texts else []), "rank before", "rank after", "MRD before", "MRD after")
     moved: list[list[Cell]] = []
     for i in most:
         text = [Text(texts.get(ids[i]))] if texts else []
-        moved.append([Text(ids[i]), *text, int(ranks[0, i]), int(ranks[-1, i]), mrd[0, i], mrd[-1, i]])
-    return chart, refreshes, Table("The samples that moved most, from the first refresh to the last", columns, moved)
+        moved.append([Text(ids[i]), *text, ranks[0, i], ranks[-1, i], mrd[0, i], mrd[-1, i]])
+    if moved:
+        tables.append(Table("The samples that moved most, from the first refresh to the last", columns, moved))
+    return chart, tables
 
 
 def _known(mrd: float | None) -> bool:

@@ -4,7 +4,8 @@ import io
 import textwrap
 import warnings
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import matplotlib.figure
 import numpy as np
@@ -15,8 +16,10 @@ from rich.table import Table
 
 from mrd_ray.config import ScoreConfig
 
+T = TypeVar("T")
+
 _SHOWN = 10
-_NONLINEAR = 0.3  # mean_abs is then 4% over its small-sigma limit
+NONLINEAR = 0.3  # mean_abs is then 4% over its small-sigma limit
 _STATISTIC = {"mean_abs": "E|Δ|", "abs_mean": "|E Δ|"}
 
 
@@ -25,6 +28,20 @@ def ranked(scores: pa.Table, samples: pa.Table) -> list[dict[str, Any]]:
     texts = dict(zip(samples["sample_id"].to_pylist(), samples["text"].to_pylist(), strict=True))
     rows = [row | {"text": texts[row["sample_id"]]} for row in scores.to_pylist() if row["error"] is None]
     return sorted(rows, key=lambda row: (row["mrd"], row["sample_id"]))
+
+
+def ends(ranked: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """The hardest and the easiest, ten each at most and none in both."""
+    return ranked[: min(_SHOWN, (len(ranked) + 1) // 2)], ranked[: -min(_SHOWN, len(ranked) // 2) - 1 : -1]
+
+
+def histogram_edges(mrd: np.ndarray) -> list[float]:
+    """Of at most 100 bins; a single one where the scores are the same up to rounding."""
+    first = float(mrd[0])
+    if np.ptp(mrd) <= 1e-9 * np.abs(mrd).max():
+        return [first - 0.1 * abs(first), first + 0.1 * abs(first)] if first else [0.0, 1.0]
+    edges = np.histogram_bin_edges(mrd, "auto" if len(mrd) < 100_000 else 100)
+    return (edges if len(edges) <= 101 else np.histogram_bin_edges(mrd, 100)).tolist()
 
 
 def errors(scores: pa.Table) -> Counter[str]:
@@ -58,9 +75,10 @@ def show(console: Console, scores: pa.Table, samples: pa.Table, config: ScoreCon
         table = Table("min", "5%", "25%", "median", "75%", "95%", "max", title="MRD", title_justify="left")
         table.add_row(*(f"{value:.3g}" for value in quantiles))
         console.print(table)
-        shown = min(_SHOWN, (len(rows) + 1) // 2)
-        console.print(_samples(f"The {shown} hardest to unlearn (smallest MRD)", rows[:shown]))
-        console.print(_samples(f"The {shown} easiest to unlearn (largest MRD)", rows[: -shown - 1 : -1]))
+        hardest, easiest = ends(rows)
+        console.print(_samples(f"The {len(hardest)} hardest to unlearn (smallest MRD)", hardest))
+        if easiest:
+            console.print(_samples(f"The {len(easiest)} easiest to unlearn (largest MRD)", easiest))
     loud = [row for row in rows if row["mean_abs"] > row["num_tokens"]]
     if loud:
         console.print(
@@ -69,9 +87,9 @@ def show(console: Console, scores: pa.Table, samples: pa.Table, config: ScoreCon
     unclear = [row for row in rows if row["mrd_se"] is not None and row["mrd"] < 2 * row["mrd_se"]]
     if unclear:
         console.print(f"[red]{len(unclear)} score(s) are less than twice their standard error: they say little")
-    bent = [row for row in rows if (row["nonlinearity"] or 0.0) > _NONLINEAR]
+    bent = [row for row in rows if (row["nonlinearity"] or 0.0) > NONLINEAR]
     if bent:
-        console.print(f"{len(bent)} sample(s) have a nonlinearity over {_NONLINEAR:g}: sigma is not small for them")
+        console.print(f"{len(bent)} sample(s) have a nonlinearity over {NONLINEAR:g}: sigma is not small for them")
     if rows and rows[0]["low_precision"]:
         console.print("[red]These scores are marked low_precision: rounding is not small beside the signal")
     if reasons := errors(scores):
@@ -83,7 +101,7 @@ def show(console: Console, scores: pa.Table, samples: pa.Table, config: ScoreCon
             console.print(f"... and {len(reasons) - _SHOWN} more reasons, in the error column of scores.parquet")
 
 
-def _samples(title: str, rows: list[dict[str, Any]]) -> Table:
+def _samples(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     table = Table("MRD", "± s.e.", "tokens", "log p", "sample", "text", title=title, title_justify="left")
     for row in rows:
         error = "-" if row["mrd_se"] is None else f"{row['mrd_se']:.1g}"
@@ -110,16 +128,13 @@ def figure(scores: pa.Table, samples: pa.Table, config: ScoreConfig) -> bytes:
     if rows:
         mrd = np.array([row["mrd"] for row in rows])
         se = np.array([row["mrd_se"] or 0.0 for row in rows])
-        edges = np.histogram_bin_edges(mrd, "auto" if len(mrd) < 100_000 else 100)
-        histogram.hist(mrd, bins=edges.tolist(), color="#4878a8", edgecolor="white", linewidth=0.5)
+        histogram.hist(mrd, bins=histogram_edges(mrd), color="#4878a8", edgecolor="white", linewidth=0.5)
         sorted_scores.errorbar(
             np.arange(1, len(mrd) + 1), mrd, yerr=se, fmt=".", markersize=3, color="#4878a8", ecolor="#b8c8dc"
         )
     histogram.set(title="Distribution of scores", xlabel=name, ylabel="samples")
     sorted_scores.set(title="Hardest to easiest, ± standard error", xlabel="rank", ylabel=name)
-    for column, (title, part) in enumerate(
-        {"Hardest to unlearn": rows[:_SHOWN], "Easiest to unlearn": rows[: -_SHOWN - 1 : -1]}.items()
-    ):
+    for column, (title, part) in enumerate(zip(("Hardest to unlearn", "Easiest to unlearn"), ends(rows), strict=True)):
         axis = page.add_subplot(grid[1, column])
         axis.axis("off")
         axis.set_title(title, loc="left")

@@ -4,10 +4,12 @@ import html
 import json
 import re
 import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +17,9 @@ from pydantic import ValidationError
 from runs_of_report import HOSTILE, LOG, QUOTED, unlearn_run
 
 from mrd_ray import CompareConfig, ReportConfig, UserError, cli, compare, write_report
-from mrd_ray.report import tables
-from mrd_ray.report.charts import number
+from mrd_ray.report import charts, tables
+from mrd_ray.report.charts import Line, number
+from mrd_ray.scoring import summary
 
 
 class Page(HTMLParser):
@@ -57,12 +60,25 @@ def write(tmp_path: Path, *runs: Path, **settings: object) -> Page:
     return Page(tmp_path / "page.html")
 
 
-def edit_config(run: Path, **groups: dict) -> None:
-    """Other settings of the last start."""
+def edit_manifest(run: Path, change: Callable[[dict], object]) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
-    for group, settings in groups.items():
-        manifest["invocations"][-1]["config"][group] |= settings
+    change(manifest)
     (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+def edit_settings(run: Path, group: str, **settings: object) -> None:
+    """Those of the last start."""
+    edit_manifest(run, lambda manifest: manifest["invocations"][-1]["config"][group].update(settings))
+
+
+def edit_table(file: Path, **columns: object) -> None:
+    """One value for all rows, or a list of values."""
+    table = pq.read_table(file)
+    for name, values in columns.items():
+        at = table.schema.get_field_index(name)
+        values = values if isinstance(values, list) else [values] * len(table)
+        table = table.set_column(at, table.field(at), pa.array(values, table.field(at).type))
+    pq.write_table(table, file)
 
 
 @pytest.mark.parametrize(("run", "name"), [("exact", "samples-1"), ("drawn", "samples-2")])
@@ -149,7 +165,7 @@ def test_unlearning_in_mid_run(runs, tmp_path):
 
 def test_unlearning_that_is_continued_is_not_finished(runs, tmp_path):
     unlearn_run(tmp_path / "run", {0: runs["exact"]}, [line | {"of": 20} for line in LOG])
-    edit_config(tmp_path / "run", unlearning={"steps": 20})
+    edit_settings(tmp_path / "run", "unlearning", steps=20)
     words = write(tmp_path, tmp_path / "run").words
     assert "Not finished: 10 of 20 steps so far" in words
     assert "stops after" not in words
@@ -166,6 +182,25 @@ def test_unlearning_that_diverged_counts_the_step_it_diverged_at(runs, tmp_path)
     log = [*LOG[:3], {"event": "stop", "step": 2, "reason": "diverged at step 2"}]
     unlearn_run(tmp_path / "run", {0: runs["exact"]}, log)
     assert "Stopped after 2 steps: diverged at step 2." in write(tmp_path, tmp_path / "run").words
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "moved"),
+    [
+        (lambda mrd: mrd, "a Spearman rank correlation of 1.00; 0 of them move. Of the 6 that were hardest, 6", False),
+        (lambda mrd: 1 / mrd, "a Spearman rank correlation of -1.00; half of them move by 10 ranks or more", True),
+        (lambda mrd: 0.005, "no rank correlation, since in one of them all scores are the same; half", True),
+    ],
+    ids=["unmoved", "reversed", "all equal"],
+)
+def test_how_ranks_move_in_words(runs, tmp_path, change, says, moved):
+    shutil.copytree(runs["exact"], tmp_path / "last")
+    mrd = pq.read_table(runs["exact"] / "scores.parquet")["mrd"].to_pylist()
+    edit_table(tmp_path / "last" / "scores.parquet", mrd=[None if one is None else change(one) for one in mrd])
+    unlearn_run(tmp_path / "run", {0: runs["exact"], 5: tmp_path / "last"}, LOG)
+    words = write(tmp_path, tmp_path / "run").words
+    assert f"From step 0 to step 5, the orders of the 20 samples have {says}" in words
+    assert ("The samples that moved most" in words) == moved
 
 
 def test_evaluations_in_the_course_of_unlearning(runs, tmp_path):
@@ -305,7 +340,66 @@ def test_texts_share_a_budget(monkeypatch):
 @pytest.mark.parametrize(
     ("value", "shown"),
     [(None, "-"), (float("nan"), "-"), (0, "0"), (1234, "1,234"), (0.0051437, "0.005144"), (1e-5, "1e-5"),
-     (-8.4761, "-8.476"), (99999.5, "99,999.5"), (1.5e9 + 0.5, "1.5e9")],
+     (float("inf"), "∞"), (-8.4761, "-8.476"), (99999.5, "99,999.5"), (1.5e9 + 0.5, "1.5e9")],
 )  # fmt: skip
 def test_numbers_as_people_read_them(value, shown):
     assert number(value) in (shown, shown.replace("99,999.5", "100,000"))
+
+
+def ticks(svg: str) -> tuple[list[tuple[float, float]], list[float]]:
+    """(label, pixel) of the y axis, and labels of the x axis."""
+    found = re.findall(r'class="number" x="[^"]+" y="([^"]+)" text-anchor="(end|middle)">([^<]+)<', svg)
+    labels = [(float(label.replace(",", "")), float(y), anchor) for y, anchor, label in found]
+    return [(label, y) for label, y, anchor in labels if anchor == "end"], [at[0] for at in labels if at[2] == "middle"]
+
+
+@pytest.mark.parametrize(
+    "scores", [[0.005] * 40, [0.005, float(np.nextafter(0.005, 1)), 0.005], [0.0, 0.0, 0.0], [0.005]],
+    ids=["equal", "equal but for rounding", "zero", "one"],
+)  # fmt: skip
+def test_scores_that_are_the_same(scores):
+    mrd = np.array(scores)
+    drawn = charts.distribution(mrd, np.zeros(len(mrd)))
+    assert f"The score of {len(mrd)} sample{'s' if len(mrd) > 1 else ''} is {number(scores[0])}." in drawn.says
+    assert drawn.svg.count('class="bar') == 1
+    low, high = summary.histogram_edges(mrd)
+    assert 0 <= low <= mrd.min()
+    assert mrd.max() <= high <= max(1.2 * low / 0.9, 1.0)
+    assert all(count % 1 == 0 for count, _ in ticks(drawn.svg)[0])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 19, 20, 21, 100])
+def test_no_sample_is_both_hard_and_easy(n):
+    hardest, easiest = summary.ends(range(n))
+    assert not set(hardest) & set(easiest)
+    assert len(hardest) + len(easiest) == min(n, 20)
+    assert list(easiest) == sorted(easiest, reverse=True)
+
+
+def test_axes_of_one_value():
+    chart = charts.over_steps("t", "u", [Line("loss", [0], [-8.2])], [], None)
+    assert chart is not None
+    up, steps = ticks(chart.svg)
+    assert len(up) > 1
+    assert up == sorted(up, key=lambda at: -at[1])
+    assert up == sorted(up)
+    assert steps == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ([1.2, 148.4, 1.3], "Loss goes from 1.2 at step 0 to 1.3 at step 2, highest 148.4 at step 1."),
+        ([3.0, 1.0, 9.0, 2.0], "to 2 at step 3, lowest 1 at step 1, highest 9 at step 2."),
+        ([3.0, 1.0, 1.0], "Loss goes from 3 at step 0 to 1 at step 2."),
+    ],
+)
+def test_extremes_between_first_and_last_step(values, says):
+    chart = charts.over_steps("t", "u", [Line("loss", range(len(values)), values)], [], None)
+    assert chart is not None
+    assert says in chart.says
+
+
+def test_runs_without_a_rank_correlation():
+    scores = np.stack([np.full(4, 0.005), np.arange(1.0, 5.0)], 1)
+    assert "have no rank correlation, since in one" in charts.two_runs("a", "b", scores, None, float("nan")).says
