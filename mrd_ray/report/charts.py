@@ -231,8 +231,14 @@ def _trend(spearman: float, name: str) -> str:
     return f"they {how}{strength}, with a Spearman rank correlation of {spearman:.2f}"
 
 
-def two_runs(a: str, b: str, scores: np.ndarray, apart: np.ndarray | None, spearman: float) -> Chart:
-    """Scores of the same samples in two runs. scores: [n, 2]. apart: which are over three standard errors apart."""
+def two_runs(a: str, b: str, scores: np.ndarray, apart: np.ndarray | None, spearman: float, unlike: str = "") -> Chart:
+    """Scores of the same samples in two runs.
+
+    Args:
+        scores: [n, 2].
+        apart: which are over three standard errors apart.
+        unlike: what tells the runs apart, in words.
+    """
     log = _is_log(scores.reshape(-1))
     x, y = _x(scores[:, 0].tolist(), log=log), _y(scores[:, 1].tolist(), log=log)
     ends = max(x.low, y.low), min(x.high, y.high)
@@ -243,6 +249,7 @@ def two_runs(a: str, b: str, scores: np.ndarray, apart: np.ndarray | None, spear
         says += f"; {apart.mean():.1%} are over three standard errors apart"
         if len(scores) <= _MANY:
             marks += [_dot(x(s), y(t), "c1", 3.5) for s, t in scores[apart].tolist()]
+    says += f"; {unlike}" if unlike else ""
     legend = [("guide", "equal scores")] if ends[0] < ends[1] else []
     if apart is not None and apart.any() and len(scores) <= _MANY:
         legend.append(("dot c1", "over three standard errors apart"))

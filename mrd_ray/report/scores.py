@@ -171,25 +171,35 @@ def agreement(runs: Sequence[Scores], include_text: bool) -> Agreement | None:
             rows.append([names, None, None, None, None, f"not compared: {problem}"])
             continue
         far = "no standard errors to go by" if found.apart is None else f"{found.apart:.1%} over 3 s.e. apart"
-        rows.append([names, found.compared, found.spearman, found.kendall, found.median_ratio, far])
+        unlike = _unlike(a, b)
+        difference = "; ".join(filter(None, (far, unlike)))
+        rows.append([names, found.compared, found.spearman, found.kendall, found.median_ratio, difference])
         if a is runs[0]:
-            drawn.append(_scatter(a, b, found))
+            drawn.append(_scatter(a, b, found, unlike))
             apart.append(_apart(a, b, found, include_text))
     head = ("runs", "samples", "Spearman", "Kendall", "median ratio", "difference")
     return Agreement(Table("Agreement of each two runs", head, rows), drawn, apart)
 
 
-def _scatter(a: Scores, b: Scores, found: compare.Comparison) -> Chart:
+def _unlike(a: Scores, b: Scores) -> str:
+    """What makes the scores differ beyond their sampling error, if anything; "" where nothing does."""
+    words = {"model": "another model", "scoring.sigma": "another sigma: compare ranks only"}
+    of_a, of_b = (run.about.manifest["identity"] for run in (a, b))
+    return "; ".join(said for key, said in words.items() if of_a.get(key) != of_b.get(key))
+
+
+def _scatter(a: Scores, b: Scores, found: compare.Comparison, unlike: str) -> Chart:
     scores = np.array([(row["a"], row["b"]) for row in found.rows])
     far = None if found.apart is None else np.array([abs(row["z"]) > 3 for row in found.rows])
-    return charts.two_runs(a.about.name, b.about.name, scores, far, found.spearman)
+    return charts.two_runs(a.about.name, b.about.name, scores, far, found.spearman, unlike)
 
 
 def _apart(a: Scores, b: Scores, found: compare.Comparison, include_text: bool) -> Table:
     head = ["sample", *(["text"] if include_text else []), a.about.name, b.about.name, "apart"]
     rows: list[list[Cell]] = []
     for row in found.rows[: _SHOWN // 2]:
-        apart = f"{row['b'] / row['a'] - 1:+.1%}" if found.apart is None else f"{row['z']:+.1f} s.e."
+        relative = f"{row['b'] / row['a'] - 1:+.1%}" if row["a"] else "-"
+        apart = relative if found.apart is None else f"{row['z']:+.1f} s.e."
         text = [Text(row["text"])] if include_text else []
         rows.append([Text(row["sample_id"]), *text, row["a"], row["b"], apart])
     return Table(f"Where {b.about.name} and {a.about.name} disagree most", head, rows)

@@ -267,6 +267,23 @@ def test_runs_of_one_name_are_told_apart(runs, tmp_path):
     assert "b/run against a/run" in write(tmp_path, tmp_path / "a" / "run", tmp_path / "b" / "run").words
 
 
+@pytest.mark.parametrize(
+    ("identity", "said"),
+    [
+        ({"model": "other"}, "apart; another model"),
+        ({"scoring.sigma": 1e-3}, "apart; another sigma: compare ranks only"),
+        ({}, "apart"),
+    ],
+)
+def test_scores_of_another_model_or_sigma(runs, tmp_path, identity, said):
+    shutil.copytree(runs["drawn"], tmp_path / "a")
+    shutil.copytree(runs["drawn"], tmp_path / "b")
+    edit_manifest(tmp_path / "b", lambda manifest: manifest["identity"].update(identity))
+    words = " ".join(write(tmp_path, tmp_path / "a", tmp_path / "b").words.split())
+    assert f"0.0% over 3 s.e. {said} b against a" in words
+    assert f"0.0% are over three standard errors {said}." in words
+
+
 def test_run_without_any_score(runs, tmp_path):
     shutil.copytree(runs["exact"], tmp_path / "run")
     scores = pq.read_table(runs["exact"] / "scores.parquet").filter(pc.field("mrd").is_null())
