@@ -1,12 +1,14 @@
 """What was run and on what: from manifests and settings, in the words of the page."""
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import yaml
 
-from mrd_ray.report.read import About, Run, Scores
+from mrd_ray.report.read import About, Run, Scores, Unlearning
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ def facts(run: Run) -> Facts:
     invocation = about.manifest["invocations"][-1]
     pairs = {
         "Model": _model(about),
-        **{"score": _scoring, "unlearn": _unlearning, "evaluate": _sets}[about.command](about),
+        **_particulars(run),
         "Started": ", ".join(dict.fromkeys(one["time"] for one in _ends(about.manifest["invocations"]))),
         "Command": shlex.join(map(str, invocation["command"])),
         "Machine": ", ".join(f"{key} {value}" for key, value in invocation["hardware"].items()),
@@ -47,6 +49,21 @@ def facts(run: Run) -> Facts:
     return Facts(about.name, about.command, known, less_asked, config)
 
 
+def _particulars(run: Run) -> dict[str, str]:
+    if isinstance(run, Scores):
+        return _scoring(run.about, _draws(run.about, [run.scores]))
+    if isinstance(run, Unlearning):
+        return _unlearning(run.about, _draws(run.about, run.refreshes.values()))
+    return _sets(run.about)
+
+
+def _draws(about: About, scores: Iterable[pa.Table]) -> str:
+    """Draws of a sample: those that were made, which may be more than the settings ask for at first."""
+    made = [draws for table in scores for draws in table["num_draws"].to_pylist() if draws]
+    counts = sorted({min(made), max(made)}) if made else [about.setting("scoring.num_draws")]
+    return " to ".join(map(str, counts))
+
+
 def _ends(invocations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [invocations[0], invocations[-1]]
 
@@ -60,26 +77,25 @@ def _data(about: About) -> str:
     return f"{about.setting('data.path')}, scored on {about.setting('data.score_on')}"
 
 
-def _estimator(about: About) -> str:
+def _estimator(about: About, draws: str) -> str:
     sigma = f"sigma {about.setting('scoring.sigma'):g}"
     if about.setting("scoring.estimator") == "closed_form":
         return f"closed form, {about.setting('scoring.curvature_probes')} curvature probes, {sigma}"
     antithetic = " antithetic" if about.setting("scoring.antithetic") else ""
-    draws, seed = about.setting("scoring.num_draws"), about.setting("scoring.seed")
-    return f"Monte Carlo, K = {draws}{antithetic} draws, seed {seed}, {sigma}"
+    return f"Monte Carlo, K = {draws}{antithetic} draws, seed {about.setting('scoring.seed')}, {sigma}"
 
 
-def _scoring(about: About) -> dict[str, str]:
+def _scoring(about: About, draws: str) -> dict[str, str]:
     statistic = {"mean_abs": "E|Δ| (mean_abs)", "abs_mean": "|E Δ| (abs_mean)"}
     return {
         "Data": _data(about),
-        "Estimator": _estimator(about),
+        "Estimator": _estimator(about, draws),
         "MRD is": statistic.get(about.setting("scoring.statistic"), ""),
         "Parameters": about.setting("scoring.parameters"),
     }
 
 
-def _unlearning(about: About) -> dict[str, str]:
+def _unlearning(about: About, draws: str) -> dict[str, str]:
     rank, workers = about.setting("lora.rank"), about.setting("ray.workers")
     return {
         "Forget set": _data(about),
@@ -88,7 +104,7 @@ def _unlearning(about: About) -> dict[str, str]:
         f"learning rate {about.setting('unlearning.learning_rate'):g}, "
         f"batches of {about.setting('unlearning.batch_size')}",
         "Weights": f"LoRA of rank {rank}" if rank else "all",
-        "Scores": _estimator(about),
+        "Scores": "" if about.setting("unlearning.weighting") == "uniform" else _estimator(about, draws),
         "Workers": f"{workers or 'one per GPU'}, ZeRO stage {about.setting('deepspeed.zero_stage')}",
     }
 

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -108,14 +109,15 @@ def read(uris: Sequence[str]) -> list[Run]:
 
 def _names(uris: Sequence[str]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
-    if twice := [uri for uri in uris if uris.count(uri) > 1]:
+    places = [uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().resolve()) for uri in uris]
+    if twice := [place for place in places if places.count(place) > 1]:
         raise UserError(f"runs: {twice[0]} is named twice; name each run directory once")
-    parts = [uri.rstrip("/").split("/") for uri in uris]
+    parts = [place.split("/") for place in places]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    return list(uris)
+    return places
 
 
 def _read(uri: str, name: str) -> Run:

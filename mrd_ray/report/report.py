@@ -21,7 +21,8 @@ def write_report(config: ReportConfig) -> str:
     Raises:
         UserError: a directory with nothing to report, a damaged file, or a place that cannot be written to.
     """
-    content = page(read(config.runs), config.include_text).encode()
+    whole = page(read(config.runs), config.include_text)
+    content = whole.encode(errors="replace")  # a recorded command may hold bytes that are no text
     if config.out is None:
         run = RunDirectory(config.runs[0])
         run.write("report.html", content)

@@ -104,7 +104,7 @@ def _against(scored: pa.Table, mrd: np.ndarray) -> list[Chart]:
 
 
 def _warnings(scored: pa.Table, mrd: np.ndarray, se: np.ndarray) -> list[str]:
-    """What would be wrong to overlook; the limits are those of scoring.summary."""
+    """What would be wrong to overlook, as in scoring.summary."""
     found = []
     if unclear := int((mrd < 2 * se).sum()):
         found.append(f"{unclear:,} score(s) are less than twice their standard error: they say little.")
@@ -112,6 +112,9 @@ def _warnings(scored: pa.Table, mrd: np.ndarray, se: np.ndarray) -> list[str]:
         found.append(
             f"{loud:,} sample(s) have log-probabilities that change by more than themselves: sigma is too large."
         )
+    limit = summary.NONLINEAR
+    if "nonlinearity" in scored.column_names and (bent := int((_array(scored, "nonlinearity") > limit).sum())):
+        found.append(f"{bent:,} sample(s) have a nonlinearity over {limit:g}: sigma is not small for them.")
     if "low_precision" in scored.column_names and any(scored["low_precision"].to_pylist()):
         found.append("These scores are marked low_precision: rounding is not small beside the signal.")
     return found

@@ -284,6 +284,34 @@ def test_scores_of_another_model_or_sigma(runs, tmp_path, identity, said):
     assert f"0.0% are over three standard errors {said}." in words
 
 
+def test_facts_count_the_draws_that_were_made(runs, tmp_path):
+    shutil.copytree(runs["drawn"], tmp_path / "run")
+    draws = pq.read_table(runs["drawn"] / "scores.parquet")["num_draws"].to_pylist()
+    more = [n and n + 10 * (row % 3) for row, n in enumerate(draws)]  # none of those without a score
+    edit_table(tmp_path / "run" / "scores.parquet", num_draws=more)
+    assert "K = 6 to 26 draws" in write(tmp_path, tmp_path / "run").words
+
+
+def test_nonlinear_scores_are_warned_of(runs, tmp_path):
+    shutil.copytree(runs["drawn"], tmp_path / "run")
+    edit_table(tmp_path / "run" / "scores.parquet", nonlinearity=summary.NONLINEAR * 2)
+    assert "20 sample(s) have a nonlinearity over 0.3" in write(tmp_path, tmp_path / "run").words
+
+
+@pytest.mark.parametrize("weighting", ["mrd", "uniform"])
+def test_unlearning_with_equal_weights_has_no_estimator(runs, tmp_path, weighting):
+    unlearn_run(tmp_path / "run", {0: runs["exact"]}, LOG)
+    edit_settings(tmp_path / "run", "unlearning", weighting=weighting)
+    assert ("0 curvature probes" in write(tmp_path, tmp_path / "run").words) == (weighting == "mrd")
+
+
+def test_a_command_that_is_no_text(runs, tmp_path):
+    shutil.copytree(runs["exact"], tmp_path / "run")
+    command = ["mrd-ray", "--data.path", "caf\udce9.jsonl"]
+    edit_manifest(tmp_path / "run", lambda manifest: manifest["invocations"][-1].update(command=command))
+    assert "caf?.jsonl" in write(tmp_path, tmp_path / "run").words
+
+
 def test_run_without_any_score(runs, tmp_path):
     shutil.copytree(runs["exact"], tmp_path / "run")
     scores = pq.read_table(runs["exact"] / "scores.parquet").filter(pc.field("mrd").is_null())
@@ -306,7 +334,7 @@ def test_at_least_one_run():
 
 
 class TestRefuses:
-    def refused(self, *runs: Path) -> str:
+    def refused(self, *runs: Path | str) -> str:
         with pytest.raises(UserError) as refused:
             write_report(ReportConfig(runs=[str(run) for run in runs]))
         return str(refused.value)
@@ -319,8 +347,9 @@ class TestRefuses:
         shutil.copy(runs["exact"] / "manifest.json", tmp_path)
         assert "nothing to report yet" in self.refused(tmp_path)
 
-    def test_a_run_named_twice(self, runs):
-        assert "named twice" in self.refused(runs["exact"], runs["exact"])
+    @pytest.mark.parametrize("again", ["{}", "{}/", "{}/../exact"])
+    def test_a_run_named_twice(self, runs, again):
+        assert "named twice" in self.refused(runs["exact"], again.format(runs["exact"]))
 
     @pytest.mark.parametrize(
         ("run", "file"),
