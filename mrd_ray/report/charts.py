@@ -319,8 +319,14 @@ def rank_history(steps: Sequence[int], ranks: np.ndarray, says: str) -> Chart:
     return Chart(title, says, _draw(title, x, y, "step", "rank, 1 is hardest", marks), legend)
 
 
-def dots(names: Sequence[str], rows: Sequence[tuple[str, Sequence[tuple[float, float | None] | None]]]) -> Chart | None:
-    """Figures in [0, 1] of several runs, a row each, with standard errors; None where there are none."""
+Row = tuple[str, bool, Sequence[tuple[float, float | None] | None]]
+
+
+def dots(names: Sequence[str], rows: Sequence[Row]) -> Chart | None:
+    """Figures in [0, 1] of several runs, a row each; None where there are none.
+
+    rows: (label, whether the runs compare, figure and standard error of each run).
+    """
     if not rows:
         return None
     step, left, top = 26, 212, 8
@@ -337,13 +343,15 @@ def dots(names: Sequence[str], rows: Sequence[tuple[str, Sequence[tuple[float, f
         parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(*at))
         parts.append(_text(x(tick), height - 14, number(tick), "middle"))
     changes = []
-    for index, (label, values) in enumerate(rows):
+    for index, (label, compared, values) in enumerate(rows):
         y = top + step * index + step / 2
         parts.append(_text(left - 10, y + 4, label if len(label) < 29 else label[:27] + "...", "end"))
         known = [(run, *value) for run, value in enumerate(values) if value is not None]
-        if len(known) > 1:
-            parts.append(_path([(x(known[0][1]), y), (x(known[-1][1]), y)], "link"))
-            changes.append((abs(known[-1][1] - known[0][1]), label, known[0][1], known[-1][1]))
+        if compared and len(known) > 1:
+            (a, was, _), (b, now, _) = known[0], known[-1]
+            parts.append(_path([(x(was), y), (x(now), y)], "link"))
+            if number(was) != number(now):
+                changes.append((abs(now - was), label, a, b, number(was), number(now)))
         for run, value, se in known:
             if se:
                 ends = x(max(value - se, x.low)), x(min(value + se, x.high))
@@ -352,9 +360,9 @@ def dots(names: Sequence[str], rows: Sequence[tuple[str, Sequence[tuple[float, f
                 )
             parts.append(_dot(x(value), y, f"c{run % 6}", 4.5))
     parts.append(Markup("</svg>"))
-    says = f"{len(rows)} figures, each a dot"
-    says += " with its standard error." if any(v and v[1] for _, values in rows for v in values) else "."
+    says = f"{count(len(rows), 'figure')}, each a dot"
+    says += " with its standard error." if any(v and v[1] for _, _, values in rows for v in values) else "."
     if changes:
-        _, label, was, now = max(changes)
-        says += f" From {names[0]} to {names[-1]}, {label} changes most: {number(was)} to {number(now)}."
+        _, label, a, b, before, after = max(changes)
+        says += f" From {names[a]} to {names[b]}, {label} changes most: {before} to {after}."
     return Chart(title, says, Markup("").join(parts), tuple((f"dot c{i % 6}", name) for i, name in enumerate(names)))

@@ -18,6 +18,7 @@ _EXAMPLES = 3  # of each set, of those that changed most, and as many others
 _REASONS = 10
 # not from 0 to 1, or 1 minus another; what is left lies from 0 to 1
 _NOT_DRAWN = {"perplexity", "truth_ratio", "UA", "UA_by_embedding", "RR"}
+_SUBJECT = "multiple_choice: "  # before what stands in the rows' column of subjects
 
 _SHORT = {"rouge_l": "ROUGE-L", "memorization_accuracy": "MA", "extraction_likelihood": "EL"}
 
@@ -26,6 +27,7 @@ _SHORT = {"rouge_l": "ROUGE-L", "memorization_accuracy": "MA", "extraction_likel
 class EvaluationSection:
     """All evaluations, in the order given."""
 
+    warning: str | None
     figures: list[Table]
     charts: list[Chart]
     errors: Table | None
@@ -37,16 +39,37 @@ def section(runs: Sequence[Evaluation], include_text: bool) -> EvaluationSection
     """Of all evaluate runs; None without any."""
     if not runs:
         return None
-    answers = _answers(runs) if include_text else {}
+    other = _asked_otherwise(runs)
+    answers = {key: of for key, of in _answers(runs).items() if key[0] not in other} if include_text else {}
     sets = list(dict.fromkeys(name for name, _ in answers))
-    chart = _dots(runs)
+    chart = _dots(runs, other)
+    figures = (_figures(runs, kind, other, include_text) for kind in _CAPTIONS)
     return EvaluationSection(
-        figures=[table for kind in ("forget", "kept", "model") if (table := _figures(runs, kind)) is not None],
+        warning=f"Asked otherwise in one run than in another (other rows, tokens or metrics): {', '.join(other)}. "
+        "Figures of such a set are not compared, and its answers are left out."
+        if other
+        else None,
+        figures=[table for table in figures if table is not None],
         charts=[] if chart is None else [chart],
         errors=_errors(runs, include_text),
         examples=[_examples(runs, answers, name) for name in sets],
         answers=_all_answers(runs, answers) if answers else None,
     )
+
+
+def _asked_otherwise(runs: Sequence[Evaluation]) -> list[str]:
+    """Sets of one name that are not the same in all runs, by their digests."""
+    digests: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        for key, digest in run.about.manifest["identity"].items():
+            if key.startswith("evaluation.sets."):
+                digests[key.removeprefix("evaluation.sets.")].add(digest)
+    return [name for name, found in digests.items() if len(found) > 1]
+
+
+def _compared(name: str | None, other: Sequence[str]) -> bool:
+    """Whether runs can be compared by a figure; those of the model (None) come of all sets together."""
+    return name not in other if name is not None else not other
 
 
 def over_steps(evaluations: Mapping[int, pa.Table], refreshes: Sequence[int], stop: int | None) -> list[Chart]:
@@ -77,6 +100,7 @@ def over_steps(evaluations: Mapping[int, pa.Table], refreshes: Sequence[int], st
 _CAPTIONS = {
     "forget": "Completeness: what the model still knows of the set that was to be forgotten",
     "kept": "Utility: what it knows of everything else",
+    "all": "What the model knows of each set",
     "model": "The model as a whole",
 }
 
@@ -84,11 +108,16 @@ _CAPTIONS = {
 def _kind(name: str | None, runs: Sequence[Evaluation]) -> str:
     if name is None:
         return "model"
-    return "forget" if name in {run.about.setting("evaluation.forget") for run in runs} else "kept"
+    forget = {run.about.setting("evaluation.forget") for run in runs} - {None}
+    return "all" if not forget else "forget" if name in forget else "kept"
 
 
 def _by_metric(run: Evaluation) -> dict[tuple[str | None, str], dict[str, Any]]:
-    return {(figure["set"], figure["metric"]): figure for figure in run.figures if figure["value"] is not None}
+    return {
+        (figure["set"], figure["metric"]): figure if math.isfinite(figure["se"] or 0.0) else figure | {"se": None}
+        for figure in run.figures
+        if figure["value"] is not None
+    }
 
 
 def _keys(runs: Sequence[Evaluation]) -> list[tuple[str | None, str]]:
@@ -96,16 +125,15 @@ def _keys(runs: Sequence[Evaluation]) -> list[tuple[str | None, str]]:
     return list(dict.fromkeys(key for run in runs for key in _by_metric(run)))
 
 
-def _figures(runs: Sequence[Evaluation], kind: str) -> Table | None:
+def _figures(runs: Sequence[Evaluation], kind: str, other: Sequence[str], include_text: bool) -> Table | None:
     rows: list[list[Cell]] = []
     for name, metric in _keys(runs):
-        if _kind(name, runs) != kind:
+        if _kind(name, runs) != kind or (metric.startswith(_SUBJECT) and not include_text):
             continue
         found = [_by_metric(run).get((name, metric)) for run in runs]
-        first, last = found[0], found[-1]
         row: list[Cell] = [aggregate.title(metric), *([] if name is None else [name]), *map(_figure, found)]
         if len(runs) > 1:
-            row.append(None if first is None or last is None else f"{last['value'] - first['value']:+.3g}")
+            row.append(_change(found[0], found[-1]) if _compared(name, other) else None)
         rows.append(row)
     if not rows:
         return None
@@ -120,14 +148,20 @@ def _figure(figure: dict[str, Any] | None) -> str | None:
     return f"{number(figure['value'])}{se} ({figure['rows']:,}\u00a0row{'' if figure['rows'] == 1 else 's'})"
 
 
-def _dots(runs: Sequence[Evaluation]) -> Chart | None:
-    rows = []
+def _change(first: dict[str, Any] | None, last: dict[str, Any] | None) -> str | None:
+    change = math.nan if first is None or last is None else last["value"] - first["value"]
+    return f"{change:+.3g}" if math.isfinite(change) else None
+
+
+def _dots(runs: Sequence[Evaluation], other: Sequence[str]) -> Chart | None:
+    rows: list[charts.Row] = []
     for name, metric in _keys(runs):
         values = [_by_metric(run).get((name, metric)) for run in runs]
         bounded = all(value is None or 0 <= value["value"] <= 1 for value in values)
-        if bounded and metric not in _NOT_DRAWN and not metric.startswith("multiple_choice: "):
+        if bounded and metric not in _NOT_DRAWN and not metric.startswith(_SUBJECT):
             label = f"{name or ''} {_SHORT.get(metric, metric.replace('_', ' '))}".strip()
-            rows.append((label, [None if value is None else (value["value"], value["se"]) for value in values]))
+            figures = [None if value is None else (value["value"], value["se"]) for value in values]
+            rows.append((label, _compared(name, other), figures))
     return charts.dots([run.about.name for run in runs], rows)
 
 

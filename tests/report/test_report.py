@@ -239,6 +239,44 @@ def test_answers_side_by_side(runs, report, pairs):
     assert shown["true answer"][-len(pairs) :] == [response for _, response in pairs]
 
 
+def test_sets_of_one_name_with_other_rows_are_not_compared(runs, tmp_path):
+    shutil.copytree(runs["after"], tmp_path / "run")
+    edit_manifest(tmp_path / "run", lambda manifest: manifest["identity"].update({"evaluation.sets.forget": "other"}))
+    page = write(tmp_path, runs["before"], tmp_path / "run")
+    words = " ".join(page.words.split())
+    assert "(other rows, tokens or metrics): forget." in words
+    forget, kept = words.split("Completeness:")[1].split("Figures from 0 to 1")[0].split("Utility:")
+    assert len(re.findall(r"rows\) [+-]\d", forget)) == 0
+    assert len(re.findall(r"rows\) [+-]\d", kept)) == 3
+    assert set(page.data("answers")["set"]) == {"kept"}
+    assert "Answers on the set forget" not in words
+    assert page.source.count('class="line link"') == 3
+
+
+@pytest.mark.parametrize("include_text", [True, False])
+def test_subjects_are_texts(runs, tmp_path, include_text):
+    shutil.copytree(runs["before"], tmp_path / "run")
+    edit_table(tmp_path / "run" / "figures.parquet", metric="multiple_choice: Jane Doe")
+    assert ("Jane Doe" in write(tmp_path, tmp_path / "run", include_text=include_text).words) == include_text
+
+
+def test_figures_without_a_forget_set(runs, tmp_path):
+    shutil.copytree(runs["before"], tmp_path / "run")
+    edit_settings(tmp_path / "run", "evaluation", forget=None)
+    words = write(tmp_path, tmp_path / "run").words
+    assert "What the model knows of each set" in words
+    assert "Utility" not in words
+
+
+@pytest.mark.parametrize(("value", "shown"), [(float("inf"), "∞"), (float("nan"), "-")])
+def test_figures_that_are_not_finite(runs, tmp_path, value, shown):
+    shutil.copytree(runs["before"], tmp_path / "run")
+    edit_table(tmp_path / "run" / "figures.parquet", value=value, se=float("nan"))
+    words = write(tmp_path, runs["before"], tmp_path / "run").words
+    assert f"{shown} (6\u00a0rows)" in words
+    assert not re.search(r"\bnan\b|\binf\b", words)
+
+
 def test_without_texts_nothing_of_them_is_left(runs, report, tmp_path, pairs):
     answers = [text for name in ("before", "after")
                for text in pq.read_table(runs[name] / "answers.parquet")["generated"].to_pylist()]  # fmt: skip
@@ -444,6 +482,21 @@ def test_extremes_between_first_and_last_step(values, says):
     chart = charts.over_steps("t", "u", [Line("loss", range(len(values)), values)], [], None)
     assert chart is not None
     assert says in chart.says
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([("a", True, [(0.9, None), (0.8, None), (0.7, None)]), ("b", True, [(0.9, None), (0.1, None), None])],
+         "2 figures, each a dot. From r1 to r2, b changes most: 0.9 to 0.1."),
+        ([("a", True, [(0.9, None), (0.9, None), (0.9, None)])], "1 figure, each a dot."),
+        ([("a", False, [(0.9, None), (0.1, None), (0.2, None)])], "1 figure, each a dot."),
+    ],
+)  # fmt: skip
+def test_which_figure_changes_most(rows, says):
+    chart = charts.dots(["r1", "r2", "r3"], rows)
+    assert chart is not None
+    assert chart.says == says
 
 
 def test_runs_without_a_rank_correlation():
