@@ -8,14 +8,15 @@ function dataTable(section) {
   const total = columns[0].length;
   const search = section.querySelector("input");
   const count = section.querySelector(".count");
-  const heads = [...section.querySelectorAll("th")];
+  const heads = [...section.querySelectorAll("thead th")];
   const body = section.querySelector("tbody");
   const buttons = Object.fromEntries([...section.querySelectorAll(".pager button")].map((b) => [b.dataset.to, b]));
   let order = Array.from({ length: total }, (_, row) => row); // as sorted
   let found = order; // those of them that the search finds
   let haystack = null; // lower-case words of each row, made at the first search
   let page = 0;
-  let sorted = { column: 0, down: false };
+  const rising = columns[0].every((value, row, all) => row === 0 || value === null || all[row - 1] <= value); // answers may not be
+  let sorted = { column: rising ? 0 : null, down: false };
 
   function formatted(value) {
     if (Number.isInteger(value)) return value.toLocaleString("en");
@@ -33,7 +34,8 @@ function dataTable(section) {
 
   function cell(column, row) {
     const value = columns[column][row];
-    const td = document.createElement("td");
+    const td = document.createElement(column ? "td" : "th"); // the first names its row
+    if (!column) td.scope = "row";
     td.className = kinds[column];
     if (value === null) {
       td.classList.add("none");

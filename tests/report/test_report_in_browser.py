@@ -1,5 +1,6 @@
 """The page in a real browser: nothing fails, nothing is fetched, texts are text, and the tables can be worked with."""
 
+import shutil
 import statistics
 import time
 from pathlib import Path
@@ -42,7 +43,7 @@ def rows(page, column: str, table: str = "samples-1") -> list[str]:
     section = page.locator(f'[data-source="{table}"]')
     labels = [label.strip() for label in section.locator("thead th").all_inner_texts()]
     at = next(i for i, label in enumerate(labels) if label.split(" ↑")[0].split(" ↓")[0].split(" ↕")[0] == column)
-    return [text.strip() for text in section.locator(f"tbody tr td:nth-child({at + 1})").all_inner_texts()]
+    return [text.strip() for text in section.locator(f"tbody tr > :nth-child({at + 1})").all_inner_texts()]
 
 
 def head(page, column: str):
@@ -65,6 +66,24 @@ def test_sorts_both_ways_with_missing_scores_last(opened, report, runs):
     assert header.inner_text().startswith("log p")
     head(page, "text").click()
     assert rows(page, "text") != []
+
+
+def test_arrows_are_true_and_rows_have_names(opened, runs, tmp_path):
+    """Answers stand in the order of their sets, which need not be that of the alphabet."""
+    shutil.copytree(runs["before"], tmp_path / "run")
+    answers = pq.read_table(tmp_path / "run" / "answers.parquet")
+    pq.write_table(answers.sort_by([("set", "descending")]), tmp_path / "run" / "answers.parquet")
+    file = tmp_path / "page.html"
+    write_report(ReportConfig(runs=[str(tmp_path / "run"), str(runs["exact"])], out=str(file)))
+    page = opened(file)
+    sorts = {name: page.locator(f'[data-source="{name}"] thead th').first for name in ("answers", "samples-1")}
+    assert {name: th.get_attribute("aria-sort") for name, th in sorts.items()} == {
+        "answers": "none", "samples-1": "ascending",
+    }  # fmt: skip
+    sorts["answers"].get_by_role("button").click()
+    assert sorts["answers"].get_attribute("aria-sort") == "ascending"
+    assert rows(page, "set", "answers") == sorted(rows(page, "set", "answers"))
+    assert page.locator('[data-source="answers"] tbody th[scope="row"]').count() == len(answers)
 
 
 def test_searches_text_ids_and_errors(opened, report):
