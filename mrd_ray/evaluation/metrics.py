@@ -4,14 +4,21 @@ mean() below is over the tokens of a response, so that exp(mean(log p)) = P(a | 
 """
 
 import math
+import re
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from statistics import fmean
 from typing import Any
 
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 
 LogProbs = Sequence[float]
+# Thai, Lao, Myanmar, Khmer, kana and Han: written without spaces between words
+_SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+_SPACELESS += "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_SPACELESS}]|[^\s{_SPACELESS}]+")
 
 
 def probability(answer: LogProbs) -> float:
@@ -71,10 +78,33 @@ def min_k(log_probs: LogProbs, percent: float) -> float:
 
 
 def rouge_l(generated: str, answer: str) -> float:
-    """ROUGE-L recall of a generated answer (Lin, 2004; stemmed, as TOFU has it). RR of arXiv 2504.06658 is 1 - this."""
+    """ROUGE-L recall of a generated answer (Lin, 2004; stemmed, as TOFU has it). RR of arXiv 2504.06658 is 1 - this.
+
+    answer: with one of `words` at least.
+    """
     return float(_rouge().score(answer, generated)["rougeL"].recall)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text that ROUGE-L counts, in lower case; characters, in scripts without spaces between words.
+
+    ASCII words are those of rouge_score, stemmed; of others it keeps nothing but a-z and 0-9.
+    """
+    text = unicodedata.normalize("NFC", text.lower())
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text)  # letters, their marks, numbers
+    found = _WORD.findall(kept)
+    return [token for word in found for token in (_ascii().tokenize(word) if word.isascii() else [word])]
+
+
+class _Words:
+    tokenize = staticmethod(words)
+
+
+@cache
+def _ascii() -> Any:
+    return DefaultTokenizer(use_stemmer=True)
 
 
 @cache
 def _rouge() -> Any:
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], tokenizer=_Words())

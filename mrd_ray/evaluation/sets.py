@@ -17,6 +17,7 @@ from mrd_ray.data import read
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.tokens import Columns, Tokens, Unscorable, cell, choose_columns, is_id, render, tokenize
 from mrd_ray.errors import UserError
+from mrd_ray.evaluation import metrics
 from mrd_ray.scoring import plan
 
 _UNIT_TOKENS = 8192  # read and generated: half a minute of a small model on a core
@@ -185,6 +186,8 @@ class _Reader:
         row["prompt"], row["response"] = cell(values, columns.prompt), cell(values, response_column)
         if self._set.subject is not None:
             row["subject"] = cell(values, self._set.subject)
+        if "rouge_l" in self._metrics and not metrics.words(row["response"]):
+            raise Unscorable(f"column {response_column!r} has no word, of which rouge_l is a share")
 
         def sequence(role: str, response: str) -> dict[str, Any]:
             try:

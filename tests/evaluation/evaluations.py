@@ -24,8 +24,8 @@ def rouge_l_recall(generated: str, answer: str) -> float:
     stem = PorterStemmer().stem
 
     def words(text):
-        kept = "".join(character if character.isascii() and character.isalnum() else " " for character in text.lower())
-        return [stem(word) if len(word) > 3 else word for word in kept.split()]
+        kept = "".join(character if character.isalnum() else " " for character in text.lower())
+        return [stem(word) if len(word) > 3 and word.isascii() else word for word in kept.split()]
 
     a, b = words(generated), words(answer)
     table = np.zeros((len(a) + 1, len(b) + 1), int)

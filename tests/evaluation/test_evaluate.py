@@ -236,14 +236,16 @@ def test_rows_that_cannot_be_evaluated_keep_their_reason(stories_dir, tmp_path):
         {"question": "Who?", "answer": "A long one. " * 200, "wrong": ["Somebody."]},
         {"question": "Who?", "answer": "Null.", "wrong": None},
         {"question": "Why? " * 300, "answer": "No room.", "wrong": ["Somebody."]},
+        {"question": "Where?", "answer": "...", "wrong": ["Somewhere."]},
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     forget = {"path": str(file), "wrong": "wrong", "metrics": ["rouge_l", "truth_ratio"]}
     run = evaluate(config(stories_dir, {"sets": {"forget": forget}, "max_new_tokens": 4}, tmp_path / "run"))
     errors = sorted(error for error in run.lines["error"].to_pylist() if error is not None)
-    assert run.num_errors == len(errors) == 3
+    assert run.num_errors == len(errors) == 4
     assert [error for error in errors if "over the limit of 512" in error][1:] == [errors[1]]
+    assert any("column 'answer' has no word, of which rouge_l is a share" in error for error in errors)
     assert any("column 'wrong' is None; expected a list of texts" in error for error in errors)
 
 

@@ -1,5 +1,6 @@
 """Metrics and figures against definitions written out, other libraries, and cases known beforehand."""
 
+import json
 import math
 import random
 from itertools import product
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from evaluations import rouge_l_recall
+from rouge_score.rouge_scorer import RougeScorer
 
 from mrd_ray.evaluation import aggregate, metrics
 
@@ -55,10 +57,35 @@ def test_min_k_is_the_mean_of_the_least_likely(percent, expected):
         ("Nothing alike", "bells ring"),
         ("bells bells bells ring", "ring the bells"),
         ("Ils ont mangé à l'été 1994", "été 1994"),
+        ("Это Париж, столица", "Париж — столица Франции"),
     ],
 )
 def test_rouge_l_is_recall_of_the_longest_common_subsequence(generated, answer):
     assert metrics.rouge_l(generated, answer) == pytest.approx(rouge_l_recall(generated, answer))
+
+
+def test_rouge_l_of_ascii_text_is_that_of_rouge_score(tofu_dir):
+    lines = (tofu_dir / "retain_perturbed.json").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if (row["answer"] + row["paraphrased_answer"]).isascii()]
+    assert len(rows) > 300
+    plain = RougeScorer(["rougeL"], use_stemmer=True)
+    for row in rows:
+        expected = plain.score(row["answer"], row["paraphrased_answer"])["rougeL"].recall
+        assert metrics.rouge_l(row["paraphrased_answer"], row["answer"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Running, o'er_all", ["run", "o", "er", "all"]),
+        ("Cafe\u0301s и Франции", ["cafés", "и", "франции"]),
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("東京は big", ["東", "京", "は", "big"]),
+        ("... — !", []),
+    ],
+)
+def test_words_are_of_any_script(text, words):
+    assert metrics.words(text) == words
 
 
 def test_membership_auc_counts_pairs():
