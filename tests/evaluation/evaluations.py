@@ -1,4 +1,4 @@
-"""Settings of runs, and a ROUGE of our own to hold the library against."""
+"""Settings and values of runs, and a ROUGE of our own to hold the library against."""
 
 from itertools import product
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 from nltk.stem import PorterStemmer
 
 from mrd_ray import EvaluateConfig
+from mrd_ray.evaluation.evaluate import EvaluateRun
 
 
 def config(model: Path, settings: dict, run: Path, actors: int = 1, **evaluation: object) -> EvaluateConfig:
@@ -17,6 +18,15 @@ def config(model: Path, settings: dict, run: Path, actors: int = 1, **evaluation
         run={"dir": str(run)},
         ray={"actors": actors, "cpus_per_actor": 1},
     )
+
+
+def values(run: EvaluateRun, name: str, metric: str) -> dict[str, float]:
+    """Of a metric on a set, by row."""
+    return {
+        line["sample_id"]: line["value"]
+        for line in run.lines.to_pylist()
+        if (line["set"], line["metric"]) == (name, metric)
+    }
 
 
 def rouge_l_recall(generated: str, answer: str) -> float:

