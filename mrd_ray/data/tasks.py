@@ -4,12 +4,12 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
 import fsspec
 import yaml
 from huggingface_hub import HfApi
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_validator
 
 from mrd_ray.config import EvaluationConfig
 from mrd_ray.config.base import Frozen
@@ -18,6 +18,16 @@ from mrd_ray.errors import UserError
 
 _HUB_SECONDS = 5.0
 PRESETS = Path(__file__).parent / "presets"
+
+
+def _files_are_text(settings: dict[str, Any]) -> dict[str, Any]:
+    for name in ("path", "refusals"):
+        if not isinstance(settings.get(name), str | None):
+            raise ValueError(f"{name} is {settings[name]!r}; expected text")
+    return settings
+
+
+_Section = Annotated[dict[str, Any], AfterValidator(_files_are_text)]
 
 
 class Task(Frozen):
@@ -30,12 +40,22 @@ class Task(Frozen):
         {},
         description="By hub id, how a file of a local copy is named, from {name} and {split}.",
     )
-    data: dict[str, Any] = Field({}, description="The forget set.")
-    retain: dict[str, Any] = Field({}, description="The retain set.")
+    data: _Section = Field({}, description="The forget set.")
+    retain: _Section = Field({}, description="The retain set.")
     scoring: dict[str, Any] = Field({}, description="Settings of scoring.")
-    unlearning: dict[str, Any] = Field({}, description="Settings of unlearning.")
-    methods: dict[str, dict[str, Any]] = Field({}, description="More settings of unlearning, by method.")
+    unlearning: _Section = Field({}, description="Settings of unlearning.")
+    methods: dict[str, _Section] = Field({}, description="More settings of unlearning, by method.")
     evaluation: dict[str, Any] = Field({}, description="Evaluated sets, and settings of evaluation.")
+
+    @field_validator("copies")
+    @classmethod
+    def _copies_have_known_fields(cls, copies: dict[str, str]) -> dict[str, str]:
+        for pattern in copies.values():
+            try:
+                pattern.format(name="", split="")
+            except (LookupError, ValueError, AttributeError):
+                raise ValueError(f"{pattern!r} is no format string of {{name}} and {{split}} alone") from None
+        return copies
 
 
 def names() -> list[str]:
@@ -135,15 +155,15 @@ def _read(task: str) -> tuple[Path, Task]:
             EvaluationConfig.model_validate(read.evaluation)
     except ValidationError as problem:
         first = problem.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"task: {file}, {where}: {first['msg']}") from None
+        parts = [f"task: {file}", ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]
+        raise UserError(": ".join(filter(None, parts))) from None
     return file, read
 
 
 def _sources(sections: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every set of a task, by its name or what it is for."""
-    yield from ((name, sections[name]) for name in ("data", "retain") if sections[name])
-    yield from sections["evaluation"].get("sets", {}).items()
+    """Every set of a task, by its name or what it is for, but for those whose path the command line has to give."""
+    yield from ((name, sections[name]) for name in ("data", "retain") if sections.get(name, {}).get("path"))
+    yield from sections.get("evaluation", {}).get("sets", {}).items()
 
 
 def _use_copy(source: dict[str, Any], patterns: Mapping[str, str], copies: Mapping[str, str]) -> None:

@@ -32,7 +32,13 @@ def test_local_copies_are_read_instead_of_the_hub(tofu_dir):
         ("evaluation: {sets: {a: {path: x.txt, metrics: [beauty]}}}", "sets.a.metrics.0"),
         ("sets: {}", "sets: Extra inputs"),
         ("a: [", "cannot read"),
-        ("[1]", "task: "),
+        ("[1]", "task.yaml: Input should be"),
+        ("data: {path: 5}", "task.yaml: data: path is 5; expected text"),
+        ("retain: {path: [a]}", r"task.yaml: retain: path is \['a'\]; expected text"),
+        ("unlearning: {refusals: [a]}", "unlearning: refusals is"),
+        ("methods: {po: {refusals: 1}}", "methods.po: refusals is 1; expected text"),
+        ("copies: {a/b: '{lang}.json'}", "copies: '{lang}.json' is no format string of {name} and {split} alone"),
+        ("copies: {a/b: '{'}", "copies: '{' is no format string"),
     ],
 )
 def test_a_bad_task_file_is_named_with_its_setting(tmp_path, content, message):
@@ -40,6 +46,14 @@ def test_a_bad_task_file_is_named_with_its_setting(tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(UserError, match=message):
         tasks.load(str(file), {})
+
+
+@pytest.mark.parametrize("content", ["data: {prompt: q, response: a}", "data: {path: null}\nretain: {max_samples: 9}"])
+def test_a_set_without_a_path_waits_for_the_command_line(tmp_path, content):
+    file = tmp_path / "task.yaml"
+    file.write_text("copies: {a/b: '{name}.json'}\n" + content)
+    assert "data" in tasks.load(str(file), {"a/b": "folder"})
+    assert tasks.sources(str(file), {}) == ("", [])
 
 
 def test_unknown_tasks_and_copies_are_refused():
