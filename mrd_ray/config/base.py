@@ -44,7 +44,7 @@ class RunConfig(Frozen):
 
 
 class RayConfig(Frozen):
-    """The actor pool. Each actor holds a replica of the model: two copies of its weights, plus activations."""
+    """The actor pool. Each actor holds a replica of the model; for Monte Carlo scores, its weights twice."""
 
     actors: PositiveInt | None = Field(None, description="How many; unset, as many as the cluster has room for.")
     cpus_per_actor: PositiveFloat = Field(1.0, description="CPUs per actor; also its number of threads (at least one).")
