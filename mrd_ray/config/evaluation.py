@@ -1,7 +1,8 @@
 """Settings of evaluation."""
 
 import re
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from pydantic import (
     Field,
@@ -30,6 +31,13 @@ Metric = Literal[
 ]
 _OF_ALTERNATIVES = {"normalized_probability", "truth_ratio", "accuracy", "embedding_accuracy"}
 OF_ANSWERS = {"rouge_l", "embedding_accuracy", "toxicity"}  # that need the model to answer
+OF_RESPONSES = {"probability", "multiple_choice"} | OF_ANSWERS | _OF_ALTERNATIVES  # that no text can serve
+
+
+def _refuse_repeats(setting: str, values: Sequence[str]) -> None:
+    for value in values:
+        if values.count(value) > 1:  # its rows would count twice
+            raise ValueError(f"{setting}: {value} stands more than once; name it once")
 
 
 class EvaluatedSet(DataConfig):
@@ -49,15 +57,23 @@ class EvaluatedSet(DataConfig):
     )
     subject: str | None = Field(None, description="multiple_choice: column with a subject, accuracy is given by each.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _texts_count_whole(cls, given: Any) -> Any:
+        return {**given, "score_on": "all"} if isinstance(given, dict) and given.get("text") is not None else given
+
     @model_validator(mode="after")
     def _columns_serve_the_metrics(self) -> "EvaluatedSet":
+        _refuse_repeats("metrics", self.metrics)
         metrics = set(self.metrics)
         if (of := metrics & _OF_ALTERNATIVES) and self.wrong is None:
             raise ValueError(f"metrics: {min(of)} needs `wrong`, a column with wrong answers")
         if "multiple_choice" in metrics and (self.choices is None or len(metrics) > 1):
             raise ValueError("metrics: multiple_choice needs `choices`, a column, and goes with no other metric")
+        if self.choices is not None and "multiple_choice" not in metrics:
+            raise ValueError(f"choices: serves multiple_choice alone, not {min(metrics)}")
         texts = self.text is not None or self.path.lower().endswith(".txt")
-        if texts and (of := metrics & {"probability", *OF_ANSWERS, *_OF_ALTERNATIVES}):
+        if texts and (of := metrics & OF_RESPONSES):
             raise ValueError(f"metrics: {min(of)} needs prompts with responses, not texts")
         if metrics >= {"perplexity", "extraction_likelihood"}:
             raise ValueError("metrics: perplexity, of windows, and extraction_likelihood, of whole texts; use two sets")
@@ -91,7 +107,12 @@ class EvaluationConfig(Frozen):
         (5, 10, 20, 30, 40, 50, 60), description="k of min_k, each in (0, 100]."
     )
     max_new_tokens: PositiveInt = Field(128, description="Longest generated answer, in tokens.")
-    stop: str | None = Field(None, description="A generated answer ends before the first of these, '\\n' for instance.")
+    stop: str | None = Field(
+        None,
+        min_length=1,
+        description="A generated answer ends where this text first occurs in it; \\n in it is a line's end, \\t a tab. "
+        "It ends at the model's EOS anyway.",
+    )
     embedding_model: str | None = Field(
         None, description="embedding_accuracy: a sentence-transformers directory or hub id."
     )
@@ -119,6 +140,11 @@ class EvaluationConfig(Frozen):
                 raise ValueError(f"evaluation.sets: {name!r} is no name; expected a-z, then a-z, 0-9, _ and -")
         return sets
 
+    @field_validator("stop")
+    @classmethod
+    def _stop_as_a_shell_gives_it(cls, stop: str | None) -> str | None:
+        return None if stop is None else stop.replace("\\n", "\n").replace("\\t", "\t")
+
     @model_validator(mode="after")
     def _groups_agree(self) -> "EvaluationConfig":
         def require(setting: str, name: str, metrics: set[str]) -> None:
@@ -137,6 +163,8 @@ class EvaluationConfig(Frozen):
             if self.forget is None:
                 raise ValueError("evaluation.reference needs evaluation.forget, the set to compare on")
             require("forget", self.forget, {"truth_ratio"})
+        _refuse_repeats("evaluation.utility", self.utility)
+        _refuse_repeats("evaluation.min_k_percent", [f"{k:g}" for k in self.min_k_percent])  # as figures name them
         for name in self.utility:
             require("utility", name, {"rouge_l", "truth_ratio"})
             if not {"probability", "normalized_probability"} & set(self.sets[name].metrics):

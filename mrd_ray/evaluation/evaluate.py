@@ -78,11 +78,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
         tokenizer = models.load_tokenizer(config.model)
         skeleton = models.skeleton(path)
         reference = None if config.evaluation.reference is None else _reference(config.evaluation)
-        tables = {}
-        for name, evaluated in config.evaluation.sets.items():
-            console.print(f"Reading {evaluated.path} ({name})", markup=False)
-            limit = models.context_length(skeleton.config)
-            tables[name] = sets.build(name, evaluated, config.evaluation, tokenizer, limit)
+        tables = sets.build_all(config.evaluation, tokenizer, models.context_length(skeleton.config))
         _warn_of_overlap(tables, config.evaluation, console)
         run.claim(
             {

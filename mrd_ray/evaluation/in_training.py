@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import pyarrow as pa
-from rich.console import Console
 
 from mrd_ray import models
 from mrd_ray.config import UnlearnConfig
@@ -23,11 +22,7 @@ def unlearn(config: UnlearnConfig) -> training.UnlearnRun:
     config = training.with_absolute_paths(config)
     tokenizer = models.load_tokenizer(config.model)
     limit = models.context_length(models.load_config(models.directory(config.model)))
-    tables = {}
-    for name, evaluated in config.evaluation.sets.items():
-        Console(stderr=True).print(f"Reading {evaluated.path} ({name})", markup=False)
-        tables[name] = sets.build(name, evaluated, config.evaluation, tokenizer, limit)
-    return training.unlearn(config, InTraining(config, tables))
+    return training.unlearn(config, InTraining(config, sets.build_all(config.evaluation, tokenizer, limit)))
 
 
 @dataclass(frozen=True)

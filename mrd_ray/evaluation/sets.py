@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from mrd_ray.config import EvaluatedSet, EvaluationConfig
-from mrd_ray.config.evaluation import OF_ANSWERS
+from mrd_ray.config.evaluation import OF_ANSWERS, OF_RESPONSES
 from mrd_ray.data import read
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.tokens import Columns, Tokens, Unscorable, cell, choose_columns, is_id, render, tokenize
@@ -49,6 +50,22 @@ Row = dict[str, Any]  # of ROW
 _NOTHING: Row = {"prompt_ids": None, "new_tokens": 0, "extract": False, "alternatives": None, "classify": False}
 # Roles of sequences. Those of several have a number after them.
 ANSWER, PARAPHRASE, WRONG, CHOICE, WINDOW = "answer", "paraphrase", "wrong", "choice", "window"
+
+
+def build_all(
+    evaluation: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, context_length: int | None
+) -> dict[str, pa.Table]:
+    """Every set, by its name. Raises UserError as `build` does, and for a `stop` that no answer can hold."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if held := [token for token in special if token in (evaluation.stop or "")]:
+        raise UserError(
+            f"evaluation.stop: {held[0]} is a special token, and no answer's text holds those; EOS ends answers anyway"
+        )
+    tables = {}
+    for name, evaluated in evaluation.sets.items():
+        Console(stderr=True).print(f"Reading {evaluated.path} ({name})", markup=False)
+        tables[name] = build(name, evaluated, evaluation, tokenizer, context_length)
+    return tables
 
 
 def build(
@@ -119,6 +136,11 @@ class _Reader:
         self._set, self._evaluation, self._tokenizer, self._context = evaluated, evaluation, tokenizer, context_length
         self._metrics = set(evaluated.metrics)
         self._max_tokens = min((x for x in (evaluated.max_tokens, context_length) if x is not None), default=None)
+        if "perplexity" in self._metrics and self._max_tokens is not None and self._max_tokens < 2:
+            raise UserError(
+                f"max_tokens: windows of {self._max_tokens} token(s) leave perplexity nothing to score; the first of a "
+                "window has none before it"
+            )
         if evaluated.template == "chat" and evaluated.text is None and tokenizer.chat_template is None:
             raise UserError("data.template: chat, but the tokenizer has no chat template; give a format string")
         if not tokenizer.is_fast:
@@ -135,6 +157,8 @@ class _Reader:
         rows = list(read.rows(self._set))
         present = list(dict.fromkeys(name for _, values in rows for name in values))
         columns = choose_columns(self._set, present, self._set.path)
+        if columns.text is not None and (of := self._metrics & OF_RESPONSES):  # the file alone says that it has texts
+            raise UserError(f"metrics: {min(of)} needs prompts with responses, not texts (column {columns.text!r})")
         for setting in ("paraphrase", "wrong", "choices", "subject"):
             if (column := getattr(self._set, setting)) is not None and column not in present:
                 raise UserError(
@@ -278,4 +302,4 @@ def _texts(values: dict[str, Any], column: str) -> list[str]:
     found = values.get(column)
     if not isinstance(found, list) or not found or not all(isinstance(text, str) and text.strip() for text in found):
         raise Unscorable(f"column {column!r} is {found!r:.60}; expected a list of texts")
-    return found
+    return [cell({column: text}, column) for text in found]
