@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -36,6 +37,13 @@ class Figure:
     value: float
     se: float | None
     rows: int
+
+    def plain(self) -> dict[str, Any]:
+        """As files hold it: null for a number that is not finite, which the harness can come to."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
 
 
 def mean(name: str, metric: str, values: Sequence[float]) -> Figure:

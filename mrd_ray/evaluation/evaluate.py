@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import pyarrow as pa
 import ray
@@ -203,6 +203,7 @@ def _finish(
     finished = EvaluateRun(run, config, of_all, pa.Table.from_pylist(answers, _ANSWERS), figures)
     run.write_table("evaluation.parquet", of_all)
     run.write_table("answers.parquet", finished.answers)
-    run.write_table("figures.parquet", pa.Table.from_pylist([asdict(figure) for figure in figures], table.FIGURES))
-    run.write("figures.json", json.dumps([asdict(figure) for figure in figures], indent=1).encode())
+    plain = [figure.plain() for figure in figures]
+    run.write_table("figures.parquet", pa.Table.from_pylist(plain, table.FIGURES))
+    run.write("figures.json", json.dumps(plain, indent=1, allow_nan=False).encode())
     return finished

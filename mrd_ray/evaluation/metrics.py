@@ -41,7 +41,8 @@ def truth_ratio(paraphrase: LogProbs, wrong: Sequence[LogProbs]) -> float:
     with the geometric mean over the n wrong answers that TOFU's published figures have, and its code. (The formula in
     the article has an arithmetic mean.)
     """
-    return math.exp(min(fmean(map(fmean, wrong)) - fmean(paraphrase), 700.0))
+    # far over any that matters, and sums of its squares, for standard errors, are still floats
+    return math.exp(min(fmean(map(fmean, wrong)) - fmean(paraphrase), 300.0))
 
 
 def accuracy(paraphrase: LogProbs, wrong: Sequence[LogProbs]) -> float:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -80,9 +81,14 @@ def _evaluated(config: EvaluateConfig, name: str, files_digest: str, on_gpu: boo
         log_samples=False,
         task_manager=TaskManager(include_path=evaluation.zero_shot_tasks),
     )
+    return figures_of(found)
+
+
+def figures_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Figures of all tasks and groups of tasks in what the harness gives back."""
     figures = []
     for task, values in found["results"].items():
-        rows = found["n-samples"].get(task, {}).get("effective", 0)
+        samples = found["n-samples"].get(task, {"effective": values.get("sample_len", 0)})  # it has no groups
         for key, value in values.items():
             metric, _, its_filter = key.partition(",")
             if not its_filter or metric.endswith("_stderr"):
@@ -94,7 +100,7 @@ def _evaluated(config: EvaluateConfig, name: str, files_digest: str, on_gpu: boo
                     "metric": metric if its_filter == "none" else f"{metric} ({its_filter})",
                     "value": float(value),
                     "se": float(se) if isinstance(se, float) else None,
-                    "rows": int(rows),
+                    "rows": int(samples["effective"]),
                 }
             )
     return figures

@@ -3,8 +3,11 @@
 import json
 import math
 import random
+import re
 from itertools import product
+from pathlib import Path
 from statistics import harmonic_mean
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +15,8 @@ import scipy.stats
 from evaluations import rouge_l_recall
 from rouge_score.rouge_scorer import RougeScorer
 
-from mrd_ray.evaluation import aggregate, metrics
+from mrd_ray.config import Metric
+from mrd_ray.evaluation import aggregate, metrics, zero_shot
 
 ANSWER, WRONG = [-0.1, -2.0, -0.3], [[-1.0, -3.0], [-0.5, -0.5, -4.0, -1.0]]
 
@@ -122,3 +126,27 @@ def test_mean_has_the_standard_error_of_a_mean():
     assert (found.value, found.rows) == (0.625, 4)
     assert found.se == pytest.approx(scipy.stats.sem(values))
     assert aggregate.mean("set", "metric", [1.0]).se is None
+
+
+def test_truth_ratios_of_any_model_have_a_mean_and_a_standard_error():
+    ratios = [metrics.truth_ratio([-9e5], [[-1.0]])] * 20_000
+    found = aggregate.mean("set", "truth_ratio", [*ratios, 0.5])
+    assert math.isfinite(found.value)
+    assert math.isfinite(found.se)
+
+
+def test_figures_of_the_harness_have_the_rows_of_groups_and_null_for_what_is_no_number():
+    group = {"alias": "mmlu", "sample_len": 12, "acc,none": math.nan, "acc_stderr,none": math.nan}
+    task = {"sample_len": 4, "acc,strict": 0.5, "acc_stderr,strict": "N/A"}
+    given = {"results": {"mmlu": group, "anatomy": task}, "n-samples": {"anatomy": {"original": 9, "effective": 4}}}
+    assert [aggregate.Figure(**figure).plain() for figure in zero_shot.figures_of(given)] == [
+        {"set": "mmlu", "metric": "acc", "value": None, "se": None, "rows": 12},
+        {"set": "anatomy", "metric": "acc (strict)", "value": 0.5, "se": None, "rows": 4},
+    ]
+
+
+def test_the_readme_defines_every_metric():
+    section = (Path(__file__).parents[2] / "README.md").read_text().split("\n## Evaluation\n")[1].split("\n## ")[0]
+    named = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    assert sorted([*named, "embedding_accuracy", "toxicity"]) == sorted(get_args(Metric))
+    assert "\n`embedding_accuracy` and `toxicity` need judges" in section
