@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import fsspec
 import pyarrow as pa
 import ray
 from rich.console import Console
@@ -77,20 +78,19 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
         zero_shot.require(config)
         tokenizer = models.load_tokenizer(config.model)
         skeleton = models.skeleton(path)
-        reference = None if config.evaluation.reference is None else _reference(config.evaluation)
         tables = sets.build_all(config.evaluation, tokenizer, models.context_length(skeleton.config))
+        of_sets = {f"evaluation.sets.{name}": sets.digest(rows) for name, rows in tables.items()}
+        reference = None
+        if config.evaluation.reference is not None:
+            reference = _reference(config.evaluation.reference, str(config.evaluation.forget), run, of_sets)
         _warn_of_overlap(tables, config.evaluation, console)
-        run.claim(
-            {
-                "model": files_digest,
-                "model.dtype": config.model.dtype,
-                "tokenizer": models.tokenizer_digest(tokenizer),
-            }
-            | {f"evaluation.sets.{name}": sets.digest(rows) for name, rows in tables.items()}
-            | {f"evaluation.{name}": getattr(config.evaluation, name) for name in _IDENTITY},
-            config,
-            owns=("units", "evaluation.parquet"),
-        )
+        identity = {
+            "model": files_digest,
+            "model.dtype": config.model.dtype,
+            "tokenizer": models.tokenizer_digest(tokenizer),
+        }
+        identity |= of_sets | {f"evaluation.{name}": getattr(config.evaluation, name) for name in _IDENTITY}
+        run.claim(identity, config, owns=("units", "evaluation.parquet"))
         work = _Work(config, run, tables, files_digest)
         records = work.off()
         suites = zero_shot.figures(config, run, files_digest)
@@ -98,15 +98,26 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
     return finished
 
 
-def _reference(evaluation: EvaluationConfig) -> pa.Table:
-    run = RunDirectory(str(evaluation.reference))
-    if not run.exists("evaluation.parquet"):
-        raise UserError(f"evaluation.reference: {evaluation.reference} holds no evaluation.parquet; evaluate it first")
-    lines = run.read_table("evaluation.parquet")
-    if not table.Lines(lines).values(str(evaluation.forget), "truth_ratio"):
+def _reference(uri: str, forget: str, run: RunDirectory, of_sets: Mapping[str, str]) -> pa.Table:
+    """The lines of another run, on the same rows of the forget set. of_sets: digests of this run's sets."""
+    try:
+        fs, root = fsspec.core.url_to_fs(uri)
+        if root == run.path(""):
+            raise UserError(f"evaluation.reference: {uri} is run.dir; name the run of a model that never saw the set")
+        there = all(fs.exists(f"{root}/{name}") for name in ("manifest.json", "evaluation.parquet"))
+    except (ImportError, ValueError, OSError) as problem:
+        raise UserError(f"evaluation.reference: cannot open {uri}: {problem}") from None
+    if not there:  # RunDirectory would make it
+        raise UserError(f"evaluation.reference: {uri} holds no finished evaluation; evaluate the reference model first")
+    reference = RunDirectory(uri)
+    if reference.manifest()["identity"].get(name := f"evaluation.sets.{forget}") != of_sets[name]:
         raise UserError(
-            f"evaluation.reference: {evaluation.reference} has no truth_ratio of a set named {evaluation.forget!r}"
+            f"evaluation.reference: {uri} was asked something else of {forget!r}, so that the two cannot be compared; "
+            "evaluate the reference model with this tokenizer and these settings, in another directory"
         )
+    lines = reference.read_table("evaluation.parquet")
+    if not table.Lines(lines).values(forget, "truth_ratio"):
+        raise UserError(f"evaluation.reference: {uri} has no truth_ratio of a set named {forget!r}")
     return lines
 
 

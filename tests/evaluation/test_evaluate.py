@@ -194,6 +194,24 @@ def test_forget_quality_compares_with_a_reference_run(finished, stories_dir, set
     assert {figure.metric: figure.value for figure in run.figures}["forget_quality"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("reference", "max_samples", "message"),
+    [
+        ("finished", 7, "was asked something else of 'forget'"),
+        ("run", 8, "is run.dir"),
+        ("mistyped", 8, "holds no finished evaluation"),
+    ],
+)
+def test_a_reference_that_cannot_be_compared_is_refused(
+    finished, stories_dir, settings, tmp_path, reference, max_samples, message
+):
+    uri = finished.run.uri if reference == "finished" else f"{tmp_path}/{reference}"
+    of_sets = settings["sets"] | {"forget": settings["sets"]["forget"] | {"max_samples": max_samples}}
+    with pytest.raises(UserError, match=message):
+        evaluate(config(stories_dir, settings, tmp_path / "run", sets=of_sets, reference=uri))
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_rows_shared_with_the_forget_set_are_counted_aloud(stories_dir, settings, tmp_path, capsys):
     forget = settings["sets"]["forget"]
     evaluate(config(stories_dir, {"sets": {"forget": forget, "retain": forget}, "forget": "forget",
