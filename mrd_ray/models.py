@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -85,6 +86,11 @@ def files_digest(path: Path) -> str:
     files = [base / "config.json", *weight_files(base)]
     if (path / "adapter_config.json").is_file():
         files += [path / "adapter_config.json", *sorted(path.glob("adapter_model*"))]
+    return content_digest(files)
+
+
+def content_digest(files: Iterable[Path]) -> str:
+    """Digest of what these files hold, in their order."""
     state = hashlib.sha256()
     for file in files:
         with file.open("rb") as content:
@@ -162,6 +168,22 @@ def select(names: Iterable[str], parameters: str) -> list[str]:
 def context_length(config: PretrainedConfig) -> int | None:
     """Longest input in tokens, or None where the architecture sets none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def ending_ids(path: Path) -> dict[str, Any]:
+    """EOS and pad ids of the model that `load_model` gives, by name: of its generation settings, else of its config.
+
+    Raises UserError.
+    """
+    base, config = base_directory(path), load_config(path)
+    try:
+        settings = GenerationConfig.from_pretrained(base)
+    except OSError:  # without such a file transformers does the same
+        settings = GenerationConfig.from_model_config(config)
+    except ValueError as problem:
+        raise UserError(f"model.path: cannot read {base / 'generation_config.json'}: {problem}") from None
+    text, names = config.get_text_config(), ("eos_token_id", "pad_token_id")
+    return {name: getattr(text, name, None) if (own := getattr(settings, name)) is None else own for name in names}
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -13,7 +15,7 @@ from rich.console import Console
 from mrd_ray import models
 from mrd_ray.config import EvaluateConfig, EvaluationConfig
 from mrd_ray.errors import UserError
-from mrd_ray.evaluation import sets, table, zero_shot
+from mrd_ray.evaluation import judges, sets, table, zero_shot
 from mrd_ray.evaluation.actor import RESULT_SCHEMA, UNIT_SCHEMA, EvaluationActor, Task
 from mrd_ray.evaluation.aggregate import Figure
 from mrd_ray.evaluation.measure import Record
@@ -28,8 +30,6 @@ _IDENTITY = [
     "micro_batch_tokens",
     "generation_batch",
     "stop",
-    "embedding_model",
-    "toxicity_model",
     "toxicity_label",
     "zero_shot_limit",
 ]
@@ -84,18 +84,24 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
         if config.evaluation.reference is not None:
             reference = _reference(config.evaluation.reference, str(config.evaluation.forget), run, of_sets)
         _warn_of_overlap(tables, config.evaluation, console)
-        identity = {
-            "model": files_digest,
-            "model.dtype": config.model.dtype,
-            "tokenizer": models.tokenizer_digest(tokenizer),
-        }
-        identity |= of_sets | {f"evaluation.{name}": getattr(config.evaluation, name) for name in _IDENTITY}
-        run.claim(identity, config, owns=("units", "evaluation.parquet"))
+        identity = {"model": files_digest, "tokenizer": models.tokenizer_digest(tokenizer)}
+        run.claim(identity | of_sets | _identity(config, path), config, owns=("units", "evaluation.parquet"))
         work = _Work(config, run, tables, files_digest)
         records = work.off()
         suites = zero_shot.figures(config, run, files_digest)
         finished = _finish(config, run, tables, records, reference, suites)
     return finished
+
+
+def _identity(config: EvaluateConfig, path: Path) -> dict[str, Any]:
+    evaluation = config.evaluation
+    named = {name: getattr(evaluation, name) for name in _IDENTITY}
+    named |= {name: judges.identity(getattr(evaluation, name)) for name in ("embedding_model", "toxicity_model")}
+    named["zero_shot_tasks"] = zero_shot.tasks_digest(evaluation.zero_shot_tasks)
+    of_model = {"dtype": config.model.dtype} | models.ending_ids(path)
+    return {f"evaluation.{name}": value for name, value in named.items()} | {
+        f"model.{name}": value for name, value in of_model.items()
+    }
 
 
 def _reference(uri: str, forget: str, run: RunDirectory, of_sets: Mapping[str, str]) -> pa.Table:

@@ -2,11 +2,13 @@
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from mrd_ray import models
 from mrd_ray.config import EvaluationConfig
 from mrd_ray.errors import UserError
 
@@ -37,6 +39,14 @@ class Judges:
         """The classifier's probability of the label, each label being yes or no where the model says it has several."""
         scores = self._classifier(text, top_k=None, truncation=True)
         return float(next(score["score"] for score in scores if score["label"] == self._label))
+
+
+def identity(judge: str | None) -> str | None:
+    """Which model a setting names: the digest of a directory's files, hidden ones aside, or the hub id."""
+    if judge is None or not (folder := Path(judge)).is_dir():
+        return judge
+    files = [file for file in sorted(folder.rglob("*")) if "/." not in f"/{file.relative_to(folder)}"]
+    return models.content_digest(filter(Path.is_file, files))
 
 
 def _embedder(path: str, device: torch.device) -> Any:

@@ -3,6 +3,7 @@
 import importlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -33,6 +34,15 @@ def require(config: EvaluateConfig) -> None:
             f"evaluation.zero_shot: the harness knows no {unknown[0]!r}; `lm-eval ls tasks` lists those that it does, "
             "and evaluation.zero_shot_tasks is a folder with YAML files of your own"
         )
+
+
+def tasks_digest(folder: str | None) -> str | None:
+    """Digest of the tasks in a folder: YAML files, and Python files, whose functions those may name."""
+    if folder is None:
+        return None
+    files = sorted(file for pattern in ("*yaml", "*.py") for file in Path(folder).rglob(pattern))
+    files = [file for file in files if not (file.parent / "manifest.json").exists()]  # a run's config.yaml is no task
+    return models.content_digest(filter(Path.is_file, files))
 
 
 def figures(config: EvaluateConfig, run: RunDirectory, files_digest: str) -> list[Figure]:

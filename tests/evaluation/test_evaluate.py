@@ -189,6 +189,13 @@ def test_another_model_in_the_same_directory_is_refused(finished, tiny_model_dir
         evaluate(config(tiny_model_dir, settings, finished.run.uri))
 
 
+def test_a_model_that_ends_its_answers_elsewhere_is_another(finished, stories_dir, settings, tmp_path):
+    shutil.copytree(stories_dir, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [2, 13]}')
+    with pytest.raises(UserError, match=r"differs:\n  model.eos_token_id: 2 there, \[2, 13\] now\nUse"):
+        evaluate(config(tmp_path / "model", settings, finished.run.uri))
+
+
 def test_forget_quality_compares_with_a_reference_run(finished, stories_dir, settings, tmp_path):
     run = evaluate(config(stories_dir, settings, tmp_path, reference=finished.run.uri))
     assert {figure.metric: figure.value for figure in run.figures}["forget_quality"] == 1.0
@@ -244,10 +251,15 @@ def test_a_zero_shot_task_of_the_harness_runs_offline(settings, stories_dir, tmp
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{text}}'\ndoc_to_target: right\n"
         "doc_to_choice: '{{choices}}'\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
-    suite = {"zero_shot": ["openings"], "zero_shot_tasks": str(tmp_path)}
+    (tmp_path / "doors.yaml").write_text("group: doors\ntask: [openings]\naggregate_metric_list: [{metric: acc}]\n")
+    suite = {"zero_shot": ["doors"], "zero_shot_tasks": str(tmp_path)}
     small = {"sets": {"choices": settings["sets"]["choices"]}}
     run = evaluate(config(stories_dir, small | suite, tmp_path / "run"))
-    (figure,) = [figure for figure in run.figures if figure.set == "openings"]
-    assert (figure.metric, figure.value, figure.rows) == ("acc", 0.5, 6)  # it always prefers the little girl
+    by = {figure.set: (figure.metric, figure.value, figure.rows) for figure in run.figures if figure.set != "choices"}
+    assert by == {"openings": ("acc", 0.5, 6), "doors": ("acc", 0.5, 6)}  # it always prefers the little girl
+    assert evaluate(run.config).figures == run.figures
     with pytest.raises(UserError, match="knows no 'closings'"):
         evaluate(config(stories_dir, small | suite | {"zero_shot": ["closings"]}, tmp_path / "other"))
+    (tmp_path / "doors.yaml").write_text("group: doors\ntask: [openings]\n")
+    with pytest.raises(UserError, match=r"differs:\n  evaluation.zero_shot_tasks: "):
+        evaluate(run.config)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_judges_see_the_answers(settings, stories_dir, classifier_dir, tmp_path)
     embedder = Path(spec.submodule_search_locations[0]) / "model"
     of_answers = settings["sets"]["forget"] | {"metrics": ["embedding_accuracy", "toxicity"], "max_samples": 4}
     judged = {"embedding_model": str(embedder), "toxicity_model": str(classifier_dir), "max_new_tokens": 16}
-    run = evaluate(config(stories_dir, {"sets": {"forget": of_answers}, "forget": "forget"} | judged, tmp_path))
+    run = evaluate(config(stories_dir, {"sets": {"forget": of_answers}, "forget": "forget"} | judged, tmp_path / "run"))
 
     encoder, words = AutoModel.from_pretrained(embedder).eval(), AutoTokenizer.from_pretrained(embedder)
     classifier = AutoModelForSequenceClassification.from_pretrained(classifier_dir).eval()
@@ -70,6 +71,16 @@ def test_judges_see_the_answers(settings, stories_dir, classifier_dir, tmp_path)
         expected = float(logits.sigmoid()[0])
         assert values(run, "forget", "toxicity")[row["sample_id"]] == pytest.approx(expected, rel=1e-4)
     assert {figure.metric for figure in run.figures} == {"embedding_accuracy", "UA_by_embedding", "toxicity"}
+
+    moved = tmp_path / "moved"
+    shutil.copytree(classifier_dir, moved)
+    judged["toxicity_model"] = str(moved)
+    again = config(stories_dir, {"sets": {"forget": of_answers}, "forget": "forget"} | judged, tmp_path / "run")
+    assert evaluate(again).lines == run.lines
+    with (moved / "model.safetensors").open("ab") as weights:
+        weights.write(b" ")
+    with pytest.raises(UserError, match=r"What differs:\n  evaluation.toxicity_model: "):
+        evaluate(again)
 
 
 def test_a_judge_without_the_label_is_refused(settings, stories_dir, classifier_dir, tmp_path):
