@@ -3,12 +3,16 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from evaluations import config, rouge_l_recall, values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -174,6 +178,27 @@ def test_a_run_goes_on_from_its_finished_units(finished, stories_dir, settings, 
     run = evaluate(config(stories_dir, settings, tmp_path))
     assert run.lines == finished.lines
     assert {unit.name: unit.stat().st_mtime_ns for unit in kept} == before
+
+
+def test_a_killed_driver_goes_on_with_the_same_command(finished, stories_dir, settings, tmp_path):
+    def units():
+        return {file.name: file.stat().st_mtime_ns for file in (tmp_path / "run" / "units").glob("*.parquet")}
+
+    file = tmp_path / "evaluate.yaml"
+    given = config(stories_dir, settings, tmp_path / "run").model_dump(mode="json")
+    file.write_text(yaml.safe_dump(given, sort_keys=False))  # lines come in the order of the sets
+    command = [sys.executable, "-m", "mrd_ray", "evaluate", "--config", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as driver:
+        while not units():
+            assert driver.poll() is None, driver.stdout.read().decode()
+            time.sleep(0.02)
+        driver.kill()
+    before = units()
+    assert len(before) < len(list(Path(finished.run.uri, "units").iterdir()))
+    assert not (tmp_path / "run" / "evaluation.parquet").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    assert before.items() < units().items()
+    assert pq.read_table(tmp_path / "run" / "evaluation.parquet") == finished.lines
 
 
 def test_batched_equals_one_by_one(finished, stories_dir, settings, tmp_path):
