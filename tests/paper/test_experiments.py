@@ -65,6 +65,7 @@ def test_fig3(flags, tmp_path, capsys):
     assert "composites: 4 of 4 samples each are 16" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fig5(flags, tmp_path):
     more = ["--sigmas", "[1e-5, 1e-3]", "--sigma_draws", "6", "--draws", "[4, 8]", "--scored", "8"]
     assert main(["fig5", *flags, *more, "--ray.actors", "1"]) == 0
