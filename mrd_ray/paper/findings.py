@@ -51,7 +51,8 @@ def publish(findings: Findings, config: ExperimentConfig, run: RunDirectory, con
         "config": config.model_dump(mode="json", exclude={"run", "results"}),
         **{key: run.manifest()["invocations"][-1][key] for key in ("time", "versions", "hardware")},
     }
-    files = {".json": json.dumps(content, indent=1).encode(), ".png": _png(findings.page)}
+    text = json.dumps(content, indent=1).replace(f"{Path.home()}/", "~/")  # findings are handed on
+    files = {".json": text.encode(), ".png": _png(findings.page)}
     for suffix, data in files.items():
         run.write(f"findings{suffix}", data)
         if config.results is not None:
