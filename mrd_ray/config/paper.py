@@ -50,6 +50,13 @@ class ExperimentConfig(Frozen):
     scoring: ScoringConfig = Field(ScoringConfig(estimator="closed_form"), description=str(ScoringConfig.__doc__))
     results: str | None = Field(None, description="Folder that gets the findings too, as NAME.json and NAME.png.")
 
+    @field_validator("run")
+    @classmethod
+    def _run_is_a_folder(cls, run: RunConfig) -> RunConfig:
+        if "://" in run.dir:
+            raise ValueError(f"run.dir: {run.dir}, but an experiment needs a folder that every node sees, not a URI")
+        return run
+
     @field_validator("scoring", mode="before")
     @classmethod
     def _closed_form_unless_said(cls, scoring: Any) -> Any:

@@ -34,7 +34,7 @@ def unlearn_each(
     resources: dict[str, Any] = {"cpus": tasks.cpus_per_task, "gpus": tasks.gpus_per_task}
     reference = subject.model
     if alone.reference is not None:
-        reference = ModelConfig(path=str(models.directory(ModelConfig(path=alone.reference)).absolute()))
+        reference = ModelConfig(path=alone.reference)
     elif subject.pretrained is not None:
         reference = subject.pretrained
     _refuse_other_tokens(reference, subject)
@@ -184,7 +184,8 @@ def ascend(
         log_prob = losses.log_probs(logits, batch)
         correct = (logits[:, :-1].argmax(-1) == batch.token_ids[:, 1:]) & batch.scored
         accuracy.append(float((correct.sum(1) / num_tokens).mean()))
-        if not bool(torch.isfinite(log_prob).all()):
+        if not bool(torch.isfinite(log_prob).all()):  # diverged
+            updates = alone.max_updates
             break
         forgotten = _below(accuracy[-1], limits.memorization_accuracy) and (
             limits.extraction_likelihood is None

@@ -13,7 +13,7 @@ from mrd_ray.config import DataConfig
 from mrd_ray.config.paper import Fig2Config
 from mrd_ray.data import read
 from mrd_ray.errors import UserError
-from mrd_ray.paper import sweep, unlearned
+from mrd_ray.paper import unlearned
 from mrd_ray.paper.findings import Cell, Findings
 from mrd_ray.paper.statistics import mean
 from mrd_ray.paper.subject import Subject, prepare
@@ -40,7 +40,7 @@ def experiment(config: Fig2Config) -> tuple[Findings, Subject]:
             name = f"selection-{i}-seed-{seed}"
             unlearning = config.unlearning.model_copy(update={"seed": seed})
             cells[name] = unlearned.cell(config, subject, name, unlearning, data)
-    results = sweep.work_off(subject.run, "Unlearning selections", unlearned.work, cells, at_once=config.at_once)
+    results = unlearned.work_off(config, subject, "Unlearning selections", cells)
     after = {
         metric: [
             [results[f"selection-{i}-seed-{seed}"]["after"][metric] for seed in config.seeds]
@@ -50,10 +50,11 @@ def experiment(config: Fig2Config) -> tuple[Findings, Subject]:
         if all(metric in result["after"] for result in results.values())
     }
     rows: list[dict[str, Cell]] = [row(TITLES[metric], values) for metric, values in after.items()]
-    varied = [row for row in rows if isinstance(row["p"], float) and row["p"] < 0.05]
+    varied = [row for row in rows if isinstance(row["p"], float) and row["p"] < 0.05 / len(rows)]
     found = [
         f"{'Agrees' if varied else 'Undecided'}: {len(varied)} of {len(rows)} figures differ between selections beyond "
-        "what seeds do (analysis of variance, p < 0.05)."
+        f"what seeds do (analysis of variance, p < 0.05 / {len(rows)}).",
+        *unlearned.stopped_early(results),
     ]
     many = [str(row["figure"]) for row in rows if isinstance(row["share"], float) and row["share"] > _MANY_SHARE]
     if many:
@@ -78,7 +79,7 @@ def selections(config: Fig2Config, run: RunDirectory) -> list[DataConfig]:
     for i in range(config.selections):
         chosen = random.Random(f"{config.selection_seed} {i}").sample(range(len(rows)), config.size)
         name = f"selections/{i}.jsonl"
-        run.write(name, "".join(json.dumps(rows[j]) + "\n" for j in sorted(chosen)).encode())
+        run.write(name, "".join(json.dumps(rows[j], default=str) + "\n" for j in sorted(chosen)).encode())
         update: dict[str, Any] = {"path": run.path(name), "name": None, "where": {}, "max_samples": None}
         found.append(config.data.model_copy(update=update))
     return found
@@ -89,7 +90,7 @@ def row(title: str, values: list[list[float]]) -> dict[str, Cell]:
     of_selections = [float(np.mean(one)) for one in values]
     within = float(np.mean([np.var(one, ddof=1) for one in values]))
     between = max(0.0, float(np.var(of_selections, ddof=1)) - within / len(values[0]))
-    p = float(scipy.stats.f_oneway(*values).pvalue) if within else float("nan")
+    p = float(scipy.stats.f_oneway(*values).pvalue) if within else float(not between)  # seeds make no difference at all
     return {
         "figure": title,
         "mean over selections": mean(of_selections),

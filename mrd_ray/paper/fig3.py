@@ -1,6 +1,7 @@
 """Figure 3: how far do parameters move until a composite sample is forgotten, and is it the same for all?"""
 
 import random
+from collections.abc import Iterable
 
 import matplotlib.figure
 
@@ -46,8 +47,8 @@ def experiment(config: Fig3Config) -> tuple[Findings, Subject]:
     with_mrd = spearman([row["MRD, mean"] for row in rows], changes)
     kept = sum(not outcome.forgotten for outcome in outcomes.values())
     found = [
-        f"{_verdict(updates)}: updates from {min(updates)} to {max(updates)}; the mean change of a weight from "
-        f"{min(changes):.3g} to {max(changes):.3g}, with a coefficient of variation of {spread}.",
+        f"{_verdict(outcomes.values())}: updates from {min(updates)} to {max(updates)}; the mean change of a "
+        f"weight from {min(changes):.3g} to {max(changes):.3g}, with a coefficient of variation of {spread}.",
         f"Spearman's correlation of the change with the composite samples' mean MRD is {with_mrd}.",
         f"{len(rows)} composite samples of {config.size}, put together with seed {config.seed}; forgotten is what has, "
         f"on average, {limits}" + (f"; {kept} were not within {config.alone.max_updates} updates." if kept else "."),
@@ -56,9 +57,10 @@ def experiment(config: Fig3Config) -> tuple[Findings, Subject]:
     return Findings("fig3", title, _CLAIM, rows, found, _page(changes, [row["updates"] for row in rows])), subject
 
 
-def _verdict(updates: list[int]) -> str:
+def _verdict(outcomes: Iterable[alone.Outcome]) -> str:
+    updates = [outcome.updates for outcome in outcomes if outcome.forgotten]
     # the samples differ by what is more than one update, below which forgetting is not resolved
-    return "Agrees" if max(updates) - min(updates) > 1 else "Undecided"
+    return "Agrees" if updates and max(updates) - min(updates) > 1 else "Undecided"
 
 
 def _members(config: Fig3Config, subject: Subject) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ import numpy as np
 import scipy.stats
 
 _LEVEL, _RESAMPLES = 0.95, 9999
+_FEWEST = 10  # pairs; of fewer, a bootstrap is sure of what is chance
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Interval:
 
     def __str__(self) -> str:
         if math.isnan(self.low):
-            return f"{self.value:.3g}"
+            return "-" if math.isnan(self.value) else f"{self.value:.3g}"
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
     @property
@@ -31,21 +32,25 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def mean(values: Sequence[float]) -> Interval:
-    """Mean, with Student's interval."""
+def mean(values: Sequence[float], comparisons: int = 1) -> Interval:
+    """Mean, with Student's interval; of 95% for so many such comparisons together (Bonferroni)."""
     if len(values) < 2 or np.ptp(values) == 0:
         return Interval(float(np.mean(values)), math.nan, math.nan)
-    interval = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(_LEVEL)
+    interval = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(1 - (1 - _LEVEL) / comparisons)
     return Interval(float(np.mean(values)), float(interval.low), float(interval.high))
 
 
-def spearman(x: Sequence[float], y: Sequence[float], given: Sequence[float] | None = None) -> Interval:
+def spearman(
+    x: Sequence[float], y: Sequence[float], given: Sequence[float] | None = None, comparisons: int = 1
+) -> Interval:
     """Spearman's rank correlation of paired values, with a percentile bootstrap over the pairs.
 
-    given: a third value of each pair, to be held fixed: the partial correlation of ranks.
+    Args:
+        given: a third value of each pair, to be held fixed: the partial correlation of ranks.
+        comparisons: the interval is of 95% for so many together (Bonferroni).
     """
     columns = (x, y) if given is None else (x, y, given)
-    return _bootstrap(_rank_correlation, *columns)
+    return _bootstrap(_rank_correlation, *columns, comparisons=comparisons)
 
 
 def excess(x: Sequence[float], other: Sequence[float], y: Sequence[float]) -> Interval:
@@ -62,18 +67,19 @@ def variation(values: Sequence[float]) -> Interval:
     return _bootstrap(lambda v, axis=-1: np.std(v, axis=axis, ddof=1) / np.mean(v, axis=axis), values)
 
 
-def _bootstrap(statistic: Any, *columns: Sequence[float]) -> Interval:
+def _bootstrap(statistic: Any, *columns: Sequence[float], comparisons: int = 1) -> Interval:
     data = tuple(np.asarray(column, float) for column in columns)
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)  # where a resample has nan, see below
         value = float(statistic(*data))
-        if math.isnan(value):  # all alike
+        if math.isnan(value) or len(data[0]) < _FEWEST:  # all alike, or too few
             return Interval(value, math.nan, math.nan)
         found = scipy.stats.bootstrap(
             data, statistic, paired=True, vectorized=True, n_resamples=_RESAMPLES, method="percentile",
             rng=np.random.default_rng(0), batch=500,
         )  # fmt: skip
-        tails = [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]
+        tail = (1 - _LEVEL) / comparisons / 2
+        tails = [tail, 1 - tail]
         low, high = np.nanquantile(found.bootstrap_distribution, tails)  # nan: a resample of pairs that are all alike
     return Interval(value, float(low), float(high))
 

@@ -22,7 +22,7 @@ from mrd_ray.unlearning.sets import retain_data
 
 _MEASURES = ("mean_log_prob", "memorization_accuracy", "log_prob_gradient_norm")
 
-_FEWEST = 3  # of which there is a rank correlation
+_FEWEST = 10  # of which a rank correlation says something
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,10 @@ class Subject:
         """Every sample's MRD and other measures, in RUN/scores."""
         scoring = config.scoring.model_copy(update={"measures": _MEASURES})
         run = RunConfig(dir=self.run.path("scores"))
-        return score(ScoreConfig(model=self.model, data=config.data, run=run, scoring=scoring, ray=ray))
+        finished = score(ScoreConfig(model=self.model, data=config.data, run=run, scoring=scoring, ray=ray))
+        if errors := finished.scores["error"].drop_null().to_pylist():
+            raise UserError(f"data.path: {len(errors)} samples of {config.data.path} have no score: {errors[0]}")
+        return finished
 
 
 def prepare(config: ExperimentConfig, identity: dict[str, Any]) -> Subject:
@@ -52,7 +55,7 @@ def prepare(config: ExperimentConfig, identity: dict[str, Any]) -> Subject:
         UserError: bad input, a sample that cannot be scored, or a run directory of something else.
     """
     console = Console(stderr=True)
-    run = RunDirectory(config.run.dir if "://" in config.run.dir else str(Path(config.run.dir).expanduser().absolute()))
+    run = RunDirectory(config.run.dir)
     path = models.directory(config.model)
     tokenizer = models.load_tokenizer(config.model)
     limit = models.context_length(models.load_config(path))
@@ -71,13 +74,11 @@ def prepare(config: ExperimentConfig, identity: dict[str, Any]) -> Subject:
     sets = {name: samples_table.digest(table) for name, table in known.items() if table is not None}
     recipe = {"model": models.files_digest(path), **sets, **config.learn.model_dump(exclude={"cache"})}
     run.claim(recipe | {"model.dtype": config.model.dtype} | identity, config, owns=("cells", "scores"))
-    here = config.model.tokenizer and Path(config.model.tokenizer).expanduser()  # workers have other directories
-    tokenizer_path = str(here.absolute()) if here and here.is_dir() else config.model.tokenizer
-    own = config.model.model_copy(update={"path": str(path.absolute()), "tokenizer": tokenizer_path, "revision": None})
     if not config.learn.epochs:
-        return Subject(run, own, None, tokenizer, samples, retained)
+        return Subject(run, config.model, None, tokenizer, samples, retained)
     learned = _learned(config, path, [table for table in known.values() if table is not None], recipe)
-    return Subject(run, own.model_copy(update={"path": str(learned)}), own, tokenizer, samples, retained)
+    after = config.model.model_copy(update={"path": str(learned), "revision": None})
+    return Subject(run, after, config.model, tokenizer, samples, retained)
 
 
 def _learned(config: ExperimentConfig, path: Path, tables: list[pa.Table], recipe: dict[str, Any]) -> Path:

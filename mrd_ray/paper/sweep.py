@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from mrd_ray.errors import UserError
 from mrd_ray.progress import Meter
@@ -23,6 +23,7 @@ def work_off(
     cpus: float = 0.0,
     gpus: float = 0.0,
     at_once: int | None = None,
+    tidy: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Result]:
     """The results of all cells, by name, in their order. Those in RUN/cells are not computed again.
 
@@ -30,6 +31,7 @@ def work_off(
         function: a cell -> its result, of what JSON can hold; run by Ray wherever it has room.
         cpus, gpus: of each task; none where a task only starts others.
         at_once: tasks at a time; None leaves it to Ray.
+        tidy: takes the name of a cell whose result is on disk.
 
     Raises:
         UserError: what a task raises.
@@ -37,7 +39,7 @@ def work_off(
     files = {name: f"cells/{name}.json" for name in cells}
     missing = {name: cell for name, cell in cells.items() if not run.exists(files[name])}
     if missing:
-        _compute(run, title, function, missing, cpus, gpus, at_once or len(missing))
+        _compute(run, title, function, missing, cpus, gpus, at_once or len(missing), tidy)
     return {name: json.loads(run.read(file)) for name, file in files.items()}
 
 
@@ -49,6 +51,7 @@ def _compute(
     cpus: float,
     gpus: float,
     at_once: int,
+    tidy: Callable[[str], None],
 ) -> None:
     task = ray.remote(function).options(num_cpus=cpus, num_gpus=gpus)
     waiting, running = list(cells.items()), dict[Any, str]()
@@ -66,5 +69,8 @@ def _compute(
                 if isinstance(problem.cause, UserError):
                     raise UserError(f"{name}: {problem.cause}") from None
                 raise
+            except RayError as problem:  # its worker was killed, or its node lost, more often than Ray tries again
+                raise UserError(f"{name}: {problem}. What is done is kept; start the same command again") from None
             run.write(f"cells/{name}.json", json.dumps(result, indent=1).encode())
+            tidy(name)
             meter.advance(1, f"{name} done")

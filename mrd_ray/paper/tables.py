@@ -1,13 +1,16 @@
 """Tables 1, 4, 5, 6: does drawing forget samples by MRD improve each method, in what is forgotten and what is kept?"""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 
+from mrd_ray import models
 from mrd_ray.config import UnlearningConfig
 from mrd_ray.config.paper import Method, TablesConfig
 from mrd_ray.errors import UserError
+from mrd_ray.evaluation import judges, sets, zero_shot
 from mrd_ray.evaluation.aggregate import title
 from mrd_ray.paper import sweep, unlearned
 from mrd_ray.paper.findings import Cell, Findings
@@ -20,6 +23,10 @@ _CLAIM = (
     "and less of what is to stay is lost."
 )
 _METHODS = {"ga": "SGA", "graddiff": "GradDiff", "po": "PO", "npo": "NPO"}
+_KNOWLEDGE = (
+    *("probability", "normalized_probability", "rouge_l", "accuracy", "embedding_accuracy", "memorization_accuracy"),
+    "extraction_likelihood",
+)
 Figure = tuple[str | None, str]  # an evaluated set, or None, and a metric
 Values = dict[Figure, list[float]]  # of all seeds
 
@@ -28,27 +35,47 @@ def experiment(config: TablesConfig) -> tuple[Findings, Subject]:
     """Every method, weighting and seed; each figure's mean over seeds, and the paired gain over uniform weights."""
     names = ("unlearning", "stopping", "scoring", "checkpoints", "deepspeed", "evaluation")
     own: dict[str, Any] = {name: getattr(config, name).model_dump(mode="json") for name in names}
-    subject = prepare(config, own | {"methods": config.methods, "experiment": "tables"})
-    cells = {"before": _before(config, subject)} if config.evaluation.sets else {}
+    evaluated = bool(config.evaluation.sets or config.evaluation.zero_shot)
+    subject = prepare(config, own | _contents(config) | {"methods": config.methods, "experiment": "tables"})
+    cells = {"before": _before(config, subject)} if evaluated else {}
     for method in config.methods:
         for weighting in config.weightings:
             for seed in config.seeds:
                 name = f"{method}-{weighting}-{seed}"
                 unlearning = _unlearning(config, method, {"weighting": weighting, "seed": seed})
-                evaluation = config.evaluation if config.evaluation.sets else None
+                evaluation = config.evaluation if evaluated else None
                 cells[name] = unlearned.cell(config, subject, name, unlearning, config.data, evaluation)
-    results = sweep.work_off(subject.run, "Unlearning", unlearned.work, cells, at_once=config.at_once)
+    results = unlearned.work_off(config, subject, "Unlearning", cells)
     values: dict[tuple[str, str], Values] = {
         (method, weighting): _values([results[f"{method}-{weighting}-{seed}"] for seed in config.seeds])
         for method in config.methods
         for weighting in config.weightings
     }
-    any_cell = results[f"{next(iter(config.methods))}-{config.weightings[0]}-{config.seeds[0]}"]
+    any_cell = results[f"{next(iter(config.methods))}-{config.weightings[0]}-{config.seeds[0]}"]  # of the same model
     before = _values([{"after": any_cell["before"], "figures": results.get("before", {}).get("figures", [])}])
     rows = [_row(figure, before, values) for figure in before]
-    found = [*_gains(values, config.evaluation.forget), _setting(config, results)]
+    found = [*_gains(values, config.evaluation.forget), *unlearned.stopped_early(results), _setting(config, results)]
     heading = "Tables 1, 4, 5, 6: methods with uniform and with MRD weights"
     return Findings("tables", heading, _CLAIM, rows, found, _page(before, values)), subject
+
+
+def _contents(config: TablesConfig) -> dict[str, Any]:
+    """Digests of what the settings name by path."""
+    tokenizer = models.load_tokenizer(config.model)
+    limit = models.context_length(models.load_config(models.directory(config.model)))
+    evaluation = config.evaluation
+    found: dict[str, str | None] = {
+        name: sets.digest(rows) for name, rows in sets.build_all(evaluation, tokenizer, limit).items()
+    }
+    for name in ("embedding_model", "toxicity_model"):
+        found[name] = judges.identity(getattr(evaluation, name))
+    found["zero_shot_tasks"] = zero_shot.tasks_digest(evaluation.zero_shot_tasks)
+    refusals = [Path(of["refusals"]).expanduser() for of in config.methods.values() if "refusals" in of]
+    if missing := [file for file in refusals if not file.is_file()]:
+        raise UserError(f"methods: refusals: there is no file {missing[0]}")
+    return {f"content.{name}": value for name, value in found.items()} | {
+        "content.refusals": models.content_digest(refusals)
+    }
 
 
 def _unlearning(config: TablesConfig, method: Method, more: dict[str, Any]) -> UnlearningConfig:
@@ -84,13 +111,14 @@ def _title(figure: Figure) -> str:
 def better(figure: Figure, forget: str | None) -> int:
     """Whether more of a figure is what unlearning is for (1), or less of it (-1); 0 where that depends on the task."""
     of, metric = figure
-    if metric in TITLES or metric in ("perplexity", "toxicity"):
+    if metric in TITLES or metric == "toxicity":
         return -1
     if metric in ("model_utility", "forget_quality", "UA", "UA_by_embedding", "RR"):
         return 1
-    if metric in ("probability", "normalized_probability", "rouge_l", "accuracy", "embedding_accuracy"):
-        return -1 if of == forget else 1
-    return 0
+    if of is None or forget is None:
+        return 0
+    known = {"perplexity": -1} | dict.fromkeys(_KNOWLEDGE, 1)  # of what is to stay
+    return known.get(metric, 0) * (-1 if of == forget else 1)
 
 
 def _row(figure: Figure, before: Values, values: Mapping[tuple[str, str], Values]) -> dict[str, Cell]:
@@ -103,12 +131,14 @@ def _row(figure: Figure, before: Values, values: Mapping[tuple[str, str], Values
     return row
 
 
-def _gain(figure: Figure, method: str, values: Mapping[tuple[str, str], Values]) -> Interval | None:
+def _gain(
+    figure: Figure, method: str, values: Mapping[tuple[str, str], Values], comparisons: int = 1
+) -> Interval | None:
     """Of MRD over uniform weights, seed by seed; None if either is not there."""
     pair = [values.get((method, weighting), {}).get(figure) for weighting in ("mrd", "uniform")]
     if pair[0] is None or pair[1] is None:
         return None
-    return mean([a - b for a, b in zip(pair[0], pair[1], strict=True)])
+    return mean([a - b for a, b in zip(pair[0], pair[1], strict=True)], comparisons)
 
 
 def _gains(values: Mapping[tuple[str, str], Values], forget: str | None) -> list[str]:
@@ -116,7 +146,8 @@ def _gains(values: Mapping[tuple[str, str], Values], forget: str | None) -> list
     found = []
     for method in dict.fromkeys(method for method, _ in values):
         judged = {figure: of for figure in values.get((method, "mrd"), {}) if (of := better(figure, forget))}
-        gains = {figure: gain for figure in judged if (gain := _gain(figure, method, values)) is not None}
+        all_of = {figure: _gain(figure, method, values, len(judged)) for figure in judged}
+        gains = {figure: gain for figure, gain in all_of.items() if gain is not None}
         if not gains:
             continue
         decided = {figure: gain for figure, gain in gains.items() if gain.decided}
@@ -125,7 +156,8 @@ def _gains(values: Mapping[tuple[str, str], Values], forget: str | None) -> list
         verdict = "Undecided" if not decided else "Agrees" if not bad else "Disagrees" if not good else "Mixed"
         parts = [f"{word} in {'; '.join(of)}" for word, of in {"better": good, "worse": bad}.items() if of]
         words = ", and ".join(parts) or "neither better nor worse in any"
-        found.append(f"{_METHODS[method]}: {verdict}. MRD weights are beyond chance {words}, of {len(gains)} figures.")
+        of_all = f"beyond chance for all of {len(gains)} figures"
+        found.append(f"{_METHODS[method]}: {verdict}. MRD weights are {words}, {of_all}.")
     return found
 
 

@@ -1,6 +1,7 @@
 """A cell that unlearns a set as a whole and asks what is left; Figure 2 and the tables are sweeps of it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mrd_ray.config import DataConfig, EvaluateConfig, EvaluationConfig, RunConfig, UnlearnConfig, UnlearningConfig
@@ -55,20 +56,42 @@ def evaluation_of(
 
 
 def work(one: Cell) -> sweep.Result:
-    """Figures by name, of the log and of the evaluation. The model is not kept: the cell can make it again."""
+    """Figures by name, of the log and of the evaluation."""
     found: sweep.Result = {}
     if one.unlearning is not None:
         finished = unlearn(one.unlearning)
         evaluations = [line for line in finished.log if line["event"] == "evaluation"]
-        for when, line in {"before": evaluations[0], "after": evaluations[-1]}.items():
+        # of the model that results: a state that diverged, or fell below the floor, is logged too
+        after = next(line for line in reversed(evaluations) if line["step"] == finished.step)
+        for when, line in {"before": evaluations[0], "after": after}.items():
             found[when] = {name: line[name] for name in WATCHED if line[name] is not None}
             if "retain_loss" in found[when]:
                 found[when]["retain_loss"] = math.exp(min(found[when]["retain_loss"], 700.0))
-        found |= {"reason": finished.reason, "steps": finished.log[-1]["step"]}
+        found |= {"failed": finished.failed, "steps": finished.step}
     if one.evaluation is not None:
         figures = evaluate(one.evaluation).figures
         found["figures"] = [[figure.set, figure.metric, figure.value] for figure in figures]
-    if one.unlearning is not None:
-        for folder in ("model", "checkpoints"):
-            finished.run.remove(folder)
     return found
+
+
+def work_off(
+    config: UnlearningSweep, subject: Subject, title: str, cells: Mapping[str, Cell]
+) -> dict[str, sweep.Result]:
+    """The results of all cells. Models are not kept: a cell can make its own again."""
+
+    def tidy(name: str) -> None:
+        for folder in ("model", "checkpoints"):
+            subject.run.remove(f"runs/{name}/{folder}")
+
+    return sweep.work_off(subject.run, title, work, cells, at_once=config.at_once, tidy=tidy)
+
+
+def stopped_early(results: Mapping[str, sweep.Result]) -> list[str]:
+    """A sentence on the runs that diverged or fell below the utility floor, if there are any."""
+    failed = [name for name, result in results.items() if result.get("failed")]
+    if not failed:
+        return []
+    return [
+        f"{len(failed)} of {len(results)} runs diverged or fell below the utility floor, and count with the last good "
+        f"state, maybe the model as it was: {', '.join(failed)}."
+    ]

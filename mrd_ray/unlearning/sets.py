@@ -18,6 +18,7 @@ from mrd_ray.unlearning.loop import Sets
 from mrd_ray.unlearning.sampling import ShuffledStream
 
 _REFUSALS = 8  # for each forget sample
+_WATCHED_SEED = 1  # whatever the run's, so that runs of several seeds are measured on the same samples
 
 
 def build(
@@ -37,7 +38,7 @@ def build(
         retain = _retain(config, tokenizer, context_length, console)
         _warn_of_overlap(forget, retain, console)
         count = min(config.stopping.retain_samples, len(retain))
-        watched = np.sort(ShuffledStream(len(retain), config.unlearning.seed + 1).at(0, count))
+        watched = np.sort(ShuffledStream(len(retain), _WATCHED_SEED).at(0, count))
     refusals = None
     if config.unlearning.refusals is not None:
         refusals = _refusals(config, Path(config.unlearning.refusals), forget, tokenizer, context_length)

@@ -67,7 +67,7 @@ def test_fig3(flags, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_fig5(flags, tmp_path):
-    more = ["--sigmas", "[1e-5, 1e-3]", "--sigma_draws", "6", "--draws", "[4, 8]", "--scored", "8"]
+    more = ["--sigmas", "[1e-5, 1e-3]", "--sigma_draws", "6", "--draws", "[4, 8]", "--scored", "10"]
     assert main(["fig5", *flags, *more, "--ray.actors", "1"]) == 0
     rows = {row["run"]: row for row in found(tmp_path, "fig5")["rows"]}
     assert list(rows) == [
@@ -79,7 +79,7 @@ def test_fig5(flags, tmp_path):
     assert rows["bfloat16-sigma-1e-05"][ratio]["value"] > 5  # rounding, not signal
     assert rows["bfloat16-sigma-1e-05"]["weights moved"] < 0.5 < rows["float32-sigma-1e-05"]["weights moved"]
     of_draws = pq.read_table(tmp_path / "run" / "runs" / "float32-draws" / "scores.parquet")
-    assert of_draws["num_draws"].to_pylist() == [8] * 8
+    assert of_draws["num_draws"].to_pylist() == [8] * 10
 
 
 def test_table7(flags, tmp_path):
@@ -133,13 +133,17 @@ def test_variance_components_of_a_known_design():
     assert row["s.d. between"] == pytest.approx(3, rel=0.1)
     assert row["s.d. of seeds"] == pytest.approx(1, rel=0.02)
     assert row["share"] == pytest.approx(0.9, abs=0.02)
+    assert fig2.row("x", [[0.1, 0.1], [0.5, 0.5]])["p"] == 0
+    assert fig2.row("x", [[0.1, 0.1], [0.1, 0.1]])["p"] == 1
 
 
 def test_what_is_better_depends_on_the_set():
     assert tables.better(("kept", "rouge_l"), "gone") == 1
     assert tables.better(("gone", "rouge_l"), "gone") == tables.better((None, "retain_loss"), "gone") == -1
     assert tables.better(("gone", "RR"), "gone") == tables.better((None, "model_utility"), "gone") == 1
+    assert tables.better(("gone", "perplexity"), "gone") == -tables.better(("kept", "perplexity"), "gone") == 1
     assert tables.better(("any", "multiple_choice"), "gone") == 0  # hazardous knowledge, or other
+    assert tables.better(("any", "probability"), None) == 0  # maybe of what is to be forgotten
 
 
 @pytest.mark.parametrize(

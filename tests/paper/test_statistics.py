@@ -53,7 +53,22 @@ def test_excess_compares_strengths_whatever_their_signs(triple):
 def test_variation_and_values_that_are_all_alike():
     values = [3.0, 4.0, 5.0, 8.0]
     assert variation(values).value == pytest.approx(np.std(values, ddof=1) / 5)
-    alike = spearman([1, 2, 3, 4], [5, 5, 5, 5])
+    alike = spearman(range(12), [5] * 12)
     assert math.isnan(alike.value)
     assert not alike.decided
     assert str(mean([2.0, 2.0])) == "2"
+
+
+def test_of_few_samples_there_is_no_verdict():
+    assert spearman([1, 2, 3], [3, 2, 1]).value == -1
+    assert not spearman([1, 2, 3], [3, 2, 1]).decided
+    assert not spearman(range(9), range(9)).decided
+    assert spearman(range(10), range(10)).decided
+
+
+def test_intervals_of_many_comparisons_are_wider(triple):
+    x, y, _ = triple
+    one, four = spearman(x, y), spearman(x, y, comparisons=4)
+    assert four.low < one.low < one.high < four.high
+    half = scipy.stats.t.ppf(1 - 0.025 / 4, 2) * np.std([1, 2, 4], ddof=1) / math.sqrt(3)
+    assert mean([1.0, 2.0, 4.0], comparisons=4).high == pytest.approx(7 / 3 + half)

@@ -89,9 +89,8 @@ def test_watched_samples(build):
         return found.watched.tolist()
 
     few = [watched(seed, 3) for seed in range(9)]
-    assert few == [watched(seed, 3) for seed in range(9)]
     assert all(len(one) == 3 and one == sorted(set(one)) for one in few)
-    assert len(set(map(tuple, few))) > 1
+    assert len(set(map(tuple, few))) == 1  # so that runs of several seeds compare
     assert few != [sorted(ShuffledStream(5, seed).at(0, 3).tolist()) for seed in range(9)]  # those trained on first
     assert watched(2**32 - 1, 64) == [0, 1, 2, 3, 4]
 
