@@ -15,7 +15,7 @@ from pydantic import (
 from mrd_ray.config.base import Frozen, ModelConfig, RayConfig, RunConfig
 from mrd_ray.config.data import DataConfig, RetainConfig
 from mrd_ray.config.evaluation import EvaluationConfig
-from mrd_ray.config.scoring import ScoringConfig
+from mrd_ray.config.scoring import ScoringConfig, closed_form_unless_said
 from mrd_ray.config.unlearning import (
     CheckpointsConfig,
     DeepSpeedConfig,
@@ -26,7 +26,6 @@ from mrd_ray.config.unlearning import (
 )
 
 Method = Literal["ga", "graddiff", "po", "npo"]
-Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
 Several = Annotated[tuple[NonNegativeInt, ...], Field(min_length=2)]
 
 
@@ -60,9 +59,7 @@ class ExperimentConfig(Frozen):
     @field_validator("scoring", mode="before")
     @classmethod
     def _closed_form_unless_said(cls, scoring: Any) -> Any:
-        if isinstance(scoring, ScoringConfig):
-            scoring = scoring.model_dump(include=scoring.model_fields_set)
-        return {"estimator": "closed_form"} | scoring if isinstance(scoring, dict) else scoring
+        return closed_form_unless_said(scoring)
 
 
 class AloneConfig(Frozen):

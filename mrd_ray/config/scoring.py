@@ -1,6 +1,6 @@
 """Settings of scoring, of its plan, and of comparing two runs."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -103,6 +103,13 @@ class ScoringConfig(Frozen):
         if self.target_relative_se is not None and self.max_draws < self.num_draws:
             raise ValueError(f"scoring.max_draws: {self.max_draws} is under scoring.num_draws, {self.num_draws}")
         return self
+
+
+def closed_form_unless_said(scoring: Any) -> Any:
+    """Settings of scoring, as given, with the closed form for their estimator if they name none."""
+    if isinstance(scoring, ScoringConfig):
+        scoring = scoring.model_dump(include=scoring.model_fields_set)
+    return {"estimator": "closed_form"} | scoring if isinstance(scoring, dict) else scoring
 
 
 class ScoreConfig(Frozen):

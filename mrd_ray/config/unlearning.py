@@ -15,7 +15,7 @@ from pydantic import (
 from mrd_ray.config.base import Frozen, ModelConfig, RunConfig, refuse_no_pattern
 from mrd_ray.config.data import DataConfig, RetainConfig
 from mrd_ray.config.evaluation import EvaluationConfig
-from mrd_ray.config.scoring import ScoringConfig
+from mrd_ray.config.scoring import ScoringConfig, closed_form_unless_said
 
 Weighting = Literal["mrd", "inverse_mrd", "uniform"]
 
@@ -178,9 +178,7 @@ class UnlearnConfig(Frozen):
     @field_validator("scoring", mode="before")
     @classmethod
     def _closed_form_unless_said(cls, scoring: Any) -> Any:
-        if isinstance(scoring, ScoringConfig):
-            scoring = scoring.model_dump(include=scoring.model_fields_set)
-        return {"estimator": "closed_form"} | scoring if isinstance(scoring, dict) else scoring
+        return closed_form_unless_said(scoring)
 
     @model_validator(mode="after")
     def _groups_agree(self) -> "UnlearnConfig":
