@@ -13,7 +13,7 @@ from mrd_ray.config import DataConfig
 from mrd_ray.config.paper import Fig2Config
 from mrd_ray.data import read
 from mrd_ray.errors import UserError
-from mrd_ray.paper import unlearned
+from mrd_ray.paper import sweep, unlearned
 from mrd_ray.paper.findings import Cell, Findings
 from mrd_ray.paper.statistics import mean
 from mrd_ray.paper.subject import Subject, prepare
@@ -41,31 +41,31 @@ def experiment(config: Fig2Config) -> tuple[Findings, Subject]:
             unlearning = config.unlearning.model_copy(update={"seed": seed})
             cells[name] = unlearned.cell(config, subject, name, unlearning, data)
     results = unlearned.work_off(config, subject, "Unlearning selections", cells)
-    after = {
+    changes = {
         metric: [
-            [results[f"selection-{i}-seed-{seed}"]["after"][metric] for seed in config.seeds]
+            [change(results[f"selection-{i}-seed-{seed}"], metric) for seed in config.seeds]
             for i in range(config.selections)
         ]
         for metric in TITLES
         if all(metric in result["after"] for result in results.values())
     }
-    rows: list[dict[str, Cell]] = [row(TITLES[metric], values) for metric, values in after.items()]
+    rows: list[dict[str, Cell]] = [row(TITLES[metric], values) for metric, values in changes.items()]
     varied = [row for row in rows if isinstance(row["p"], float) and row["p"] < 0.05 / len(rows)]
     found = [
-        f"{'Agrees' if varied else 'Undecided'}: {len(varied)} of {len(rows)} figures differ between selections beyond "
-        f"what seeds do (analysis of variance, p < 0.05 / {len(rows)}).",
+        f"{'Agrees' if varied else 'Undecided'}: the change of {len(varied)} of {len(rows)} figures differs between "
+        f"selections beyond what seeds do (analysis of variance, p < 0.05 / {len(rows)}).",
         *unlearned.stopped_early(results),
     ]
-    many = [str(row["figure"]) for row in rows if isinstance(row["share"], float) and row["share"] > _MANY_SHARE]
+    many = [str(row["change of"]) for row in rows if isinstance(row["share"], float) and row["share"] > _MANY_SHARE]
     if many:
-        found.append(f"The selection makes over half of the variance of: {'; '.join(many)}.")
+        found.append(f"The selection makes over half of the variance in the change of: {'; '.join(many)}.")
     found.append(
         f"{config.selections} selections of {config.size} samples (selection seed {config.selection_seed}), each with "
         f"seeds {', '.join(map(str, config.seeds))}; {config.unlearning.method}, weighting "
         f"{config.unlearning.weighting}."
     )
     title = "Figure 2: variance of unlearning from the selection of samples"
-    return Findings("fig2", title, _CLAIM, rows, found, _page(after)), subject
+    return Findings("fig2", title, _CLAIM, rows, found, _page(changes)), subject
 
 
 def selections(config: Fig2Config, run: RunDirectory) -> list[DataConfig]:
@@ -85,6 +85,12 @@ def selections(config: Fig2Config, run: RunDirectory) -> list[DataConfig]:
     return found
 
 
+def change(result: sweep.Result, metric: str) -> float:
+    """What unlearning did to a figure: after it less before it, since selections are not alike before."""
+    after, before = result["after"][metric], result["before"][metric]
+    return float(after - before)
+
+
 def row(title: str, values: list[list[float]]) -> dict[str, Cell]:
     """Between selections and within them, over seeds: one-way analysis of variance, and its variance components."""
     of_selections = [float(np.mean(one)) for one in values]
@@ -92,7 +98,7 @@ def row(title: str, values: list[list[float]]) -> dict[str, Cell]:
     between = max(0.0, float(np.var(of_selections, ddof=1)) - within / len(values[0]))
     p = float(scipy.stats.f_oneway(*values).pvalue) if within else float(not between)  # seeds make no difference at all
     return {
-        "figure": title,
+        "change of": title,
         "mean over selections": mean(of_selections),
         "least": min(of_selections),
         "most": max(of_selections),
@@ -103,12 +109,12 @@ def row(title: str, values: list[list[float]]) -> dict[str, Cell]:
     }
 
 
-def _page(after: Mapping[str, list[list[float]]]) -> matplotlib.figure.Figure:
-    page = matplotlib.figure.Figure(figsize=(3.6 * len(after), 4), layout="constrained")
-    for axis, (metric, values) in zip(np.atleast_1d(page.subplots(1, len(after))), after.items(), strict=True):
+def _page(changes: Mapping[str, list[list[float]]]) -> matplotlib.figure.Figure:
+    page = matplotlib.figure.Figure(figsize=(3.6 * len(changes), 4), layout="constrained")
+    for axis, (metric, values) in zip(np.atleast_1d(page.subplots(1, len(changes))), changes.items(), strict=True):
         shown: Any = axis
         for i, of_seeds in enumerate(values):
             shown.plot([i + 1] * len(of_seeds), of_seeds, "o", color="#4878a8", alpha=0.7)
-        shown.set(xlabel="selection", title=TITLES[metric].replace(": ", ":\n"), xticks=range(1, len(values) + 1))
+        shown.set(xlabel="selection", title="change of " + TITLES[metric].replace(": ", ":\n"), xticks=range(1, len(values) + 1))
         shown.title.set_fontsize(9)
     return page
