@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from mrd_ray import storage
 from mrd_ray.config import ModelConfig
 from mrd_ray.errors import UserError
 
@@ -31,11 +32,16 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def directory(model: ModelConfig) -> Path:
-    """The local directory of the model, downloaded if `model.path` is a hub id. Raises UserError."""
+    """The local directory of the model, a copy if `model.path` is a hub id or URI. Raises UserError."""
     return _fetch("model.path", model.path, model.revision)
 
 
 def _fetch(setting: str, path: str, revision: str | None = None) -> Path:
+    if "://" in path:
+        try:
+            return storage.local_folder(path)
+        except (ImportError, ValueError, OSError) as problem:
+            raise UserError(f"{setting}: cannot copy {path} to this machine: {problem}") from None
     local = Path(os.path.expanduser(path))
     if local.is_dir():
         return local

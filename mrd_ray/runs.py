@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -20,6 +19,7 @@ from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel
 
+from mrd_ray import storage
 from mrd_ray.errors import UserError
 
 _PACKAGES = (
@@ -44,17 +44,23 @@ def _version(package: str) -> str | None:
 
 
 class RunDirectory:
-    """Files of one run under a local path or fsspec URI. Only the driver writes to it."""
+    """Files of one run under a local path or URI. Only the driver writes to it.
+
+    A local directory is made readable by its owner alone; one that is there already keeps its mode.
+    """
 
     def __init__(self, uri: str) -> None:
         """Raises UserError if the directory cannot be made."""
         self.uri = uri
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(uri)
+            self._fs, self._root = storage.filesystem(uri)
             if self._fs.isfile(self._root):
                 raise UserError(f"run.dir: {uri} is a file; expected a directory, or a path where one can be made")
             with self._writing(""):
-                self._fs.makedirs(self.path(""), exist_ok=True)
+                if isinstance(self._fs, LocalFileSystem):  # what people ask to forget is nobody else's to read
+                    Path(self._root).mkdir(mode=0o700, parents=True, exist_ok=True)
+                else:
+                    self._fs.makedirs(self._root, exist_ok=True)
         except (ImportError, ValueError) as problem:
             raise UserError(f"run.dir: cannot open {uri}: {problem}") from None
 

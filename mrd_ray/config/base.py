@@ -26,7 +26,9 @@ def refuse_no_pattern(setting: str, value: str) -> str:
 class ModelConfig(Frozen):
     """The causal language model whose memory is measured."""
 
-    path: Name = Field(description="Directory of a Hugging Face model, or a hub id such as Qwen/Qwen3-0.6B.")
+    path: Name = Field(
+        description="Directory of a Hugging Face model, its URI (s3://...), or a hub id such as Qwen/Qwen3-0.6B."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of the hub id model.path.")
     tokenizer: str | None = Field(
         None, description="Directory of the tokenizer, or a hub id (its default branch); the model's own if unset."
@@ -40,7 +42,10 @@ class ModelConfig(Frozen):
 class RunConfig(Frozen):
     """Where results go."""
 
-    dir: Name = Field(description="Run directory: a local path or an fsspec URI. Starting again on it resumes.")
+    dir: Name = Field(
+        description="Run directory: a local path or a URI (s3://..., gs://...). Starting again on it resumes. A new "
+        "one is readable by its owner alone."
+    )
 
 
 class RayConfig(Frozen):

@@ -10,9 +10,9 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import datasets
-import fsspec
 import pyarrow.parquet as pq
 
+from mrd_ray import storage
 from mrd_ray.config import DataConfig
 from mrd_ray.errors import UserError
 
@@ -78,7 +78,7 @@ def text(path: str) -> str:
 def _open(path: str, mode: str = "rt") -> Any:
     """An open file. Bad UTF-8 surfaces where it is read, as UserError (see `_decoded`)."""
     try:
-        return fsspec.open(path, mode, **({} if "b" in mode else {"encoding": "utf-8-sig", "newline": ""})).open()
+        return storage.open_file(path, mode, **({} if "b" in mode else {"encoding": "utf-8-sig", "newline": ""}))
     except OSError as problem:
         raise UserError(f"data.path: cannot read {path}: {problem.strerror or problem}") from None
     except (ImportError, ValueError) as problem:  # unknown protocol, or its package is not installed

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
-import fsspec
 import yaml
 from huggingface_hub import HfApi
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_validator
 
+from mrd_ray import storage
 from mrd_ray.config import EvaluationConfig
 from mrd_ray.config.base import Frozen
 from mrd_ray.data.read import FILE_SUFFIXES
@@ -130,7 +130,7 @@ def sources(task: str, copies: Mapping[str, str]) -> tuple[str, list[Source]]:
 
 def _problem(path: str) -> str | None:
     if PurePosixPath(path).suffix.lower() in FILE_SUFFIXES:
-        filesystem, name = fsspec.core.url_to_fs(os.path.expanduser(path))
+        filesystem, name = storage.filesystem(os.path.expanduser(path))
         return None if filesystem.exists(name) else "no such file"
     if Path(path).expanduser().is_dir():
         return None

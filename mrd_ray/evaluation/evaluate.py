@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import ray
 from rich.console import Console
 
-from mrd_ray import models
+from mrd_ray import models, storage
 from mrd_ray.config import EvaluateConfig, EvaluationConfig
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import judges, sets, table, zero_shot
@@ -107,7 +106,7 @@ def _identity(config: EvaluateConfig, path: Path) -> dict[str, Any]:
 def _reference(uri: str, forget: str, run: RunDirectory, of_sets: Mapping[str, str]) -> pa.Table:
     """The lines of another run, on the same rows of the forget set. of_sets: digests of this run's sets."""
     try:
-        fs, root = fsspec.core.url_to_fs(uri)
+        fs, root = storage.filesystem(uri)
         if root == run.path(""):
             raise UserError(f"evaluation.reference: {uri} is run.dir; name the run of a model that never saw the set")
         there = all(fs.exists(f"{root}/{name}") for name in ("manifest.json", "evaluation.parquet"))

@@ -115,6 +115,10 @@ def _page(changes: Mapping[str, list[list[float]]]) -> matplotlib.figure.Figure:
         shown: Any = axis
         for i, of_seeds in enumerate(values):
             shown.plot([i + 1] * len(of_seeds), of_seeds, "o", color="#4878a8", alpha=0.7)
-        shown.set(xlabel="selection", title="change of " + TITLES[metric].replace(": ", ":\n"), xticks=range(1, len(values) + 1))
+        shown.set(
+            xlabel="selection",
+            title="change of " + TITLES[metric].replace(": ", ":\n"),
+            xticks=range(1, len(values) + 1),
+        )
         shown.title.set_fontsize(9)
     return page

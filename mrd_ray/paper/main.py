@@ -2,13 +2,13 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from mrd_ray.command_line import DONE, CommandLine
 from mrd_ray.config.paper import Fig2Config, Fig3Config, Fig4Config, Fig5Config, Table7Config, TablesConfig
+from mrd_ray.config.paths import with_absolute_paths
 from mrd_ray.paper import fig2, fig3, fig4, fig5, table7, tables
 from mrd_ray.paper.findings import Findings, publish
 from mrd_ray.paper.subject import Subject
@@ -23,8 +23,6 @@ _EXPERIMENTS: dict[str, tuple[Any, Callable[[Any], tuple[Findings, Subject]]]] =
     "tables": (TablesConfig, tables.experiment),
     "table7": (Table7Config, table7.experiment),
 }
-_PATHS = {"path", "tokenizer", "dir", "reference", "corpus", "refusals", "embedding_model", "toxicity_model"}
-_PATHS |= {"zero_shot_tasks", "config"}  # settings that may name a file or folder
 LINE = CommandLine(
     "python -m mrd_ray.paper",
     "The experiments of arXiv 2504.06658.",
@@ -36,20 +34,6 @@ LINE = CommandLine(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run an experiment and print what it found; the exit code is 0 whether it agrees with the paper or not."""
     return LINE.run(sys.argv[1:] if arguments is None else arguments, _call)
-
-
-def with_absolute_paths(config: Any) -> Any:
-    """The same settings for tasks, which have a working directory of their own."""
-
-    def absolute(value: Any, name: str = "") -> Any:
-        if isinstance(value, dict):
-            return {key: absolute(of, str(key)) for key, of in value.items()}
-        if isinstance(value, str) and name in _PATHS and "://" not in value:
-            there = Path(value).expanduser()
-            return str(there.absolute()) if there.exists() or name == "dir" else value
-        return value
-
-    return type(config)(**absolute(config.model_dump(exclude_unset=True)))
 
 
 def _call(config: Any) -> int:

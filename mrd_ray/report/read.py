@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 
+from mrd_ray import storage
 from mrd_ray.errors import UserError
 from mrd_ray.runs import RunDirectory
 
@@ -152,7 +152,7 @@ def _read(uri: str, name: str) -> Run:
 def _open(uri: str) -> RunDirectory:
     """RunDirectory makes what is not there, which a mistyped path must not do."""
     try:
-        fs, root = fsspec.core.url_to_fs(uri)
+        fs, root = storage.filesystem(uri)
         there = fs.exists(f"{root}/manifest.json")
     except (ImportError, ValueError, OSError) as problem:
         raise UserError(f"runs: cannot open {uri}: {problem}") from None

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import fsspec
 import matplotlib.figure
 import numpy as np
 import pyarrow as pa
@@ -14,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import scipy.stats
 
+from mrd_ray import storage
 from mrd_ray.config import CompareConfig
 from mrd_ray.errors import UserError
 
@@ -99,7 +99,7 @@ def _read(run: str, name: str, read: Callable[[Any], T]) -> T:
     """A file of a run, or the file that was given in its place. Raises UserError."""
     path = run if run.endswith(".parquet") else f"{run.rstrip('/')}/{name}"
     try:
-        with fsspec.open(path, "rb") as file:
+        with storage.open_file(path) as file:
             return read(file)
     except (OSError, ValueError, KeyError) as problem:
         raise UserError(f"{path}: cannot read it ({problem}); expected a run directory or a scores.parquet") from None

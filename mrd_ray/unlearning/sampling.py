@@ -9,13 +9,13 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch.utils.data
 
+from mrd_ray import storage
 from mrd_ray.config import Weighting
 from mrd_ray.errors import UserError
 from mrd_ray.mrd.noise import hash64
@@ -197,7 +197,7 @@ def _scores(scores: pa.Table | str | os.PathLike[str]) -> tuple[pa.Array, np.nda
     else:
         name = os.fspath(scores)
         try:
-            with fsspec.open(name, "rb") as opened:
+            with storage.open_file(name) as opened:
                 file = pq.ParquetFile(opened)
                 table = file.read([column for column in ("sample_id", "mrd") if column in file.schema_arrow.names])
         except (OSError, ValueError, ImportError, pa.ArrowException) as problem:  # ImportError: no such file system

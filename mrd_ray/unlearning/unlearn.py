@@ -17,6 +17,7 @@ from rich.console import Console
 
 from mrd_ray import models
 from mrd_ray.config import ModelConfig, RayConfig, RunConfig, ScoreConfig, UnlearnConfig
+from mrd_ray.config.paths import with_absolute_paths
 from mrd_ray.data import samples as samples_table
 from mrd_ray.errors import UserError
 from mrd_ray.mrd.noise import NOISE_VERSION
@@ -88,26 +89,6 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
             run.record("outcome", outcome | {"config": config.model_dump(mode="json")})
             done = outcome
     return UnlearnRun(run, config, done["reason"], done["step"], log.read(run))
-
-
-def with_absolute_paths(config: UnlearnConfig) -> UnlearnConfig:
-    """The same settings for workers, which have a working directory of their own."""
-
-    def absolute(path: str | None) -> str | None:
-        return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().exists() else path
-
-    model = config.model.model_copy(
-        update={"path": absolute(config.model.path), "tokenizer": absolute(config.model.tokenizer)}
-    )
-    judges = {name: absolute(getattr(config.evaluation, name)) for name in ("embedding_model", "toxicity_model")}
-    run = config.run.dir if "://" in config.run.dir else str(Path(config.run.dir).expanduser().absolute())
-    return config.model_copy(
-        update={
-            "model": model,
-            "run": RunConfig(dir=run),
-            "evaluation": config.evaluation.model_copy(update=judges),
-        }
-    )
 
 
 def _identity(config: UnlearnConfig, path: Path, tokenizer: str, of_run: Sets) -> dict[str, Any]:

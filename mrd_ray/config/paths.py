@@ -1,0 +1,24 @@
+"""Paths in settings, for workers that have a working directory of their own."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mrd_ray.config.base import Frozen
+
+C = TypeVar("C", bound=Frozen)
+_PATHS = {"path", "tokenizer", "dir", "reference", "corpus", "refusals", "embedding_model", "toxicity_model"}
+_PATHS |= {"zero_shot_tasks", "config"}  # settings that may name a file or folder
+
+
+def with_absolute_paths(config: C) -> C:
+    """The same settings, with what is a file or folder here, or is to be one (`dir`), by its absolute path."""
+
+    def absolute(value: Any, name: str = "") -> Any:
+        if isinstance(value, dict):
+            return {key: absolute(of, str(key)) for key, of in value.items()}
+        if isinstance(value, str) and name in _PATHS and "://" not in value:
+            there = Path(value).expanduser()
+            return str(there.absolute()) if there.exists() or name == "dir" else value
+        return value
+
+    return type(config)(**absolute(config.model_dump(exclude_unset=True)))

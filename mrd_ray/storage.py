@@ -1,0 +1,65 @@
+"""Files anywhere: local paths and URIs. Credentials come from the environment alone (AWS_..., GOOGLE_..., ~/.aws)."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow.fs
+from fsspec.implementations.arrow import ArrowFSWrapper
+
+CACHE = Path("~/.cache/mrd_ray").expanduser()
+_OF_ARROW = ("s3", "gs", "gcs", "hdfs")  # as Ray Train, whose checkpoints go where the run directory is
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a local path or URI, and the path in it.
+
+    Raises ImportError, ValueError or OSError: no such protocol, its package is missing, or it cannot be reached.
+    """
+    scheme = uri.split("://")[0] if "://" in uri else ""
+    if scheme not in _OF_ARROW:
+        found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(uri)
+        return found
+    arrow, root = pyarrow.fs.FileSystem.from_uri(urllib.parse.quote(uri, safe=":/?=&%"))
+    return ArrowFSWrapper(arrow), root.rstrip("/")
+
+
+def open_file(uri: str, mode: str = "rb", **options: Any) -> Any:
+    """An open file at a local path or URI. Raises as `filesystem`, and OSError."""
+    fs, path = filesystem(uri)
+    return fs.open(path, mode, **options)
+
+
+def local_folder(uri: str) -> Path:
+    """A copy of the folder at `uri` on this machine, made once for what it holds now.
+
+    Raises as `filesystem`, and FileNotFoundError where nothing is there.
+    """
+    fs, root = filesystem(uri)
+    files = {file: fs.info(file) for file in fs.find(root)}
+    if not files:
+        raise FileNotFoundError(f"{uri} holds no files")
+    state = [uri, *(f"{file} {info['size']} {info.get('mtime')}" for file, info in sorted(files.items()))]
+    copy = CACHE / "copies" / hashlib.sha256("\n".join(state).encode()).hexdigest()[:16]
+    if copy.is_dir():
+        return copy
+    copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    partial = Path(tempfile.mkdtemp(prefix=f"{copy.name}-", dir=copy.parent))  # several processes may copy at once
+    try:
+        for file in files:
+            target = partial / os.path.relpath(file, root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(file, str(target))
+        try:
+            partial.rename(copy)
+        except OSError:  # another was faster
+            if not copy.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return copy

@@ -1,0 +1,153 @@
+"""Data, model and run directory in a bucket: the same scores, the same rules, and no credential left behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from mrd_ray import storage
+
+SECRET = "a-secret-of-this-test"
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """A real S3 server on this machine, with an empty bucket `lab`. Yields the environment to use it with."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    of_s3 = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in of_s3.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="lab")
+        yield of_s3
+    server.stop()
+
+
+def put(folder: Path, key: str) -> str:
+    for file in folder.iterdir():
+        boto3.client("s3").upload_file(str(file), "lab", f"{key}/{file.name}")
+    return f"s3://lab/{key}"
+
+
+def mrd_ray(command: str, *flags: str, home: Path) -> subprocess.CompletedProcess:
+    """The command line, with a Ray of its own whose workers have this environment."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"HOME": str(home)}
+    line = [sys.executable, "-m", "mrd_ray.cli", command, *flags]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=280)
+
+
+def contents(bucket: str = "lab") -> dict[str, bytes]:
+    s3 = boto3.client("s3")
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+    keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+    return {key: s3.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
+
+
+SCORING = ["--scoring.num_draws", "12", "--scoring.micro_batch_tokens", "64", "--ray.actors", "1"]
+
+
+def test_scores_in_a_bucket_equal_those_on_disk(s3, tiny_model_dir, qa_file, tmp_path):
+    model = put(tiny_model_dir, "models/tiny [1]")  # brackets are no pattern
+    boto3.client("s3").upload_file(str(qa_file), "lab", "data/forget set.jsonl")
+    there = ["--model.path", model, "--data.path", "s3://lab/data/forget set.jsonl", "--run.dir", "s3://lab/runs/a b"]
+    here = ["--model.path", str(tiny_model_dir), "--data.path", str(qa_file), "--run.dir", str(tmp_path / "run")]
+    first = mrd_ray("score", *there, *SCORING, home=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert mrd_ray("score", *here, *SCORING, home=tmp_path).returncode == 0
+    written = contents()
+    scores = pq.read_table(pa.BufferReader(written["runs/a b/scores.parquet"]))
+    assert scores.equals(pq.read_table(tmp_path / "run" / "scores.parquet"))
+
+    unit = next(key for key in written if key.startswith("runs/a b/units/"))
+    boto3.client("s3").delete_object(Bucket="lab", Key=unit)
+    boto3.client("s3").delete_object(Bucket="lab", Key="runs/a b/scores.parquet")
+    again = mrd_ray("score", *there, *SCORING, home=tmp_path)  # goes on: one unit is computed anew
+    assert again.returncode == 0, again.stderr
+    assert contents()["runs/a b/scores.parquet"] == written["runs/a b/scores.parquet"]
+
+    other = mrd_ray("score", *there, *SCORING, "--scoring.sigma", "1e-4", home=tmp_path)
+    assert other.returncode == 1
+    assert "scoring.sigma: 1e-05 there, 0.0001 now" in other.stderr
+    said = [run.stdout + run.stderr for run in (first, again, other)]
+    assert not any(SECRET in text for text in said)
+    assert not any(SECRET.encode() in content for content in contents().values())
+
+
+@pytest.mark.slow
+def test_unlearn_evaluate_and_report_in_a_bucket(s3, tiny_model_dir, qa_file, tmp_path):
+    put(tiny_model_dir, "models/small")
+    run = ["--model.path", "s3://lab/models/small", "--run.dir", "s3://lab/runs/unlearn", "--ray.workers", "1"]
+    short = ["--unlearning.method", "ga", "--unlearning.steps", "2", "--unlearning.batch_size", "4"]
+    short += ["--scoring.estimator", "closed_form", "--stopping.extraction_n", "0"]
+    unlearned = mrd_ray("unlearn", *run, "--data.path", str(qa_file), *short, home=tmp_path)
+    assert unlearned.returncode == 0, unlearned.stderr
+    sets = "{asked: {path: " + str(qa_file) + ", metrics: [probability]}}"
+    of_result = ["--model.path", "s3://lab/runs/unlearn/model", "--run.dir", "s3://lab/runs/evaluate"]
+    evaluated = mrd_ray("evaluate", *of_result, "--evaluation.sets", sets, "--ray.actors", "1", home=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    page = tmp_path / "report.html"
+    reported = mrd_ray("report", "s3://lab/runs/unlearn", "s3://lab/runs/evaluate", "--out", str(page), home=tmp_path)
+    assert reported.returncode == 0, reported.stderr
+    assert "forget MA" in page.read_text()
+    in_bucket = mrd_ray("report", "s3://lab/runs/unlearn", home=tmp_path)
+    assert in_bucket.returncode == 0, in_bucket.stderr
+    assert b"<html" in contents()["runs/unlearn/report.html"]
+    assert not any(SECRET.encode() in content for content in contents().values())
+
+
+@pytest.mark.parametrize("command", ["score", "plan"])
+@pytest.mark.parametrize(
+    ("setting", "uri", "said"),
+    [
+        ("model.path", "s3://lab/none", "model.path: cannot copy s3://lab/none to this machine"),
+        ("data.path", "s3://lab/none.jsonl", "data.path: cannot read s3://lab/none.jsonl"),
+        ("data.path", "s3://no-such-bucket/a.jsonl", "data.path: cannot read s3://no-such-bucket/a.jsonl"),
+        ("data.path", "sieben://a.jsonl", "data.path: cannot open sieben://a.jsonl"),
+    ],
+)
+def test_what_is_not_there_is_named(s3, tiny_model_dir, qa_file, tmp_path, capsys, command, setting, uri, said):
+    from mrd_ray.cli import main
+
+    paths = {"model.path": str(tiny_model_dir), "data.path": str(qa_file)} | {setting: uri}
+    if command == "score":
+        paths["run.dir"] = str(tmp_path)
+    assert main([command, *(f"--{name}={value}" for name, value in paths.items())]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_bucket_that_is_not_there(s3, tiny_model_dir, qa_file, capsys):
+    from mrd_ray.cli import main
+
+    flags = ["--model.path", str(tiny_model_dir), "--data.path", str(qa_file), "--run.dir", "s3://no-such-bucket/run"]
+    assert main(["score", *flags]) == 1
+    assert "run.dir: cannot write" in capsys.readouterr().err
+
+
+def test_a_copy_is_made_once_and_anew_where_the_folder_changed(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    uri = put(tmp_path / "model", "models/changing")
+    first = storage.local_folder(uri)
+    assert (first / "config.json").read_text() == "{}"
+    assert storage.local_folder(uri) == first
+    (tmp_path / "model" / "config.json").write_text('{"a": 1}')
+    put(tmp_path / "model", "models/changing")
+    second = storage.local_folder(uri)
+    assert second != first
+    assert (second / "config.json").read_text() == '{"a": 1}'
+    assert sorted(path.name for path in (tmp_path / "cache" / "copies").iterdir()) == sorted([first.name, second.name])
