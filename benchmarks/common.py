@@ -23,13 +23,12 @@ class Batches:
     """A model and its samples: `rows` by sample_id, `order` of those that can be scored, `batches` of `layout`."""
 
     def __init__(self, config: ScoreConfig) -> None:
-        path = models.directory(config.model)
-        limit = models.context_length(models.load_config(path))
+        limit = models.context_length(models.load_config(config.model))
         table = samples_table.build(config.data, models.load_tokenizer(config.model), limit)
         self.layout = plan.layout(lengths(table), config.scoring.micro_batch_tokens)
         self.rows = table.to_pylist()
         self.order = self.layout.order.tolist()
-        self.model = models.load_model(path, config.model.dtype, torch.device("cpu"))
+        self.model = models.load_model(config.model, torch.device("cpu"))
         members = [[self.rows[j] for j in self.layout.samples(i)] for i in range(len(self.layout))]
         self.batches = [
             MicroBatch.collate([s["token_ids"] for s in batch], [s["scored"] for s in batch], self.model.device)

@@ -50,9 +50,9 @@ def main(
     questions = {"path": data, "prompt": "question", "response": "answer", "wrong": "perturbed_answer",
                  "max_samples": max_samples}  # fmt: skip
     raw: Raw = {"configuration": configuration, "machine": machine(), "seconds": {}}
-    path = models.directory(ModelConfig(path=model))
-    loaded = models.load_model(path, "float32", torch.device("cpu"))
-    tokenizer = models.load_tokenizer(ModelConfig(path=model))
+    of_path = ModelConfig(path=model)
+    loaded = models.load_model(of_path, torch.device("cpu"))
+    tokenizer = models.load_tokenizer(of_path)
     for part, metric in {"likelihoods": "truth_ratio", "answers": "rouge_l"}.items():
         own = questions | {"metrics": [metric]} | ({} if metric == "truth_ratio" else {"wrong": None})
         evaluation = EvaluationConfig.model_validate({"sets": {part: own}, "max_new_tokens": max_new_tokens})

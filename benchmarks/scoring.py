@@ -226,20 +226,18 @@ def memory_cases() -> list[Raw]:
 
 def _memory_case(folder: str, vocabulary: int, draws: int) -> Raw:
     found: Raw = {"vocabulary": vocabulary, "draws": draws, "before": resident("VmRSS")}
-    path = Path(folder) / str(vocabulary)
-    model = ModelConfig.model_validate({"path": str(path)})
+    model = ModelConfig.model_validate({"path": str(Path(folder) / str(vocabulary))})
     ids = np.random.default_rng(0).integers(vocabulary, size=(32, 128)).tolist()
     scored = [False] + [True] * 127
     samples = [{"micro_batch": 0, "sample_id": str(i), "token_ids": x, "scored": scored} for i, x in enumerate(ids)]
-    actor = ScoringActor(Task(model, ScoringConfig(), models.files_digest(path), 1, False, samples[:1]))
+    actor = ScoringActor(Task(model, ScoringConfig(), models.files_digest(model), 1, False, samples[:1]))
     found["peak when loaded"] = resident("VmHWM")
     unit = {"unit_id": "benchmark", "first_draw": 0, "stop_draw": draws, "samples": samples}
     (result,) = actor(pa.Table.from_pylist([unit], UNIT_SCHEMA)).to_pylist()
     found["peak"] = resident("VmHWM")
     if result["fatal"] or any(sample["error"] for sample in result["samples"]):
         raise RuntimeError(f"the unit failed: {result}")
-    file = path / "model.safetensors"
-    return found | {"weights": file.stat().st_size}
+    return found | {"weights": (Path(model.path) / "model.safetensors").stat().st_size}
 
 
 def summary(raw: Raw) -> list[Row]:

@@ -94,7 +94,7 @@ def main(
     tree |= {"retain": {"path": retain}, "stopping": {"extraction_n": 0, "retain_samples": 1}}
     tree |= {"unlearning": {"method": "npo", "weighting": "uniform", "batch_size": batch_size}}
     config = UnlearnConfig.model_validate(tree)
-    limit = models.context_length(models.load_config(models.directory(config.model)))
+    limit = models.context_length(models.load_config(config.model))
     of_run = sets.build(config, models.load_tokenizer(config.model), limit, Console(quiet=True))
     (initial,) = Job(config, of_run, 1, threads, steps).run(reference)
     plain = Job(config, of_run, 1, threads, steps, initial, plain=True)

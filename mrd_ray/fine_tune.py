@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from mrd_ray import models
+from mrd_ray.config import ModelConfig
 from mrd_ray.errors import UserError
 from mrd_ray.progress import Meter
 
@@ -28,7 +30,7 @@ def cached(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
 
 
 def memorise(
-    pretrained: Path,
+    pretrained: ModelConfig,
     folder: Path,
     token_ids: Sequence[Sequence[int]],
     title: str,
@@ -40,7 +42,7 @@ def memorise(
     torch.manual_seed(0)
     shuffle, order = random.Random(0), list(token_ids)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32).train().to(device)
+    model = models.load_model(pretrained.model_copy(update={"dtype": "float32"}), device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
     with Meter(title, epochs * len(order)) as meter:
         meter.advance(0, f"{len(order)} samples, {epochs} epochs")
@@ -54,7 +56,7 @@ def memorise(
                 optimizer.zero_grad()
                 meter.advance(len(batch), f"epoch {epoch + 1} of {epochs}, loss {loss.item():.3f}")
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(pretrained).save_pretrained(folder)
+    models.load_tokenizer(pretrained).save_pretrained(folder)
 
 
 def _loss(model: PreTrainedModel, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -28,15 +28,16 @@ from mrd_ray import storage
 from mrd_ray.config import ModelConfig
 from mrd_ray.errors import UserError
 
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_SAFE, _PICKLED = "*.safetensors", "pytorch_model*.bin"
 
 
 def directory(model: ModelConfig) -> Path:
     """The local directory of the model, a copy if `model.path` is a hub id or URI. Raises UserError."""
-    return _fetch("model.path", model.path, model.revision)
+    return fetch("model.path", model.path, model.revision)
 
 
-def _fetch(setting: str, path: str, revision: str | None = None) -> Path:
+def fetch(setting: str, path: str, revision: str | None = None) -> Path:
+    """A local directory; a copy of what a URI or hub id names. Raises UserError, which names the setting."""
     if "://" in path:
         try:
             return storage.local_folder(path)
@@ -70,28 +71,50 @@ def base_directory(path: Path) -> Path:
         base = None
     if not isinstance(base, str):
         raise UserError(f"model.path: {adapter} does not name the adapter's model; set its base_model_name_or_path")
-    return _fetch(f"model.path: {adapter}, base_model_name_or_path", base)
+    return fetch(f"model.path: {adapter}, base_model_name_or_path", base)
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The files that hold the model's weights, safetensors if there are any. Raises UserError if none do."""
-    for pattern in _WEIGHTS:
-        if files := sorted(path.glob(pattern)):
-            return files
-    raise UserError(f"model.path: {path} has no weights; expected {' or '.join(_WEIGHTS)}")
+def weight_files(model: ModelConfig) -> list[Path]:
+    """The files with the weights, those of an adapter's base model first: safetensors where there are any.
 
-
-def files_digest(path: Path) -> str:
-    """Digest of the configuration and the weight files: equal on two machines when they would load the same model.
-
-    Raises UserError if one is missing.
+    Raises UserError if there are none, or pickles alone without model.allow_pickle.
     """
+    path = directory(model)
+    base = base_directory(path)
+    files = [file for file in sorted(base.glob(_SAFE)) if not file.name.startswith("adapter_model")]
+    if not (files := files or _pickles(base, _PICKLED, model)):
+        raise UserError(f"model.path: {base} has no weights; expected {_SAFE} or {_PICKLED}")
+    for folder in dict.fromkeys([base, path]):  # a whole model may have an adapter beside it
+        if (folder / "adapter_config.json").is_file():
+            files += sorted(folder.glob("adapter_model*.safetensors")) or _pickles(folder, "adapter_model*.bin", model)
+    return files
+
+
+def _pickles(folder: Path, pattern: str, model: ModelConfig) -> list[Path]:
+    """Raises UserError if there are any and the settings do not allow them."""
+    files = sorted(folder.glob(pattern))
+    if files and not model.allow_pickle:
+        raise UserError(
+            f"model.path: {files[0]} is a pickle, which can run any code when it is read, and there are no safetensors "
+            "beside it. Convert it (load the model, then save_pretrained), or set model.allow_pickle: true if you "
+            "trust where it comes from"
+        )
+    return files
+
+
+def files_digest(model: ModelConfig) -> str:
+    """Digest of the configuration, the weight files and any code: equal on two machines that would load the same model.
+
+    Raises UserError if one is missing, or not allowed.
+    """
+    path = directory(model)
     base = base_directory(path)
     if not (base / "config.json").is_file():
         raise UserError(f"model.path: {base} has no config.json; expected a Hugging Face model directory")
-    files = [base / "config.json", *weight_files(base)]
-    if (path / "adapter_config.json").is_file():
-        files += [path / "adapter_config.json", *sorted(path.glob("adapter_model*"))]
+    files = [base / "config.json", *weight_files(model)]
+    files += [file for folder in dict.fromkeys([base, path]) if (file := folder / "adapter_config.json").is_file()]
+    if model.trust_remote_code:
+        files += sorted(base.rglob("*.py"))
     return content_digest(files)
 
 
@@ -114,13 +137,16 @@ def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
     return state.hexdigest()
 
 
-def load_config(path: Path) -> PretrainedConfig:
-    """The architecture's configuration, of an adapter's base model if `path` holds an adapter. Raises UserError."""
-    base = base_directory(path)
+def load_config(model: ModelConfig) -> PretrainedConfig:
+    """The architecture's configuration, of an adapter's base model if `model` is an adapter. Raises UserError."""
+    base = base_directory(directory(model))
     try:
-        config = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError) as problem:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code)
+    except Exception as problem:  # each architecture, or its own code, objects in a way of its own
+        _refuse_code("model.path", base, problem)
         raise UserError(f"model.path: {base} is not a model directory that transformers reads: {problem}") from None
+    if model.trust_remote_code:
+        _refuse_code_from_elsewhere(base, getattr(config, "auto_map", None) or {})
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise UserError(
@@ -130,20 +156,40 @@ def load_config(path: Path) -> PretrainedConfig:
     return config
 
 
-def skeleton(path: Path) -> PreTrainedModel:
+def _refuse_code_from_elsewhere(base: Path, auto_map: dict[str, Any]) -> None:
+    """Raises UserError if a class is to come from another repository, whose code could differ from node to node."""
+    for reference in auto_map.values():
+        if "--" in str(reference):
+            raise UserError(
+                f"model.path: {base / 'config.json'} takes code from another repository ({reference}), which no digest "
+                "of this one covers; copy its .py files beside it, and leave out the part up to -- there"
+            )
+
+
+def _refuse_code(setting: str, path: Path, problem: Exception) -> None:
+    """Raises UserError if that is transformers' refusal to run the Python code of a model."""
+    if "trust_remote_code=True" in str(problem):
+        raise UserError(
+            f"{setting}: {path} needs Python code that comes with it; read that code, and set model.trust_remote_code: "
+            "true if you trust it"
+        ) from None
+
+
+def skeleton(model: ModelConfig) -> PreTrainedModel:
     """The model, adapter included, without storage for weights: names, shapes and layers. Raises UserError."""
-    config = load_config(path)
+    config, path = load_config(model), directory(model)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
             if (path / "adapter_config.json").is_file():
                 adapter = require_peft("model.path, an adapter,").PeftConfig.from_pretrained(path)
                 if getattr(adapter, "use_dora", False):
                     raise UserError(f"model.path: {path} holds a DoRA adapter, which is not supported; merge it first")
-                model.add_adapter(adapter)
+                empty.add_adapter(adapter)
     except (ValueError, RuntimeError) as problem:
+        _refuse_code("model.path", path, problem)
         raise UserError(f"model.path: {path} is not a causal language model: {problem}") from None
-    return model
+    return empty
 
 
 def require_peft(setting: str) -> Any:
@@ -176,12 +222,12 @@ def context_length(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def ending_ids(path: Path) -> dict[str, Any]:
+def ending_ids(model: ModelConfig) -> dict[str, Any]:
     """EOS and pad ids of the model that `load_model` gives, by name: of its generation settings, else of its config.
 
     Raises UserError.
     """
-    base, config = base_directory(path), load_config(path)
+    base, config = base_directory(directory(model)), load_config(model)
     try:
         settings = GenerationConfig.from_pretrained(base)
     except OSError:  # without such a file transformers does the same
@@ -199,10 +245,11 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         if not (path / "tokenizer_config.json").is_file():  # adapters come without
             path = base_directory(path)
     else:
-        path = _fetch("model.tokenizer", model.tokenizer)
+        path = fetch("model.tokenizer", model.tokenizer)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError) as problem:
+        _refuse_code("model.tokenizer", path, problem)
         raise UserError(f"model.tokenizer: {path} holds no tokenizer that transformers reads: {problem}") from None
     return tokenizer
 
@@ -218,35 +265,50 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{backend}\0{tokenizer.chat_template}".encode()).hexdigest()
 
 
-def load_model(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The model in eval mode and true `dtype` arithmetic, no TF32. Raises UserError on absent or non-finite weights."""
+def load_model(model: ModelConfig, device: torch.device) -> PreTrainedModel:
+    """The model in eval mode and true `model.dtype` arithmetic, no TF32.
+
+    Raises UserError on absent or non-finite weights, and on files that the settings do not allow.
+    """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     transformers.utils.logging.disable_progress_bar()
+    path, dtype = directory(model), getattr(torch, model.dtype)
     base = base_directory(path)
     if base != path:
         require_peft("model.path, an adapter,")
+    weight_files(model)  # refuses pickles
+    load_config(model)  # refuses code that the digest cannot answer for
+    use_safetensors = None if model.allow_pickle else True  # None: where there are some
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), output_loading_info=True)
-        model, loading = loaded
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=dtype,
+            use_safetensors=use_safetensors,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+        )
+        loaded, loading = found
         missing = sorted(loading["missing_keys"])
         if base != path:
-            missing += sorted(model.load_adapter(str(path)).missing_keys)
-        model = model.to(device).eval()
-        for parameter in model.parameters():  # an adapter's; not the buffers, whose rotary angles bfloat16 would round
-            parameter.data = parameter.data.to(getattr(torch, dtype))
+            safe = (path / "adapter_model.safetensors").is_file()  # transformers looks for one of the two alone
+            missing += sorted(loaded.load_adapter(str(path), use_safetensors=safe).missing_keys)
+        loaded = loaded.to(device).eval()
+        for parameter in loaded.parameters():  # an adapter's; not the buffers, whose rotary angles bfloat16 would round
+            parameter.data = parameter.data.to(dtype)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
+        _refuse_code("model.path", base, problem)
         raise UserError(f"model.path: cannot load {path}: {problem}") from None
     if missing:  # transformers has filled them at random
         raise UserError(
             f"model.path: the weights in {path} lack {len(missing)} parameter(s) of its configuration, "
             f"first {missing[0]}"
         )
-    broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+    broken = [name for name, parameter in loaded.named_parameters() if not torch.isfinite(parameter).all()]
     if broken:
         raise UserError(
             f"model.path: {path} has NaN or infinite weights in {len(broken)} parameter(s), first in {broken[0]}"
         )
-    return model
+    return loaded

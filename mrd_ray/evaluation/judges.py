@@ -49,6 +49,18 @@ def identity(judge: str | None) -> str | None:
     return models.content_digest(filter(Path.is_file, files))
 
 
+def _folder(setting: str, path: str) -> str:
+    """The judge's directory. Raises UserError if a part of it has no safetensors."""
+    folder = models.fetch(setting, path)
+    for pickled in sorted(folder.rglob("pytorch_model*.bin")):
+        if not any(pickled.parent.glob("*.safetensors")):
+            raise UserError(
+                f"{setting}: {pickled} is a pickle, which can run any code when it is read; judges are read from "
+                "safetensors alone. Convert it (load the model, then save_pretrained), or name another model"
+            )
+    return str(folder)
+
+
 def _embedder(path: str, device: torch.device) -> Any:
     try:
         library = importlib.import_module("sentence_transformers")
@@ -57,15 +69,23 @@ def _embedder(path: str, device: torch.device) -> Any:
             "evaluation.embedding_model needs sentence-transformers: pip install 'mrd-ray[judges]'"
         ) from None
     try:
-        return library.SentenceTransformer(path, device=str(device))
+        return library.SentenceTransformer(
+            _folder("evaluation.embedding_model", path),
+            device=str(device),
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True},
+        )
     except (OSError, ValueError) as problem:
         raise UserError(f"evaluation.embedding_model: cannot load {path}: {problem}") from None
 
 
 def _classifier(path: str, label: str, device: torch.device) -> Any:
+    folder = _folder("evaluation.toxicity_model", path)
     try:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(path)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as problem:
         raise UserError(f"evaluation.toxicity_model: cannot load {path}: {problem}") from None
     if label not in (labels := model.config.label2id):

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -34,17 +33,17 @@ def unlearn_each(
     resources: dict[str, Any] = {"cpus": tasks.cpus_per_task, "gpus": tasks.gpus_per_task}
     reference = subject.model
     if alone.reference is not None:
-        reference = ModelConfig(path=alone.reference)
+        reference = _reference(subject.model, alone.reference)
     elif subject.pretrained is not None:
         reference = subject.pretrained
     _refuse_other_tokens(reference, subject)
     everything = subject.samples.select(["token_ids", "scored"]).to_pylist()
-    ask = _Task(reference, _digest(reference), alone, tasks, {"": everything}, None)
+    ask = _Task(reference, models.files_digest(reference), alone, tasks, {"": everything}, None)
     found = sweep.work_off(subject.run, "What it never knew", _averages, {"reference": ask}, **resources)
     limits = Limits(**found["reference"])
     names = list(groups)
     blocks = [names[start : start + tasks.samples_per_task] for start in range(0, len(names), tasks.samples_per_task)]
-    digest = _digest(subject.model)
+    digest = models.files_digest(subject.model)
     cells = {
         f"block-{i:05d}": _Task(subject.model, digest, alone, tasks, {name: groups[name] for name in block}, limits)
         for i, block in enumerate(blocks)
@@ -65,11 +64,16 @@ def _refuse_other_tokens(reference: ModelConfig, subject: Subject) -> None:
             )
 
 
-def identity(alone: AloneConfig, tasks: TasksOfSweep) -> dict[str, Any]:
+def _reference(model: ModelConfig, path: str) -> ModelConfig:
+    """The reference model, under the settings of the model but for where it is."""
+    return model.model_copy(update={"path": path, "revision": None, "tokenizer": None})
+
+
+def identity(model: ModelConfig, alone: AloneConfig, tasks: TasksOfSweep) -> dict[str, Any]:
     """What the outcomes depend on."""
     own = {f"alone.{name}": value for name, value in alone.model_dump().items()}
     if alone.reference is not None:
-        own["alone.reference"] = _digest(ModelConfig(path=alone.reference))
+        own["alone.reference"] = models.files_digest(_reference(model, alone.reference))
     return own | {"ray.samples_per_task": tasks.samples_per_task}  # which decides what a cell of the sweep is
 
 
@@ -118,10 +122,6 @@ class _Task:
     def replica(self) -> PreTrainedModel:
         torch.set_num_threads(max(1, int(self.tasks.cpus_per_task)))
         return replica(self.model, self.files_digest, self.tasks.gpus_per_task > 0)
-
-
-def _digest(model: ModelConfig) -> str:
-    return models.files_digest(Path(models.directory(model)))
 
 
 def _averages(task: _Task) -> sweep.Result:

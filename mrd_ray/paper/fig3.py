@@ -22,7 +22,7 @@ _CLAIM = (
 def experiment(config: Fig3Config) -> tuple[Findings, Subject]:
     """Unlearn composite samples, each from the model as it was, and measure how far the parameters moved."""
     own = {name: getattr(config, name) for name in ("size", "composites", "seed")}
-    subject = prepare(config, alone.identity(config.alone, config.ray) | own | {"experiment": "fig3"})
+    subject = prepare(config, alone.identity(config.model, config.alone, config.ray) | own | {"experiment": "fig3"})
     members = _members(config, subject)
     rows_by_id = {row["sample_id"]: row for row in subject.samples.to_pylist()}
     groups = {name: [rows_by_id[sample_id] for sample_id in ids] for name, ids in members.items()}

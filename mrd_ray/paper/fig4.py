@@ -23,7 +23,7 @@ _MEASURES = {
 
 def experiment(config: Fig4Config) -> tuple[Findings, Subject]:
     """Score the set, unlearn every sample alone, and rank one by the other."""
-    subject = prepare(config, alone.identity(config.alone, config.ray) | {"experiment": "fig4"})
+    subject = prepare(config, alone.identity(config.model, config.alone, config.ray) | {"experiment": "fig4"})
     scores = subject.score(config, RayConfig(gpus_per_actor=config.ray.gpus_per_task or None)).scores
     groups: alone.Groups = {row["sample_id"]: [row] for row in subject.samples.to_pylist()}
     limits, outcomes = alone.unlearn_each(subject, groups, config.alone, config.ray, "Unlearning each sample alone")

@@ -56,9 +56,8 @@ def prepare(config: ExperimentConfig, identity: dict[str, Any]) -> Subject:
     """
     console = Console(stderr=True)
     run = RunDirectory(config.run.dir)
-    path = models.directory(config.model)
     tokenizer = models.load_tokenizer(config.model)
-    limit = models.context_length(models.load_config(path))
+    limit = models.context_length(models.load_config(config.model))
     console.print(f"Reading {config.data.path}", markup=False)
     samples = samples_table.build(config.data, tokenizer, limit)
     if errors := samples["error"].drop_null().to_pylist():
@@ -72,16 +71,16 @@ def prepare(config: ExperimentConfig, identity: dict[str, Any]) -> Subject:
         retained = retained.filter(pc.is_null(retained["error"]))
     known = {"forget set": samples, "retain set": retained}
     sets = {name: samples_table.digest(table) for name, table in known.items() if table is not None}
-    recipe = {"model": models.files_digest(path), **sets, **config.learn.model_dump(exclude={"cache"})}
+    recipe = {"model": models.files_digest(config.model), **sets, **config.learn.model_dump(exclude={"cache"})}
     run.claim(recipe | {"model.dtype": config.model.dtype} | identity, config, owns=("cells", "scores"))
     if not config.learn.epochs:
         return Subject(run, config.model, None, tokenizer, samples, retained)
-    learned = _learned(config, path, [table for table in known.values() if table is not None], recipe)
+    learned = _learned(config, [table for table in known.values() if table is not None], recipe)
     after = config.model.model_copy(update={"path": str(learned), "revision": None})
     return Subject(run, after, config.model, tokenizer, samples, retained)
 
 
-def _learned(config: ExperimentConfig, path: Path, tables: list[pa.Table], recipe: dict[str, Any]) -> Path:
+def _learned(config: ExperimentConfig, tables: list[pa.Table], recipe: dict[str, Any]) -> Path:
     token_ids = [ids for table in tables for ids in table["token_ids"].to_pylist()]
     learn = config.learn
     name = f"learned-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]}"
@@ -89,7 +88,7 @@ def _learned(config: ExperimentConfig, path: Path, tables: list[pa.Table], recip
         Path(learn.cache).expanduser().absolute(),
         name,
         lambda folder: fine_tune.memorise(
-            path, folder, token_ids, "Learning the sets (once, cached)", learn.epochs, learn.batch_size,
+            config.model, folder, token_ids, "Learning the sets (once, cached)", learn.epochs, learn.batch_size,
             learn.learning_rate,
         ),
     )  # fmt: skip

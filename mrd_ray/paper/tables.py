@@ -62,7 +62,7 @@ def experiment(config: TablesConfig) -> tuple[Findings, Subject]:
 def _contents(config: TablesConfig) -> dict[str, Any]:
     """Digests of what the settings name by path."""
     tokenizer = models.load_tokenizer(config.model)
-    limit = models.context_length(models.load_config(models.directory(config.model)))
+    limit = models.context_length(models.load_config(config.model))
     evaluation = config.evaluation
     found: dict[str, str | None] = {
         name: sets.digest(rows) for name, rows in sets.build_all(evaluation, tokenizer, limit).items()

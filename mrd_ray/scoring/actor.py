@@ -97,13 +97,12 @@ class Task:
 
 def replica(config: ModelConfig, files_digest: str, on_gpu: bool) -> PreTrainedModel:
     """This worker's replica of the driver's model. Raises UserError if the weights here are others."""
-    path = models.directory(config)
-    if (found := models.files_digest(path)) != files_digest:
+    if (found := models.files_digest(config)) != files_digest:
         raise UserError(
-            f"model.path: {path} on {os.uname().nodename} holds other weights ({found[:12]}) than on the driver "
+            f"model.path: {config.path} on {os.uname().nodename} is another model ({found[:12]}) than on the driver "
             f"({files_digest[:12]}); give every node the same model"
         )
-    return models.load_model(path, config.dtype, torch.device("cuda" if on_gpu else "cpu"))
+    return models.load_model(config, torch.device("cuda" if on_gpu else "cpu"))
 
 
 def attempt(load: Callable[[], T]) -> tuple[T | None, str | None]:

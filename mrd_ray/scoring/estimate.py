@@ -40,8 +40,7 @@ def plan(config: PlanConfig) -> Estimate:
     Raises:
         UserError: bad input or settings.
     """
-    path = models.directory(config.model)
-    skeleton = models.skeleton(path)
+    skeleton = models.skeleton(config.model)
     planning.refuse_uncovered(skeleton, config.scoring)
     architecture = skeleton.config
     tokenizer = models.load_tokenizer(config.model)

@@ -49,9 +49,8 @@ def score(config: ScoreConfig) -> ScoreRun:
     console = Console(stderr=True)
     run = RunDirectory(config.run.dir)
     with run.locked():
-        path = models.directory(config.model)
-        files_digest = models.files_digest(path)
-        skeleton = models.skeleton(path)
+        files_digest = models.files_digest(config.model)
+        skeleton = models.skeleton(config.model)
         plan.refuse_uncovered(skeleton, config.scoring)
         tokenizer = models.load_tokenizer(config.model)
         console.print(f"Reading {config.data.path}")

@@ -11,7 +11,7 @@ from mrd_ray.errors import UserError
 def load(config: UnlearnConfig, device: torch.device) -> PreTrainedModel:
     """The same on every rank. Raises UserError."""
     path = models.directory(config.model)
-    model = models.load_model(path, config.model.dtype, device)
+    model = models.load_model(config.model, device)
     adapter = models.base_directory(path) != path
     if config.lora.rank:
         if adapter:

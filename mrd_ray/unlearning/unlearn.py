@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from mrd_ray import models
-from mrd_ray.config import ModelConfig, RayConfig, RunConfig, ScoreConfig, UnlearnConfig
+from mrd_ray.config import RayConfig, RunConfig, ScoreConfig, UnlearnConfig
 from mrd_ray.config.paths import with_absolute_paths
 from mrd_ray.data import samples as samples_table
 from mrd_ray.errors import UserError
@@ -70,8 +70,7 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
     config = with_absolute_paths(config)
     run = RunDirectory(config.run.dir)
     with run.locked():
-        path = models.directory(config.model)
-        skeleton = models.skeleton(path)
+        skeleton = models.skeleton(config.model)
         if config.lora.rank:
             trained.add_lora(skeleton, config)
         if config.unlearning.weighting != "uniform":
@@ -81,17 +80,17 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
         of_run = sets.build(config, tokenizer, models.context_length(skeleton.config), console)
         if of_run.retain is None:
             console.print("Without a retain set nothing watches what else the model loses (retain.path)", style="red")
-        run.claim(_identity(config, path, models.tokenizer_digest(tokenizer), of_run), config, _OWNS)
+        run.claim(_identity(config, models.tokenizer_digest(tokenizer), of_run), config, _OWNS)
         done = run.manifest().get("outcome")
         if done is None or done["config"] != config.model_dump(mode="json") or not run.exists("model"):
             with pipeline.cluster(log_to_driver=False):  # what matters is in the log; the rest is libraries' chatter
-                outcome = _Rounds(config, run, of_run, models.files_digest(path), measure).work_off()
+                outcome = _Rounds(config, run, of_run, models.files_digest(config.model), measure).work_off()
             run.record("outcome", outcome | {"config": config.model_dump(mode="json")})
             done = outcome
     return UnlearnRun(run, config, done["reason"], done["step"], log.read(run))
 
 
-def _identity(config: UnlearnConfig, path: Path, tokenizer: str, of_run: Sets) -> dict[str, Any]:
+def _identity(config: UnlearnConfig, tokenizer: str, of_run: Sets) -> dict[str, Any]:
     """What the trajectory depends on, but for its length."""
     tables = {"samples": of_run.forget, "retain samples": of_run.retain, "refusals": of_run.refusals}
     groups: dict[str, Any] = {
@@ -104,7 +103,7 @@ def _identity(config: UnlearnConfig, path: Path, tokenizer: str, of_run: Sets) -
         groups["scoring"] = config.scoring.model_dump(mode="json")
     settings = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
     return settings | {
-        "model": models.files_digest(path),
+        "model": models.files_digest(config.model),
         "model.dtype": config.model.dtype,
         "tokenizer": tokenizer,
         "noise version": NOISE_VERSION,
@@ -197,7 +196,8 @@ class _Rounds:
         started = time.monotonic()
         model, shape = self.config.model, self.config.ray
         if newest is not None:
-            model = ModelConfig(path=f"{newest[0].path}/model", dtype=model.dtype)
+            own = {"path": f"{newest[0].path}/model", "revision": None, "tokenizer": None}
+            model = model.model_copy(update=own)
         finished = score(
             ScoreConfig(
                 model=model,

@@ -123,10 +123,10 @@ def _alone(write: Callable[..., None]) -> Callable[..., None]:
 
 
 def _model(job: Job) -> PreTrainedModel:
-    config, path = job.config, models.directory(job.config.model)
-    if (found := models.files_digest(path)) != job.files_digest:
+    config = job.config
+    if (found := models.files_digest(config.model)) != job.files_digest:
         raise UserError(
-            f"model.path: {path} on this worker holds other weights ({found[:12]}) than on the driver "
+            f"model.path: {config.model.path} on this worker is another model ({found[:12]}) than on the driver "
             f"({job.files_digest[:12]}); give every node the same model"
         )
     model = trained.load(config, ray.train.torch.get_device())

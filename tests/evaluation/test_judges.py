@@ -17,6 +17,8 @@ from transformers import (
 )
 
 from mrd_ray import UserError, evaluate
+from mrd_ray.config import EvaluationConfig
+from mrd_ray.evaluation.judges import Judges
 
 
 @pytest.fixture(scope="session")
@@ -88,3 +90,11 @@ def test_a_judge_without_the_label_is_refused(settings, stories_dir, classifier_
     judged = {"toxicity_model": str(classifier_dir), "toxicity_label": "rude"}
     with pytest.raises(UserError, match="has no label 'rude', but insult, toxic"):
         evaluate(config(stories_dir, {"sets": {"forget": of_answers}} | judged, tmp_path))
+
+
+@pytest.mark.parametrize("judge", ["embedding_model", "toxicity_model"])
+def test_a_pickled_judge_is_refused(classifier_dir, tmp_path, judge):
+    folder = shutil.copytree(classifier_dir, tmp_path / "judge")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=rf"evaluation\.{judge}: .*pytorch_model\.bin is a pickle"):
+        Judges(EvaluationConfig(**{judge: str(folder)}), torch.device("cpu"))

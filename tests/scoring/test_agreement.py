@@ -28,7 +28,7 @@ class Scored:
         table = samples_table.build(data_config, models.load_tokenizer(ModelConfig(path=str(model_dir))), 512)
         layout = plan.layout(lengths(table), 1024)
         rows = table.to_pylist()
-        self.model = models.load_model(model_dir, dtype, torch.device("cpu"))
+        self.model = models.load_model(ModelConfig(path=str(model_dir), dtype=dtype), torch.device("cpu"))
         self.batches = [
             MicroBatch.collate([r["token_ids"] for r in batch], [r["scored"] for r in batch], self.model.device)
             for batch in ([rows[j] for j in layout.samples(i)] for i in range(len(layout)))

@@ -232,9 +232,9 @@ def test_sigma_that_breaks_the_forward_is_an_error_of_each_sample(tiny_model_dir
 
 def first_word_of(model: Path, **scoring) -> dict:
     """What an actor makes of a unit without samples."""
-    digest = models.files_digest(model)
+    of_path = ModelConfig(path=str(model))
     sample = {"micro_batch": 0, "sample_id": "s", "token_ids": [5, 6, 7], "scored": [False, True, True]}
-    actor = ScoringActor(Task(ModelConfig(path=str(model)), ScoringConfig(**scoring), digest, 1, False, [sample]))
+    actor = ScoringActor(Task(of_path, ScoringConfig(**scoring), models.files_digest(of_path), 1, False, [sample]))
     unit = {"unit_id": "u", "first_draw": 0, "stop_draw": 1, "samples": []}
     (row,) = actor(pa.Table.from_pylist([unit], UNIT_SCHEMA)).to_pylist()
     return row
@@ -275,7 +275,7 @@ def test_nodes_with_other_weights_are_noticed(tiny_model_dir, qa_file):
     actor = ScoringActor(Task(ModelConfig(path=str(tiny_model_dir)), ScoringConfig(), "0" * 64, 1, False, []))
     unit = {"unit_id": "u", "first_draw": 0, "stop_draw": 1, "samples": []}
     (row,) = actor(pa.Table.from_pylist([unit], UNIT_SCHEMA)).to_pylist()
-    assert "holds other weights" in row["fatal"]
+    assert "is another model" in row["fatal"]
 
 
 def test_tofu_forget10(stories_dir, tofu_dir, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from mrd_ray import fine_tune, models
+from mrd_ray.config import ModelConfig
 from mrd_ray.demo import demo
 from mrd_ray.unlearning.extraction import greedy
 
@@ -77,7 +78,7 @@ def rouge(model, one) -> float:
 
 @pytest.fixture(scope="module")
 def rouge_before(memorised, tofu_dir, tmp_path_factory):
-    model = models.load_model(memorised[0], "float32", torch.device("cpu"))
+    model = models.load_model(ModelConfig(path=str(memorised[0])), torch.device("cpu"))
     return rouge(model, config(memorised, tofu_dir, tmp_path_factory.mktemp("unused"), "npo"))
 
 

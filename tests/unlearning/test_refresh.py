@@ -43,9 +43,8 @@ def standalone(model: Path, samples: pa.Table, scoring: ScoringConfig, dtype="fl
     members = [
         {"micro_batch": i, **row} for i in range(len(layout)) for row in rows.take(layout.samples(i)).to_pylist()
     ]
-    actor = ScoringActor(
-        Task(ModelConfig(path=str(model), dtype=dtype), scoring, models.files_digest(model), 1, False, trial)
-    )
+    of_path = ModelConfig(path=str(model), dtype=dtype)
+    actor = ScoringActor(Task(of_path, scoring, models.files_digest(of_path), 1, False, trial))
     draws = plan.first_draws(scoring)
     unit = {"unit_id": "u", "first_draw": draws.start, "stop_draw": draws.stop, "samples": members}
     result = actor(pa.Table.from_pylist([unit], UNIT_SCHEMA))
@@ -149,7 +148,7 @@ def test_memorization_accuracy_and_extraction_of_live_weights(files, tmp_path, s
     first, second = gang.on_ranks(2, measured, one)
     assert first == second
 
-    model = models.load_model(tmp_path / "model", "float32", torch.device("cpu"))
+    model = models.load_model(ModelConfig(path=str(tmp_path / "model")), torch.device("cpu"))
     samples = gang.sets_of(one).forget.to_pylist()
     for i, row in enumerate(samples):
         batch = MicroBatch.collate([row["token_ids"]], [row["scored"]], model.device)
