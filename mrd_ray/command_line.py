@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from pydantic import ValidationError
 from rich.console import Console
 
+from mrd_ray.config.credentials import refuse_credentials
 from mrd_ray.errors import UserError
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130  # exit codes; argparse itself ends with 2 on a bad command line
@@ -69,11 +70,14 @@ class CommandLine:
     def run(self, arguments: Sequence[str], call: Callable[[Any], int]) -> int:
         """Parse, call, and give the exit code; a UserError is printed, and is exit code 1."""
         try:
+            refuse_credentials("command line", arguments)
             line = self.parser(task_of(arguments))
         except UserError as problem:
             return _failed(problem)
         try:
             config = self.settings(line, arguments)
+        except UserError as problem:
+            line.error(str(problem))
         except ValidationError as problem:  # settings that are each in range but contradict one another
             line.error("; ".join(_named(problem.title, error) for error in problem.errors()))
         try:

@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel
 
 from mrd_ray import storage
+from mrd_ray.config.credentials import recordable
 from mrd_ray.errors import UserError
 
 _PACKAGES = (
@@ -221,7 +222,7 @@ class RunDirectory:
         manifest["invocations"].append(
             {
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "command": sys.argv,
+                "command": recordable(sys.argv),
                 "versions": {package: _version(package) for package in _PACKAGES}
                 | {"python": platform.python_version()},
                 "hardware": {"platform": platform.platform(), "cpus": os.cpu_count()},

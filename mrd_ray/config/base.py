@@ -1,17 +1,35 @@
 """What the settings of all commands have in common."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+)
+
+from mrd_ray.config.credentials import refuse_credentials
 
 Name = Annotated[str, StringConstraints(min_length=1)]
 
 
 class Frozen(BaseModel):
-    """Settings that nobody changes, and of which none is misspelt."""
+    """Settings that nobody changes, of which none is misspelt, and none holds credentials (UserError)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _no_credentials(cls, value: Any, about: ValidationInfo) -> Any:
+        refuse_credentials(f"{cls.__name__.removesuffix('Config').lower()}.{about.field_name}", value)
+        return value
 
 
 def refuse_no_pattern(setting: str, value: str) -> str:

@@ -17,6 +17,7 @@ import torch.utils.data
 
 from mrd_ray import storage
 from mrd_ray.config import Weighting
+from mrd_ray.config.credentials import refuse_credentials
 from mrd_ray.errors import UserError
 from mrd_ray.mrd.noise import hash64
 
@@ -196,6 +197,7 @@ def _scores(scores: pa.Table | str | os.PathLike[str]) -> tuple[pa.Array, np.nda
         name, table = "scores", scores
     else:
         name = os.fspath(scores)
+        refuse_credentials("scores", name)
         try:
             with storage.open_file(name) as opened:
                 file = pq.ParquetFile(opened)
