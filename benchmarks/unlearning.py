@@ -11,7 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -96,7 +96,8 @@ def main(
     config = UnlearnConfig.model_validate(tree)
     limit = models.context_length(models.load_config(config.model))
     of_run = sets.build(config, models.load_tokenizer(config.model), limit, Console(quiet=True))
-    (initial,) = Job(config, of_run, 1, threads, steps).run(reference)
+    (fields,) = Job(config, of_run, 1, threads, steps).run(reference)
+    initial = Evaluation(**fields)
     plain = Job(config, of_run, 1, threads, steps, initial, plain=True)
     ours = {f"ZeRO-{stage}": plain.under(stage) for stage in stages}
     keep("forget set", {"samples": len(of_run.forget), "tokens": int(lengths(of_run.forget).sum())})
@@ -149,10 +150,10 @@ class Job:
         return replace(self, config=_with(self.config, "deepspeed", zero_stage=stage), plain=False)
 
     def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
-        """work(self, ranks, *args) in so many fresh processes; what each gives back."""
+        """work(self, ranks, *args) in so many fresh processes; what each gives back, which is plain JSON."""
         with tempfile.TemporaryDirectory() as folder:
             spawn(_process, (folder, work, self, args), nprocs=self.workers)
-            return [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(self.workers)]
+            return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(self.workers)]
 
 
 def _process(rank: int, folder: str, work: Callable[..., Any], job: Job, args: tuple[Any, ...]) -> None:
@@ -162,7 +163,7 @@ def _process(rank: int, folder: str, work: Callable[..., Any], job: Job, args: t
     for module in ("deepspeed", "torch._inductor.compile_fx"):  # the engine would, some 40 MiB of the latter for ZeRO
         importlib.import_module(module)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=job.workers)
-    torch.save(work(job, Ranks(rank, job.workers), *args), f"{folder}/{rank}")
+    Path(folder, str(rank)).write_text(json.dumps(work(job, Ranks(rank, job.workers), *args)))
     dist.destroy_process_group()
 
 
@@ -175,9 +176,9 @@ def take_turns(ways: dict[str, Job], repeats: int) -> dict[str, Runs]:
     return found
 
 
-def reference(job: Job, ranks: Ranks) -> Evaluation:
-    """What the model knows before any step."""
-    return _loop(job, ranks, trained.load(job.config, torch.device("cpu"))).evaluate()
+def reference(job: Job, ranks: Ranks) -> Raw:
+    """What the model knows before any step: the fields of an Evaluation."""
+    return asdict(_loop(job, ranks, trained.load(job.config, torch.device("cpu"))).evaluate())
 
 
 def steps_of(job: Job, ranks: Ranks) -> Raw:

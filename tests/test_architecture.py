@@ -1,6 +1,7 @@
 """The house of the design: imports go one way, and the metric is pure torch."""
 
 import ast
+import re
 import subprocess
 from pathlib import Path
 
@@ -54,3 +55,65 @@ def test_no_machine_paths():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     forbidden = "/" + "work/"
     assert [name for name in tracked if forbidden in (ROOT / name).read_text(errors="ignore")] == []
+
+
+def reaches_out(tree: ast.AST) -> list[str]:
+    """Calls by which what a user gives, or a file holds, could be run: "line: name"."""
+    names = {}  # as bound here: name as defined
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        first, dot, rest = ast.unparse(node.func).partition(".")
+        name = names.get(first, first) + dot + rest
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        runs = name in {"eval", "exec", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
+        pickles = r"(pickle|dill|cloudpickle|marshal|shelve|joblib)\.(load|loads|open|Unpickler)"
+        runs |= re.fullmatch(rf"{pickles}|yaml\.(full|unsafe)_load(_all)?", name) is not None
+        runs |= keywords.get("shell", "False") != "False" or keywords.get("allow_pickle", "False") != "False"
+        runs |= name == "torch.load" and keywords.get("weights_only") != "True"
+        if name in ("yaml.load", "yaml.load_all"):
+            loader = keywords.get("Loader") or (ast.unparse(node.args[1]) if len(node.args) > 1 else "")
+            runs |= loader.split(".")[-1] not in ("SafeLoader", "CSafeLoader")
+        if re.search(r"Auto\w+\.from_(pretrained|config)$", name):
+            runs |= not {"trust_remote_code", None} & keywords.keys()
+        if runs:
+            found.append(f"{node.lineno}: {name}")
+    return found
+
+
+@pytest.mark.parametrize("folder", ["mrd_ray", "jobs", "benchmarks"])
+def test_nothing_that_users_give_is_run(folder):
+    """No shell, no pickle, no YAML tags, no model's code unless the settings say so."""
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    assert {str(file): found for file in files if (found := reaches_out(ast.parse(file.read_text())))} == {}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os; os.system(x)",
+        "from os import system as s; s(x)",
+        "import subprocess; subprocess.run(x, shell=True)",
+        "from subprocess import getoutput; getoutput(x)",
+        "eval(x)",
+        "exec(x)",
+        "import pickle; pickle.loads(x)",
+        "import pickle as p; p.load(x)",
+        "from torch import load; load(x)",
+        "import torch; torch.load(x, weights_only=False)",
+        "import yaml; yaml.load(x)",
+        "import yaml; yaml.load(x, Loader=yaml.Loader)",
+        "import yaml; yaml.unsafe_load(x)",
+        "import numpy; numpy.load(x, allow_pickle=True)",
+        "import transformers; transformers.AutoModel.from_pretrained(x)",
+    ],
+)
+def test_what_would_be_found(code):
+    assert len(reaches_out(ast.parse(code))) == 1
