@@ -1,20 +1,23 @@
 """Command lines made from config classes: flags, YAML, tasks, and what goes wrong with them."""
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-from jsonargparse import ArgumentParser
-from pydantic import ValidationError
+from jsonargparse import ArgumentParser, get_loader, set_loader
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
+from mrd_ray.config import document
 from mrd_ray.config.credentials import refuse_credentials
 from mrd_ray.errors import UserError
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130  # exit codes; argparse itself ends with 2 on a bad command line
+# jsonargparse has numbers as people write them, 1e-5 among them
+set_loader("yaml", functools.partial(document.load, construct=get_loader("yaml")), exceptions=(ValueError,))
 _TASK_DATA = "Local copies of the task's hub datasets: '{locuslab/TOFU: FOLDER}'."
 
 
@@ -58,8 +61,12 @@ class CommandLine:
         return top
 
     def settings(self, line: ArgumentParser, arguments: Sequence[str]) -> Any:
-        """The config of the command that the arguments name. Raises pydantic.ValidationError."""
+        """The config of the command that the arguments name. Raises pydantic.ValidationError, or UserError."""
         parsed = line.parse_args(arguments)
+        for name, about in self.commands[parsed.command].model_fields.items():
+            group = isinstance(about.annotation, type) and issubclass(about.annotation, BaseModel)
+            if group and parsed[parsed.command].get(name) is None:  # `scoring:` with nothing under it, in YAML
+                raise UserError(f"{name}: null; expected settings, or leave it out")
         values = line.instantiate(parsed)[parsed.command]
         others = {"config", "__path__"}
         if parsed.command in self.of_tasks:  # their settings have become defaults
@@ -78,6 +85,8 @@ class CommandLine:
             config = self.settings(line, arguments)
         except UserError as problem:
             line.error(str(problem))
+        except UnicodeDecodeError as problem:
+            line.error(f"--config: cannot read {_config_of(arguments)}: it is not UTF-8 text ({problem.reason})")
         except ValidationError as problem:  # settings that are each in range but contradict one another
             line.error("; ".join(_named(problem.title, error) for error in problem.errors()))
         try:
@@ -94,13 +103,20 @@ def _failed(problem: UserError) -> int:
     return FAILED
 
 
+def _config_of(arguments: Sequence[str]) -> str | None:
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--config")
+    found: str | None = flags.parse_known_args(arguments)[0].config
+    return found
+
+
 def task_of(arguments: Sequence[str]) -> dict[str, Any]:
     """The settings of the task that the command line names, which must be known before it can be parsed."""
     from mrd_ray.data import tasks
 
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--task")
-    flags.add_argument("--task_data", type=yaml.safe_load, default={})
+    flags.add_argument("--task_data", type=document.load, default={})
     flags.add_argument("--unlearning.method", dest="method")
     known, _ = flags.parse_known_args(arguments)
     copies = known.task_data if isinstance(known.task_data, dict) else {}  # the real parser refuses what is none

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
-import yaml
 from huggingface_hub import HfApi
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_validator
 
 from mrd_ray import storage
-from mrd_ray.config import EvaluationConfig
+from mrd_ray.config import EvaluationConfig, document
 from mrd_ray.config.base import Frozen
 from mrd_ray.data.read import FILE_SUFFIXES
 from mrd_ray.errors import UserError
@@ -144,10 +143,10 @@ def _problem(path: str) -> str | None:
 def _read(task: str) -> tuple[Path, Task]:
     file = PRESETS / f"{task}.yaml" if task in names() else Path(task).expanduser()
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = document.load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"task: {task} is neither one of {', '.join(names())} nor a file") from None
-    except (OSError, UnicodeError, yaml.YAMLError) as problem:
+    except (OSError, ValueError) as problem:
         raise UserError(f"task: cannot read {file}: {problem}") from None
     try:
         read = Task.model_validate(content)

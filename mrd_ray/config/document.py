@@ -1,0 +1,35 @@
+"""YAML as settings are written in, whoever wrote it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+_MOST = 100_000  # values, each alias counted as what it stands for
+
+
+def load(content: str, construct: Callable[[str], Any] = yaml.safe_load) -> Any:
+    """What a YAML document says. construct: how, where other types of numbers are wanted than YAML 1.1 has.
+
+    Raises ValueError if it is no YAML, or one that would take for ever to read.
+    """
+    try:
+        if (root := yaml.compose(content, Loader=yaml.SafeLoader)) is not None:
+            _size(root, {})
+        return construct(content)
+    except (yaml.YAMLError, RecursionError) as problem:
+        raise ValueError(str(problem)) from None
+
+
+def _size(node: yaml.Node, known: dict[yaml.Node, int | None]) -> int:
+    """Values in a node, aliases followed: nine lines of aliases of aliases can stand for millions."""
+    if node not in known:
+        known[node] = None
+        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        known[node] = 1 + sum(_size(part, known) for part in parts)
+    if (size := known[node]) is None:
+        raise ValueError("an anchor stands in what it is the anchor of; leave out the alias")
+    if size > _MOST:
+        raise ValueError(f"more than {_MOST:,} values, aliases counted as what they stand for; leave out some")
+    return size
