@@ -31,7 +31,7 @@ from mrd_ray.mrd.likelihood import Likelihood
 from mrd_ray.mrd.monte_carlo import delta, draw_seed
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.scoring import plan
-from mrd_ray.scoring.actor import UNIT_SCHEMA, ScoringActor, Task
+from mrd_ray.scoring.actor import RESULT_SCHEMA, UNIT_SCHEMA, ScoringActor, Task
 
 Part = Literal["noise", "memory", "naive", "ideal", "engine"]
 Row = tuple[str, float, float | None, str]  # what, value, the least it should be, detail
@@ -178,7 +178,11 @@ def engine(config: Raw, work: Work, actors: int, draws: int) -> Raw:
         wall = lap()
         units = []
         for name in finished.run.names("units"):
-            (row,) = finished.run.read_table(f"units/{name}").select(["unit_id", "worker", "seconds"]).to_pylist()
+            (row,) = (
+                finished.run.read_table(f"units/{name}", RESULT_SCHEMA)
+                .select(["unit_id", "worker", "seconds"])
+                .to_pylist()
+            )
             unit = plan.Unit.of_id(row["unit_id"])
             tokens = int(work.layout.padded_tokens[unit.first_micro_batch : unit.stop_micro_batch].sum())
             written = Path(finished.run.path(f"units/{name}")).stat().st_mtime

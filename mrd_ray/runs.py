@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import yaml
 from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mrd_ray import storage
 from mrd_ray.config.credentials import recordable
@@ -42,6 +42,75 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:  # an extra that is not installed
         return None
+
+
+class Identified(BaseModel):
+    """What a manifest must have to tell what its directory is of."""
+
+    identity: dict[str, Any]
+
+
+class Manifest(Identified):
+    """What all manifests have."""
+
+    invocations: list[dict[str, Any]]
+
+
+REMAKE = "delete it and start the same command again"
+
+
+def refuse_other_shape(where: str, shape: Any, content: Any, remedy: str = REMAKE) -> None:
+    """Raises UserError if what a file says is not of the shape, a type that pydantic knows."""
+    try:
+        TypeAdapter(shape).validate_python(content)
+    except ValidationError as problem:
+        first = problem.errors(include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where} is damaged ({place}{': ' if place else ''}{first['msg']}); {remedy}") from None
+
+
+def parsed_json(where: str, content: bytes, shape: Any, remedy: str = REMAKE) -> Any:
+    """The value of a JSON file. Raises UserError if it holds none of this shape (see `refuse_other_shape`)."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{where} is damaged ({problem}); {remedy}") from None
+    refuse_other_shape(where, shape, found, remedy)
+    return found
+
+
+def parsed_table(
+    where: str, content: bytes, schema: pa.Schema, required: Collection[str] | None = None, remedy: str = REMAKE
+) -> pa.Table:
+    """The table of a Parquet file, which may have more columns than the schema.
+
+    required: those that it must have, all if None; the others of the schema must be right where they are there.
+
+    Raises UserError if it is not whole, lacks a column, or has one of another type, or with nulls where the schema has
+    none.
+    """
+    try:
+        table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
+        table.validate(full=True)  # text that is no UTF-8, for one
+    except (OSError, ValueError, pa.ArrowException) as problem:
+        raise UserError(f"{where} is damaged ({problem}); {remedy}") from None
+    for field in schema:
+        found = table.schema.get_all_field_indices(field.name)
+        if not found and required is not None and field.name not in required:
+            continue
+        column = table.column(found[0]) if found else None
+        if column is None:
+            wrong = f"no column {field.name}"
+        elif len(found) > 1:
+            wrong = f"{len(found)} columns {field.name}"
+        elif column.type != field.type:
+            wrong = f"column {field.name} is {column.type}, not {field.type}"
+        elif column.null_count and not field.nullable:
+            wrong = f"column {field.name} has nulls"
+        else:
+            continue
+        raise UserError(f"{where} is damaged ({wrong}); {remedy}")
+    return table
 
 
 class RunDirectory:
@@ -153,16 +222,23 @@ class RunDirectory:
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write a table as Parquet, whole or not at all."""
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        pq.write_table(table, sink, write_page_checksum=True)
         self.write(name, sink.getvalue())
 
-    def read_table(self, name: str) -> pa.Table:
-        """Raises UserError if the file is damaged."""
+    def read_table(self, name: str, schema: pa.Schema, required: Collection[str] | None = None) -> pa.Table:
+        """Raises UserError if the file is missing, or `parsed_table` does."""
+        return parsed_table(self.path(name), self._whole(name), schema, required)
+
+    def read_json(self, name: str, shape: Any, remedy: str = REMAKE) -> Any:
+        """Raises UserError if the file is missing, or `parsed_json` does."""
+        return parsed_json(self.path(name), self._whole(name), shape, remedy)
+
+    def _whole(self, name: str) -> bytes:
         try:
-            return pq.read_table(pa.BufferReader(self.read(name)))
-        except (OSError, pa.ArrowInvalid) as problem:
+            return self.read(name)
+        except OSError as problem:
             raise UserError(
-                f"{self.path(name)} is damaged ({problem}); delete it and start the same command again"
+                f"cannot read {self.path(name)}: {problem.strerror or problem}; start the command that makes it again"
             ) from None
 
     @contextlib.contextmanager
@@ -176,13 +252,8 @@ class RunDirectory:
             ) from None
 
     def manifest(self) -> dict[str, Any]:
-        """What manifest.json says. Raises UserError if it is damaged."""
-        try:
-            found: dict[str, Any] = json.loads(self.read("manifest.json"))
-            if not (isinstance(found, dict) and isinstance(found.get("identity"), dict) and "invocations" in found):
-                raise ValueError("no identity in it")
-        except ValueError as problem:
-            raise UserError(f"{self.path('manifest.json')} is damaged ({problem}); use another directory") from None
+        """What manifest.json says, of the shape of `Manifest`. Raises UserError if it is damaged."""
+        found: dict[str, Any] = self.read_json("manifest.json", Manifest, "use another directory")
         return found
 
     def record(self, key: str, value: Any) -> None:

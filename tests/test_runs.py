@@ -99,7 +99,34 @@ def test_damaged_table_is_named(tmp_path):
     run = RunDirectory(str(tmp_path))
     run.write("units/u.parquet", b"PAR1 half a file")
     with pytest.raises(UserError, match=r"u\.parquet is damaged"):
-        run.read_table("units/u.parquet")
+        run.read_table("units/u.parquet", pa.schema([]))
+
+
+def test_a_flipped_bit_in_a_table_is_noticed(tmp_path):
+    """Parquet would read on, with another number."""
+    run = RunDirectory(str(tmp_path))
+    run.write_table("t.parquet", table := pa.table({"a": [float(i) for i in range(100)]}))
+    content = bytearray((tmp_path / "t.parquet").read_bytes())
+    content[200] ^= 1
+    (tmp_path / "t.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=r"t\.parquet is damaged .*CRC"):
+        run.read_table("t.parquet", table.schema)
+
+
+@pytest.mark.parametrize(
+    ("table", "wrong"),
+    [
+        (pa.table({"b": [1]}), "no column a"),
+        (pa.table({"a": ["1"]}), "column a is string, not int64"),
+        (pa.table({"a": pa.array([None], pa.int64())}), "column a has nulls"),
+        (pa.table([pa.array([1]), pa.array([2])], ["a", "a"]), "2 columns a"),
+    ],
+)
+def test_a_table_of_another_shape_is_damaged(tmp_path, table, wrong):
+    run = RunDirectory(str(tmp_path))
+    run.write_table("t.parquet", table)
+    with pytest.raises(UserError, match=rf"t\.parquet is damaged \({wrong}\)"):
+        run.read_table("t.parquet", pa.schema([pa.field("a", pa.int64(), nullable=False)]))
 
 
 def test_any_fsspec_uri():
@@ -107,7 +134,7 @@ def test_any_fsspec_uri():
     with run.locked():
         run.write_table("units/u.parquet", table := pa.table({"a": [1, 2]}))
         assert run.names("units") == ["u.parquet"]
-        assert run.read_table("units/u.parquet").equals(table)
+        assert run.read_table("units/u.parquet", table.schema).equals(table)
 
 
 def test_units_without_a_manifest_are_nobodys(tmp_path):

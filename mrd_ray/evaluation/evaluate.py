@@ -31,10 +31,10 @@ _IDENTITY = [
     "toxicity_label",
     "zero_shot_limit",
 ]
-_ANSWERS = pa.schema(
+ANSWERS = pa.schema(
     [
-        ("set", pa.string()),
-        ("sample_id", pa.string()),
+        pa.field("set", pa.string(), nullable=False),
+        pa.field("sample_id", pa.string(), nullable=False),
         ("prompt", pa.string()),
         ("answer", pa.string()),
         ("generated", pa.string()),
@@ -118,7 +118,7 @@ def _reference(uri: str, forget: str, run: RunDirectory, of_sets: Mapping[str, s
             f"evaluation.reference: {uri} was asked something else of {forget!r}, so that the two cannot be compared; "
             "evaluate the reference model with this tokenizer and these settings, in another directory"
         )
-    lines = reference.read_table("evaluation.parquet")
+    lines = reference.read_table("evaluation.parquet", table.SCHEMA)
     if not table.Lines(lines).values(forget, "truth_ratio"):
         raise UserError(f"evaluation.reference: {uri} has no truth_ratio of a set named {forget!r}")
     return lines
@@ -156,8 +156,8 @@ class _Work:
             with pipeline.cluster():
                 self._measure(missing)
         records: dict[str, dict[str, Record]] = {name: {} for name in self.tables}
-        for unit_id, _ in units:
-            for record in self._result(unit_id):
+        for unit_id, rows in units:
+            for record in self._result(unit_id, rows):
                 records[unit_id.rsplit(".", 1)[0]][record["sample_id"]] = record
         return records
 
@@ -184,15 +184,16 @@ class _Work:
                 rate = measured / meter.working_seconds
                 meter.advance(work[row["unit_id"]], f"unit {count} of {len(units)}, {rate:.3g} rows/s")
 
-    def _result(self, unit_id: str) -> list[Record]:
+    def _result(self, unit_id: str, rows: list[sets.Row]) -> list[Record]:
         name = f"units/{unit_id}.parquet"
-        result = self.run.read_table(name)
-        if result.schema != RESULT_SCHEMA or result["unit_id"].to_pylist() != [unit_id]:
+        result = self.run.read_table(name, RESULT_SCHEMA)
+        records: list[Record] | None = result["records"].to_pylist()[0] if len(result) == 1 else None
+        asked = [row["sample_id"] for row in rows]
+        if result["unit_id"].to_pylist() != [unit_id] or [record["sample_id"] for record in records or ()] != asked:
             raise UserError(
                 f"{self.run.path(name)} is not that unit's result; delete it and start the same command again"
             )
-        records: list[Record] = result["records"].to_pylist()[0]
-        return records
+        return records or []
 
 
 def _finish(
@@ -214,7 +215,7 @@ def _finish(
         ]
     of_all = pa.concat_tables(lines)
     figures = table.figures(of_all, config.evaluation, reference) + suites
-    finished = EvaluateRun(run, config, of_all, pa.Table.from_pylist(answers, _ANSWERS), figures)
+    finished = EvaluateRun(run, config, of_all, pa.Table.from_pylist(answers, ANSWERS), figures)
     run.write_table("evaluation.parquet", of_all)
     run.write_table("answers.parquet", finished.answers)
     plain = [figure.plain() for figure in figures]

@@ -31,7 +31,7 @@ FIGURES = pa.schema(
         pa.field("metric", pa.string(), nullable=False),
         pa.field("value", pa.float64()),
         pa.field("se", pa.float64(), metadata={"unit": "standard error; null where none is known"}),
-        pa.field("rows", pa.int64(), metadata={"unit": "rows that it is made of"}),
+        pa.field("rows", pa.int64(), nullable=False, metadata={"unit": "rows that it is made of"}),
     ]
 )
 

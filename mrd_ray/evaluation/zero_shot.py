@@ -62,7 +62,7 @@ def figures(config: EvaluateConfig, run: RunDirectory, files_digest: str) -> lis
                     raise UserError(f"evaluation.zero_shot: {name}: {fatal}")
                 run.write(names[name], json.dumps(found).encode())
                 Console(stderr=True).print(f"Zero-shot: {name} done, {len(waiting)} to do", highlight=False)
-    return [Figure(**figure) for file in names.values() for figure in json.loads(run.read(file))]
+    return [Figure(**figure) for file in names.values() for figure in run.read_json(file, list[Figure])]
 
 
 def _suite(

@@ -73,7 +73,7 @@ class _Axis:
     def __init__(
         self, values: Iterable[float], pixels: tuple[float, float], *, log: bool = False, whole: bool = False
     ) -> None:
-        found = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+        found = [float(value) for value in values if math.isfinite(value)] or [0.0, 1.0]
         low, high = min(found), max(found)
         if high - low <= 1e-9 * max(abs(low), abs(high)):
             low, high = (low - abs(low) * 0.1, high + abs(high) * 0.1) if low else (0.0, 1.0)
@@ -267,7 +267,7 @@ def over_steps(
     of_all = [value for line in lines for value in line.values if value is not None]
     steps = [step for line in lines for step in line.steps]
     x = _x([0, *steps, *([] if stop is None else [stop])], whole=True)
-    log = _is_log(np.array(of_all))
+    log = _is_log(np.array(of_all, np.float64))
     y = _y(of_all, log=log)
     marks, legend, says = [], [], []
     for kind, at in [("refresh", refreshes), ("stop", [] if stop is None else [stop])]:

@@ -1,39 +1,66 @@
 """Run directories -> what the page is made of."""
 
-import json
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import BaseModel, Field
 
 from mrd_ray import storage
+from mrd_ray.config import EvaluateConfig, ScoreConfig, UnlearnConfig
+from mrd_ray.data import samples
 from mrd_ray.errors import UserError
-from mrd_ray.runs import RunDirectory
+from mrd_ray.evaluation import table as evaluation
+from mrd_ray.evaluation.evaluate import ANSWERS
+from mrd_ray.runs import RunDirectory, refuse_other_shape
+from mrd_ray.scoring import table
+from mrd_ray.unlearning import log
 
+_SCORES = pa.schema([*table.SCHEMA, *table.MEASURES.values()])
 _SCORE_COLUMNS = {
     "sample_id", "mrd", "mrd_se", "mean_abs", "num_draws", "sigma", "estimator", "num_tokens", "log_prob", "error",
 }  # fmt: skip
-_LINE_COLUMNS = {"set", "sample_id", "metric", "value", "tokens", "error"}
+_CONFIGS: dict[str, Any] = {"score": ScoreConfig, "unlearn": UnlearnConfig, "evaluate": EvaluateConfig}
+
+
+class _Invocation(BaseModel):
+    """What the page says of the times that a run was started."""
+
+    time: str
+    command: list[str]
+    versions: dict[str, str | None]
+    hardware: dict[str, Any]
+    config: dict[str, Any]
+
+
+class _Outcome(BaseModel):
+    reason: str | None
+    step: int = Field(ge=0)
+    config: dict[str, Any]
+
+
+class _Recorded(BaseModel):
+    """What is read of a manifest."""
+
+    invocations: list[_Invocation] = Field(min_length=1)
+    outcome: _Outcome | None = None
 
 
 @dataclass(frozen=True)
 class About:
-    """Which run: its short name (unique in a report), where it is, what made it ("score", ...) and its manifest."""
+    """Which run: its short name (unique in a report), where it is, what made it ("score", ...) and its manifest.
+
+    config: the settings it was last started with.
+    """
 
     name: str
     uri: str
     command: str
     manifest: dict[str, Any]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The settings it was last started with."""
-        found: dict[str, Any] = self.manifest["invocations"][-1]["config"]
-        return found
+    config: dict[str, Any]
 
     def setting(self, key: str) -> Any:
         """The setting named so, as "group.name"; None where this kind of run has no such setting."""
@@ -71,7 +98,7 @@ class Unlearning:
         """Why it stopped and which step the result is of; None while it has not ended."""
         found: dict[str, Any] | None = self.about.manifest.get("outcome")
         # that of fewer steps stays in the manifest while a run is continued
-        return None if found is None or found["config"] != self.about.config else found
+        return None if found is None or found["config"] != self.about.manifest["invocations"][-1]["config"] else found
 
     @property
     def before(self) -> dict[str, Any] | None:
@@ -122,31 +149,36 @@ def _names(uris: Sequence[str]) -> list[str]:
 
 def _read(uri: str, name: str) -> Run:
     run = _open(uri)
-    manifest = run.manifest()
-    last = manifest["invocations"][-1] if manifest["invocations"] else {}
-    if absent := {"time", "command", "versions", "hardware", "config"} - set(last):
-        raise UserError(
-            f"{run.path('manifest.json')} is damaged (no {', '.join(sorted(absent))} of its last invocation); start "
-            "the run's command again, which adds one"
-        )
     if run.exists("metrics.jsonl"):
-        refreshes = _by_step(run, "scores", _SCORE_COLUMNS)
-        evaluations = _by_step(run, "evaluations", _LINE_COLUMNS)
-        return Unlearning(About(name, uri, "unlearn", manifest), _log(run), refreshes, evaluations)
+        about = _about(run, name, "unlearn")
+        refreshes = _by_step(run, "scores", _SCORES, _SCORE_COLUMNS)
+        return Unlearning(about, log.read(run), refreshes, _by_step(run, "evaluations", evaluation.SCHEMA))
     if run.exists("figures.parquet"):
-        figures = _table(run, "figures.parquet", {"set", "metric", "value", "se", "rows"})
-        answers = _table(run, "answers.parquet", {"set", "sample_id", "prompt", "answer", "generated"})
-        lines = _table(run, "evaluation.parquet", _LINE_COLUMNS)
-        rows = (table.to_pylist() for table in (figures, answers, lines))
-        return Evaluation(About(name, uri, "evaluate", manifest), *rows)
+        about = _about(run, name, "evaluate")
+        files = {"figures": evaluation.FIGURES, "answers": ANSWERS, "evaluation": evaluation.SCHEMA}
+        return Evaluation(about, *(run.read_table(f"{file}.parquet", of).to_pylist() for file, of in files.items()))
     if run.exists("scores.parquet"):
-        samples = _table(run, "samples.parquet", {"sample_id", "text"})
-        texts = dict(zip(samples["sample_id"].to_pylist(), samples["text"].to_pylist(), strict=True))
-        return Scores(About(name, uri, "score", manifest), _table(run, "scores.parquet", _SCORE_COLUMNS), texts)
+        about = _about(run, name, "score")
+        of_samples = run.read_table("samples.parquet", samples.SCHEMA, {"sample_id", "text"})
+        texts = dict(zip(of_samples["sample_id"].to_pylist(), of_samples["text"].to_pylist(), strict=True))
+        return Scores(about, run.read_table("scores.parquet", _SCORES, _SCORE_COLUMNS), texts)
+    run.manifest()
     raise UserError(
         f"{uri}: nothing to report yet: no scores.parquet, metrics.jsonl or figures.parquet in it. Start its command "
         "again, so that it finishes"
     )
+
+
+def _about(run: RunDirectory, name: str, command: str) -> About:
+    manifest, where = run.manifest(), run.path("manifest.json")
+    remedy = "start the run's command again, which adds what it was started with"
+    refuse_other_shape(where, _Recorded, manifest, remedy)
+    config, shape = manifest["invocations"][-1]["config"], _CONFIGS[command]
+    refuse_other_shape(where, shape, config, remedy)
+    if absent := sorted(shape.model_fields.keys() - config.keys()):
+        raise UserError(f"{where} is damaged (no {', '.join(absent)} in its settings); {remedy}")
+    whole = shape.model_validate(config).model_dump(mode="json")  # settings that are newer than the run
+    return About(name, run.uri, command, manifest, whole)
 
 
 def _open(uri: str) -> RunDirectory:
@@ -164,38 +196,9 @@ def _open(uri: str) -> RunDirectory:
     return RunDirectory(uri)
 
 
-def _table(run: RunDirectory, name: str, columns: set[str]) -> pa.Table:
-    if not run.exists(name):
-        raise UserError(f"{run.path(name)} is missing; start the run's command again, which makes it")
-    table = run.read_table(name)
-    if absent := columns - set(table.column_names):
-        raise UserError(
-            f"{run.path(name)} is damaged (no column {', '.join(sorted(absent))}); delete it and start the run's "
-            "command again"
-        )
-    return table
-
-
-def _by_step(run: RunDirectory, folder: str, columns: set[str]) -> dict[int, pa.Table]:
+def _by_step(
+    run: RunDirectory, folder: str, schema: pa.Schema, required: Collection[str] | None = None
+) -> dict[int, pa.Table]:
     """The tables step-NNNNNN.parquet of a folder."""
-    files = [file for file in run.names(folder) if re.fullmatch(r"step-\d+\.parquet", file)]
-    return {int(re.sub(r"\D", "", file)): _table(run, f"{folder}/{file}", columns) for file in files}
-
-
-def _log(run: RunDirectory) -> list[dict[str, Any]]:
-    found = []
-    for number, line in enumerate(run.read("metrics.jsonl").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            found.append({name: _finite(value) for name, value in entry.items()} | {"step": int(entry["step"])})
-            found[-1]["event"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{run.path('metrics.jsonl')} is damaged: line {number} is not a line of the log; start the run's "
-                "command again, which writes it from the last checkpoint"
-            ) from None
-    return found
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    files = [file for file in run.names(folder) if re.fullmatch(r"step-\d{1,15}\.parquet", file)]
+    return {int(re.sub(r"\D", "", file)): run.read_table(f"{folder}/{file}", schema, required) for file in files}

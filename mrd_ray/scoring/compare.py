@@ -1,25 +1,24 @@
 """`mrd-ray compare`: how far two score tables agree on the same samples."""
 
 import io
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import matplotlib.figure
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import scipy.stats
 
 from mrd_ray import storage
 from mrd_ray.config import CompareConfig
+from mrd_ray.data import samples
 from mrd_ray.errors import UserError
-
-T = TypeVar("T")
+from mrd_ray.runs import Identified, parsed_json, parsed_table
+from mrd_ray.scoring.table import SCHEMA
 
 _STANDARD_ERRORS = 3.0
+_TEXTS = {"sample_id", "text"}
 
 
 @dataclass(frozen=True)
@@ -95,21 +94,23 @@ def compare(config: CompareConfig) -> Comparison:
     )
 
 
-def _read(run: str, name: str, read: Callable[[Any], T]) -> T:
-    """A file of a run, or the file that was given in its place. Raises UserError."""
+def _read(run: str, name: str) -> tuple[str, bytes]:
+    """Path and content of a file of a run, or of the table that was given in its place. Raises UserError."""
     path = run if run.endswith(".parquet") else f"{run.rstrip('/')}/{name}"
     try:
         with storage.open_file(path) as file:
-            return read(file)
-    except (OSError, ValueError, KeyError) as problem:
+            return path, file.read()
+    except (OSError, ValueError, ImportError) as problem:
         raise UserError(f"{path}: cannot read it ({problem}); expected a run directory or a scores.parquet") from None
 
 
 def _scores(run: str) -> pa.Table:
-    table = _read(run, "scores.parquet", pq.read_table)
-    if absent := {"sample_id", "mrd", "mrd_se", "num_tokens"} - set(table.column_names):
-        raise UserError(f"{run}: not a table of scores; it has no column {', '.join(sorted(absent))}")
-    return table.sort_by("sample_id")
+    required = {"sample_id", "mrd", "mrd_se", "num_tokens"}
+    remedy = "expected the scores.parquet of a run"
+    table = parsed_table(*_read(run, "scores.parquet"), SCHEMA, required, remedy).sort_by("sample_id")
+    if len(pc.unique(table["sample_id"])) < len(table):
+        raise UserError(f"{run}: sample ids stand more than once among its scores; {remedy}")
+    return table
 
 
 def _refuse_other_tokens(config: CompareConfig, tables: list[pa.Table]) -> None:
@@ -136,7 +137,7 @@ def _identity(run: str) -> dict[str, Any]:
     """What a run directory's manifest says it is a run of, empty where a bare table was given."""
     if run.endswith(".parquet"):
         return {}
-    found: dict[str, Any] = _read(run, "manifest.json", lambda file: json.load(file)["identity"])
+    found: dict[str, Any] = parsed_json(*_read(run, "manifest.json"), Identified)["identity"]
     return found
 
 
@@ -144,7 +145,7 @@ def _texts(run: str) -> dict[str, str]:
     """Text by sample_id, empty where a bare table was given."""
     if run.endswith(".parquet"):
         return {}
-    table = _read(run, "samples.parquet", pq.read_table)
+    table = parsed_table(*_read(run, "samples.parquet"), samples.SCHEMA, _TEXTS)
     return dict(zip(table["sample_id"].to_pylist(), table["text"].to_pylist(), strict=True))
 
 

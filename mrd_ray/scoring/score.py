@@ -140,8 +140,8 @@ class _Rounds:
 
     def _result(self, unit: plan.Unit) -> pa.Table:
         name = f"units/{unit.unit_id}.parquet"
-        result = self.run.read_table(name)
-        if result.schema != RESULT_SCHEMA or result["unit_id"].to_pylist() != [unit.unit_id]:
+        result = self.run.read_table(name, RESULT_SCHEMA)
+        if result["unit_id"].to_pylist() != [unit.unit_id] or result["samples"].null_count:
             raise UserError(
                 f"{self.run.path(name)} is not that unit's result; delete it and start the same command again"
             )

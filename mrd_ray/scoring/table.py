@@ -13,14 +13,14 @@ from mrd_ray.mrd.monte_carlo import Moments
 from mrd_ray.mrd.scores import Score, closed_form_score, monte_carlo_score, sampling_weights
 
 
-def _field(name: str, kind: pa.DataType, unit: str) -> pa.Field:
-    return pa.field(name, kind, metadata={"unit": unit})
+def _field(name: str, kind: pa.DataType, unit: str, nullable: bool = True) -> pa.Field:
+    return pa.field(name, kind, nullable, {"unit": unit})
 
 
 _NO_UNIT = "dimensionless"
 SCHEMA = pa.schema(
     [
-        _field("sample_id", pa.string(), "identifier"),
+        _field("sample_id", pa.string(), "identifier", nullable=False),
         _field("mrd", pa.float64(), f"{_NO_UNIT}; the statistic chosen with scoring.statistic"),
         _field("mrd_se", pa.float64(), f"{_NO_UNIT}; standard error of mrd; 0 if exact, null if unknown (one draw)"),
         _field("mean_abs", pa.float64(), f"{_NO_UNIT}; E|Delta|, Algorithm 1"),
@@ -34,18 +34,18 @@ SCHEMA = pa.schema(
             pa.float64(),
             f"{_NO_UNIT}; |mu| / s, near 0 where sigma is small enough; null from plain draws",
         ),
-        _field("num_draws", pa.int64(), "draws; for closed_form, probes of the curvature"),
-        _field("sigma", pa.float64(), "standard deviation of the noise, in units of the weights"),
-        _field("estimator", pa.string(), "name"),
+        _field("num_draws", pa.int64(), "draws; for closed_form, probes of the curvature", nullable=False),
+        _field("sigma", pa.float64(), "standard deviation of the noise, in units of the weights", nullable=False),
+        _field("estimator", pa.string(), "name", nullable=False),
         _field("low_precision", pa.bool_(), "whether the precision guard would have refused this score"),
-        _field("num_tokens", pa.int64(), "scored tokens"),
+        _field("num_tokens", pa.int64(), "scored tokens", nullable=False),
         _field("log_prob", pa.float64(), "nats; sum of log p over the scored tokens, under the model as it is"),
         _field("weight", pa.float64(), "probability of being sampled in Algorithm 2, proportional to mrd"),
         _field("error", pa.string(), "null, or why there is no score"),
     ]
 )
 # columns of scoring.measures
-_MEASURES = {
+MEASURES = {
     "mean_log_prob": _field("mean_log_prob", pa.float64(), "nats per scored token"),
     "entropy": _field("entropy", pa.float64(), "nats; of the predicted distribution, mean over scored tokens"),
     "memorization_accuracy": _field(
@@ -74,7 +74,7 @@ def scores_table(samples: pa.Table, results: Iterable[pa.Table], scoring: Scorin
     mrd = np.array([np.nan if row.get("mrd") is None else row["mrd"] for row in rows])
     for row, weight in zip(rows, sampling_weights(mrd).tolist(), strict=True):
         row["weight"] = None if np.isnan(weight) else weight
-    schema = pa.schema([*SCHEMA, *(field for name, field in _MEASURES.items() if name in scoring.measures)])
+    schema = pa.schema([*SCHEMA, *(field for name, field in MEASURES.items() if name in scoring.measures)])
     return pa.Table.from_pylist(rows, schema)
 
 

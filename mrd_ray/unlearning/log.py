@@ -5,13 +5,14 @@ import importlib
 import json
 import math
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import ray.util.metrics
+from pydantic import BaseModel, ConfigDict, Field
 
 from mrd_ray.config import TrackingConfig, UnlearnConfig
 from mrd_ray.errors import UserError
-from mrd_ray.runs import RunDirectory
+from mrd_ray.runs import RunDirectory, parsed_json
 
 NAME = "metrics.jsonl"
 _FLUSH_EVERY = 2.0  # seconds
@@ -97,11 +98,24 @@ def _json(line: dict[str, Any]) -> str:
     return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()})
 
 
+class _Line(BaseModel):
+    """A line of the log: beside these, numbers, none of them beyond all measure."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    __pydantic_extra__: dict[str, Annotated[float, Field(ge=-1e100, le=1e100)] | None]
+
+    step: int = Field(ge=0, lt=2**53)
+    of: int = Field(ge=0, lt=2**53)
+    event: str
+    reason: str = ""
+
+
 def read(run: RunDirectory) -> list[dict[str, Any]]:
     """The lines so far; none before a run has begun. Raises UserError if they are damaged."""
     if not run.exists(NAME):
         return []
-    try:
-        return [json.loads(line) for line in run.read(NAME).splitlines()]
-    except ValueError as problem:
-        raise UserError(f"{run.path(NAME)} is damaged ({problem}); use another directory") from None
+    remedy = "start the run's command again, which writes it from the last checkpoint"
+    return [
+        parsed_json(f"{run.path(NAME)}, line {number},", line, _Line, remedy)
+        for number, line in enumerate(run.read(NAME).splitlines(), 1)
+    ]

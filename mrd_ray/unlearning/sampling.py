@@ -206,6 +206,8 @@ def _scores(scores: pa.Table | str | os.PathLike[str]) -> tuple[pa.Array, np.nda
             raise UserError(f"{name}: cannot read it ({problem}); expected a scores.parquet") from None
     if absent := {"sample_id", "mrd"} - set(table.column_names):
         raise UserError(f"{name}: not a table of scores; it has no column {', '.join(sorted(absent))}")
+    if len(table.column_names) > len(set(table.column_names)):
+        raise UserError(f"{name}: not a table of scores; some of its columns stand there twice")
     ids = _strings(table["sample_id"], f"{name}, column sample_id")
     try:
         mrd = table["mrd"].cast(pa.float64()).to_numpy()

@@ -404,7 +404,21 @@ class TestRefuses:
     def test_a_damaged_file(self, runs, tmp_path, run, file):
         shutil.copytree(runs[run], tmp_path / "run")
         (tmp_path / "run" / file).write_bytes((tmp_path / "run" / file).read_bytes()[:-100] + b"...")
-        assert f"{file} is damaged" in self.refused(tmp_path / "run")
+        assert re.search(rf"/{file}(, line \d+,)? is damaged", self.refused(tmp_path / "run"))
+
+    def test_a_manifest_without_the_settings_of_scoring(self, runs, tmp_path):
+        shutil.copytree(runs["exact"], tmp_path / "run")
+        manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+        del manifest["invocations"][-1]["config"]["scoring"]
+        (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+        assert "manifest.json is damaged (no scoring in its settings)" in self.refused(tmp_path / "run")
+
+    def test_scores_that_are_text(self, runs, tmp_path):
+        shutil.copytree(runs["exact"], tmp_path / "run")
+        scores = pq.read_table(tmp_path / "run" / "scores.parquet")
+        index = scores.column_names.index("mrd")
+        pq.write_table(scores.set_column(index, "mrd", scores["mrd"].cast("string")), tmp_path / "run/scores.parquet")
+        assert "scores.parquet is damaged (column mrd is string, not double)" in self.refused(tmp_path / "run")
 
     def test_a_table_of_something_else(self, runs, tmp_path):
         shutil.copytree(runs["exact"], tmp_path / "run")

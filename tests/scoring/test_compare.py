@@ -103,11 +103,17 @@ def test_unknown_standard_errors_settle_nothing(tmp_path):
     assert compare(CompareConfig(run_a=runs[0], run_b=runs[1])).apart is None
 
 
+def test_ids_that_stand_twice_are_refused(tmp_path):
+    runs = [write(tmp_path / name, [1.0] * 60, ids=[*IDS[:-1], IDS[0]]) for name in "ab"]
+    with pytest.raises(UserError, match="a: sample ids stand more than once"):
+        compare(CompareConfig(run_a=runs[0], run_b=runs[1]))
+
+
 def test_what_is_no_table_of_scores_is_refused(tmp_path):
     a = write(tmp_path / "a", list(np.arange(60.0)))
     with pytest.raises(UserError, match="nowhere/scores"):
         compare(CompareConfig(run_a=a, run_b=str(tmp_path / "nowhere")))
-    with pytest.raises(UserError, match="no column mrd, mrd_se"):
+    with pytest.raises(UserError, match="no column mrd"):
         compare(CompareConfig(run_a=a, run_b=f"{a}/samples.parquet"))
     empty = write(tmp_path / "empty", [None] * 60)
     with pytest.raises(UserError, match="at least 3"):
