@@ -15,6 +15,7 @@ from mrd_ray.config import (
     CompareConfig,
     DemoConfig,
     EvaluateConfig,
+    PipelineConfig,
     PlanConfig,
     ReportConfig,
     ScoreConfig,
@@ -34,11 +35,12 @@ LINE = CommandLine(
         "compare": CompareConfig,
         "unlearn": UnlearnConfig,
         "evaluate": EvaluateConfig,
+        "pipeline": PipelineConfig,
         "tasks": TasksConfig,
         "report": ReportConfig,
         "demo": DemoConfig,
     },
-    of_tasks=("score", "plan", "unlearn", "evaluate"),
+    of_tasks=("score", "plan", "unlearn", "evaluate", "pipeline"),
     positional={"compare": {"run_a": None, "run_b": None}, "report": {"runs": "+"}},
 )
 
@@ -56,6 +58,8 @@ def _call(config: Any) -> int:
             return _plan(config)
         case CompareConfig():
             return _compare(config)
+        case PipelineConfig():  # before UnlearnConfig, which it extends
+            return _pipeline(config)
         case UnlearnConfig():
             return _unlearn(config)
         case EvaluateConfig():
@@ -124,25 +128,31 @@ def _tasks(config: TasksConfig) -> int:
     return DONE
 
 
-def _demo(config: DemoConfig) -> int:
-    from mrd_ray.demo import demo
+def _pipeline(config: PipelineConfig) -> int:
     from mrd_ray.evaluation import summary
     from mrd_ray.evaluation.evaluate import evaluate
-    from mrd_ray.report.report import write_report
+    from mrd_ray.stages import Stages
+
+    stages = Stages.of(config)
+    code = _score(stages.score)
+    print()
+    code = max(code, _unlearn(stages.unlearn))
+    runs = {when: evaluate(one) for when, one in stages.evaluations.items()}
+    if runs:
+        summary.show_beside(Console(width=None if sys.stdout.isatty() else 120), runs)
+        code = max(code, *(_SOME_WITHOUT_SCORE if run.num_errors else DONE for run in runs.values()))
+    print()
+    _report(stages.report)
+    return code
+
+
+def _demo(config: DemoConfig) -> int:
+    from mrd_ray.demo import demo
 
     scoring = demo.scoring(config)
-    code = _score(scoring)
     if not config.unlearn or (config.model, config.data) != (None, None):
-        return code
-    print()
-    unlearning = demo.unlearning(scoring)
-    code = _unlearn(unlearning)
-    models = {"before": unlearning.model.path, "after": f"{unlearning.run.dir}/model"}
-    runs = {when: evaluate(demo.evaluation(unlearning, model, when)) for when, model in models.items()}
-    summary.show_beside(Console(width=None if sys.stdout.isatty() else 120), runs)
-    of_all = (scoring.run.dir, unlearning.run.dir, *(run.config.run.dir for run in runs.values()))
-    print(f"\nReport of all this, for a browser: {write_report(ReportConfig(runs=of_all))}")
-    return code
+        return _score(scoring)
+    return _pipeline(demo.pipeline(scoring))
 
 
 def _compare(config: CompareConfig) -> int:
