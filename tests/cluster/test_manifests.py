@@ -260,6 +260,12 @@ def test_dockerfile():
     assert all((ROOT / name).exists() for name in copied)
 
 
+def test_every_image_is_the_one_of_this_version():
+    files = [file for file in CLUSTER.rglob("*") if file.suffix != ".dockerignore" and file.is_file()]
+    tags = {tag for file in files for tag in re.findall(r"/mrd-ray:(\S+)", file.read_text())}
+    assert tags == {IMAGE.split(":")[1]}
+
+
 def test_no_secrets():
     secret = r"(?i)(hf_[a-z0-9]{20}|AKIA[0-9A-Z]{16}|-----BEGIN|(token|password|secret)[\"']?\s*[:=]\s*[\"']?[\w-]{16})"
     for file in (file for file in CLUSTER.rglob("*") if file.is_file()):
