@@ -1,5 +1,6 @@
 """The `mrd-ray` command: parse, call one function, print where the results went."""
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from mrd_ray.config import (
     PlanConfig,
     ReportConfig,
     ScoreConfig,
+    StatusConfig,
     TasksConfig,
     UnlearnConfig,
 )
@@ -36,12 +38,13 @@ LINE = CommandLine(
         "unlearn": UnlearnConfig,
         "evaluate": EvaluateConfig,
         "pipeline": PipelineConfig,
+        "status": StatusConfig,
         "tasks": TasksConfig,
         "report": ReportConfig,
         "demo": DemoConfig,
     },
     of_tasks=("score", "plan", "unlearn", "evaluate", "pipeline"),
-    positional={"compare": {"run_a": None, "run_b": None}, "report": {"runs": "+"}},
+    positional={"compare": {"run_a": None, "run_b": None}, "report": {"runs": "+"}, "status": {"run": None}},
 )
 
 
@@ -64,6 +67,8 @@ def _call(config: Any) -> int:
             return _unlearn(config)
         case EvaluateConfig():
             return _evaluate(config)
+        case StatusConfig():
+            return _status(config)
         case TasksConfig():
             return _tasks(config)
         case ReportConfig():
@@ -112,6 +117,22 @@ def _evaluate(config: EvaluateConfig) -> int:
     Console().print(f"Rows:    {finished.run.path('evaluation.parquet')}", soft_wrap=True)
     Console().print(f"Took {time.monotonic() - started:.0f} s")
     return _SOME_WITHOUT_SCORE if finished.num_errors else DONE
+
+
+def _status(config: StatusConfig) -> int:
+    from mrd_ray.status import rows, status
+
+    found = status(config.run)
+    if config.as_json:
+        print(json.dumps([one.plain() for one in found], indent=1))
+        return DONE
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    for one in found:
+        table = Table(show_header=False)
+        for row in rows(one):
+            table.add_row(*map(escape, row))
+        console.print(table)
+    return DONE
 
 
 def _tasks(config: TasksConfig) -> int:

@@ -12,6 +12,8 @@ from mrd_ray.config import (
     UnlearnConfig,
 )
 
+FOLDERS = ("score", "unlearn", "evaluate-before", "evaluate-after")
+
 
 @dataclass(frozen=True)
 class Stages:

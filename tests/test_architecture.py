@@ -14,6 +14,7 @@ LAYERS = [
     "progress",
     "storage",
     "runs",
+    "journal",
     "models",
     "data",
     "fine_tune",

@@ -7,6 +7,7 @@ from mrd_ray.config.evaluation import EvaluateConfig, EvaluatedSet, EvaluationCo
 from mrd_ray.config.pipeline import PipelineConfig
 from mrd_ray.config.report import ReportConfig
 from mrd_ray.config.scoring import CompareConfig, Measure, PlanConfig, ScoreConfig, ScoringConfig
+from mrd_ray.config.status import StatusConfig
 from mrd_ray.config.tasks import TasksConfig
 from mrd_ray.config.unlearning import (
     CheckpointsConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "RunConfig",
     "ScoreConfig",
     "ScoringConfig",
+    "StatusConfig",
     "StoppingConfig",
     "TasksConfig",
     "TrackingConfig",

@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from mrd_ray import storage
 from mrd_ray.errors import UserError
 from mrd_ray.runs import RunDirectory
 
@@ -121,7 +120,7 @@ def _names(uris: Sequence[str]) -> list[str]:
 
 
 def _read(uri: str, name: str) -> Run:
-    run = _open(uri)
+    run = RunDirectory.existing(uri, "runs")
     manifest = run.manifest()
     last = manifest["invocations"][-1] if manifest["invocations"] else {}
     if absent := {"time", "command", "versions", "hardware", "config"} - set(last):
@@ -147,21 +146,6 @@ def _read(uri: str, name: str) -> Run:
         f"{uri}: nothing to report yet: no scores.parquet, metrics.jsonl or figures.parquet in it. Start its command "
         "again, so that it finishes"
     )
-
-
-def _open(uri: str) -> RunDirectory:
-    """RunDirectory makes what is not there, which a mistyped path must not do."""
-    try:
-        fs, root = storage.filesystem(uri)
-        there = fs.exists(f"{root}/manifest.json")
-    except (ImportError, ValueError, OSError) as problem:
-        raise UserError(f"runs: cannot open {uri}: {problem}") from None
-    if not there:
-        raise UserError(
-            f"runs: {uri} is not a run directory: no manifest.json in it. Name a directory that mrd-ray score, unlearn "
-            "or evaluate has written to (its run.dir)"
-        )
-    return RunDirectory(uri)
 
 
 def _table(run: RunDirectory, name: str, columns: set[str]) -> pa.Table:
