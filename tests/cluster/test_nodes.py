@@ -38,12 +38,11 @@ def alone(tiny_model_dir, qa_file, tmp_path_factory):
 
 
 @contextmanager
-def started(cluster, model: Path, data: Path, run: Path, *more: str, actors: int = 3):
+def started(cluster, model: Path, data: Path, run: Path, *more: str, actors: int = 3, draws: int = 600):
     """A job on the cluster, once it has finished its first units; it must end well."""
     run.mkdir()
-    with driver(
-        "score", scoring(model, data, run, "--ray.actors", str(actors), *more), run / "log", cluster.address
-    ) as job:
+    flags = scoring(model, data, run, "--ray.actors", str(actors), *more, draws=draws)
+    with driver("score", flags, run / "log", cluster.address) as job:
         job.until(lambda: len(units(run)) >= 3)
         yield job
         job.ends()
@@ -82,16 +81,20 @@ def test_a_spot_node_is_given_notice_and_goes(cluster, tiny_model_dir, qa_file, 
     nothing_twice(run)
 
 
-def test_a_node_joins(cluster, tiny_model_dir, qa_file, tmp_path, alone):
+def test_a_node_joins(cluster, tiny_model_dir, qa_file, tmp_path):
     """Asked for six actors, four find room; the others start on the node that comes late."""
-    run = tmp_path / "run"
-    with started(cluster, tiny_model_dir, qa_file, run, actors=6) as job:
+    run, single = tmp_path / "run", tmp_path / "alone"
+    with started(cluster, tiny_model_dir, qa_file, run, actors=6, draws=3000) as job:
         assert "room for 4 of 6 of 1 CPU each by now; the others start when nodes join" in job.said
         cluster.add_node(num_cpus=3)
         job.until(lambda: "has joined; its room is used" in job.said)
-    assert scores(run).equals(alone)
-    assert len(workers(run)) > 4
-    nothing_twice(run)
+    assert len(workers(run)) == 6
+    nothing_twice(run, draws=3000)
+    single.mkdir()
+    flags = scoring(tiny_model_dir, qa_file, single, "--ray.actors", "1", draws=3000)
+    with driver("score", flags, single / "log", cluster.address) as job:
+        job.ends()
+    assert scores(run).equals(scores(single))
 
 
 def test_workers_from_zero(cluster, tiny_model_dir, qa_file, tmp_path, alone):
