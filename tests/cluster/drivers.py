@@ -102,6 +102,13 @@ def nothing_twice(run: Path, draws: int = 600) -> None:
     assert len(counted) == len(scores(run))
 
 
+def forget_address(address: str) -> None:
+    """`ray start` leaves a note of its cluster, which later drivers on this machine would try to join."""
+    note = Path("/tmp/ray/ray_current_cluster")
+    if note.is_file() and note.read_text().strip() == address:
+        note.unlink()
+
+
 def actors() -> list[psutil.Process]:
     """Of Ray Data, on this machine."""
     return [p for p in psutil.process_iter(["cmdline"]) if "MapWorker" in " ".join(p.info["cmdline"] or [])]

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from drivers import ROOT, nothing_twice, scores, scoring, units, workers
+from drivers import ROOT, forget_address, nothing_twice, scores, scoring, units, workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 BIN = Path(sys.executable).parent
@@ -69,6 +69,7 @@ def address(environment, tmp_path_factory):
             head.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
+        forget_address(next(iter(re.findall(rf"[\d.]+:{port}\b", (folder / "log").read_text())), ""))
 
 
 @pytest.fixture(scope="module")

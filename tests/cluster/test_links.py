@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from drivers import Driver, events, nothing_twice, scores, scoring, units
+from drivers import Driver, events, forget_address, nothing_twice, scores, scoring, units
 
 pytestmark = [
     pytest.mark.slow,
@@ -83,6 +83,7 @@ def hosts(tmp_path):
     finally:
         for host in (worker, head):
             host.close()
+        forget_address(f"{HEAD}:6379")
 
 
 def join(worker: Host, folder: Path) -> None:
