@@ -92,14 +92,17 @@ class CommandLine:
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM, by `ray job stop` or a node that goes away, is as ctrl-C. Ray's own handler exits with its number."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+    of_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number)) if of_main else None
     try:
         yield
     except SystemExit as stop:
         if stop.code == signal.SIGTERM:
             raise KeyboardInterrupt from None
         raise
+    finally:
+        if of_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _failed(problem: UserError) -> int:
