@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint install
+.PHONY: demo test lint soak install
 
 demo: .venv/installed
 	$(BIN)/mrd-ray demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -15,6 +15,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# twenty minutes of killed actors: make soak MODEL=directory of a small model
+soak: .venv/installed
+	$(BIN)/python benchmarks/soak.py --model "$(MODEL)"
 
 install: .venv/installed
 

@@ -1,7 +1,7 @@
 """Memory Removal Difficulty (arXiv 2504.06658) on Ray: how hard each sample is to unlearn from a language model."""
 
 import importlib
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from mrd_ray.config import (
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from mrd_ray.unlearning.sampling import MRDSampler
     from mrd_ray.unlearning.unlearn import UnlearnRun
 
-__version__ = version("mrd-ray")
+try:
+    __version__ = version("mrd-ray")
+except PackageNotFoundError:  # a copy in the working directory of a job
+    __version__ = "unknown"
 
 __all__ = [
     "CompareConfig",

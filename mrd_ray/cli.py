@@ -1,5 +1,6 @@
 """The `mrd-ray` command: parse, call one function, print where the results went."""
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -15,9 +16,11 @@ from mrd_ray.config import (
     CompareConfig,
     DemoConfig,
     EvaluateConfig,
+    PipelineConfig,
     PlanConfig,
     ReportConfig,
     ScoreConfig,
+    StatusConfig,
     TasksConfig,
     UnlearnConfig,
 )
@@ -34,12 +37,14 @@ LINE = CommandLine(
         "compare": CompareConfig,
         "unlearn": UnlearnConfig,
         "evaluate": EvaluateConfig,
+        "pipeline": PipelineConfig,
+        "status": StatusConfig,
         "tasks": TasksConfig,
         "report": ReportConfig,
         "demo": DemoConfig,
     },
-    of_tasks=("score", "plan", "unlearn", "evaluate"),
-    positional={"compare": {"run_a": None, "run_b": None}, "report": {"runs": "+"}},
+    of_tasks=("score", "plan", "unlearn", "evaluate", "pipeline"),
+    positional={"compare": {"run_a": None, "run_b": None}, "report": {"runs": "+"}, "status": {"run": None}},
 )
 
 
@@ -56,10 +61,14 @@ def _call(config: Any) -> int:
             return _plan(config)
         case CompareConfig():
             return _compare(config)
+        case PipelineConfig():  # before UnlearnConfig, which it extends
+            return _pipeline(config)
         case UnlearnConfig():
             return _unlearn(config)
         case EvaluateConfig():
             return _evaluate(config)
+        case StatusConfig():
+            return _status(config)
         case TasksConfig():
             return _tasks(config)
         case ReportConfig():
@@ -110,6 +119,22 @@ def _evaluate(config: EvaluateConfig) -> int:
     return _SOME_WITHOUT_SCORE if finished.num_errors else DONE
 
 
+def _status(config: StatusConfig) -> int:
+    from mrd_ray.status import rows, status
+
+    found = status(config.run)
+    if config.as_json:
+        print(json.dumps([one.plain() for one in found], indent=1))
+        return DONE
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    for one in found:
+        table = Table(show_header=False)
+        for row in rows(one):
+            table.add_row(*map(escape, row))
+        console.print(table)
+    return DONE
+
+
 def _tasks(config: TasksConfig) -> int:
     from mrd_ray.data import tasks
 
@@ -124,25 +149,31 @@ def _tasks(config: TasksConfig) -> int:
     return DONE
 
 
-def _demo(config: DemoConfig) -> int:
-    from mrd_ray.demo import demo
+def _pipeline(config: PipelineConfig) -> int:
     from mrd_ray.evaluation import summary
     from mrd_ray.evaluation.evaluate import evaluate
-    from mrd_ray.report.report import write_report
+    from mrd_ray.stages import Stages
+
+    stages = Stages.of(config)
+    code = _score(stages.score)
+    print()
+    code = max(code, _unlearn(stages.unlearn))
+    runs = {when: evaluate(one) for when, one in stages.evaluations.items()}
+    if runs:
+        summary.show_beside(Console(width=None if sys.stdout.isatty() else 120), runs)
+        code = max(code, *(_SOME_WITHOUT_SCORE if run.num_errors else DONE for run in runs.values()))
+    print()
+    _report(stages.report)
+    return code
+
+
+def _demo(config: DemoConfig) -> int:
+    from mrd_ray.demo import demo
 
     scoring = demo.scoring(config)
-    code = _score(scoring)
     if not config.unlearn or (config.model, config.data) != (None, None):
-        return code
-    print()
-    unlearning = demo.unlearning(scoring)
-    code = _unlearn(unlearning)
-    models = {"before": unlearning.model.path, "after": f"{unlearning.run.dir}/model"}
-    runs = {when: evaluate(demo.evaluation(unlearning, model, when)) for when, model in models.items()}
-    summary.show_beside(Console(width=None if sys.stdout.isatty() else 120), runs)
-    of_all = (scoring.run.dir, unlearning.run.dir, *(run.config.run.dir for run in runs.values()))
-    print(f"\nReport of all this, for a browser: {write_report(ReportConfig(runs=of_all))}")
-    return code
+        return _score(scoring)
+    return _pipeline(demo.pipeline(scoring))
 
 
 def _compare(config: CompareConfig) -> int:

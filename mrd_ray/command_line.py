@@ -1,9 +1,12 @@
 """Command lines made from config classes: flags, YAML, tasks, and what goes wrong with them."""
 
 import argparse
+import contextlib
 import functools
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,12 +93,29 @@ class CommandLine:
         except ValidationError as problem:  # settings that are each in range but contradict one another
             line.error("; ".join(_named(problem.title, error) for error in problem.errors()))
         try:
-            return call(config)
+            with _terminable():
+                return call(config)
         except UserError as problem:
             return _failed(problem)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, by `ray job stop` or a node that goes away, is as ctrl-C. Ray's own handler exits with its number."""
+    of_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number)) if of_main else None
+    try:
+        yield
+    except SystemExit as stop:
+        if stop.code == signal.SIGTERM:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if of_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _failed(problem: UserError) -> int:

@@ -61,10 +61,6 @@ class Meter:
                 f"{self._title}: {share:.0%}, {detail}, {elapsed:.0f} s elapsed", soft_wrap=True, highlight=False
             )
 
-    def note(self, text: str) -> None:
-        """Say something by the way, on a line of its own."""
-        self._console.print(f"{self._title}: {text}", soft_wrap=True, highlight=False)
-
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -7,6 +7,7 @@ import platform
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Collection, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -133,6 +134,26 @@ class RunDirectory:
                     self._fs.makedirs(self._root, exist_ok=True)
         except (ImportError, ValueError) as problem:
             raise UserError(f"run.dir: cannot open {uri}: {problem}") from None
+
+    @staticmethod
+    def is_one(uri: str) -> bool:
+        """Whether a run has claimed it. Raises ImportError, ValueError or OSError where that cannot be told."""
+        fs, root = storage.filesystem(uri)
+        return bool(fs.exists(f"{root}/manifest.json"))
+
+    @classmethod
+    def existing(cls, uri: str, setting: str) -> "RunDirectory":
+        """A directory that is one already: what is mistyped is not made. Raises UserError, with the setting."""
+        try:
+            there = cls.is_one(uri)
+        except (ImportError, ValueError, OSError) as problem:
+            raise UserError(f"{setting}: cannot open {uri}: {problem}") from None
+        if not there:
+            raise UserError(
+                f"{setting}: {uri} is not a run directory: no manifest.json in it. Name a directory that mrd-ray "
+                "score, unlearn or evaluate has written to (its run.dir)"
+            )
+        return cls(uri)
 
     def path(self, name: str) -> str:
         """The full path of a file of this run, as its file system names it."""
@@ -270,7 +291,7 @@ class RunDirectory:
             identity: setting or digest by name; everything that results depend on, but for what may grow.
             owns: what such a run makes here, and may replace; it must not be there without a manifest.
         """
-        manifest: dict[str, Any] = {"identity": identity, "invocations": []}
+        manifest: dict[str, Any] = {"run_id": uuid.uuid4().hex[:12], "identity": identity, "invocations": []}
         if not self.exists("manifest.json"):
             for name in ("config.yaml", *owns):
                 if self.exists(name):
@@ -279,7 +300,7 @@ class RunDirectory:
                         "directory"
                     )
         if self.exists("manifest.json"):
-            manifest = self.manifest()
+            manifest |= self.manifest()
             differing = [
                 f"  {key}: {was if key in manifest['identity'] else 'not recorded'} there, {now} now"
                 for key in sorted(manifest["identity"].keys() | identity.keys())

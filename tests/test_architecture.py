@@ -15,6 +15,7 @@ LAYERS = [
     "progress",
     "storage",
     "runs",
+    "journal",
     "models",
     "data",
     "fine_tune",
@@ -22,7 +23,7 @@ LAYERS = [
     "scoring",
     "unlearning",
 ]
-LAYERS += ["evaluation", "report", "demo", "command_line", "paper", "cli"]
+LAYERS += ["evaluation", "report", "stages", "demo", "command_line", "paper", "cli"]
 FILES = [
     file for file in sorted((ROOT / "mrd_ray").rglob("*.py")) if file.parent != ROOT / "mrd_ray" or file.stem in LAYERS
 ]

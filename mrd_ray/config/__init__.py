@@ -4,8 +4,10 @@ from mrd_ray.config.base import ModelConfig, RayConfig, RunConfig
 from mrd_ray.config.data import DataConfig, RetainConfig
 from mrd_ray.config.demo import DemoConfig
 from mrd_ray.config.evaluation import EvaluateConfig, EvaluatedSet, EvaluationConfig, MembershipConfig, Metric
+from mrd_ray.config.pipeline import PipelineConfig
 from mrd_ray.config.report import ReportConfig
 from mrd_ray.config.scoring import CompareConfig, Measure, PlanConfig, ScoreConfig, ScoringConfig
+from mrd_ray.config.status import StatusConfig
 from mrd_ray.config.tasks import TasksConfig
 from mrd_ray.config.unlearning import (
     CheckpointsConfig,
@@ -33,6 +35,7 @@ __all__ = [
     "MembershipConfig",
     "Metric",
     "ModelConfig",
+    "PipelineConfig",
     "PlanConfig",
     "RayConfig",
     "ReportConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "RunConfig",
     "ScoreConfig",
     "ScoringConfig",
+    "StatusConfig",
     "StoppingConfig",
     "TasksConfig",
     "TrackingConfig",

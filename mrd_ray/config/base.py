@@ -72,10 +72,23 @@ class RunConfig(Frozen):
     )
 
 
-class RayConfig(Frozen):
+class Patience(Frozen):
+    """How long a cluster is waited for."""
+
+    start_timeout: PositiveFloat = Field(1800.0, description="Seconds to wait for nodes with room, where none has yet.")
+    stall_after: PositiveFloat = Field(
+        900.0, description="Seconds at one unit, or without any actor, after which a warning names unit and node."
+    )
+
+
+class RayConfig(Patience):
     """The actor pool. Each actor holds a replica of the model; for Monte Carlo scores, its weights twice."""
 
-    actors: PositiveInt | None = Field(None, description="How many; unset, as many as the cluster has room for.")
+    actors: PositiveInt | None = Field(
+        None,
+        description="How many; unset, as many as the cluster has room for. On a cluster that was there before, those "
+        "without room start when nodes join.",
+    )
     cpus_per_actor: PositiveFloat = Field(1.0, description="CPUs per actor; also its number of threads (at least one).")
     gpus_per_actor: NonNegativeFloat | None = Field(
         None, description="GPUs per actor; unset, one if the cluster has any, else none."

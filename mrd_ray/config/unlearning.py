@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from mrd_ray.config.base import Frozen, ModelConfig, RunConfig, refuse_no_pattern
+from mrd_ray.config.base import Frozen, ModelConfig, Patience, RunConfig, refuse_no_pattern
 from mrd_ray.config.data import DataConfig, RetainConfig
 from mrd_ray.config.evaluation import EvaluationConfig
 from mrd_ray.config.scoring import ScoringConfig, closed_form_unless_said
@@ -133,7 +133,7 @@ class DeepSpeedConfig(Frozen):
     )
 
 
-class WorkersConfig(Frozen):
+class WorkersConfig(Patience):
     """The training workers."""
 
     workers: PositiveInt | None = Field(None, description="How many; unset, one for each GPU, or one without any.")

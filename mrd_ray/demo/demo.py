@@ -15,19 +15,18 @@ from mrd_ray import fine_tune, models
 from mrd_ray.config import (
     DataConfig,
     DemoConfig,
-    EvaluateConfig,
     EvaluatedSet,
     EvaluationConfig,
     ModelConfig,
+    PipelineConfig,
     RetainConfig,
     RunConfig,
     ScoreConfig,
     ScoringConfig,
     StoppingConfig,
-    UnlearnConfig,
     UnlearningConfig,
-    WorkersConfig,
 )
+from mrd_ray.config.pipeline import StagesRayConfig
 from mrd_ray.data import samples
 from mrd_ray.errors import UserError
 
@@ -63,32 +62,25 @@ def scoring(config: DemoConfig) -> ScoreConfig:
     )
 
 
-def unlearning(scored: ScoreConfig) -> UnlearnConfig:
-    """How to go on from there: NPO on two workers, the forget set drawn by the MRD just measured and measured anew."""
-    return UnlearnConfig(
-        model=scored.model,
-        data=scored.data,
-        retain=RetainConfig(path=str(RETAIN)),
-        run=RunConfig(dir=f"{scored.run.dir.rstrip('/')}-unlearned"),
-        unlearning=UnlearningConfig(method="npo", steps=_UNLEARNING_STEPS, retain_weight=_RETAIN_WEIGHT),
-        stopping=StoppingConfig(
-            evaluate_every=_UNLEARNING_STEPS, extraction_n=3, extraction_stride=8, max_retain_loss_ratio=3.0
-        ),
-        ray=WorkersConfig(workers=2),
-    )
-
-
-def evaluation(unlearned: UnlearnConfig, model: str, when: str) -> EvaluateConfig:
-    """What a model says when asked about both sets, before or after."""
+def pipeline(scored: ScoreConfig) -> PipelineConfig:
+    """How to go on from there: NPO on two workers, the forget set drawn by its MRD; what to ask before and after."""
     metrics = ("rouge_l", "probability", "memorization_accuracy")
     asked = {
         name: EvaluatedSet(path=str(path), max_samples=_ASKED, metrics=metrics)
         for name, path in {"to_forget": FORGET, "to_keep": RETAIN}.items()
     }
-    return EvaluateConfig(
-        model=ModelConfig(path=model),
+    return PipelineConfig(
+        model=scored.model,
+        data=scored.data,
+        retain=RetainConfig(path=str(RETAIN)),
+        run=scored.run,
+        scoring=scored.scoring,
+        unlearning=UnlearningConfig(method="npo", steps=_UNLEARNING_STEPS, retain_weight=_RETAIN_WEIGHT),
+        stopping=StoppingConfig(
+            evaluate_every=_UNLEARNING_STEPS, extraction_n=3, extraction_stride=8, max_retain_loss_ratio=3.0
+        ),
+        ray=StagesRayConfig(workers=2, **scored.ray.model_dump()),
         evaluation=EvaluationConfig(sets=asked, forget="to_forget", max_new_tokens=_ANSWER_TOKENS, stop="\n"),
-        run=RunConfig(dir=f"{unlearned.run.dir}-{when}"),
     )
 
 

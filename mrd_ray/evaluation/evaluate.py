@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import ray
 from rich.console import Console
 
 from mrd_ray import models, storage
@@ -17,10 +16,10 @@ from mrd_ray.evaluation import judges, sets, table, zero_shot
 from mrd_ray.evaluation.actor import RESULT_SCHEMA, UNIT_SCHEMA, EvaluationActor, Task
 from mrd_ray.evaluation.aggregate import Figure
 from mrd_ray.evaluation.measure import Record
+from mrd_ray.journal import Journal
 from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline
-from mrd_ray.scoring.pool import Pool
 
 _IDENTITY = [
     "extraction_n",
@@ -83,10 +82,12 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
         _warn_of_overlap(tables, config.evaluation, console)
         identity = {"model": files_digest, "tokenizer": models.tokenizer_digest(tokenizer)}
         run.claim(identity | of_sets | _identity(config), config, owns=("units", "evaluation.parquet"))
-        work = _Work(config, run, tables, files_digest)
-        records = work.off()
-        suites = zero_shot.figures(config, run, files_digest)
-        finished = _finish(config, run, tables, records, reference, suites)
+        with Journal(run, "evaluate") as journal:
+            work = _Work(config, run, tables, files_digest, journal)
+            records = work.off()
+            suites = zero_shot.figures(config, run, files_digest, journal)
+            finished = _finish(config, run, tables, records, reference, suites)
+            journal.tell(samples=sum(map(len, tables.values())), sample_errors=finished.num_errors)
     return finished
 
 
@@ -146,6 +147,7 @@ class _Work:
     run: RunDirectory
     tables: Mapping[str, pa.Table]
     files_digest: str
+    journal: Journal
 
     def off(self) -> dict[str, dict[str, Record]]:
         """Measure what is missing, and give the records of each set by sample_id."""
@@ -153,28 +155,30 @@ class _Work:
         there = set(self.run.names("units"))
         missing = [(unit_id, rows) for unit_id, rows in units if f"{unit_id}.parquet" not in there]
         if missing:
-            with pipeline.cluster():
-                self._measure(missing)
+            with pipeline.cluster() as grows:
+                self._measure(missing, grows)
         records: dict[str, dict[str, Record]] = {name: {} for name in self.tables}
         for unit_id, rows in units:
             for record in self._result(unit_id, rows):
                 records[unit_id.rsplit(".", 1)[0]][record["sample_id"]] = record
         return records
 
-    def _measure(self, units: list[tuple[str, list[sets.Row]]]) -> None:
+    def _measure(self, units: list[tuple[str, list[sets.Row]]], grows: bool) -> None:
         """Work off these units; each one's result is on disk before it counts as done."""
         config = self.config
-        pool = Pool.of(config.ray, ray.cluster_resources())
+        pool = pipeline.pool_of(config.ray, grows, self.journal)
         pool = dataclasses.replace(pool, actors=min(pool.actors, len(units)))
         task = Task(config.model, config.evaluation, self.files_digest, pool.threads, pool.gpus > 0)
         work = {unit_id: sum(map(sets.cost, rows)) for unit_id, rows in units}
         rows_of = {unit_id: len(rows) for unit_id, rows in units}
         tables = [pa.Table.from_pylist([{"unit_id": unit_id, "rows": rows}], UNIT_SCHEMA) for unit_id, rows in units]
         measured = 0
-        with Meter("Evaluating", sum(work.values())) as meter:
+        self.journal.tell(units_done=0, units_left=len(units))
+        with Meter("Evaluating", sum(work.values()), self.journal.console) as meter:
             meter.advance(0, f"{len(units)} unit(s) to do, starting {pool.actors} actor(s)")
-            for count, result in enumerate(pipeline.results(tables, EvaluationActor, task, pool), 1):
-                (row,) = result.select(["unit_id", "seconds", "fatal"]).to_pylist()
+            results = pipeline.results(tables, EvaluationActor, task, pool, self.journal, config.ray.stall_after)
+            for count, result in enumerate(results, 1):
+                (row,) = result.select(["unit_id", "worker", "seconds", "fatal"]).to_pylist()
                 if row["fatal"] is not None:
                     raise UserError(row["fatal"])
                 if count == 1:
@@ -183,6 +187,8 @@ class _Work:
                 measured += rows_of[row["unit_id"]]
                 rate = measured / meter.working_seconds
                 meter.advance(work[row["unit_id"]], f"unit {count} of {len(units)}, {rate:.3g} rows/s")
+                self.journal.event("unit_done", unit=row["unit_id"], worker=row["worker"], seconds=row["seconds"])
+                self.journal.tell(units_done=count, units_left=len(units) - count, samples_draws_per_second=rate)
 
     def _result(self, unit_id: str, rows: list[sets.Row]) -> list[Record]:
         name = f"units/{unit_id}.parquet"

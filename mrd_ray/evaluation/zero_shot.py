@@ -14,10 +14,10 @@ from mrd_ray import models
 from mrd_ray.config import EvaluateConfig
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation.aggregate import Figure
+from mrd_ray.journal import Journal
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline
 from mrd_ray.scoring.actor import attempt, replica
-from mrd_ray.scoring.pool import Pool
 
 
 def require(config: EvaluateConfig) -> None:
@@ -45,13 +45,13 @@ def tasks_digest(folder: str | None) -> str | None:
     return models.content_digest(filter(Path.is_file, files))
 
 
-def figures(config: EvaluateConfig, run: RunDirectory, files_digest: str) -> list[Figure]:
+def figures(config: EvaluateConfig, run: RunDirectory, files_digest: str, journal: Journal) -> list[Figure]:
     """Figures of each suite, one Ray task each; those that are there from an earlier start are taken."""
     names = {name: f"units/zero-shot-{name}.json" for name in config.evaluation.zero_shot}
     missing = [name for name, file in names.items() if not run.exists(file)]
     if missing:
-        with pipeline.cluster():
-            pool = Pool.of(config.ray, ray.cluster_resources())
+        with pipeline.cluster() as grows:
+            pool = pipeline.pool_of(config.ray, grows, journal)
             work = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=3)(_suite)
             waiting = {work.remote(config, name, files_digest, pool.threads, pool.gpus > 0): name for name in missing}
             while waiting:

@@ -9,7 +9,6 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel, Field
 
-from mrd_ray import storage
 from mrd_ray.config import EvaluateConfig, ScoreConfig, UnlearnConfig
 from mrd_ray.data import samples
 from mrd_ray.errors import UserError
@@ -148,7 +147,7 @@ def _names(uris: Sequence[str]) -> list[str]:
 
 
 def _read(uri: str, name: str) -> Run:
-    run = _open(uri)
+    run = RunDirectory.existing(uri, "runs")
     if run.exists("metrics.jsonl"):
         about = _about(run, name, "unlearn")
         refreshes = _by_step(run, "scores", _SCORES, _SCORE_COLUMNS)
@@ -179,21 +178,6 @@ def _about(run: RunDirectory, name: str, command: str) -> About:
         raise UserError(f"{where} is damaged (no {', '.join(absent)} in its settings); {remedy}")
     whole = shape.model_validate(config).model_dump(mode="json")  # settings that are newer than the run
     return About(name, run.uri, command, manifest, whole)
-
-
-def _open(uri: str) -> RunDirectory:
-    """RunDirectory makes what is not there, which a mistyped path must not do."""
-    try:
-        fs, root = storage.filesystem(uri)
-        there = fs.exists(f"{root}/manifest.json")
-    except (ImportError, ValueError, OSError) as problem:
-        raise UserError(f"runs: cannot open {uri}: {problem}") from None
-    if not there:
-        raise UserError(
-            f"runs: {uri} is not a run directory: no manifest.json in it. Name a directory that mrd-ray score, unlearn "
-            "or evaluate has written to (its run.dir)"
-        )
-    return RunDirectory(uri)
 
 
 def _by_step(

@@ -7,6 +7,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from mrd_ray import storage
 from mrd_ray.config import ReportConfig
 from mrd_ray.errors import UserError
 from mrd_ray.report import charts, evaluation, scores, tables, unlearning
@@ -28,9 +29,10 @@ def write_report(config: ReportConfig) -> str:
         run.write("report.html", content)
         return run.path("report.html")
     try:
-        Path(config.out).write_bytes(content)
-    except OSError as problem:
-        raise UserError(f"out: cannot write {config.out}: {problem.strerror}") from None
+        with storage.open_file(config.out, "wb") as file:
+            file.write(content)
+    except (ImportError, ValueError, OSError) as problem:
+        raise UserError(f"out: cannot write {config.out}: {getattr(problem, 'strerror', None) or problem}") from None
     return config.out
 
 

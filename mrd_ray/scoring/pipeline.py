@@ -6,22 +6,28 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import ray
 
+from mrd_ray.config import RayConfig
 from mrd_ray.errors import UserError
+from mrd_ray.journal import Journal
+from mrd_ray.scoring.lookout import Lookout, Noted
 from mrd_ray.scoring.pool import Pool
 
 
 @contextlib.contextmanager
-def cluster(log_to_driver: bool = True) -> Iterator[None]:
+def cluster(log_to_driver: bool = True) -> Iterator[bool]:
     """Join the running cluster (RAY_ADDRESS, or the job's), or start a local one that ends with this block.
 
     Args:
         log_to_driver: whether what workers print appears here too.
+
+    Yields whether nodes may still join: a cluster that was there before, and not this machine alone.
     """
     if ray.is_initialized():
-        yield
+        yield True
         return
     try:
         ray.init(log_to_driver=log_to_driver, include_dashboard=False, logging_level=logging.WARNING)
@@ -29,31 +35,59 @@ def cluster(log_to_driver: bool = True) -> Iterator[None]:
         where = os.environ.get("RAY_ADDRESS", "the one that `ray start` was last used for here")
         raise UserError(f"cannot join the Ray cluster ({where}): {problem}; set RAY_ADDRESS, or unset it") from None
     try:
-        yield
+        yield not any(child.name() == "gcs_server" for child in psutil.Process().children())  # it would be our own
     finally:
         ray.shutdown()
 
 
-def results(units: Iterable[pa.Table], actor: type, task: Any, pool: Pool) -> Iterator[pa.Table]:
+def pool_of(config: RayConfig, grows: bool, journal: Journal, all_at_once: bool = False) -> Pool:
+    """The pool for the cluster as it is; where it grows, waits until one actor has room, or all.
+
+    Raises UserError if there is no room, and none comes within `ray.start_timeout` seconds.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    pool = Pool.of(config, nodes, grows)
+    room, wanted = pool.room(nodes), pool.actors if all_at_once else 1
+    each = " and ".join(f"{amount:g} {name}" for name, amount in pool.resources.items())
+    if room < pool.actors:
+        rest = "all are waited for" if all_at_once else "the others start when nodes join"
+        journal.event("room", f"room for {room} of {pool.actors} of {each} each by now; {rest}", room=room)
+    if room < wanted:
+        asked = ray.util.placement_group([pool.resources] * wanted)  # what an autoscaler brings nodes for
+        try:
+            if not asked.wait(config.start_timeout):
+                raise UserError(
+                    f"ray.start_timeout: no room for {wanted} of {each} each within {config.start_timeout:g} s; the "
+                    "cluster needs more or larger nodes"
+                )
+        finally:
+            ray.util.remove_placement_group(asked)
+    return pool
+
+
+def results(
+    units: Iterable[pa.Table], actor: type, task: Any, pool: Pool, journal: Journal, stall_after: float
+) -> Iterator[pa.Table]:
     """One-row tables of units -> one-row tables of their results, in the order they finish.
 
     Args:
         actor: a callable class, made with `task` in each worker, that takes a unit and gives its result.
 
-    Ray restarts actors that die and runs their units again.
+    Ray restarts actors that die and runs their units again; actors for which there is no room start when nodes join.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # our Meter reports; a failed task still prints
-    dataset = ray.data.from_arrow(list(units)).map_batches(
-        actor,
-        fn_constructor_args=[task],
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=pool.actors),
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus,
-    )
-    # no prefetching: it would hold a finished unit back until the next one is done
-    yield from dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
+    with Lookout(journal, stall_after) as lookout:
+        dataset = ray.data.from_arrow(list(units)).map_batches(
+            Noted,
+            fn_constructor_args=[actor, task, lookout.board, journal.run_id],
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=pool.actors),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
+        )
+        # no prefetching: it would hold a finished unit back until the next one is done
+        yield from dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)

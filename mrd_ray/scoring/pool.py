@@ -1,7 +1,7 @@
 """How many actors, and what each gets."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mrd_ray.config import RayConfig
@@ -21,21 +21,41 @@ class Pool:
         """Threads of one actor."""
         return max(1, int(self.cpus))
 
+    @property
+    def resources(self) -> dict[str, float]:
+        """What one actor takes, in Ray's words."""
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
+    def room(self, nodes: Sequence[Mapping[str, float]]) -> int:
+        """How many such actors nodes with these resources hold, each on one of them."""
+        return sum(
+            min(math.floor(node.get(name, 0.0) / each) for name, each in self.resources.items()) for node in nodes
+        )
+
     @classmethod
-    def of(cls, config: RayConfig, resources: Mapping[str, float]) -> "Pool":
-        """Size the pool for a cluster with these resources ("CPU", "GPU"). Raises UserError if it has no room."""
-        cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    def of(cls, config: RayConfig, nodes: Sequence[Mapping[str, float]], grows: bool = False) -> "Pool":
+        """Size the pool for nodes with these resources ("CPU", "GPU").
+
+        Args:
+            grows: nodes may still join, so that `actors`, where it is set, is what there will be and not refused.
+
+        Raises:
+            UserError: there is no room for it.
+        """
+        cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
         gpus_each = config.gpus_per_actor if config.gpus_per_actor is not None else float(gpus > 0)
+        pool = cls(config.actors or 1, config.cpus_per_actor, gpus_each)
+        if grows and config.actors is not None:
+            return pool
         if gpus_each > gpus:
             raise UserError(f"ray.gpus_per_actor: {gpus_each:g} asked for, but the cluster has {gpus:g} GPU(s)")
         if config.cpus_per_actor > cpus:
             raise UserError(f"ray.cpus_per_actor: {config.cpus_per_actor:g} asked for, but the cluster has {cpus:g}")
-        room = math.floor(cpus / config.cpus_per_actor)
-        if gpus_each:
-            room = min(room, math.floor(gpus / gpus_each))
-        if config.actors is not None and config.actors > room:
+        room = pool.room(nodes)
+        if (config.actors or 1) > room:
             raise UserError(
-                f"ray.actors: {config.actors} asked for, but the cluster's {cpus:g} CPU(s) and {gpus:g} GPU(s) have "
-                f"room for {room} of {config.cpus_per_actor:g} CPU(s) and {gpus_each:g} GPU(s) each"
+                f"ray.actors: {config.actors or 1} asked for, but the cluster's {cpus:g} CPU(s) and {gpus:g} GPU(s) on "
+                f"{len(nodes)} node(s) have room for {room} of {config.cpus_per_actor:g} CPU(s) and {gpus_each:g} "
+                "GPU(s) each"
             )
         return cls(config.actors or room, config.cpus_per_actor, gpus_each)

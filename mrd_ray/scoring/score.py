@@ -9,19 +9,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 from rich.console import Console
 
 from mrd_ray import models
 from mrd_ray.config import ScoreConfig, ScoringConfig
 from mrd_ray.data import samples as samples_table
 from mrd_ray.errors import UserError
+from mrd_ray.journal import Journal
 from mrd_ray.mrd.noise import NOISE_VERSION
 from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline, plan, summary
 from mrd_ray.scoring.actor import RESULT_SCHEMA, UNIT_SCHEMA, ScoringActor, Task
-from mrd_ray.scoring.pool import Pool
 from mrd_ray.scoring.table import scores_table, unsettled
 
 
@@ -68,11 +67,13 @@ def score(config: ScoreConfig) -> ScoreRun:
             config,
         )
         run.write_table("samples.parquet", samples)
-        rounds = _Rounds(config, run, samples, plan.ModelCost.of(skeleton), files_digest)
-        scores = rounds.work_off()
-        run.write_table("scores.parquet", scores)
-        finished = ScoreRun(run, config, samples, scores)
-        run.write("summary.png", summary.figure(finished.scores, samples, config))
+        with Journal(run, "score") as journal:
+            rounds = _Rounds(config, run, samples, plan.ModelCost.of(skeleton), files_digest, journal)
+            scores = rounds.work_off()
+            run.write_table("scores.parquet", scores)
+            finished = ScoreRun(run, config, samples, scores)
+            run.write("summary.png", summary.figure(finished.scores, samples, config))
+            journal.tell(samples=len(samples), sample_errors=finished.num_errors)
     return finished
 
 
@@ -103,6 +104,7 @@ class _Rounds:
     samples: pa.Table
     cost: plan.ModelCost
     files_digest: str
+    journal: Journal
 
     def _trial(self) -> list[dict[str, Any]]:
         """A few samples, the same ones in every round, for an actor to try the settings on before it scores any."""
@@ -114,14 +116,15 @@ class _Rounds:
         scoring = self.config.scoring
         draws = plan.first_draws(scoring)
         waiting = lengths(self.samples)
+        grows = False
         with contextlib.ExitStack() as cluster:
             for number in itertools.count():
                 layout = plan.layout(waiting, scoring.micro_batch_tokens)
                 done = [unit for unit in self._units() if unit.round == number]
                 rectangles = plan.missing(number, len(layout), draws, done)
                 if rectangles:
-                    cluster.enter_context(pipeline.cluster())
-                    self._compute(layout, rectangles, number)
+                    grows = cluster.enter_context(pipeline.cluster()) or grows
+                    self._compute(layout, rectangles, number, grows)
                 scores = self._scores(number)
                 waiting = np.where(unsettled(scores, scoring), waiting, 0)
                 if not waiting.any():
@@ -147,21 +150,24 @@ class _Rounds:
             )
         return result
 
-    def _compute(self, layout: plan.Layout, rectangles: list[plan.Unit], number: int) -> None:
+    def _compute(self, layout: plan.Layout, rectangles: list[plan.Unit], number: int, grows: bool) -> None:
         """Work off these rectangles; each unit's result is on disk before it counts as done."""
         config, scoring = self.config, self.config.scoring
-        pool = Pool.of(config.ray, ray.cluster_resources())
+        pool = pipeline.pool_of(config.ray, grows, self.journal)
         rate = plan.assumed_tflops(pool) * 1e12 / self.cost.flops_per_token / plan.forwards_per_token(scoring)
         units = plan.cut(layout, rectangles, pool.actors, rate)
         pool = dataclasses.replace(pool, actors=min(pool.actors, len(units)))
         task = Task(config.model, scoring, self.files_digest, pool.threads, pool.gpus > 0, self._trial())
         tables = [self._unit_table(unit, layout) for unit in units]
         work = {unit.unit_id: plan.token_forwards(layout, [unit]) for unit in units}
-        scored = 0
-        with Meter("Scoring" if number == 0 else f"More draws, round {number}", sum(work.values())) as meter:
+        scored = tokens = 0
+        self.journal.tell(units_done=0, units_left=len(units))
+        title = "Scoring" if number == 0 else f"More draws, round {number}"
+        with Meter(title, sum(work.values()), self.journal.console) as meter:
             meter.advance(0, f"{len(units)} unit(s) to do, starting {pool.actors} actor(s)")
-            for count, result in enumerate(pipeline.results(tables, ScoringActor, task, pool), 1):
-                (row,) = result.select(["unit_id", "seconds", "fatal", "precision"]).to_pylist()
+            finished = pipeline.results(tables, ScoringActor, task, pool, self.journal, config.ray.stall_after)
+            for count, result in enumerate(finished, 1):
+                (row,) = result.select(["unit_id", "worker", "seconds", "fatal", "precision"]).to_pylist()
                 if row["fatal"] is not None:
                     raise UserError(row["fatal"])
                 if count == 1:
@@ -169,10 +175,17 @@ class _Rounds:
                     self.run.record("precision", row["precision"])
                 self.run.write_table(f"units/{row['unit_id']}.parquet", result)
                 unit = plan.Unit.of_id(row["unit_id"])
-                scored += len(result["samples"][0]) * (unit.stop_draw - unit.first_draw)
+                draws = unit.stop_draw - unit.first_draw
+                scored += draws * len(result["samples"][0])
+                tokens += draws * int(layout.padded_tokens[unit.first_micro_batch : unit.stop_micro_batch].sum())
                 done = "samples" if scoring.estimator == "closed_form" else "samples x draws"
                 rate = scored / meter.working_seconds
                 meter.advance(work[row["unit_id"]], f"unit {count} of {len(units)}, {rate:.3g} {done}/s")
+                self.journal.event("unit_done", unit=row["unit_id"], worker=row["worker"], seconds=row["seconds"])
+                self.journal.tell(
+                    units_done=count, units_left=len(units) - count, samples_draws_per_second=rate,
+                    tokens_per_second=tokens / meter.working_seconds,
+                )  # fmt: skip
 
     def _unit_table(self, unit: plan.Unit, layout: plan.Layout) -> pa.Table:
         micro_batches = range(unit.first_micro_batch, unit.stop_micro_batch)

@@ -56,6 +56,7 @@ class Log:
         self._steps = ray.util.metrics.Counter("mrd_ray_unlearning_steps", "Optimiser steps taken")
         self._tokens = ray.util.metrics.Counter("mrd_ray_unlearning_tokens", "Tokens trained on")
         self._refresh = ray.util.metrics.Gauge("mrd_ray_unlearning_refresh_seconds", "Duration of the last refresh")
+        self._loss = ray.util.metrics.Gauge("mrd_ray_unlearning_loss", "Losses of the last step", tag_keys=("loss",))
         self.flush()
 
     def __call__(self, line: dict[str, Any]) -> None:
@@ -74,6 +75,9 @@ class Log:
         if line["event"] == "step":
             self._steps.inc()
             self._tokens.inc(line["tokens"])
+            for name in ("forget_loss", "retain_loss"):
+                if line[name] is not None:
+                    self._loss.set(line[name], {"loss": name.removesuffix("_loss")})
         elif line["event"] == "refresh":
             self._refresh.set(line["seconds"])
         if line["event"] != "step" or time.monotonic() - self._flushed > _FLUSH_EVERY:

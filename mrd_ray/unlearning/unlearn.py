@@ -20,6 +20,7 @@ from mrd_ray.config import RayConfig, RunConfig, ScoreConfig, UnlearnConfig
 from mrd_ray.config.paths import with_absolute_paths
 from mrd_ray.data import samples as samples_table
 from mrd_ray.errors import UserError
+from mrd_ray.journal import Journal
 from mrd_ray.mrd.noise import NOISE_VERSION
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline, plan
@@ -83,9 +84,11 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
         run.claim(_identity(config, models.tokenizer_digest(tokenizer), of_run), config, _OWNS)
         done = run.manifest().get("outcome")
         if done is None or done["config"] != config.model_dump(mode="json") or not run.exists("model"):
-            with pipeline.cluster(log_to_driver=False):  # what matters is in the log; the rest is libraries' chatter
-                outcome = _Rounds(config, run, of_run, models.files_digest(config.model), measure).work_off()
-            run.record("outcome", outcome | {"config": config.model_dump(mode="json")})
+            # what matters is in the log; the rest is libraries' chatter
+            with Journal(run, "unlearn") as journal, pipeline.cluster(log_to_driver=False) as grows:
+                rounds = _Rounds(config, run, of_run, models.files_digest(config.model), measure, journal)
+                outcome = rounds.work_off(grows)
+                run.record("outcome", outcome | {"config": config.model_dump(mode="json")})
             done = outcome
     return UnlearnRun(run, config, done["reason"], done["step"], log.read(run))
 
@@ -120,17 +123,18 @@ class _Rounds:
     sets: Sets
     files_digest: str
     measure: Callable[[Engine], pa.Table] | None
+    journal: Journal
 
-    def work_off(self) -> dict[str, Any]:
+    def work_off(self, grows: bool) -> dict[str, Any]:
         """Train until there is a reason to stop, put the result in place, and say which it is."""
         config = self.config
-        pool = self._pool()
+        pool = self._pool(grows)
         deepspeed = engine.configuration(config, pool.actors)
         self._refuse_newest(pool.actors)
         reference = ray.put(self.sets)
         measure = None if self.measure is None else ray.put(self.measure)
         by_actors = config.unlearning.refresh == "actors" and config.unlearning.weighting != "uniform"
-        with Watch(self.run, last_step(config, len(self.sets.forget))):
+        with Watch(self.run, last_step(config, len(self.sets.forget)), self.journal):
             while True:
                 until, scores = self._round() if by_actors else (None, None)
                 job = Job(config, deepspeed, reference, self.files_digest, until, scores, measure)
@@ -142,13 +146,17 @@ class _Rounds:
                     break
         return {"reason": reason, "step": self._export(result)}
 
-    def _pool(self) -> Pool:
+    def _pool(self, grows: bool) -> Pool:
         wanted = self.config.ray
-        resources = ray.cluster_resources()
-        workers = wanted.workers or max(1, int(resources.get("GPU", 0)))
-        shape = RayConfig(actors=workers, cpus_per_actor=wanted.cpus_per_worker, gpus_per_actor=wanted.gpus_per_worker)
+        workers = wanted.workers or max(1, int(ray.cluster_resources().get("GPU", 0)))
+        shape = RayConfig(
+            actors=workers,
+            cpus_per_actor=wanted.cpus_per_worker,
+            gpus_per_actor=wanted.gpus_per_worker,
+            start_timeout=wanted.start_timeout,
+        )
         try:
-            return Pool.of(shape, resources)
+            return pipeline.pool_of(shape, grows and wanted.workers is not None, self.journal, all_at_once=True)
         except UserError as problem:
             raise UserError(
                 str(problem).replace("_per_actor", "_per_worker").replace("ray.actors", "ray.workers")

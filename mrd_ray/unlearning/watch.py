@@ -4,6 +4,7 @@ import math
 import threading
 from typing import Any
 
+from mrd_ray.journal import Journal
 from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
 from mrd_ray.unlearning import log
@@ -12,8 +13,9 @@ from mrd_ray.unlearning import log
 class Watch:
     """Shows the log on the console as rank 0 writes it."""
 
-    def __init__(self, run: RunDirectory, steps: int) -> None:
-        self._run, self._meter = run, Meter("Unlearning", steps)
+    def __init__(self, run: RunDirectory, steps: int, journal: Journal) -> None:
+        self._run, self._journal, self._meter = run, journal, Meter("Unlearning", steps, journal.console)
+        journal.tell(steps=steps)
         self._before, self._seen, self._step = len(log.read(run)), 0, 0
         self._losses = self._knows = ""
         self._over = threading.Event()
@@ -45,10 +47,13 @@ class Watch:
                 return
 
     def _go_on(self, lines: list[dict[str, Any]]) -> None:
-        self._meter.note("the workers have started again, going on from the last checkpoint if there is one")
+        step = lines[-1]["step"] if lines else 0
+        self._journal.event(
+            "going_on", f"Unlearning: the workers have started again, and go on from step {step}", step=step
+        )
         if not self._step:  # the steps of an earlier start
             self._meter.working_since(0)
-            self._step = lines[-1]["step"] if lines else 0
+            self._step = step
             self._meter.skip(self._step)
         self._seen = len(lines)
 
@@ -64,6 +69,7 @@ class Watch:
             self._knows = f", forget MA {line['forget_memorization_accuracy']:.3f}"
             if line["retain_loss"] is not None:
                 self._knows += f", retain perplexity {math.exp(min(line['retain_loss'], 700)):.4g}"
+        self._journal.tell(step=line["step"])
         advanced = max(0, line["step"] - self._step)
         self._step += advanced
         self._meter.advance(advanced, f"step {line['step']} of {line['of']}{self._losses}{self._knows}")

@@ -116,10 +116,24 @@ def test_model_cost_without_weights(tied):
 
 
 def test_pool_takes_what_the_cluster_has():
-    assert Pool.of(RayConfig(), {"CPU": 8.0}) == Pool(8, 1.0, 0.0)
-    assert Pool.of(RayConfig(cpus_per_actor=2), {"CPU": 8.0, "GPU": 2.0}) == Pool(2, 2.0, 1.0)
-    assert Pool.of(RayConfig(gpus_per_actor=0.5), {"CPU": 8.0, "GPU": 2.0}).actors == 4
-    assert Pool.of(RayConfig(cpus_per_actor=0.5), {"CPU": 2.0}).threads == 1
+    assert Pool.of(RayConfig(), [{"CPU": 8.0}]) == Pool(8, 1.0, 0.0)
+    assert Pool.of(RayConfig(cpus_per_actor=2), [{"CPU": 8.0, "GPU": 2.0}]) == Pool(2, 2.0, 1.0)
+    assert Pool.of(RayConfig(gpus_per_actor=0.5), [{"CPU": 8.0, "GPU": 2.0}]).actors == 4
+    assert Pool.of(RayConfig(cpus_per_actor=0.5), [{"CPU": 2.0}]).threads == 1
+
+
+def test_an_actor_fits_on_one_node():
+    nodes = [{"CPU": 3.0}, {"CPU": 3.0}, {"memory": 1e9}]
+    assert Pool.of(RayConfig(cpus_per_actor=2), nodes) == Pool(2, 2.0, 0.0)  # not the three that six CPUs would hold
+    with pytest.raises(UserError, match=r"ray.actors: 1 asked for, but .* 6 CPU.* on 3 node"):
+        Pool.of(RayConfig(cpus_per_actor=4), nodes)
+
+
+def test_a_cluster_that_grows_may_have_no_room_yet():
+    config = RayConfig(actors=8, gpus_per_actor=1)
+    pool = Pool.of(config, [{"CPU": 0.0}], grows=True)
+    assert pool == Pool(8, 1.0, 1.0)
+    assert pool.room([{"CPU": 0.0}, {"CPU": 8.0, "GPU": 2.0}]) == 2
 
 
 @pytest.mark.parametrize(
@@ -132,4 +146,4 @@ def test_pool_takes_what_the_cluster_has():
 )
 def test_pool_refuses_what_has_no_room(config, key):
     with pytest.raises(UserError, match=key):
-        Pool.of(config, {"CPU": 2.0})
+        Pool.of(config, [{"CPU": 2.0}])

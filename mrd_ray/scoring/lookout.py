@@ -1,0 +1,150 @@
+"""Who works on which unit, and where: so that a stall, a restart, and a node that comes or goes are seen and said."""
+
+import os
+import threading
+import time
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import ray
+import ray.util.metrics
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mrd_ray.journal import Journal
+
+_LOOK_EVERY, _PATIENCE = 5.0, 5.0  # seconds
+
+
+class Board:
+    """A Ray actor without resources of its own, on which actors note what they do."""
+
+    def __init__(self) -> None:
+        self._at_work: dict[str, dict[str, Any]] = {}  # by actor
+        self._started: dict[str, str] = {}  # actor -> worker
+        self._restarts = self._lost = self._finished = 0
+
+    def started(self, actor: str, worker: str) -> None:
+        """An actor's constructor has begun, in the process `worker` ("node:pid")."""
+        if actor in self._started:
+            self._restarts += 1
+        if self._at_work.pop(actor, None) is not None:
+            self._lost += 1
+        self._started[actor] = worker
+
+    def begins(self, actor: str, unit_id: str) -> None:
+        """An actor begins with a unit."""
+        self._at_work[actor] = {"unit": unit_id, "worker": self._started.get(actor, "?"), "since": time.monotonic()}
+
+    def ends(self, actor: str) -> None:
+        """It is done with it."""
+        self._at_work.pop(actor, None)
+        self._finished += 1
+
+    def look(self) -> dict[str, Any]:
+        """How it stands, with the seconds that each unit at work has taken so far."""
+        now = time.monotonic()
+        at_work = [{**work, "seconds": now - work["since"]} for work in self._at_work.values()]
+        return {
+            "actors": len(self._started), "restarts": self._restarts, "lost": self._lost,
+            "finished": self._finished, "at_work": at_work,
+        }  # fmt: skip
+
+
+class Noted:
+    """A callable class for Ray Data that notes on the board what another one, made with `task`, does."""
+
+    def __init__(self, actor: type, task: Any, board: Any, run_id: str) -> None:
+        self._board, self._id = board, ray.get_runtime_context().get_actor_id()
+        node = os.uname().nodename
+        board.started.remote(self._id, f"{node}:{os.getpid()}")
+        self._memory = ray.util.metrics.Gauge(
+            "mrd_ray_actor_device_memory_bytes",
+            "Peak memory of an actor on its GPU, or in the host where it has none",
+            tag_keys=("run", "node", "pid"),
+        )
+        self._memory.set_default_tags({"run": run_id, "node": node, "pid": str(os.getpid())})
+        self._actor = actor(task)
+
+    def __call__(self, units: pa.Table) -> pa.Table:
+        """Work off a unit."""
+        self._board.begins.remote(self._id, units["unit_id"][0].as_py())
+        result = self._actor(units)
+        on_gpu = torch.cuda.is_initialized()
+        self._memory.set(torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss)
+        self._board.ends.remote(self._id)
+        return result
+
+
+class Lookout:
+    """A thread of the driver that looks at the board and at the nodes, and tells the journal.
+
+    Args:
+        stall_after: seconds that a unit may take, or that may pass without any actor, before it is called stalled.
+    """
+
+    def __init__(self, journal: Journal, stall_after: float) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self.board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+        self._journal, self._stall_after = journal, stall_after
+        self._nodes = _alive()
+        self._since, self._said = time.monotonic(), set[tuple[str, str]]()
+        self._restarts = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Lookout":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        self._over.set()
+        self._thread.join()
+        ray.kill(self.board)
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(_LOOK_EVERY, self._stall_after)):
+            try:
+                self._compare_nodes(_alive())
+                self._report(ray.get(self.board.look.remote(), timeout=_PATIENCE))
+            except (ray.exceptions.RayError, TimeoutError):
+                continue  # the board's node is gone, or the driver's is busy; the next look may succeed
+
+    def _compare_nodes(self, now: dict[str, str]) -> None:
+        for node in now.keys() - self._nodes.keys():
+            self._journal.event("node_joined", f"node {now[node]} has joined; its room is used", node=now[node])
+        for node in self._nodes.keys() - now.keys():
+            name, why = self._nodes[node], _why_gone(node)
+            self._journal.event(
+                "node_lost", f"node {name} is gone ({why}); what it was at is done again", node=name, reason=why
+            )
+        self._nodes = now
+
+    def _report(self, state: dict[str, Any]) -> None:
+        self._journal.tell(actor_restarts=state["restarts"], units_failed=state["lost"])
+        if state["restarts"] > self._restarts:
+            self._restarts = state["restarts"]
+            self._journal.event(
+                "actor_restarted", f"an actor has started again after its end ({self._restarts} by now)"
+            )
+        for work in state["at_work"]:
+            if work["seconds"] > self._stall_after and (key := (work["unit"], work["worker"])) not in self._said:
+                self._said.add(key)
+                say = f"unit {work['unit']} has been at work on {work['worker']} for {work['seconds']:.0f} s: stalled?"
+                self._journal.event("stall", say, unit=work["unit"], worker=work["worker"], seconds=work["seconds"])
+        waited = time.monotonic() - self._since
+        if not state["actors"] and waited > self._stall_after and ("", "") not in self._said:
+            self._said.add(("", ""))
+            self._journal.event("stall", f"no actor has started for {waited:.0f} s: is there room for one?")
+
+
+def _alive() -> dict[str, str]:
+    """Names of the living nodes by id."""
+    return {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+
+
+def _why_gone(node_id: str) -> str:
+    """What Ray knows of it: a preemption that was announced, for one."""
+    node: dict[str, Any] = next((node for node in ray.nodes() if node["NodeID"] == node_id), {})
+    return str(node.get("DeathReasonMessage") or node.get("DeathReason") or "unknown")

@@ -1,0 +1,54 @@
+"""The stages of a pipeline: the settings of each command, from those of all."""
+
+from dataclasses import dataclass
+
+from mrd_ray.config import (
+    EvaluateConfig,
+    PipelineConfig,
+    RayConfig,
+    ReportConfig,
+    RunConfig,
+    ScoreConfig,
+    UnlearnConfig,
+)
+
+FOLDERS = ("score", "unlearn", "evaluate-before", "evaluate-after")
+
+
+@dataclass(frozen=True)
+class Stages:
+    """In their order. evaluations: "before" and "after", or none where nothing is to be evaluated."""
+
+    score: ScoreConfig
+    unlearn: UnlearnConfig
+    evaluations: dict[str, EvaluateConfig]
+    report: ReportConfig
+
+    @classmethod
+    def of(cls, config: PipelineConfig) -> "Stages":
+        """Each stage in a folder of run.dir."""
+
+        def folder(name: str) -> RunConfig:
+            return RunConfig(dir=f"{config.run.dir.rstrip('/')}/{name}")
+
+        actors = RayConfig(**{name: getattr(config.ray, name) for name in RayConfig.model_fields})
+        score = ScoreConfig(
+            model=config.model, data=config.data, run=folder("score"), scoring=config.scoring, ray=actors
+        )
+        own = {name: getattr(config, name) for name in UnlearnConfig.model_fields}
+        unlearn = UnlearnConfig(**own | {"run": folder("unlearn")})
+        result = config.model.model_copy(
+            update={"path": f"{unlearn.run.dir}/model", "revision": None, "tokenizer": None}
+        )
+        models = {"before": config.model, "after": result}
+        evaluations = {}
+        if config.evaluation.sets or config.evaluation.zero_shot:
+            evaluations = {
+                when: EvaluateConfig(
+                    model=model, evaluation=config.evaluation, run=folder(f"evaluate-{when}"), ray=actors
+                )
+                for when, model in models.items()
+            }
+        runs = [score.run.dir, unlearn.run.dir, *(one.run.dir for one in evaluations.values())]
+        out = f"{config.run.dir.rstrip('/')}/report.html"
+        return cls(score, unlearn, evaluations, ReportConfig(runs=runs, out=out, include_text=config.include_text))

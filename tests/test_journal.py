@@ -1,0 +1,160 @@
+"""What operators see: metrics as scraped, events, a sign of life, and `mrd-ray status` from the directory alone."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import ray
+
+from mrd_ray import UserError, journal, score
+from mrd_ray.cli import main
+from mrd_ray.config import ModelConfig
+from mrd_ray.journal import Journal
+from mrd_ray.runs import RunDirectory
+from mrd_ray.scoring import lookout
+from mrd_ray.scoring.lookout import Lookout
+from mrd_ray.status import status
+
+
+def scoring(tiny_model_dir: Path, qa_file: Path, run: Path):
+    from mrd_ray import DataConfig, RayConfig, RunConfig, ScoreConfig, ScoringConfig
+
+    return ScoreConfig(
+        model=ModelConfig(path=str(tiny_model_dir)),
+        data=DataConfig(path=str(qa_file)),
+        run=RunConfig(dir=str(run)),
+        scoring=ScoringConfig(num_draws=12, micro_batch_tokens=64),
+        ray=RayConfig(actors=1),
+    )
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / journal.EVENTS).read_text().splitlines()]
+
+
+def scraped(*names: str) -> str:
+    """What Prometheus would get from this machine, once it holds all of these names."""
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    for _ in range(60):
+        with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10) as page:
+            text = page.read().decode()
+        if all(name in text for name in names):
+            return text
+        time.sleep(1)
+    raise AssertionError(f"not scraped: {[name for name in names if name not in text]}")
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, tiny_model_dir, qa_file, tmp_path_factory):
+    run = tmp_path_factory.mktemp("finished")
+    score(scoring(tiny_model_dir, qa_file, run))
+    return run
+
+
+def test_metrics_are_scraped_and_carry_the_run(finished):
+    names = ["units_done", "units_left", "samples_draws_per_second", "tokens_per_second", "actor_device_memory_bytes"]
+    text = scraped(*(f"ray_mrd_ray_{name}" for name in names))
+    run_id = json.loads((finished / "manifest.json").read_text())["run_id"]
+    done = next(line for line in text.splitlines() if line.startswith("ray_mrd_ray_units_done") and run_id in line)
+    assert float(done.split()[-1]) == len(list((finished / "units").iterdir()))
+
+
+def test_events_name_run_unit_and_worker(finished):
+    found = lines(finished)
+    assert [found[0]["event"], found[-1]["event"]] == ["started", "done"]
+    assert len({line["run"] for line in found}) == 1
+    of_units = [line for line in found if line["event"] == "unit_done"]
+    assert {f"{line['unit']}.parquet" for line in of_units} == {file.name for file in (finished / "units").iterdir()}
+    assert all(line["worker"] and line["seconds"] >= 0 for line in of_units)
+
+
+def test_status_of_a_finished_run(finished, capsys):
+    assert main(["status", str(finished)]) == 0
+    said = capsys.readouterr().out
+    assert "done" in said
+    assert "12, 0 with an error" in said
+    assert main(["status", str(finished), "--as_json", "true"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["units_left"], found["silent"]) == ("done", 0, None)
+
+
+def test_status_of_a_failed_and_of_a_dead_run(tmp_path, monkeypatch):
+    run = RunDirectory(str(tmp_path))
+    run.claim({"a": 1}, ModelConfig(path="x"))
+    with pytest.raises(UserError), Journal(run, "score"):
+        raise UserError("data.path: no such thing")
+    (found,) = status(str(tmp_path))
+    assert (found.state, found.progress.message) == ("failed", "data.path: no such thing")
+    with pytest.raises(KeyboardInterrupt), Journal(run, "score"):
+        raise KeyboardInterrupt
+    assert status(str(tmp_path))[0].state == "interrupted"
+    code = f"""
+import time
+from mrd_ray.journal import Journal
+from mrd_ray.runs import RunDirectory
+with Journal(RunDirectory({str(tmp_path)!r}), "score"):
+    print("on", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert status(str(tmp_path))[0].state == "running"
+        process.send_signal(signal.SIGKILL)
+    assert status(str(tmp_path))[0].state == "running"  # it cannot be told yet
+    monkeypatch.setattr("mrd_ray.status._SILENT", 0.0)
+    assert status(str(tmp_path))[0].state == "silent"
+    assert [line["event"] for line in lines(tmp_path)] == ["started", "failed", "started", "interrupted", "started"]
+
+
+@pytest.mark.parametrize("name", [journal.PROGRESS, journal.EVENTS])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"state": 1}', b"\xff", b"null"])
+def test_status_of_damaged_files(finished, tmp_path, name, content, capsys):
+    for file in ("manifest.json", journal.PROGRESS, journal.EVENTS):
+        (tmp_path / file).write_bytes((finished / file).read_bytes())
+    (tmp_path / name).write_bytes(content)
+    code = main(["status", str(tmp_path)])
+    assert code == (0 if (name, content) == (journal.EVENTS, b"") else 1)
+    assert code == 0 or "damaged" in capsys.readouterr().err
+
+
+def test_status_of_no_run(tmp_path, capsys):
+    assert main(["status", str(tmp_path / "none")]) == 1
+    assert not (tmp_path / "none").exists()
+    assert "not a run directory" in capsys.readouterr().err
+    assert main(["status", "sieben://none"]) == 1
+    assert "cannot open sieben://none" in capsys.readouterr().err
+
+
+def test_a_stall_names_unit_and_worker(ray_cluster, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lookout, "_LOOK_EVERY", 0.2)
+    run = RunDirectory(str(tmp_path))
+    run.claim({"a": 1}, ModelConfig(path="x"))
+    said = ""
+
+    def until(words):
+        nonlocal said
+        for _ in range(100):
+            said += capsys.readouterr().err
+            if words in said:
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"{words!r} was not said, but {said!r}")
+
+    with Journal(run, "score") as record, Lookout(record, stall_after=0.5) as watched:
+        until("no actor has started")
+        board = watched.board
+        board.started.remote("actor-1", "node-7:4711")
+        board.begins.remote("actor-1", "0-0-4-0-12")
+        until("unit 0-0-4-0-12 has been at work on node-7:4711 for")
+        board.started.remote("actor-1", "node-7:4712")  # it was restarted while at the unit
+        until("an actor has started again after its end (1 by now)")
+    assert said.count("no actor has started") == 1
+    assert said.count("unit 0-0-4-0-12 has been at work on node-7:4711 for") == 1
+    (found,) = status(str(tmp_path))
+    assert (found.progress.actor_restarts, found.progress.units_failed) == (1, 1)
+    assert any(event.event == "stall" and "0-0-4-0-12" in event.message for event in found.events)
