@@ -32,7 +32,8 @@ QA = [
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One Ray for all tests, with more logical CPUs than the machine has, so that four actors fit anywhere."""
-    context = ray.init(num_cpus=4, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+    quiet = {"include_dashboard": False, "logging_level": logging.WARNING, "log_to_driver": False}
+    context = ray.init("local", num_cpus=4, **quiet)  # whatever else runs on this machine
     os.environ["RAY_ADDRESS"] = context.address_info["address"]  # drivers started as processes join it
     yield
     del os.environ["RAY_ADDRESS"]

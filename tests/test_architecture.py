@@ -9,21 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # lowest first; a module may import its own layer and those before it
-LAYERS = [
-    "errors",
-    "config",
-    "progress",
-    "storage",
-    "runs",
-    "journal",
-    "models",
-    "data",
-    "fine_tune",
-    "mrd",
-    "scoring",
-    "unlearning",
-]
-LAYERS += ["evaluation", "report", "stages", "demo", "command_line", "paper", "cli"]
+LAYERS = ["errors", "config", "progress", "storage", "runs", "journal", "models", "data", "fine_tune", "mrd", "scoring"]
+LAYERS += ["unlearning", "evaluation", "report", "stages", "status", "demo", "command_line", "paper", "cli"]
 FILES = [
     file for file in sorted((ROOT / "mrd_ray").rglob("*.py")) if file.parent != ROOT / "mrd_ray" or file.stem in LAYERS
 ]
