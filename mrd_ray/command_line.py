@@ -39,7 +39,7 @@ class CommandLine:
     positional: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
 
     def parser(self, task: Mapping[str, Any] | None = None) -> ArgumentParser:
-        """Of all commands. task: settings by section, for defaults."""
+        """Of all commands. task: settings by section, for defaults. Raises UserError if there is no such setting."""
         top = ArgumentParser(prog=self.prog, description=self.description, allow_abbrev=False)
         commands = top.add_subcommands(required=True, dest="command")
         for name, config in self.commands.items():
@@ -59,7 +59,11 @@ class CommandLine:
                 if isinstance(config.model_fields[section].default, dict):  # a setting by itself
                     command.set_defaults({section: settings})
                 else:
-                    command.set_defaults({f"{section}.{setting}": value for setting, value in settings.items()})
+                    defaults = {f"{section}.{setting}": value for setting, value in settings.items()}
+                    try:
+                        command.set_defaults(defaults)
+                    except KeyError as problem:  # of no such setting
+                        raise UserError(f"task: {problem.args[0]}") from None
             commands.add_subcommand(name, command, help=(config.__doc__ or "").strip().splitlines()[0])
         return top
 
@@ -68,8 +72,11 @@ class CommandLine:
         parsed = line.parse_args(arguments)
         for name, about in self.commands[parsed.command].model_fields.items():
             group = isinstance(about.annotation, type) and issubclass(about.annotation, BaseModel)
-            if group and parsed[parsed.command].get(name) is None:  # `scoring:` with nothing under it, in YAML
-                raise UserError(f"{name}: null; expected settings, or leave it out")
+            given = parsed[parsed.command].get(name)
+            if group and isinstance(
+                given, str | int | float | list | None
+            ):  # `scoring:` with nothing under it, in YAML
+                raise UserError(f"{name}: {given!r:.40}; expected settings, or leave it out")
         values = line.instantiate(parsed)[parsed.command]
         others = {"config", "__path__"}
         if parsed.command in self.of_tasks:  # their settings have become defaults
