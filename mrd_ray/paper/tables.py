@@ -143,33 +143,43 @@ def _gain(
 
 def _gains(values: Mapping[tuple[str, str], Values], forget: str | None) -> list[str]:
     """Per method, what MRD weights make better and worse beyond chance."""
-    found = []
+    judged: dict[str, Values] = {}  # by method, the figures that both weightings have and that can be better or worse
     for method in dict.fromkeys(method for method, _ in values):
-        judged = {figure: of for figure in values.get((method, "mrd"), {}) if (of := better(figure, forget))}
-        all_of = {figure: _gain(figure, method, values, len(judged)) for figure in judged}
-        gains = {figure: gain for figure, gain in all_of.items() if gain is not None}
-        if not gains:
+        own = values.get((method, "mrd"), {})
+        judged[method] = {
+            figure: of for figure, of in own.items() if better(figure, forget) and _gain(figure, method, values)
+        }
+    comparisons = sum(map(len, judged.values()))
+    found = []
+    for method, figures in judged.items():
+        if not figures:
             continue
-        decided = {figure: gain for figure, gain in gains.items() if gain.decided}
-        good = [_title(figure) for figure, gain in decided.items() if gain.value * judged[figure] > 0]
-        bad = [_title(figure) for figure in decided if _title(figure) not in good]
+        gains = {figure: gain for figure in figures if (gain := _gain(figure, method, values, comparisons)) is not None}
+        decided = {figure: gain.value * better(figure, forget) for figure, gain in gains.items() if gain.decided}
+        good, bad = ([_title(figure) for figure, gain in decided.items() if gain * sign > 0] for sign in (1, -1))
         verdict = "Undecided" if not decided else "Agrees" if not bad else "Disagrees" if not good else "Mixed"
-        parts = [f"{word} in {'; '.join(of)}" for word, of in {"better": good, "worse": bad}.items() if of]
-        words = ", and ".join(parts) or "neither better nor worse in any"
-        of_all = f"beyond chance for all of {len(gains)} figures"
-        found.append(f"{_METHODS[method]}: {verdict}. MRD weights are {words}, {of_all}.")
+        parts = [
+            f"{word} in {len(of)} of {len(gains)} figures ({'; '.join(of)})"
+            for word, of in {"better": good, "worse": bad}.items()
+            if of
+        ]
+        words = ", and ".join(parts) or f"neither better nor worse in any of {len(gains)} figures"
+        found.append(
+            f"{_METHODS[method]}: {verdict}. MRD weights are {words}, beyond chance in {comparisons} comparisons."
+        )
     return found
 
 
 def _setting(config: TablesConfig, results: Mapping[str, sweep.Result]) -> str:
     steps = [result["steps"] for result in results.values() if "steps" in result]
     seeds, size = ", ".join(map(str, config.seeds)), config.unlearning.batch_size
-    return f"Seeds {seeds}; {min(steps)} to {max(steps)} steps of {size} forget samples."
+    taken = " to ".join(map(str, sorted({min(steps), max(steps)})))
+    return f"Seeds {seeds}; {taken} steps of {size} forget samples."
 
 
 def _page(before: Values, values: Mapping[tuple[str, str], Values]) -> matplotlib.figure.Figure:
     """What is forgotten against what is kept: forget MA and retain perplexity, a point for each seed."""
-    page = matplotlib.figure.Figure(figsize=(6.5, 5), layout="constrained")
+    page = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
     axis = page.add_subplot()
     forget, retain = (None, "forget_memorization_accuracy"), (None, "retain_loss")
     colours = dict(zip(_METHODS, ("#4878a8", "#c44e52", "#55a868", "#8172b2"), strict=True))
@@ -180,9 +190,9 @@ def _page(before: Values, values: Mapping[tuple[str, str], Values]) -> matplotli
             axis.plot(own[forget], own[retain], marker, color=colours[method], label=label)
     if retain in before:
         axis.plot(before[forget], before[retain], "k*", label="before")
-        axis.set_yscale("log")
-        axis.legend(fontsize=8)
-    axis.set(
-        xlabel=_title(forget), ylabel=f"{_title(retain)} (log)", title="Further left: more forgotten; lower: more kept"
-    )
+        page.legend(fontsize=8, loc="outside right upper")
+        every = [*before[retain], *(value for own in values.values() for value in own.get(retain, ()))]
+        if max(every) > 10 * min(every):
+            axis.set_yscale("log")
+    axis.set(xlabel=_title(forget), ylabel=_title(retain), title="Further left: more forgotten; lower: more kept")
     return page
