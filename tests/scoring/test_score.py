@@ -255,8 +255,12 @@ def test_nan_weights_are_refused_by_name(tiny_model_dir, tmp_path):
 
 
 def test_gpu_that_is_not_there(tiny_model_dir, qa_file, tmp_path):
+    """A cluster that was there before may still get one; without a number of actors there is nothing to wait for."""
+    wanted = {"ray__gpus_per_actor": 1, "ray__start_timeout": 1.0}
+    with pytest.raises(UserError, match=r"ray\.start_timeout: no room for 1 of 1 CPU and 1 GPU each within 1 s"):
+        score(config(tiny_model_dir, qa_file, tmp_path, **wanted))
     with pytest.raises(UserError, match=r"ray\.gpus_per_actor: 1 asked for, but the cluster has 0"):
-        score(config(tiny_model_dir, qa_file, tmp_path, ray__gpus_per_actor=1))
+        score(config(tiny_model_dir, qa_file, tmp_path, **wanted, ray__actors=None))
 
 
 def test_full_disk_is_named_and_survived(tiny_model_dir, qa_file, tmp_path, reference_dir, reference):
