@@ -262,7 +262,7 @@ def test_scoring_is_closed_form_unless_said_in_python_too():
 def test_a_damaged_log_is_named(tmp_path):
     run = RunDirectory(str(tmp_path))
     run.write(log.NAME, b'{"step": 0, "event"')
-    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1, is damaged"):
         log.read(run)
 
 
