@@ -152,8 +152,10 @@ def _tasks(config: TasksConfig) -> int:
 def _pipeline(config: PipelineConfig) -> int:
     from mrd_ray.evaluation import summary
     from mrd_ray.evaluation.evaluate import evaluate
+    from mrd_ray.runs import RunDirectory
     from mrd_ray.stages import Stages
 
+    RunDirectory(config.run.dir)  # the owner's alone: the report in it holds texts
     stages = Stages.of(config)
     code = _score(stages.score)
     print()

@@ -60,6 +60,7 @@ def test_nothing_to_evaluate(flags, tmp_path):
     at = flags.index("--evaluation.sets")
     assert main([*flags[:at], *flags[at + 4 :]]) == 0
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["report.html", "score", "unlearn"]
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
 
 
 def test_contradictions_are_refused_before_the_first_stage(flags, tmp_path):
