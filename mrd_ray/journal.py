@@ -81,7 +81,9 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: Any) -> None:
         state = "done" if problem is None else "failed" if isinstance(problem, Exception) else "interrupted"
-        message = f"{problem}" if isinstance(problem, UserError) else None if problem is None else kind.__name__  # type: ignore[union-attr]
+        message = None
+        if problem is not None:  # a text of ours, or the kind of a defect, whose own words may quote anything
+            message = str(problem) if isinstance(problem, UserError) else type(problem).__name__
         self._over.set()
         self._beating.join()
         self._progress = self._progress.model_copy(update={"state": state, "message": message})
