@@ -31,7 +31,7 @@ from mrd_ray.mrd.likelihood import Likelihood
 from mrd_ray.mrd.monte_carlo import delta, draw_seed
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.scoring import plan
-from mrd_ray.scoring.actor import RESULT_SCHEMA, UNIT_SCHEMA, ScoringActor, Task
+from mrd_ray.scoring.actor import RESULT_SCHEMA, ScoringActor, Task
 
 Part = Literal["noise", "memory", "naive", "ideal", "engine"]
 Row = tuple[str, float, float | None, str]  # what, value, the least it should be, detail
@@ -236,8 +236,7 @@ def _memory_case(folder: str, vocabulary: int, draws: int) -> Raw:
     samples = [{"micro_batch": 0, "sample_id": str(i), "token_ids": x, "scored": scored} for i, x in enumerate(ids)]
     actor = ScoringActor(Task(model, ScoringConfig(), models.files_digest(model), 1, False, samples[:1]))
     found["peak when loaded"] = resident("VmHWM")
-    unit = {"unit_id": "benchmark", "first_draw": 0, "stop_draw": draws, "samples": samples}
-    (result,) = actor(pa.Table.from_pylist([unit], UNIT_SCHEMA)).to_pylist()
+    (result,) = actor(plan.Unit(0, 0, 1, 0, draws).unit_id, pa.Table.from_pylist(samples)).to_pylist()
     found["peak"] = resident("VmHWM")
     if result["fatal"] or any(sample["error"] for sample in result["samples"]):
         raise RuntimeError(f"the unit failed: {result}")

@@ -18,13 +18,13 @@ from mrd_ray.errors import UserError
 
 _PEEK = 1000  # JSON rows need not name the same columns: the first so many together say which are there
 
-SCHEMA = pa.schema(
+SCHEMA = pa.schema(  # large types: all tokens or characters of a column may be over 2^31
     [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("row", pa.int64(), nullable=False, metadata={"unit": "line or record of the source, from 1"}),
-        pa.field("text", pa.string(), metadata={"unit": "the sample as the model sees it"}),
-        pa.field("token_ids", pa.list_(pa.int32())),
-        pa.field("scored", pa.list_(pa.bool_()), metadata={"unit": "per token, whether it counts"}),
+        pa.field("text", pa.large_string(), metadata={"unit": "the sample as the model sees it"}),
+        pa.field("token_ids", pa.large_list(pa.int32())),
+        pa.field("scored", pa.large_list(pa.bool_()), metadata={"unit": "per token, whether it counts"}),
         pa.field("error", pa.string(), metadata={"unit": "null, or why the sample cannot be scored"}),
     ]
 )

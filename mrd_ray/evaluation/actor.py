@@ -11,10 +11,8 @@ import torch
 from mrd_ray import models
 from mrd_ray.config import EvaluationConfig, ModelConfig
 from mrd_ray.evaluation.measure import RECORD, Measurer
-from mrd_ray.evaluation.sets import ROW
 from mrd_ray.scoring.actor import attempt, replica
 
-UNIT_SCHEMA = pa.schema([("unit_id", pa.string()), ("rows", pa.list_(ROW))])
 RESULT_SCHEMA = pa.schema(
     [
         ("unit_id", pa.string()),
@@ -38,7 +36,7 @@ class Task:
 
 
 class EvaluationActor:
-    """A callable class for Ray Data: one unit (a row of UNIT_SCHEMA) in, one row of RESULT_SCHEMA out.
+    """For `pipeline.results`: a unit's id and its rows in, one row of RESULT_SCHEMA out.
 
     A failure that concerns the run as a whole comes back as `fatal`.
     """
@@ -51,14 +49,13 @@ class EvaluationActor:
         model = replica(task.model, task.files_digest, task.on_gpu)
         return Measurer(model, models.load_tokenizer(task.model), task.evaluation)
 
-    def __call__(self, units: pa.Table) -> pa.Table:
-        """Measure a unit."""
+    def __call__(self, unit_id: str, rows: pa.Table) -> pa.Table:
+        """Measure a unit. rows: with the fields of sets.ROW."""
         started = time.perf_counter()
-        (unit,) = units.to_pylist()
-        result: dict[str, Any] = {"unit_id": unit["unit_id"], "records": []}
+        result: dict[str, Any] = {"unit_id": unit_id, "records": []}
         if self._measurer is not None:
             try:
-                result["records"] = self._measurer(unit["rows"])
+                result["records"] = self._measurer(rows.to_pylist())
             except torch.OutOfMemoryError as problem:  # of EL_n's generation
                 self._fatal = f"the device ran out of memory; lower evaluation.generation_batch ({problem})"
         result |= {

@@ -13,7 +13,7 @@ from mrd_ray import models, storage
 from mrd_ray.config import EvaluateConfig, EvaluationConfig
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import judges, sets, table, zero_shot
-from mrd_ray.evaluation.actor import RESULT_SCHEMA, UNIT_SCHEMA, EvaluationActor, Task
+from mrd_ray.evaluation.actor import RESULT_SCHEMA, EvaluationActor, Task
 from mrd_ray.evaluation.aggregate import Figure
 from mrd_ray.evaluation.measure import Record
 from mrd_ray.journal import Journal
@@ -171,12 +171,15 @@ class _Work:
         task = Task(config.model, config.evaluation, self.files_digest, pool.threads, pool.gpus > 0)
         work = {unit_id: sum(map(sets.cost, rows)) for unit_id, rows in units}
         rows_of = {unit_id: len(rows) for unit_id, rows in units}
-        tables = [pa.Table.from_pylist([{"unit_id": unit_id, "rows": rows}], UNIT_SCHEMA) for unit_id, rows in units]
+        block_of = {unit_id: i for i, (unit_id, _) in enumerate(units)}
+        blocks = (pa.Table.from_pylist(rows, pa.schema(list(sets.ROW))) for _, rows in units)
         measured = 0
         self.journal.tell(units_done=0, units_left=len(units))
         with Meter("Evaluating", sum(work.values()), self.journal.console) as meter:
             meter.advance(0, f"{len(units)} unit(s) to do, starting {pool.actors} actor(s)")
-            results = pipeline.results(tables, EvaluationActor, task, pool, self.journal, config.ray.stall_after)
+            results = pipeline.results(
+                block_of, blocks, EvaluationActor, task, pool, self.journal, config.ray.stall_after
+            )
             for count, result in enumerate(results, 1):
                 (row,) = result.select(["unit_id", "worker", "seconds", "fatal"]).to_pylist()
                 if row["fatal"] is not None:

@@ -15,25 +15,10 @@ from mrd_ray import models
 from mrd_ray.config import ModelConfig, ScoringConfig
 from mrd_ray.errors import UserError
 from mrd_ray.scoring.estimators import ClosedForm, MonteCarlo, Sample, estimator_of, refuse_wrong_rules
+from mrd_ray.scoring.plan import Unit
 
 T = TypeVar("T")
 
-SAMPLE = pa.struct(
-    [
-        ("micro_batch", pa.int64()),
-        ("sample_id", pa.string()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("scored", pa.list_(pa.bool_())),
-    ]
-)
-UNIT_SCHEMA = pa.schema(
-    [
-        ("unit_id", pa.string()),
-        ("first_draw", pa.int64()),
-        ("stop_draw", pa.int64()),
-        ("samples", pa.list_(SAMPLE)),
-    ]
-)
 _SUM = pa.list_(pa.float64())  # see monte_carlo.exact_sum
 RESULT = pa.struct(
     [
@@ -121,7 +106,7 @@ def attempt(load: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 class ScoringActor:
-    """A callable class for Ray Data: one unit (a row of UNIT_SCHEMA) in, one row of RESULT_SCHEMA out.
+    """For `pipeline.results`: the id of a `plan.Unit` and its samples in, one row of RESULT_SCHEMA out.
 
     A failure that concerns the run as a whole comes back as `fatal`.
     """
@@ -135,14 +120,14 @@ class ScoringActor:
         refuse_wrong_rules(model, task.scoring)
         return estimator_of(model, task.scoring, task.trial)
 
-    def __call__(self, units: pa.Table) -> pa.Table:
-        """Score a unit."""
+    def __call__(self, unit_id: str, samples: pa.Table) -> pa.Table:
+        """Score a unit. samples: micro_batch, and sample_id, token_ids and scored of data.samples.SCHEMA."""
         started = time.perf_counter()
-        (unit,) = units.to_pylist()
-        result: dict[str, Any] = {"unit_id": unit["unit_id"], "samples": []}
+        unit = Unit.of_id(unit_id)
+        result: dict[str, Any] = {"unit_id": unit_id, "samples": []}
         if self._estimator is not None:
             try:
-                result["samples"] = self._estimator(unit["samples"], range(unit["first_draw"], unit["stop_draw"]))
+                result["samples"] = self._estimator(samples.to_pylist(), range(unit.first_draw, unit.stop_draw))
                 result["precision"] = self._estimator.precision
             except torch.OutOfMemoryError as problem:  # of samples that fitted before
                 self._fatal = f"the device ran out of memory; lower scoring.micro_batch_tokens ({problem})"

@@ -21,7 +21,7 @@ from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
 from mrd_ray.mrd.perturb import Replica, Shard
 from mrd_ray.mrd.precision import Precision, examine
 
-Sample = dict[str, Any]  # of actor.SAMPLE
+Sample = dict[str, Any]  # micro_batch, sample_id, token_ids, scored
 Result = dict[str, Any]  # of actor.RESULT
 T = TypeVar("T")
 

@@ -53,9 +53,15 @@ class Board:
 
 
 class Noted:
-    """A callable class for Ray Data that notes on the board what another one, made with `task`, does."""
+    """A callable class for Ray Data: a unit (unit_id and block) through an `actor`, noted on the board.
 
-    def __init__(self, actor: type, task: Any, board: Any, run_id: str) -> None:
+    Args:
+        actor: a class, made with `task`, that takes a unit_id and the table that is its block.
+        blocks: of a list of references to tables.
+    """
+
+    def __init__(self, actor: type, task: Any, blocks: ray.ObjectRef, board: Any, run_id: str) -> None:
+        self._blocks: list[ray.ObjectRef] = ray.get(blocks)
         self._board, self._id = board, ray.get_runtime_context().get_actor_id()
         node = os.uname().nodename
         board.started.remote(self._id, f"{node}:{os.getpid()}")
@@ -69,8 +75,9 @@ class Noted:
 
     def __call__(self, units: pa.Table) -> pa.Table:
         """Work off a unit."""
-        self._board.begins.remote(self._id, units["unit_id"][0].as_py())
-        result = self._actor(units)
+        (unit,) = units.to_pylist()
+        self._board.begins.remote(self._id, unit["unit_id"])
+        result = self._actor(unit["unit_id"], ray.get(self._blocks[unit["block"]]))
         on_gpu = torch.cuda.is_initialized()
         self._memory.set(torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss)
         self._board.ends.remote(self._id)

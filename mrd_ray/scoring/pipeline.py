@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -29,8 +31,11 @@ def cluster(log_to_driver: bool = True) -> Iterator[bool]:
     if ray.is_initialized():
         yield True
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=log_to_driver, include_dashboard=False, logging_level=logging.WARNING)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints a stack
     except ConnectionError as problem:
         where = os.environ.get("RAY_ADDRESS", "the one that `ray start` was last used for here")
         raise UserError(f"cannot join the Ray cluster ({where}): {problem}; set RAY_ADDRESS, or unset it") from None
@@ -66,12 +71,20 @@ def pool_of(config: RayConfig, grows: bool, journal: Journal, all_at_once: bool 
 
 
 def results(
-    units: Iterable[pa.Table], actor: type, task: Any, pool: Pool, journal: Journal, stall_after: float
+    units: Mapping[str, int],
+    blocks: Iterable[pa.Table],
+    actor: type,
+    task: Any,
+    pool: Pool,
+    journal: Journal,
+    stall_after: float,
 ) -> Iterator[pa.Table]:
-    """One-row tables of units -> one-row tables of their results, in the order they finish.
+    """Work off units; one-row tables of their results, in the order they finish.
 
     Args:
-        actor: a callable class, made with `task` in each worker, that takes a unit and gives its result.
+        units: which of the blocks each works on, by unit_id. Several may share one.
+        blocks: each is stored once, and goes to the actors that ask for it.
+        actor: a callable class, made with `task` in each worker, that takes a unit_id and its block.
 
     Ray restarts actors that die and runs their units again; actors for which there is no room start when nodes join.
     """
@@ -79,10 +92,12 @@ def results(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # our Meter reports; a failed task still prints
+    stored = ray.put([ray.put(block) for block in blocks])  # one reference, for actors to begin with
     with Lookout(journal, stall_after) as lookout:
-        dataset = ray.data.from_arrow(list(units)).map_batches(
+        rows = [pa.table({"unit_id": [unit_id], "block": [block]}) for unit_id, block in units.items()]
+        dataset = ray.data.from_arrow(rows).map_batches(
             Noted,
-            fn_constructor_args=[actor, task, lookout.board, journal.run_id],
+            fn_constructor_args=[actor, task, stored, lookout.board, journal.run_id],
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=pool.actors),

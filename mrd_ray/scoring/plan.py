@@ -47,6 +47,11 @@ class Layout:
         """Indices of its samples."""
         return self.order[self.bounds[micro_batch] : self.bounds[micro_batch + 1]]
 
+    def members(self, micro_batches: range) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the samples of consecutive micro-batches, and the micro-batch of each."""
+        bounds = self.bounds[micro_batches.start : micro_batches.stop + 1]
+        return self.order[bounds[0] : bounds[-1]], np.repeat(micro_batches, np.diff(bounds))
+
     def few(self, count: int) -> np.ndarray:
         """Indices of up to so many samples, of different lengths, none of the longer half."""
         return self.order[: -(-len(self.order) // 2) : max(1, len(self.order) // (2 * count))][:count]
@@ -85,6 +90,11 @@ class Unit:
     stop_draw: int
 
     @property
+    def micro_batches(self) -> range:
+        """Those it spans."""
+        return range(self.first_micro_batch, self.stop_micro_batch)
+
+    @property
     def unit_id(self) -> str:
         """Its name, from which `of_id` makes it again."""
         micro_batches = f"m{self.first_micro_batch:08d}-{self.stop_micro_batch:08d}"
@@ -112,7 +122,9 @@ def missing(round: int, num_micro_batches: int, draws: range, done: Iterable[Uni
             "It can only grow; use another directory for fewer"
         )
     for unit in done:
-        for micro_batch in range(unit.first_micro_batch, unit.stop_micro_batch):
+        if unit.stop_micro_batch > num_micro_batches or not unit.micro_batches:
+            raise UserError(f"run.dir: units/{unit.unit_id} is not a unit of this run; move it out of that folder")
+        for micro_batch in unit.micro_batches:
             finished[micro_batch].append((unit.first_draw, unit.stop_draw))
     gaps = [_gaps(sorted(ranges), draws) for ranges in finished]
     rectangles = []
@@ -139,7 +151,8 @@ def cut(layout: Layout, rectangles: Sequence[Unit], actors: int, tokens_per_seco
     """Cut what is missing into units for so many actors of such a speed (in token-forwards).
 
     A unit spans many samples, so that a perturbation is shared by many, and few draws; draws cost nothing to cut,
-    since an actor keeps what it knows of the unperturbed weights from one unit to the next.
+    since an actor keeps what it knows of the unperturbed weights from one unit to the next. Where draws are few, it
+    spans the more samples.
     """
     total = sum(
         int(layout.padded_tokens[r.first_micro_batch : r.stop_micro_batch].sum()) * (r.stop_draw - r.first_draw)
@@ -150,7 +163,8 @@ def cut(layout: Layout, rectangles: Sequence[Unit], actors: int, tokens_per_seco
     for r in rectangles:
         draws = r.stop_draw - r.first_draw
         # fewer tokens only if single draws of a full block would be too long, or too few to go round
-        block_tokens = min(_BLOCK_TOKENS, int(tokens_per_second * _MAX_UNIT_SECONDS), per_actor)
+        full = max(_BLOCK_TOKENS, int(tokens_per_second * _UNIT_SECONDS) // draws)
+        block_tokens = min(full, int(tokens_per_second * _MAX_UNIT_SECONDS), per_actor)
         for first, stop in _blocks(layout, r.first_micro_batch, r.stop_micro_batch, block_tokens):
             tokens = int(layout.padded_tokens[first:stop].sum())
             budget = min(tokens_per_second * _UNIT_SECONDS, per_actor)

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import itertools
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from mrd_ray.mrd.noise import NOISE_VERSION
 from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline, plan, summary
-from mrd_ray.scoring.actor import RESULT_SCHEMA, UNIT_SCHEMA, ScoringActor, Task
+from mrd_ray.scoring.actor import RESULT_SCHEMA, ScoringActor, Task
 from mrd_ray.scoring.table import scores_table, unsettled
 
 
@@ -95,6 +97,9 @@ def lengths(samples: pa.Table) -> np.ndarray:
     return found
 
 
+_OF_SAMPLE = ["sample_id", "token_ids", "scored"]
+
+
 @dataclass
 class _Rounds:
     """Round 0 makes the draws of every sample; each later one, of adaptive scoring, adds draws to the unsettled."""
@@ -105,11 +110,12 @@ class _Rounds:
     cost: plan.ModelCost
     files_digest: str
     journal: Journal
+    layouts: list[plan.Layout] = field(default_factory=list)  # of the rounds so far
 
     def _trial(self) -> list[dict[str, Any]]:
         """A few samples, the same ones in every round, for an actor to try the settings on before it scores any."""
-        layout = plan.layout(lengths(self.samples), self.config.scoring.micro_batch_tokens)
-        return self._rows(0, layout.few(4))
+        few = self.samples.take(self.layouts[0].few(4))
+        return [{"micro_batch": 0, **row} for row in few.select(_OF_SAMPLE).to_pylist()]
 
     def work_off(self) -> pa.Table:
         """Compute what is missing, round after round, and give the scores."""
@@ -120,12 +126,14 @@ class _Rounds:
         with contextlib.ExitStack() as cluster:
             for number in itertools.count():
                 layout = plan.layout(waiting, scoring.micro_batch_tokens)
+                self.layouts.append(layout)
                 done = [unit for unit in self._units() if unit.round == number]
                 rectangles = plan.missing(number, len(layout), draws, done)
                 if rectangles:
                     grows = cluster.enter_context(pipeline.cluster()) or grows
                     self._compute(layout, rectangles, number, grows)
-                scores = self._scores(number)
+                order = np.argsort(lengths(self.samples), kind="stable")  # that of every layout
+                scores = scores_table(self.samples, order, self._results(order), scoring)
                 waiting = np.where(unsettled(scores, scoring), waiting, 0)
                 if not waiting.any():
                     return scores
@@ -136,15 +144,20 @@ class _Rounds:
         """Those whose results are on disk."""
         return [plan.Unit.of_id(name.removesuffix(".parquet")) for name in self.run.names("units")]
 
-    def _scores(self, number: int) -> pa.Table:
-        """From the units of rounds up to this one, since those of later ones may not all be there."""
-        units = [unit for unit in self._units() if unit.round <= number]
-        return scores_table(self.samples, map(self._result, units), self.config.scoring)
+    def _results(self, order: np.ndarray) -> Iterator[tuple[int, pa.Table]]:
+        """Of the rounds so far, since those of later ones may not all be there (see `scores_table`)."""
+        place = np.argsort(order)
+        units = [unit for unit in self._units() if unit.round < len(self.layouts)]
+        firsts = [int(place[self.layouts[unit.round].samples(unit.first_micro_batch)[0]]) for unit in units]
+        for first, unit in sorted(zip(firsts, units, strict=True), key=operator.itemgetter(0)):
+            yield first, self._result(unit)
 
     def _result(self, unit: plan.Unit) -> pa.Table:
         name = f"units/{unit.unit_id}.parquet"
         result = self.run.read_table(name, RESULT_SCHEMA)
-        if result["unit_id"].to_pylist() != [unit.unit_id] or result["samples"].null_count:
+        samples = self._samples_of(unit.round, unit.micro_batches)["sample_id"].to_pylist()
+        found = result["samples"].combine_chunks().flatten().field("sample_id").to_pylist()
+        if result["unit_id"].to_pylist() != [unit.unit_id] or sorted(found) != sorted(samples):
             raise UserError(
                 f"{self.run.path(name)} is not that unit's result; delete it and start the same command again"
             )
@@ -158,14 +171,19 @@ class _Rounds:
         units = plan.cut(layout, rectangles, pool.actors, rate)
         pool = dataclasses.replace(pool, actors=min(pool.actors, len(units)))
         task = Task(config.model, scoring, self.files_digest, pool.threads, pool.gpus > 0, self._trial())
-        tables = [self._unit_table(unit, layout) for unit in units]
+        blocks = list(dict.fromkeys(unit.micro_batches for unit in units))
+        block_of = {block: i for i, block in enumerate(blocks)}
         work = {unit.unit_id: plan.token_forwards(layout, [unit]) for unit in units}
         scored = tokens = 0
         self.journal.tell(units_done=0, units_left=len(units))
         title = "Scoring" if number == 0 else f"More draws, round {number}"
         with Meter(title, sum(work.values()), self.journal.console) as meter:
             meter.advance(0, f"{len(units)} unit(s) to do, starting {pool.actors} actor(s)")
-            finished = pipeline.results(tables, ScoringActor, task, pool, self.journal, config.ray.stall_after)
+            finished = pipeline.results(
+                {unit.unit_id: block_of[unit.micro_batches] for unit in units},
+                (self._samples_of(number, block) for block in blocks),
+                ScoringActor, task, pool, self.journal, config.ray.stall_after,
+            )  # fmt: skip
             for count, result in enumerate(finished, 1):
                 (row,) = result.select(["unit_id", "worker", "seconds", "fatal", "precision"]).to_pylist()
                 if row["fatal"] is not None:
@@ -187,16 +205,7 @@ class _Rounds:
                     tokens_per_second=tokens / meter.working_seconds,
                 )  # fmt: skip
 
-    def _unit_table(self, unit: plan.Unit, layout: plan.Layout) -> pa.Table:
-        micro_batches = range(unit.first_micro_batch, unit.stop_micro_batch)
-        row = {
-            "unit_id": unit.unit_id,
-            "first_draw": unit.first_draw,
-            "stop_draw": unit.stop_draw,
-            "samples": [row for i in micro_batches for row in self._rows(i, layout.samples(i))],
-        }
-        return pa.Table.from_pylist([row], UNIT_SCHEMA)
-
-    def _rows(self, micro_batch: int, indices: np.ndarray) -> list[dict[str, Any]]:
-        rows = self.samples.select(["sample_id", "token_ids", "scored"]).take(indices).to_pylist()
-        return [{"micro_batch": micro_batch, **row} for row in rows]
+    def _samples_of(self, number: int, micro_batches: range) -> pa.Table:
+        """The samples of micro-batches of a round, as `ScoringActor` takes them."""
+        indices, micro_batch = self.layouts[number].members(micro_batches)
+        return self.samples.select(_OF_SAMPLE).take(indices).add_column(0, "micro_batch", pa.array(micro_batch))

@@ -10,27 +10,39 @@ from typing import Any, TypeVar
 import matplotlib.figure
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mrd_ray.config import ScoreConfig
 
-T = TypeVar("T")
+T = TypeVar("T", np.ndarray, range)
 
 _SHOWN = 10
+_POINTS = 10_000  # of a plot, evenly spread over the ranks where there are more
 NONLINEAR = 0.3  # mean_abs is then 4% over its small-sigma limit
 _STATISTIC = {"mean_abs": "E|Δ|", "abs_mean": "|E Δ|"}
 
 
-def ranked(scores: pa.Table, samples: pa.Table) -> list[dict[str, Any]]:
-    """Scored samples with their text, hardest to unlearn (smallest MRD) first."""
-    texts = dict(zip(samples["sample_id"].to_pylist(), samples["text"].to_pylist(), strict=True))
-    rows = [row | {"text": texts[row["sample_id"]]} for row in scores.to_pylist() if row["error"] is None]
-    return sorted(rows, key=lambda row: (row["mrd"], row["sample_id"]))
+def ranked(scores: pa.Table) -> np.ndarray:
+    """Indices of the samples with a score, hardest to unlearn (smallest MRD) first: int64."""
+    order: np.ndarray = pc.sort_indices(scores, sort_keys=[("mrd", "ascending"), ("sample_id", "ascending")]).to_numpy()
+    return order[: scores["error"].null_count].astype(np.int64)  # those without come last
 
 
-def ends(ranked: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+def with_text(scores: pa.Table, samples: pa.Table, indices: np.ndarray) -> list[dict[str, Any]]:
+    """Rows of both tables, which are sorted by sample_id."""
+    texts = samples["text"].take(indices).to_pylist()
+    return [row | {"text": text} for row, text in zip(scores.take(indices).to_pylist(), texts, strict=True)]
+
+
+def values(scores: pa.Table, column: str, indices: np.ndarray) -> np.ndarray:
+    """Of a column, nan for null: float64."""
+    return np.asarray(scores[column].to_numpy(), float)[indices]
+
+
+def ends(ranked: T) -> tuple[T, T]:
     """The hardest and the easiest, ten each at most and none in both."""
     return ranked[: min(_SHOWN, (len(ranked) + 1) // 2)], ranked[: -min(_SHOWN, len(ranked) // 2) - 1 : -1]
 
@@ -66,31 +78,30 @@ def settings(config: ScoreConfig) -> str:
 
 
 def show(console: Console, scores: pa.Table, samples: pa.Table, config: ScoreConfig) -> None:
-    """Print the summary."""
-    rows = ranked(scores, samples)
-    console.print(f"[bold]{len(rows)} of {len(scores)} samples scored[/] · {escape(settings(config))}", soft_wrap=True)
-    if rows:
-        mrd = np.array([row["mrd"] for row in rows])
+    """Print the summary. scores, samples: both sorted by sample_id."""
+    order = ranked(scores)
+    console.print(f"[bold]{len(order)} of {len(scores)} samples scored[/] · {escape(settings(config))}", soft_wrap=True)
+    mrd, mean_abs, mrd_se, tokens, nonlinearity = (
+        values(scores, name, order) for name in ("mrd", "mean_abs", "mrd_se", "num_tokens", "nonlinearity")
+    )
+    if len(order):
         quantiles = np.quantile(mrd, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
         table = Table("min", "5%", "25%", "median", "75%", "95%", "max", title="MRD", title_justify="left")
         table.add_row(*(f"{value:.3g}" for value in quantiles))
         console.print(table)
-        hardest, easiest = ends(rows)
+        hardest, easiest = (with_text(scores, samples, end) for end in ends(order))
         console.print(_samples(f"The {len(hardest)} hardest to unlearn (smallest MRD)", hardest))
         if easiest:
             console.print(_samples(f"The {len(easiest)} easiest to unlearn (largest MRD)", easiest))
-    loud = [row for row in rows if row["mean_abs"] > row["num_tokens"]]
-    if loud:
+    if loud := np.count_nonzero(mean_abs > tokens):
         console.print(
-            f"[red]{len(loud)} sample(s) have log-probabilities that change by more than themselves: sigma is too large"
+            f"[red]{loud} sample(s) have log-probabilities that change by more than themselves: sigma is too large"
         )
-    unclear = [row for row in rows if row["mrd_se"] is not None and row["mrd"] < 2 * row["mrd_se"]]
-    if unclear:
-        console.print(f"[red]{len(unclear)} score(s) are less than twice their standard error: they say little")
-    bent = [row for row in rows if (row["nonlinearity"] or 0.0) > NONLINEAR]
-    if bent:
-        console.print(f"{len(bent)} sample(s) have a nonlinearity over {NONLINEAR:g}: sigma is not small for them")
-    if rows and rows[0]["low_precision"]:
+    if unclear := np.count_nonzero(mrd < 2 * mrd_se):
+        console.print(f"[red]{unclear} score(s) are less than twice their standard error: they say little")
+    if bent := np.count_nonzero(nonlinearity > NONLINEAR):
+        console.print(f"{bent} sample(s) have a nonlinearity over {NONLINEAR:g}: sigma is not small for them")
+    if len(order) and scores["low_precision"][int(order[0])].as_py():
         console.print("[red]These scores are marked low_precision: rounding is not small beside the signal")
     if reasons := errors(scores):
         table = Table("samples", "reason", title="Without a score", title_justify="left")
@@ -119,30 +130,29 @@ def short(text: str, width: int) -> str:
 
 
 def figure(scores: pa.Table, samples: pa.Table, config: ScoreConfig) -> bytes:
-    """The summary as a PNG."""
-    rows = ranked(scores, samples)
+    """The summary as a PNG. scores, samples: both sorted by sample_id."""
+    order = ranked(scores)
     page = matplotlib.figure.Figure(figsize=(13, 9.5), layout="constrained")
     grid = page.add_gridspec(2, 2, height_ratios=[1, 1.15])
     histogram, sorted_scores = page.add_subplot(grid[0, 0]), page.add_subplot(grid[0, 1])
     name = f"MRD, {_STATISTIC[config.scoring.statistic]}"
-    if rows:
-        mrd = np.array([row["mrd"] for row in rows])
-        se = np.array([row["mrd_se"] or 0.0 for row in rows])
+    if len(order):
+        mrd, se = values(scores, "mrd", order), np.nan_to_num(values(scores, "mrd_se", order))
         histogram.hist(mrd, bins=histogram_edges(mrd), color="#4878a8", edgecolor="white", linewidth=0.5)
-        sorted_scores.errorbar(
-            np.arange(1, len(mrd) + 1), mrd, yerr=se, fmt=".", markersize=3, color="#4878a8", ecolor="#b8c8dc"
-        )
+        at = np.unique(np.linspace(0, len(mrd) - 1, _POINTS).astype(int))
+        sorted_scores.errorbar(at + 1, mrd[at], yerr=se[at], fmt=".", markersize=3, color="#4878a8", ecolor="#b8c8dc")
     histogram.set(title="Distribution of scores", xlabel=name, ylabel="samples")
     sorted_scores.set(title="Hardest to easiest, ± standard error", xlabel="rank", ylabel=name)
-    for column, (title, part) in enumerate(zip(("Hardest to unlearn", "Easiest to unlearn"), ends(rows), strict=True)):
+    titles = ("Hardest to unlearn", "Easiest to unlearn")
+    for column, (title, part) in enumerate(zip(titles, ends(order), strict=True)):
         axis = page.add_subplot(grid[1, column])
         axis.axis("off")
         axis.set_title(title, loc="left")
         lines = [f"{row['mrd']:<9.3g} {textwrap.fill(short(row['text'], 150), 78, subsequent_indent=' ' * 10)}"
-                 for row in part]  # fmt: skip
+                 for row in with_text(scores, samples, part)]  # fmt: skip
         axis.text(0, 1, "\n".join(lines).replace("$", r"\$"), va="top", family="monospace", fontsize=8)
     without = sum(errors(scores).values())
-    note = f"{len(rows)} samples scored, {without} without a score"
+    note = f"{len(order)} samples scored, {without} without a score"
     for reason, count in errors(scores).most_common(3):
         note += f"\n{count} x {short(reason, 150)}"
     page.suptitle(textwrap.fill(settings(config), 150), fontsize=9)

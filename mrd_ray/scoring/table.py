@@ -57,28 +57,45 @@ MEASURES = {
 }
 
 
-def scores_table(samples: pa.Table, results: Iterable[pa.Table], scoring: ScoringConfig) -> pa.Table:
+def scores_table(
+    samples: pa.Table, order: np.ndarray, results: Iterable[tuple[int, pa.Table]], scoring: ScoringConfig
+) -> pa.Table:
     """One row per sample, sorted by sample_id, of SCHEMA and a column for each of scoring.measures.
+
+    Only the rows in hand are Python objects, so that memory holds millions of samples.
 
     Args:
         samples: of data.samples.SCHEMA, sorted by sample_id.
-        results: of actor.RESULT_SCHEMA, all units of the run in any order.
+        order: int64 [n], indices of all samples in the order in which results come.
+        results: of actor.RESULT_SCHEMA, all units of the run, each after the place in `order` of its first sample;
+            these places rise.
     """
+    schema = pa.schema([*SCHEMA, *(field for name, field in MEASURES.items() if name in scoring.measures)])
     parts: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for result in results:
+    batches: list[pa.RecordBatch] = []
+    settled = 0
+
+    def settle(stop: int) -> None:
+        rows = samples.select(_NEEDED).take(order[settled:stop]).to_pylist()
+        made = [_row(sample, parts.pop(sample["sample_id"], []), scoring) for sample in rows]
+        batches.append(pa.RecordBatch.from_pylist(made, schema))
+
+    for first, result in results:
+        if first - settled >= _BATCH:  # no later result has any of these
+            settle(first)
+            settled = first
         precision = result["precision"][0].as_py()
         low = precision is not None and not precision["sufficient"]
         for part in result["samples"].combine_chunks().flatten().to_pylist():
             parts[part["sample_id"]].append(part | {"low_precision": low})
-    rows = [_row(sample, parts[sample["sample_id"]], scoring) for sample in samples.select(_NEEDED).to_pylist()]
-    mrd = np.array([np.nan if row.get("mrd") is None else row["mrd"] for row in rows])
-    for row, weight in zip(rows, sampling_weights(mrd).tolist(), strict=True):
-        row["weight"] = None if np.isnan(weight) else weight
-    schema = pa.schema([*SCHEMA, *(field for name, field in MEASURES.items() if name in scoring.measures)])
-    return pa.Table.from_pylist(rows, schema)
+    settle(len(order))
+    scores = pa.Table.from_batches(batches).take(np.argsort(order))
+    weights = pa.array(sampling_weights(scores["mrd"].to_numpy().astype(float)), from_pandas=True)
+    return scores.set_column(schema.get_field_index("weight"), schema.field("weight"), weights)
 
 
 _NEEDED = ["sample_id", "scored", "error"]
+_BATCH = 4096  # rows
 
 
 def _row(sample: dict[str, Any], parts: list[dict[str, Any]], scoring: ScoringConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ make the same number of forwards in them.
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from mrd_ray.config import ScoringConfig
@@ -42,7 +43,7 @@ def score_in_place(engine: Engine, samples: pa.Table, scoring: ScoringConfig) ->
         engine.settle()
     results = list({result["sample_id"]: result for result in found}.values())  # the last may have been dealt twice
     row = {"unit_id": "in place", "precision": estimator.precision, "samples": results}
-    return scores_table(samples, [pa.Table.from_pylist([row], RESULT_SCHEMA)], scoring)
+    return scores_table(samples, np.arange(len(samples)), [(0, pa.Table.from_pylist([row], RESULT_SCHEMA))], scoring)
 
 
 def likelihoods(engine: Engine, samples: pa.Table, micro_batch_tokens: int) -> list[tuple[float, float]]:

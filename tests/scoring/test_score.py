@@ -25,7 +25,8 @@ from mrd_ray import ModelConfig, ScoringConfig, UserError, models, score
 from mrd_ray.cli import main
 from mrd_ray.mrd.monte_carlo import draw_seed
 from mrd_ray.mrd.noise import standard_normal
-from mrd_ray.scoring.actor import UNIT_SCHEMA, ScoringActor, Task
+from mrd_ray.scoring.actor import ScoringActor, Task
+from mrd_ray.scoring.plan import Unit
 
 
 @torch.no_grad()
@@ -235,8 +236,7 @@ def first_word_of(model: Path, **scoring) -> dict:
     of_path = ModelConfig(path=str(model))
     sample = {"micro_batch": 0, "sample_id": "s", "token_ids": [5, 6, 7], "scored": [False, True, True]}
     actor = ScoringActor(Task(of_path, ScoringConfig(**scoring), models.files_digest(of_path), 1, False, [sample]))
-    unit = {"unit_id": "u", "first_draw": 0, "stop_draw": 1, "samples": []}
-    (row,) = actor(pa.Table.from_pylist([unit], UNIT_SCHEMA)).to_pylist()
+    (row,) = actor(Unit(0, 0, 1, 0, 1).unit_id, pa.table({})).to_pylist()
     return row
 
 
@@ -277,8 +277,7 @@ def test_full_disk_is_named_and_survived(tiny_model_dir, qa_file, tmp_path, refe
 def test_nodes_with_other_weights_are_noticed(tiny_model_dir, qa_file):
     """An actor whose copy of the model is not the driver's gives no score."""
     actor = ScoringActor(Task(ModelConfig(path=str(tiny_model_dir)), ScoringConfig(), "0" * 64, 1, False, []))
-    unit = {"unit_id": "u", "first_draw": 0, "stop_draw": 1, "samples": []}
-    (row,) = actor(pa.Table.from_pylist([unit], UNIT_SCHEMA)).to_pylist()
+    (row,) = actor(Unit(0, 0, 1, 0, 1).unit_id, pa.table({})).to_pylist()
     assert "is another model" in row["fatal"]
 
 

@@ -13,7 +13,7 @@ from mrd_ray import models
 from mrd_ray.config import ModelConfig, ScoringConfig
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures
 from mrd_ray.scoring import plan
-from mrd_ray.scoring.actor import UNIT_SCHEMA, ScoringActor, Task
+from mrd_ray.scoring.actor import ScoringActor, Task
 from mrd_ray.scoring.score import lengths
 from mrd_ray.scoring.table import scores_table
 from mrd_ray.unlearning import refresh
@@ -40,16 +40,13 @@ def standalone(model: Path, samples: pa.Table, scoring: ScoringConfig, dtype="fl
     layout = plan.layout(lengths(samples), scoring.micro_batch_tokens)
     rows = samples.select(["sample_id", "token_ids", "scored"])
     trial = [{"micro_batch": 0, **row} for row in rows.take(layout.few(4)).to_pylist()]
-    members = [
-        {"micro_batch": i, **row} for i in range(len(layout)) for row in rows.take(layout.samples(i)).to_pylist()
-    ]
+    unit = plan.Unit(0, 0, len(layout), plan.first_draws(scoring).start, plan.first_draws(scoring).stop)
+    indices, micro_batch = layout.members(unit.micro_batches)
     of_path = ModelConfig(path=str(model), dtype=dtype)
     actor = ScoringActor(Task(of_path, scoring, models.files_digest(of_path), 1, False, trial))
-    draws = plan.first_draws(scoring)
-    unit = {"unit_id": "u", "first_draw": draws.start, "stop_draw": draws.stop, "samples": members}
-    result = actor(pa.Table.from_pylist([unit], UNIT_SCHEMA))
+    result = actor(unit.unit_id, rows.take(indices).add_column(0, "micro_batch", pa.array(micro_batch)))
     assert result["fatal"][0].as_py() is None
-    return scores_table(samples, [result], scoring)
+    return scores_table(samples, np.arange(len(samples)), [(0, result)], scoring)
 
 
 def runs(ranks, configs):

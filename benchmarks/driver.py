@@ -1,0 +1,125 @@
+"""The driver alone, with millions of samples: its memory and time when results cost nothing to make."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Literal
+from unittest import mock
+
+import numpy as np
+import pyarrow as pa
+import ray
+from common import Raw, machine, resident, stopwatch
+from jsonargparse import auto_cli
+from rich.console import Console
+
+from mrd_ray import ScoreConfig
+from mrd_ray.data import samples as samples_table
+from mrd_ray.journal import Journal
+from mrd_ray.runs import RunDirectory
+from mrd_ray.scoring import plan, score, summary
+from mrd_ray.scoring.actor import RESULT_SCHEMA, Task
+from mrd_ray.scoring.table import scores_table
+
+_TOKENS = (20, 80)  # of a sample, evenly spread
+_TEXT = "What does it say there about her? "
+
+
+class MadeUp:
+    """Stands in for `ScoringActor`: results of the right shape, at once."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def __call__(self, unit_id: str, samples: pa.Table) -> pa.Table:
+        """Draws of 1."""
+        unit = plan.Unit.of_id(unit_id)
+        draws = unit.stop_draw - unit.first_draw
+        of_all: Raw = {"log_prob": -1.0, "num_draws": draws, "sum_odd_squares": [], "measures": {}}
+        of_all |= {name: [float(draws)] for name in ("sum_abs", "sum_abs_squares", "sum", "sum_squares")}
+        of_all |= {"gradient_norm": 1.0, "probes": []}
+        found = [{"sample_id": sample_id, **of_all} for sample_id in samples["sample_id"].to_pylist()]
+        row = {"unit_id": unit_id, "worker": "made up", "seconds": 0.0, "samples": found}
+        return pa.Table.from_pylist([row], RESULT_SCHEMA)
+
+
+def main(
+    samples: int = 10_000_000,
+    estimator: Literal["closed_form", "monte_carlo"] = "closed_form",
+    draws: int = 200,
+    parameters: int = 135_000_000,
+    out: str = "benchmarks/results",
+) -> None:
+    """Plan, feed two actors that make results up, gather the scores; print, and write driver.json.
+
+    Reading and tokenising go before this and are left out.
+
+    Args:
+        draws: K of monte_carlo.
+        parameters: of the model for which units are cut, for actors of one GPU each.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found = _drive(Path(folder), samples, {"estimator": estimator, "num_draws": draws}, parameters)
+    Console().print_json(json.dumps(found))
+    Path(out, "driver.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _drive(folder: Path, n: int, scoring: Raw, parameters: int) -> Raw:
+    settings = {"model": {"path": "made up"}, "data": {"path": "made up"}, "run": {"dir": str(folder / "run")}}
+    config = ScoreConfig.model_validate(settings | {"scoring": scoring, "ray": {"actors": 2}})
+    run = RunDirectory(config.run.dir)
+    run.claim({}, config)
+    table = _samples(n)
+    phases: Raw = {"before": _phase()}
+    layout = plan.layout(score.lengths(table), config.scoring.micro_batch_tokens)
+    rectangles = plan.missing(0, len(layout), plan.first_draws(config.scoring), [])
+    phases["lay out"] = _phase()
+    with ray.init(log_to_driver=False, include_dashboard=False), Journal(run, "score") as journal:
+        rounds = score._Rounds(config, run, table, plan.ModelCost(parameters, 2 * parameters), "", journal, [layout])
+        with (
+            mock.patch.object(plan, "assumed_tflops", return_value=plan.GPU_TFLOPS),
+            mock.patch.object(score, "ScoringActor", MadeUp),
+        ):
+            rounds._compute(layout, rectangles, 0, grows=False)
+    phases["work off"] = _phase()
+    order = np.argsort(score.lengths(table), kind="stable")
+    scores = scores_table(table, order, rounds._results(order), config.scoring)
+    phases["gather"] = _phase()
+    summary.figure(scores, table, config)
+    phases["summary"] = _phase()
+    assert scores["mrd"].null_count == 0
+    return {
+        "samples": n, "tokens": int(score.lengths(table).sum()), **scoring, "parameters": parameters,
+        "units": len(run.names("units")), "samples table, MiB": round(table.nbytes / 2**20),
+        "phases": phases, **machine(),
+    }  # fmt: skip
+
+
+_lap = stopwatch()
+
+
+def _phase() -> Raw:
+    """What has passed since the last one: seconds, and the peak of resident memory (Ray's shared memory included)."""
+    peak = resident("VmHWM")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    return {"seconds": round(_lap(), 1), "peak MiB": round(peak)}
+
+
+def _samples(n: int) -> pa.Table:
+    """As `data.samples.build` makes it."""
+    lengths = np.random.default_rng(0).integers(*_TOKENS, n)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int64())
+    tokens, scored = np.zeros(lengths.sum(), np.int32), np.ones(lengths.sum(), bool)
+    columns = {
+        "sample_id": pa.array(np.char.mod("%016x", np.arange(n))),
+        "row": pa.array(np.arange(1, n + 1)),
+        "text": pa.array([_TEXT * 6] * n, pa.large_string()),
+        "token_ids": pa.LargeListArray.from_arrays(offsets, pa.array(tokens)),
+        "scored": pa.LargeListArray.from_arrays(offsets, pa.array(scored)),
+        "error": pa.nulls(n, pa.string()),
+    }
+    return pa.table(columns, samples_table.SCHEMA)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
