@@ -145,7 +145,7 @@ def test_an_actor_is_killed_by_the_kernel_for_memory(cluster, tiny_model_dir, qa
         with started(cluster, tiny_model_dir, qa_file, run, "--ray.stall_after", "60") as job:
             victim = actors()[0]
             (group / "cgroup.procs").write_text(str(victim.pid))
-            (group / "memory.limit_in_bytes").write_text(str(1 << 20))  # less than it touches with any page
+            (group / "memory.limit_in_bytes").write_text("4096")  # one page
             job.until(lambda: not victim.is_running() or victim.status() == "zombie")
             job.until(lambda: "started again after its end" in job.said)
             counts = dict(line.split() for line in (group / "memory.oom_control").read_text().splitlines())
