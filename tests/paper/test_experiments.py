@@ -112,7 +112,7 @@ def test_tables_and_fig2(flags, tmp_path, qa_file):
     assert main(["fig2", *flags, *SWEEP, *retain, "--selections", "2", "--size", "5", *where]) == 0
     published = json.loads((tmp_path / "results" / "fig2.json").read_text())
     assert len(list((tmp_path / "fig2" / "cells").iterdir())) == 4
-    assert published["rows"][0]["figure"].startswith("forget MA")
+    assert published["rows"][0]["change of"].startswith("forget MA")
 
 
 def test_selections_do_not_depend_on_how_many_there_are(flags, tmp_path):
