@@ -26,19 +26,22 @@ _TEXT = "What does it say there about her? "
 
 
 class MadeUp:
-    """Stands in for `ScoringActor`: results of the right shape, at once."""
+    """Stands in for `ScoringActor`: results of the right shape, at once; a sample's score goes with its number."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
 
     def __call__(self, unit_id: str, samples: pa.Table) -> pa.Table:
-        """Draws of 1."""
+        """Draws, and a gradient norm, of 1 more than the sample's number."""
         unit = plan.Unit.of_id(unit_id)
         draws = unit.stop_draw - unit.first_draw
         of_all: Raw = {"log_prob": -1.0, "num_draws": draws, "sum_odd_squares": [], "measures": {}}
-        of_all |= {name: [float(draws)] for name in ("sum_abs", "sum_abs_squares", "sum", "sum_squares")}
-        of_all |= {"gradient_norm": 1.0, "probes": []}
-        found = [{"sample_id": sample_id, **of_all} for sample_id in samples["sample_id"].to_pylist()]
+        of_all |= {"sum": [1.0], "sum_squares": [1.0], "probes": []}
+        found = []
+        for sample_id in samples["sample_id"].to_pylist():
+            value = int(sample_id, 16) + 1.0
+            of_draws = {"sum_abs": [draws * value], "sum_abs_squares": [draws * value**2], "gradient_norm": value}
+            found.append({"sample_id": sample_id, **of_all, **of_draws})
         row = {"unit_id": unit_id, "worker": "made up", "seconds": 0.0, "samples": found}
         return pa.Table.from_pylist([row], RESULT_SCHEMA)
 
@@ -87,7 +90,8 @@ def _drive(folder: Path, n: int, scoring: Raw, parameters: int) -> Raw:
     phases["gather"] = _phase()
     summary.figure(scores, table, config)
     phases["summary"] = _phase()
-    assert scores["mrd"].null_count == 0
+    mrd = scores["mrd"].to_numpy()
+    np.testing.assert_allclose(mrd / mrd[0], np.arange(1, n + 1))
     return {
         "samples": n, "tokens": int(score.lengths(table).sum()), **scoring, "parameters": parameters,
         "units": len(run.names("units")), "samples table, MiB": round(table.nbytes / 2**20),

@@ -129,6 +129,16 @@ def test_a_table_of_another_shape_is_damaged(tmp_path, table, wrong):
         run.read_table("t.parquet", pa.schema([pa.field("a", pa.int64(), nullable=False)]))
 
 
+def test_narrow_offsets_are_read_where_wide_ones_are_written(tmp_path):
+    """As in run directories from before samples had wide ones."""
+    run = RunDirectory(str(tmp_path))
+    run.write_table("t.parquet", narrow := pa.table({"text": ["a"], "ids": pa.array([[1]], pa.list_(pa.int32()))}))
+    wide = pa.schema([("text", pa.large_string()), ("ids", pa.large_list(pa.int32()))])
+    assert run.read_table("t.parquet", wide).equals(narrow)
+    with pytest.raises(UserError, match="column ids is list"):
+        run.read_table("t.parquet", pa.schema([("ids", pa.large_list(pa.int64()))]))
+
+
 def test_any_fsspec_uri():
     run = RunDirectory("memory://runs/one")
     with run.locked():

@@ -34,12 +34,12 @@ def cluster(log_to_driver: bool = True) -> Iterator[bool]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=log_to_driver, include_dashboard=False, logging_level=logging.WARNING)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints a stack
     except ConnectionError as problem:
         where = os.environ.get("RAY_ADDRESS", "the one that `ray start` was last used for here")
         raise UserError(f"cannot join the Ray cluster ({where}): {problem}; set RAY_ADDRESS, or unset it") from None
     try:
+        if on_sigterm is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints a stack
         yield not any(child.name() == "gcs_server" for child in psutil.Process().children())  # it would be our own
     finally:
         ray.shutdown()

@@ -20,6 +20,7 @@ from mrd_ray.scoring.pool import Pool
 # 2 FLOP a weight and token. True of CPUs (30 GFLOP/s a core) as of GPUs (memory traffic against float32 FLOPs).
 DRAW_TOKENS = 256
 _BLOCK_TOKENS = 64 * DRAW_TOKENS  # a unit's samples: enough that perturbing stays under 2% of it
+_MAX_BLOCK_TOKENS = 64 * _BLOCK_TOKENS  # so much as actors and the driver easily hold as Python objects
 _UNIT_SECONDS = 30.0  # aimed at: little is lost with a killed actor, and scheduling costs nothing beside it
 _MAX_UNIT_SECONDS = 180.0  # a single draw over a unit's samples may take so long before the samples are divided
 _UNITS_PER_ACTOR = 4  # at least, if the work can be divided so far, to even out the finish
@@ -163,7 +164,7 @@ def cut(layout: Layout, rectangles: Sequence[Unit], actors: int, tokens_per_seco
     for r in rectangles:
         draws = r.stop_draw - r.first_draw
         # fewer tokens only if single draws of a full block would be too long, or too few to go round
-        full = max(_BLOCK_TOKENS, int(tokens_per_second * _UNIT_SECONDS) // draws)
+        full = min(max(_BLOCK_TOKENS, int(tokens_per_second * _UNIT_SECONDS) // draws), _MAX_BLOCK_TOKENS)
         block_tokens = min(full, int(tokens_per_second * _MAX_UNIT_SECONDS), per_actor)
         for first, stop in _blocks(layout, r.first_micro_batch, r.stop_micro_batch, block_tokens):
             tokens = int(layout.padded_tokens[first:stop].sum())

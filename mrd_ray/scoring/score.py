@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-import operator
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,7 +132,7 @@ class _Rounds:
                 if rectangles:
                     grows = cluster.enter_context(pipeline.cluster()) or grows
                     self._compute(layout, rectangles, number, grows)
-                order = np.argsort(lengths(self.samples), kind="stable")  # that of every layout
+                order = np.argsort(lengths(self.samples), kind="stable")  # layouts of all rounds are parts of it
                 scores = scores_table(self.samples, order, self._results(order), scoring)
                 waiting = np.where(unsettled(scores, scoring), waiting, 0)
                 if not waiting.any():
@@ -147,17 +147,20 @@ class _Rounds:
     def _results(self, order: np.ndarray) -> Iterator[tuple[int, pa.Table]]:
         """Of the rounds so far, since those of later ones may not all be there (see `scores_table`)."""
         place = np.argsort(order)
-        units = [unit for unit in self._units() if unit.round < len(self.layouts)]
-        firsts = [int(place[self.layouts[unit.round].samples(unit.first_micro_batch)[0]]) for unit in units]
-        for first, unit in sorted(zip(firsts, units, strict=True), key=operator.itemgetter(0)):
-            yield first, self._result(unit)
+
+        def first(unit: plan.Unit) -> int:
+            return int(place[self.layouts[unit.round].samples(unit.first_micro_batch)[0]])
+
+        for unit in sorted((unit for unit in self._units() if unit.round < len(self.layouts)), key=first):
+            yield first(unit), self._result(unit)
 
     def _result(self, unit: plan.Unit) -> pa.Table:
         name = f"units/{unit.unit_id}.parquet"
         result = self.run.read_table(name, RESULT_SCHEMA)
-        samples = self._samples_of(unit.round, unit.micro_batches)["sample_id"].to_pylist()
+        indices, _ = self.layouts[unit.round].members(unit.micro_batches)
+        expected = self.samples["sample_id"].take(indices).to_pylist()
         found = result["samples"].combine_chunks().flatten().field("sample_id").to_pylist()
-        if result["unit_id"].to_pylist() != [unit.unit_id] or sorted(found) != sorted(samples):
+        if result["unit_id"].to_pylist() != [unit.unit_id] or Counter(found) != Counter(expected):
             raise UserError(
                 f"{self.run.path(name)} is not that unit's result; delete it and start the same command again"
             )

@@ -58,7 +58,9 @@ def histogram_edges(mrd: np.ndarray) -> list[float]:
 
 def errors(scores: pa.Table) -> Counter[str]:
     """How many samples have no score, by reason."""
-    return Counter(reason for reason in scores["error"].to_pylist() if reason is not None)
+    return Counter(
+        {entry["values"]: entry["counts"] for entry in pc.value_counts(scores["error"].drop_null()).to_pylist()}
+    )
 
 
 def settings(config: ScoreConfig) -> str:

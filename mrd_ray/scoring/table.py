@@ -1,6 +1,7 @@
 """Results of units -> the scores table."""
 
 import dataclasses
+import operator
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -66,9 +67,9 @@ def scores_table(
 
     Args:
         samples: of data.samples.SCHEMA, sorted by sample_id.
-        order: int64 [n], indices of all samples in the order in which results come.
-        results: of actor.RESULT_SCHEMA, all units of the run, each after the place in `order` of its first sample;
-            these places rise.
+        order: int64 [n], indices of all samples.
+        results: of actor.RESULT_SCHEMA, all units of the run, each after a place in `order` that is not beyond any of
+            its samples; these places rise. What is before the place of the next one is settled.
     """
     schema = pa.schema([*SCHEMA, *(field for name, field in MEASURES.items() if name in scoring.measures)])
     parts: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -76,22 +77,29 @@ def scores_table(
     settled = 0
 
     def settle(stop: int) -> None:
-        rows = samples.select(_NEEDED).take(order[settled:stop]).to_pylist()
-        made = [_row(sample, parts.pop(sample["sample_id"], []), scoring) for sample in rows]
-        batches.append(pa.RecordBatch.from_pylist(made, schema))
+        for start in range(settled, stop, _BATCH):
+            rows = samples.select(_NEEDED).take(order[start : min(start + _BATCH, stop)]).to_pylist()
+            made = [_row(sample, _in_turn(parts.pop(sample["sample_id"], [])), scoring) for sample in rows]
+            batches.append(pa.RecordBatch.from_pylist(made, schema))
 
     for first, result in results:
-        if first - settled >= _BATCH:  # no later result has any of these
+        if first - settled >= _BATCH:
             settle(first)
             settled = first
+        unit_id = result["unit_id"][0].as_py()
         precision = result["precision"][0].as_py()
         low = precision is not None and not precision["sufficient"]
         for part in result["samples"].combine_chunks().flatten().to_pylist():
-            parts[part["sample_id"]].append(part | {"low_precision": low})
+            parts[part["sample_id"]].append(part | {"low_precision": low, "unit_id": unit_id})
     settle(len(order))
-    scores = pa.Table.from_batches(batches).take(np.argsort(order))
+    scores = pa.Table.from_batches(batches, schema).take(np.argsort(order))
     weights = pa.array(sampling_weights(scores["mrd"].to_numpy().astype(float)), from_pandas=True)
     return scores.set_column(schema.get_field_index("weight"), schema.field("weight"), weights)
+
+
+def _in_turn(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By round, then draws, however units were cut: what is taken from one of them is always from the same forward."""
+    return sorted(parts, key=operator.itemgetter("unit_id"))
 
 
 _NEEDED = ["sample_id", "scored", "error"]

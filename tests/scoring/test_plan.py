@@ -86,6 +86,19 @@ def test_few_are_short_and_of_different_lengths():
     assert len(plan.layout(np.array([7, 0]), 1024).few(4)) == 1
 
 
+@pytest.mark.parametrize("stray", [Unit(0, 4, 7, 0, 10), Unit(0, 3, 3, 0, 10), Unit(0, 5, 4, 0, 10)])
+def test_a_unit_that_cannot_be_of_this_run_is_named(stray):
+    with pytest.raises(UserError, match=rf"units/{stray.unit_id} is not a unit of this run"):
+        plan.missing(0, 6, range(100), [stray])
+
+
+def test_units_of_few_draws_take_their_time_too():
+    """Scheduling would cost more than a unit of a single forward on a fast device."""
+    layout = plan.layout(np.full(200_000, 100), 4096)
+    of_one, of_many = (plan.cut(layout, plan.missing(0, len(layout), range(k), []), 4, 1e5) for k in (1, 200))
+    assert len(of_one) < 25 < len(of_many)
+
+
 def test_fewer_draws_than_done_is_refused():
     with pytest.raises(UserError, match=r"scoring\.num_draws: 40.*up to 50"):
         plan.missing(0, 2, range(40), [Unit(0, 0, 2, 0, 50)])
