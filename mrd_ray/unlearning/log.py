@@ -53,8 +53,8 @@ class Log:
                 id=hashlib.sha256(run.uri.encode()).hexdigest()[:16],  # a resumed run goes on in the same one
                 resume="allow",
             )
-        self._steps = ray.util.metrics.Counter("mrd_ray_unlearning_steps", "Optimiser steps taken")
-        self._tokens = ray.util.metrics.Counter("mrd_ray_unlearning_tokens", "Tokens trained on")
+        self._steps = ray.util.metrics.Counter("mrd_ray_unlearning_steps_total", "Optimiser steps taken")
+        self._tokens = ray.util.metrics.Counter("mrd_ray_unlearning_tokens_total", "Tokens trained on")
         self._refresh = ray.util.metrics.Gauge("mrd_ray_unlearning_refresh_seconds", "Duration of the last refresh")
         self._loss = ray.util.metrics.Gauge("mrd_ray_unlearning_loss", "Losses of the last step", tag_keys=("loss",))
         self.flush()

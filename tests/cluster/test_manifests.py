@@ -37,8 +37,8 @@ METRICS = {  # what a job gives to Ray, which puts ray_ before
     "mrd_ray_tokens_per_second",
     "mrd_ray_actor_restarts",
     "mrd_ray_actor_device_memory_bytes",
-    "mrd_ray_unlearning_steps",
-    "mrd_ray_unlearning_tokens",
+    "mrd_ray_unlearning_steps_total",
+    "mrd_ray_unlearning_tokens_total",
     "mrd_ray_unlearning_refresh_seconds",
     "mrd_ray_unlearning_loss",
 }
