@@ -29,7 +29,7 @@ class MadeUp:
     """Stands in for `ScoringActor`: results of the right shape, at once; a sample's score goes with its number."""
 
     def __init__(self, task: Task) -> None:
-        self._task = task
+        """The task says nothing that is needed."""
 
     def __call__(self, unit_id: str, samples: pa.Table) -> pa.Table:
         """Draws, and a gradient norm, of 1 more than the sample's number."""
@@ -62,7 +62,8 @@ def main(
         parameters: of the model for which units are cut, for actors of one GPU each.
     """
     with tempfile.TemporaryDirectory() as folder:
-        found = _drive(Path(folder), samples, {"estimator": estimator, "num_draws": draws}, parameters)
+        scoring = {"estimator": estimator} | ({"num_draws": draws} if estimator == "monte_carlo" else {})
+        found = _drive(Path(folder), samples, scoring, parameters)
     Console().print_json(json.dumps(found))
     Path(out, "driver.json").write_text(json.dumps(found, indent=1) + "\n")
 

@@ -83,7 +83,7 @@ def results(
 
     Args:
         units: which of the blocks each works on, by unit_id. Several may share one.
-        blocks: each is stored once, and goes to the actors that ask for it.
+        blocks: each is stored once, however many units share it, and goes to the actors that ask for it.
         actor: a callable class, made with `task` in each worker, that takes a unit_id and its block.
 
     Ray restarts actors that die and runs their units again; actors for which there is no room start when nodes join.

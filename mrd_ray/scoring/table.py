@@ -63,7 +63,7 @@ def scores_table(
 ) -> pa.Table:
     """One row per sample, sorted by sample_id, of SCHEMA and a column for each of scoring.measures.
 
-    Only the rows in hand are Python objects, so that memory holds millions of samples.
+    Only what is not settled yet is Python objects, so that memory holds millions of samples.
 
     Args:
         samples: of data.samples.SCHEMA, sorted by sample_id.
