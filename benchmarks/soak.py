@@ -29,7 +29,7 @@ _WHERE = ["by the river", "at noon", "in the tower", "behind the mill", "on the 
 def main(
     model: str,
     samples: int = 20_000,
-    draws: int = 60,
+    draws: int = 70,
     minutes: float = 20.0,
     kill_every: float = 60.0,
     actors: int = 2,

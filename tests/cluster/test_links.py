@@ -45,8 +45,12 @@ class Host:
     def start_ray(self, log: Path, *flags: str) -> None:
         ray = str(Path(sys.executable).with_name("ray"))
         words = self.line(ray, "start", "--block", "--node-ip-address", self.address, *flags)
-        with log.open("ab") as file:
+        with log.open("wb") as file:
             self.node = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while "Ray runtime started" not in log.read_text():
+            assert self.node.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
 
     def stop_ray(self) -> None:
         if self.node is not None and self.node.poll() is None:
@@ -87,9 +91,7 @@ def hosts(tmp_path):
 
 
 def join(worker: Host, folder: Path) -> None:
-    time.sleep(8)  # the head must answer
     worker.start_ray(folder / "worker", "--address", f"{HEAD}:6379", "--num-cpus", "2")
-    time.sleep(8)
 
 
 def cut(worker: Host) -> None:
@@ -145,7 +147,7 @@ def test_a_link_is_cut_during_training(hosts, tiny_model_dir, qa_file, tmp_path)
     disturbed = job(head, "unlearn", [*flags, "--run.dir", str(run)], tmp_path / "log-2")
     disturbed.until(lambda: step() >= 15)
     cut(worker)
-    time.sleep(20)
+    time.sleep(20)  # well over the head's patience
     worker.stop_ray()
     mend(worker)
     join(worker, tmp_path)
