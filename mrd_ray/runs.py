@@ -189,16 +189,18 @@ class RunDirectory:
             lock.release()
 
     def exists(self, name: str) -> bool:
-        """Whether the file is there, whole."""
-        return bool(self._fs.exists(self.path(name)))
+        """Whether the file is there, whole. Raises UserError where that cannot be told."""
+        with self._reading(name):
+            return bool(self._fs.exists(self.path(name)))
 
     def names(self, folder: str) -> list[str]:
-        """Sorted names of the finished files in a folder."""
+        """Sorted names of the finished files in a folder. Raises UserError if it cannot be read."""
         self._fs.invalidate_cache()
-        try:
-            files = self._fs.ls(self.path(folder), detail=False)
-        except FileNotFoundError:  # object stores know no empty folders
-            return []
+        with self._reading(folder):
+            try:
+                files = self._fs.ls(self.path(folder), detail=False)
+            except FileNotFoundError:  # object stores know no empty folders
+                return []
         names = (file.rsplit("/", 1)[-1] for file in files)
         return sorted(name for name in names if not name.endswith(".tmp") and not name.startswith("."))
 
@@ -243,8 +245,9 @@ class RunDirectory:
                 self._fs.rm(self.path(folder), recursive=True)
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file."""
-        content: bytes = self._fs.cat_file(self.path(name))
+        """The bytes of a file. Raises UserError if it is missing or cannot be read."""
+        with self._reading(name):
+            content: bytes = self._fs.cat_file(self.path(name))
         return content
 
     def write_table(self, name: str, table: pa.Table) -> None:
@@ -254,20 +257,21 @@ class RunDirectory:
         self.write(name, sink.getvalue())
 
     def read_table(self, name: str, schema: pa.Schema, required: Collection[str] | None = None) -> pa.Table:
-        """Raises UserError if the file is missing, or `parsed_table` does."""
-        return parsed_table(self.path(name), self._whole(name), schema, required)
+        """Raises UserError as `read` and `parsed_table`."""
+        return parsed_table(self.path(name), self.read(name), schema, required)
 
     def read_json(self, name: str, shape: Any, remedy: str = REMAKE) -> Any:
-        """Raises UserError if the file is missing, or `parsed_json` does."""
-        return parsed_json(self.path(name), self._whole(name), shape, remedy)
+        """Raises UserError as `read` and `parsed_json`."""
+        return parsed_json(self.path(name), self.read(name), shape, remedy)
 
-    def _whole(self, name: str) -> bytes:
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
         try:
-            return self.read(name)
+            yield
         except OSError as problem:
-            raise UserError(
-                f"cannot read {self.path(name)}: {problem.strerror or problem}; start the command that makes it again"
-            ) from None
+            missing = isinstance(problem, FileNotFoundError)
+            remedy = "the command that makes it again" if missing else "the same command again once that is mended"
+            raise UserError(f"cannot read {self.path(name)}: {problem.strerror or problem}; start {remedy}") from None
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:

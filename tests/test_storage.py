@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
@@ -12,13 +14,15 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from mrd_ray import storage
+from mrd_ray.errors import UserError
+from mrd_ray.runs import RunDirectory
 
 SECRET = "a-secret-of-this-test"
 
 
-@pytest.fixture(scope="module")
-def s3():
-    """A real S3 server on this machine, with an empty bucket `lab`. Yields the environment to use it with."""
+@contextmanager
+def serving() -> Iterator[tuple[ThreadedMotoServer, dict[str, str]]]:
+    """A real S3 server on this machine, with an empty bucket `lab`, and the environment to use it with."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -33,8 +37,15 @@ def s3():
         for name, value in of_s3.items():
             patch.setenv(name, value)
         boto3.client("s3").create_bucket(Bucket="lab")
-        yield of_s3
+        yield server, of_s3
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """The environment of a server for all tests."""
+    with serving() as (_, of_s3):
+        yield of_s3
 
 
 def put(folder: Path, key: str) -> str:
@@ -135,6 +146,19 @@ def test_a_bucket_that_is_not_there(s3, tiny_model_dir, qa_file, capsys):
     flags = ["--model.path", str(tiny_model_dir), "--data.path", str(qa_file), "--run.dir", "s3://no-such-bucket/run"]
     assert main(["score", *flags]) == 1
     assert "run.dir: cannot write" in capsys.readouterr().err
+
+
+def test_a_bucket_that_goes_away():
+    with serving() as (server, _):
+        run = RunDirectory("s3://lab/run")
+        run.write("units/u.parquet", b"whole")
+        server.stop()
+        asked = (lambda: run.names("units"), lambda: run.exists("manifest.json"), lambda: run.read("units/u.parquet"))
+        for ask in asked:
+            with pytest.raises(UserError, match="cannot read lab/run/.* start the same command again once"):
+                ask()
+        with pytest.raises(UserError, match="cannot write lab/run/units/u.parquet"):
+            run.write("units/u.parquet", b"other")
 
 
 def test_a_copy_is_made_once_and_anew_where_the_folder_changed(s3, tmp_path, monkeypatch):
