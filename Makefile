@@ -18,7 +18,7 @@ lint: .venv/installed
 
 # twenty minutes of killed actors: make soak MODEL=directory of a small model
 soak: .venv/installed
-	$(BIN)/python benchmarks/soak.py --model "$(MODEL)"
+	$(BIN)/python -m benchmarks soak --model "$(MODEL)"
 
 install: .venv/installed
 

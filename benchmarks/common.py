@@ -17,6 +17,7 @@ from mrd_ray.scoring import plan
 from mrd_ray.scoring.score import lengths
 
 Raw = dict[str, Any]
+PAPER_DRAWS = 200
 
 
 class Batches:

@@ -1,6 +1,5 @@
 """The driver alone, with millions of samples: its memory and time when results cost nothing to make."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -9,16 +8,16 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import ray
-from common import Raw, machine, resident, stopwatch
-from jsonargparse import auto_cli
-from rich.console import Console
 
+from benchmarks.common import Raw, resident, stopwatch
+from benchmarks.figures import Figure, Results
 from mrd_ray import ScoreConfig
 from mrd_ray.data import samples as samples_table
 from mrd_ray.journal import Journal
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import plan, score, summary
-from mrd_ray.scoring.actor import RESULT_SCHEMA, Task
+from mrd_ray.scoring.actor import Task
+from mrd_ray.scoring.result import RESULT_SCHEMA
 from mrd_ray.scoring.table import scores_table
 
 _TOKENS = (20, 80)  # of a sample, evenly spread
@@ -53,19 +52,27 @@ def main(
     parameters: int = 135_000_000,
     out: str = "benchmarks/results",
 ) -> None:
-    """Plan, feed two actors that make results up, gather the scores; print, and write driver.json.
+    """Benchmark the driver: plan, feed two actors that make results up, gather the scores.
 
     Reading and tokenising go before this and are left out.
 
     Args:
         draws: K of monte_carlo.
         parameters: of the model for which units are cut, for actors of one GPU each.
+        out: folder of the JSON file.
     """
+    results = Results("driver", locals(), out)
     with tempfile.TemporaryDirectory() as folder:
         scoring = {"estimator": estimator} | ({"num_draws": draws} if estimator == "monte_carlo" else {})
         found = _drive(Path(folder), samples, scoring, parameters)
-    Console().print_json(json.dumps(found))
-    Path(out, "driver.json").write_text(json.dumps(found, indent=1) + "\n")
+    results.keep("found", found)
+    results.show(
+        [
+            *(Figure(name, of["seconds"], "s", f"peak {of['peak MiB']:,} MiB") for name, of in found["phases"].items()),
+            Figure("peak", max(of["peak MiB"] for of in found["phases"].values()) / 1024, "GiB",
+                   f"{found['samples table, MiB']:,} MiB of it are the samples' table"),
+        ]
+    )  # fmt: skip
 
 
 def _drive(folder: Path, n: int, scoring: Raw, parameters: int) -> Raw:
@@ -96,7 +103,7 @@ def _drive(folder: Path, n: int, scoring: Raw, parameters: int) -> Raw:
     return {
         "samples": n, "tokens": int(score.lengths(table).sum()), **scoring, "parameters": parameters,
         "units": len(run.names("units")), "samples table, MiB": round(table.nbytes / 2**20),
-        "phases": phases, **machine(),
+        "phases": phases,
     }  # fmt: skip
 
 
@@ -124,7 +131,3 @@ def _samples(n: int) -> pa.Table:
         "error": pa.nulls(n, pa.string()),
     }
     return pa.table(columns, samples_table.SCHEMA)
-
-
-if __name__ == "__main__":
-    auto_cli(main, as_positional=False)

@@ -3,20 +3,13 @@
 Only ratios within one run mean anything, on a machine that does nothing else meanwhile. For CPUs, on Linux.
 """
 
-import json
-import sys
-import time
-from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from common import Raw, machine, stopwatch
-from jsonargparse import auto_cli
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.common import stopwatch
+from benchmarks.figures import Figure, Results, ratios
 from mrd_ray import ModelConfig, models
 from mrd_ray.config import EvaluationConfig
 from mrd_ray.evaluation import sets
@@ -34,7 +27,7 @@ def main(
     repeats: int = 3,
     threads: int = 1,
 ) -> None:
-    """Benchmark one evaluation actor's work here; print a table and write a JSON file.
+    """Benchmark one evaluation actor's work here.
 
     Args:
         model: directory or hub id; the demo keeps one under ~/.cache/mrd_ray.
@@ -45,11 +38,11 @@ def main(
         repeats: passes over the rows in each of the two ways, which take turns.
         threads: of torch.
     """
-    configuration = dict(locals())
+    results = Results("evaluation", locals(), out)
     torch.set_num_threads(threads)
     questions = {"path": data, "prompt": "question", "response": "answer", "wrong": "perturbed_answer",
                  "max_samples": max_samples}  # fmt: skip
-    raw: Raw = {"configuration": configuration, "machine": machine(), "seconds": {}}
+    figures = []
     of_path = ModelConfig(path=model)
     loaded = models.load_model(of_path, torch.device("cpu"))
     tokenizer = models.load_tokenizer(of_path)
@@ -61,7 +54,7 @@ def main(
         measurer = Measurer(loaded, tokenizer, evaluation)
         if part == "answers":  # their likelihood is the other part's
             units = [[row | {"sequences": []} for row in rows] for rows in units]
-        raw["seconds"][part] = {OURS: [], PLAIN: []}
+        seconds: dict[str, list[float]] = {OURS: [], PLAIN: []}
         for repeat in range(repeats + 1):  # the first one warms up
             lap = stopwatch()
             found = [record for rows in units for record in measurer(rows)]
@@ -70,22 +63,13 @@ def main(
             theirs = lap()
             check(found, expected)
             if repeat:
-                raw["seconds"][part][OURS].append(ours)
-                raw["seconds"][part][PLAIN].append(theirs)
-    file = Path(out) / time.strftime("evaluation-%Y%m%d-%H%M%S.json")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(raw, indent=1))
-
-    console = Console() if sys.stdout.isatty() else Console(width=120)  # a log has no width of its own
-    shown = Table("what", "value", "target", "detail", title=f"Evaluation on {raw['machine']['cpu']}")
-    for part, seconds in raw["seconds"].items():
-        for way, laps in seconds.items():
-            shown.add_row(f"{part}, {way}", f"{median(laps):.4g}", "", f"s for {max_samples} rows")
-        ratio = median(a / b for a, b in zip(seconds[OURS], seconds[PLAIN], strict=True))
-        met = f"[{'green' if ratio <= 1.05 else 'red'}]<= 1.05"
-        shown.add_row(f"  {part}, ours / plain", f"{ratio:.4g}", met, "time, median of the repeats' ratios")
-    console.print(shown)
-    console.print(f"Timings and configuration: {file}", soft_wrap=True)
+                seconds[OURS].append(ours)
+                seconds[PLAIN].append(theirs)
+        results.keep(part, seconds)
+        figures += [Figure.of(f"{part}, {way}", laps, "s", f"{max_samples} rows") for way, laps in seconds.items()]
+        ratio = ratios(seconds[OURS], seconds[PLAIN])
+        figures.append(Figure.of(f"{part}, ours / plain, time", ratio, at_most=1.05))
+    results.show(figures)
 
 
 @torch.no_grad()
@@ -145,7 +129,3 @@ def check(records: list[dict[str, Any]], expected: list[Any]) -> None:
         return
     sums = [sum(log_probs) for record in records for log_probs in record["log_probs"]]
     assert all(abs(a - b) <= 1e-3 * max(1.0, abs(b)) for a, b in zip(sums, expected, strict=True))
-
-
-if __name__ == "__main__":
-    auto_cli(main, as_positional=False)

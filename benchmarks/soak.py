@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
-from common import Raw, machine
-from jsonargparse import auto_cli
-from rich.console import Console
+
+from benchmarks.common import Raw
+from benchmarks.figures import Figure, Results
 
 _LOOK_EVERY, _WARM_UP = 5.0, 120.0  # seconds
-_BOUND = 5.0  # MiB per minute that the driver may grow by after warming up, and an actor from start to start
+_BOUND = 5.0  # MiB per minute that the driver may grow by after warming up, and the larger actor
+_SETTLED, _OF_ONE = 30.0, 100.0  # seconds of an actor's life after which it may grow by so many MiB in all
 _WHO = ["the miller", "a ferryman", "her sister", "the old king", "a red fox", "the baker", "my uncle", "the nurse"]
 _DID = ["sold", "hid", "lost", "painted", "wanted", "carried", "broke", "found", "washed", "forgot"]
 _WHAT = ["a blue hat", "two eggs", "the key", "a wooden boat", "seven bells", "the letter", "a pear", "his coat"]
@@ -29,13 +30,13 @@ _WHERE = ["by the river", "at noon", "in the tower", "behind the mill", "on the 
 def main(
     model: str,
     samples: int = 20_000,
-    draws: int = 70,
+    draws: int = 55,
     minutes: float = 20.0,
     kill_every: float = 60.0,
     actors: int = 2,
     out: str = "benchmarks/results",
-) -> None:
-    """Run it, print what was found, write soak.json; exit code 1 if a row is lost or doubled, or memory grows.
+) -> int:
+    """Run it and kill its actors; exit code 1 if a row is lost or doubled, or memory grows.
 
     Args:
         model: directory of a small model.
@@ -43,11 +44,30 @@ def main(
         minutes: actors are killed for so long, and the run must last.
         kill_every: seconds.
     """
+    results = Results("soak", locals(), out)
     with tempfile.TemporaryDirectory() as folder:
         found = _soak(Path(folder), model, samples, draws, minutes * 60, kill_every, actors)
-    Console().print_json(json.dumps(found))
-    Path(out, "soak.json").write_text(json.dumps(found, indent=1) + "\n")
-    sys.exit(0 if found["passed"] else 1)
+    results.keep("found", found)
+    results.show(figures := _figures(found, minutes * 60))
+    return 0 if found["exit code"] == 0 and all(figure.met is not False for figure in figures) else 1
+
+
+def _figures(found: Raw, seconds: float) -> list[Figure]:
+    rows = found["rows"]
+    detail = f"{found['restarts']} restarts seen by the run, {found['lost units']} units made again"
+    of_one = f"in {found['longest life']:.0f} s at most; after its first {_SETTLED:g} s"
+    return [
+        Figure("duration", found["seconds"], "s", at_least=seconds),
+        Figure("actors killed", found["actors killed"], detail=detail, at_least=1),
+        Figure("rows lost", rows["lost"], detail=f"{rows['scored']:,} scored", at_most=0),
+        Figure("rows or draws doubled", rows["doubled"], at_most=0),
+        *(
+            Figure(f"growth of {who}", slope, "MiB/min", f"after two minutes; {found['peak MiB'][who]:.0f} MiB at most",
+                   at_most=_BOUND)
+            for who, slope in found["growth"].items()
+        ),
+        Figure("growth of one actor", found["growth of one"], "MiB", of_one, at_most=_OF_ONE),
+    ]  # fmt: skip
 
 
 def _soak(folder: Path, model: str, samples: int, draws: int, seconds: float, kill_every: float, actors: int) -> Raw:
@@ -57,29 +77,30 @@ def _soak(folder: Path, model: str, samples: int, draws: int, seconds: float, ki
     settings += ["--scoring.num_draws", str(draws), "--ray.actors", str(actors)]
     started, kills, killed_at = time.monotonic(), 0, time.monotonic()
     memory: dict[str, list[tuple[float, float]]] = {"driver": [], "actors": []}
+    lives: dict[int, list[tuple[float, float]]] = {}  # by process: when it had how many MiB
     driver = subprocess.Popen([sys.executable, "-m", "mrd_ray", "score", *settings])
     while driver.poll() is None:
         time.sleep(_LOOK_EVERY)
         now = time.monotonic()
         processes = _actors(driver.pid)
         memory["driver"].append((now - started, _mib(driver.pid)))
-        memory["actors"].append((now - started, max((_mib(process.pid) for process in processes), default=0.0)))
+        sizes = {process.pid: _mib(process.pid) for process in processes}
+        memory["actors"].append((now - started, max(sizes.values(), default=0.0)))
+        for pid, size in sizes.items():
+            lives.setdefault(pid, []).append((now, size))
         if now - started < seconds and now - killed_at >= kill_every and processes:
             os.kill(random.Random(kills).choice(processes).pid, signal.SIGKILL)
             kills, killed_at = kills + 1, now
     took = time.monotonic() - started
     rows = _rows(run, samples, draws)
-    growth = {name: _growth(points) for name, points in memory.items()}
     progress = json.loads((run / "progress.json").read_text())
     return {
-        "passed": driver.returncode == 0 and not rows["lost"] and not rows["doubled"] and took >= seconds
-        and all(value < _BOUND for value in growth.values()),
         "exit code": driver.returncode, "seconds": round(took), "actors killed": kills,
-        "restarts seen by the run": progress["actor_restarts"], "units made again": progress["units_failed"],
-        "samples": samples, "draws": draws, "rows": rows, "bound on growth, MiB/min": _BOUND,
-        "growth after two minutes, MiB/min": growth,
-        "most memory, MiB": {name: max(value for _, value in points) for name, points in memory.items()},
-        **machine(),
+        "restarts": progress["actor_restarts"], "lost units": progress["units_failed"], "rows": rows,
+        "growth": {name: _growth(points) for name, points in memory.items()},
+        "growth of one": max(map(_growth_in_life, lives.values())),
+        "longest life": max(life[-1][0] - life[0][0] for life in lives.values()),
+        "peak MiB": {name: max(value for _, value in points) for name, points in memory.items()},
     }  # fmt: skip
 
 
@@ -116,6 +137,12 @@ def _growth(points: list[tuple[float, float]]) -> float:
     return float(np.polyfit(times / 60, values, 1)[0]) if len(times) > 1 else float("nan")
 
 
+def _growth_in_life(life: list[tuple[float, float]]) -> float:
+    """MiB that a process was larger than when it had settled."""
+    settled = [size for moment, size in life if moment - life[0][0] >= _SETTLED and size]
+    return max(settled) - settled[0] if settled else 0.0
+
+
 def _rows(run: Path, samples: int, draws: int) -> Raw:
     """Of scores.parquet, and of the draws in all units."""
     scores = pq.read_table(run / "scores.parquet")
@@ -128,7 +155,3 @@ def _rows(run: Path, samples: int, draws: int) -> Raw:
         "lost": samples - len(set(scores["sample_id"].to_pylist())) + sum(n < draws for n in counted.values()),
         "doubled": len(scores) - len(set(scores["sample_id"].to_pylist())) + sum(n > draws for n in counted.values()),
     }
-
-
-if __name__ == "__main__":
-    auto_cli(main, as_positional=False)

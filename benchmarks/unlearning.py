@@ -6,9 +6,7 @@ Only ratios within one run mean anything, on a machine that does nothing else me
 import importlib
 import json
 import os
-import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -19,13 +17,12 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from common import Raw, machine, resident, stopwatch
-from jsonargparse import auto_cli
 from rich.console import Console
-from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedModel
 
+from benchmarks.common import Raw, resident, stopwatch
+from benchmarks.figures import Figure, Results, ratios
 from mrd_ray import models
 from mrd_ray.config import ScoringConfig, UnlearnConfig
 from mrd_ray.mrd.likelihood import MicroBatch
@@ -40,7 +37,6 @@ from mrd_ray.unlearning.stopping import Evaluation
 
 Part = Literal["throughput", "workers", "refresh", "memory"]
 Stage = Literal[0, 1, 2, 3]
-Row = tuple[str, float, str]  # what, value, detail
 Runs = list[list[Raw]]  # per repeat, per worker, what `steps_of` found
 WARM_UP = 2  # steps
 FEW_DRAWS = (2, 6)  # what more draws cost is extrapolated from these
@@ -61,9 +57,9 @@ def main(
     max_samples: int = 40,
     num_draws: int = 200,
 ) -> None:
-    """Benchmark unlearning by npo here; print a table and write one JSON file.
+    """Benchmark unlearning by npo here.
 
-    Example: python benchmarks/unlearning.py --model DIR --data FILE --retain FILE --parts '[memory]' --stages '[0, 3]'
+    Example: python -m benchmarks unlearning --model DIR --data FILE --retain FILE --parts '[memory]' --stages '[0, 3]'
 
     Args:
         model: directory or hub id; the demo keeps one under ~/.cache/mrd_ray.
@@ -80,16 +76,7 @@ def main(
         max_samples: rows of the forget set, all of which a refresh scores.
         num_draws: K of a refresh by monte_carlo; over 6, its price is extrapolated from those of 2 and of 6 draws.
     """
-    raw: Raw = {"configuration": dict(locals()), "machine": machine()}
-    file = Path(out) / time.strftime("unlearning-%Y%m%d-%H%M%S.json")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    console = Console() if sys.stdout.isatty() else Console(width=150)  # a log has no width of its own
-
-    def keep(part: str, found: Any) -> None:
-        raw[part] = found
-        file.write_text(json.dumps(raw, indent=1))
-        console.log(part)
-
+    results = Results("unlearning", locals(), out)
     tree: Raw = {"model": {"path": model}, "data": {"path": data, "max_samples": max_samples}, "run": {"dir": "unused"}}
     tree |= {"retain": {"path": retain}, "stopping": {"extraction_n": 0, "retain_samples": 1}}
     tree |= {"unlearning": {"method": "npo", "weighting": "uniform", "batch_size": batch_size}}
@@ -100,30 +87,24 @@ def main(
     initial = Evaluation(**fields)
     plain = Job(config, of_run, 1, threads, steps, initial, plain=True)
     ours = {f"ZeRO-{stage}": plain.under(stage) for stage in stages}
-    keep("forget set", {"samples": len(of_run.forget), "tokens": int(lengths(of_run.forget).sum())})
+    results.keep("forget set", {"samples": len(of_run.forget), "tokens": int(lengths(of_run.forget).sum())})
 
     if "throughput" in parts:
-        keep("throughput", take_turns({PLAIN: plain} | ours, repeats))
+        results.keep("throughput", take_turns({PLAIN: plain} | ours, repeats))
     if "workers" in parts:
         ways = {f"{way}, {pool}": replace(job, workers=workers, threads=1)
                 for way, job in ours.items() for workers, pool in ((1, "1 worker"), (2, "2 workers"))}  # fmt: skip
-        keep("workers", take_turns(ways, repeats))
+        results.keep("workers", take_turns(ways, repeats))
     if "refresh" in parts:
         draws = FEW_DRAWS if num_draws > max(FEW_DRAWS) else (num_draws,)
-        keep("refresh", {way: job.run(refreshes, draws, repeats)[0] for way, job in ours.items()})
+        results.keep("refresh", {way: job.run(refreshes, draws, repeats)[0] for way, job in ours.items()})
     if "memory" in parts:  # of the warm-up; plain torch takes as many samples as one of the two workers
         half = replace(plain, config=_with(config, "unlearning", batch_size=batch_size // 2))
         ways = {f"{PLAIN}, half a batch": half}
         ways |= {f"{way}, 2 workers": replace(job, workers=2) for way, job in ours.items()}
-        keep("memory", take_turns({way: replace(job, threads=1, steps=0) for way, job in ways.items()}, 1))
+        results.keep("memory", take_turns({way: replace(job, threads=1, steps=0) for way, job in ways.items()}, 1))
 
-    table = Table("what", "value", "detail", title=f"Unlearning on {raw['machine']['cpu']}")
-    rows = summary(raw)
-    for what, value, detail in rows:
-        table.add_row(what, f"{value:.4g}", detail)
-    keep("summary", rows)
-    console.print(table)
-    console.print(f"Timings and configuration: {file}", soft_wrap=True)
+    results.show(figures(results.raw, f"{threads} thread(s)", num_draws))
 
 
 def _with(config: UnlearnConfig, group: str, **settings: Any) -> UnlearnConfig:
@@ -266,49 +247,45 @@ def _plain_step(job: Job, model: PreTrainedModel) -> Callable[[], Raw]:
     return step
 
 
-def summary(raw: Raw) -> list[Row]:
+def figures(raw: Raw, threads: str, num_draws: int) -> list[Figure]:
     """What the raw measurements come to."""
-    rows: list[Row] = []
-    threads, num_draws = f"{raw['configuration']['threads']} thread(s)", raw["configuration"]["num_draws"]
+    found: list[Figure] = []
     if "throughput" in raw:
         runs = raw["throughput"]
-        rows += [_rate(f"{way}, tokens/s", runs[way], threads) for way in runs]
-        rows += [_faster(f"  {way} / {PLAIN}", runs[way], runs[PLAIN]) for way in runs if way != PLAIN]
+        found += [_rate(f"{way}, {threads}", runs[way]) for way in runs]
+        found += [_faster(f"{way} / {PLAIN}", runs[way], runs[PLAIN]) for way in runs if way != PLAIN]
     if "workers" in raw:
         runs, ways = raw["workers"], list(raw["workers"])
-        rows += [_rate(f"{way}, tokens/s", runs[way], "1 thread each") for way in ways]
+        found += [_rate(f"{way} of a thread", runs[way]) for way in ways]
         pairs = zip(ways[::2], ways[1::2], strict=True)
-        rows += [_faster(f"  {two} / {one.split(', ')[1]}", runs[two], runs[one]) for one, two in pairs]
-    for way, found in raw.get("refresh", {}).items():
-        rows += _prices(way, found, num_draws, f"{raw['forget set']['samples']} samples, {threads}")
+        found += [_faster(f"{two} / {one.split(', ')[1]}", runs[two], runs[one]) for one, two in pairs]
+    for way, refreshed in raw.get("refresh", {}).items():
+        found += _prices(way, refreshed, num_draws, f"{raw['forget set']['samples']} samples, {threads}")
     for way, (workers,) in raw.get("memory", {}).items():
         memory = max((worker["MiB"] for worker in workers), key=lambda mebibytes: mebibytes["peak"])
         for level, name in {"imports": "imports", "loaded": "the loaded model"}.items():
             over, weights = memory["peak"] - memory[level], memory["weights"]
-            detail = f"MiB of the largest worker; {over / weights:.3g} times the weights, {weights:.4g} MiB in float32"
-            rows.append((f"{way}: peak over {name}", over, detail))
-    return rows
+            detail = f"of the largest worker; {over / weights:.3g} times the weights, {weights:.4g} MiB in float32"
+            found.append(Figure(f"{way}: peak over {name}", over, "MiB", detail))
+    return found
 
 
 def _steps(runs: Runs) -> list[Raw]:
     return [step for workers in runs for step in workers[0]["steps"]]
 
 
-def _rate(what: str, runs: Runs, detail: str) -> Row:
-    steps = _steps(runs)
-    detail += f"; median of {len(steps)} steps of {_spread([step['seconds'] for step in steps])}"
-    return what, median(step["tokens"] / step["seconds"] for step in steps), detail
+def _rate(what: str, runs: Runs) -> Figure:
+    return Figure.of(what, [step["tokens"] / step["seconds"] for step in _steps(runs)], "tokens/s")
 
 
-def _faster(what: str, runs: Runs, than: Runs) -> Row:
+def _faster(what: str, runs: Runs, than: Runs) -> Figure:
     pairs = list(zip(_steps(runs), _steps(than), strict=True))  # of the same batches
-    ratios = sorted(theirs["seconds"] / ours["seconds"] for ours, theirs in pairs)
     off = max(abs(ours[loss] / theirs[loss] - 1) for ours, theirs in pairs for loss in ("forget_loss", "retain_loss"))
-    detail = f"median of the steps' ratios {ratios[0]:.3g} .. {ratios[-1]:.3g}; losses differ by {off:.1g} at most"
-    return what, median(ratios), detail
+    speed = ratios(*([step["seconds"] for step in _steps(of)] for of in (than, runs)))
+    return Figure.of(what, speed, detail=f"speed, step by step; losses differ by {off:.1g} at most")
 
 
-def _prices(way: str, found: Raw, num_draws: int, of_what: str) -> list[Row]:
+def _prices(way: str, found: Raw, num_draws: int, of_what: str) -> list[Figure]:
     """Of refreshes, in steps."""
     seconds, step = found["seconds"], median(found["seconds"]["step"])
     first, last = min(found["draws"]), max(found["draws"])
@@ -319,12 +296,6 @@ def _prices(way: str, found: Raw, num_draws: int, of_what: str) -> list[Row]:
         name += ", EXTRAPOLATED"
     prices = {"closed form": seconds["closed form"], name: drawn}
     detail = f"of {step:.3g} s; a refresh of {of_what}"
-    return [(f"{way}, {what}, in steps", median(s) / step, f"{detail}: {_spread(s)}") for what, s in prices.items()]
-
-
-def _spread(seconds: list[float]) -> str:
-    return f"{min(seconds):.3g} .. {median(seconds):.3g} .. {max(seconds):.3g} s"
-
-
-if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    return [
+        Figure.of(f"{way}, {what}", [price / step for price in laps], "steps", detail) for what, laps in prices.items()
+    ]

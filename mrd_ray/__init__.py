@@ -1,7 +1,6 @@
 """Memory Removal Difficulty (arXiv 2504.06658) on Ray: how hard each sample is to unlearn from a language model."""
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from mrd_ray.config import (
@@ -28,11 +27,6 @@ if TYPE_CHECKING:
     from mrd_ray.scoring.score import ScoreRun, score
     from mrd_ray.unlearning.sampling import MRDSampler
     from mrd_ray.unlearning.unlearn import UnlearnRun
-
-try:
-    __version__ = version("mrd-ray")
-except PackageNotFoundError:  # a copy in the working directory of a job
-    __version__ = "unknown"
 
 __all__ = [
     "CompareConfig",
@@ -79,6 +73,17 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mrd-ray")
+    except PackageNotFoundError:  # a copy in the working directory of a job
+        return "unknown"

@@ -219,18 +219,43 @@ def _plan(config: PlanConfig) -> int:
     from mrd_ray.scoring.estimate import plan
 
     found = plan(config)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     table = Table(show_header=False)
     table.add_row("samples", f"{found.samples:,} ({found.unscorable:,} cannot be scored)")
-    table.add_row("tokens, padding included", f"{found.padded_tokens:,} in {found.micro_batches:,} micro-batches")
+    waste = 1 - found.tokens / found.padded_tokens if found.padded_tokens else 0.0
+    padding = f"{found.padded_tokens:,} ({waste:.1%} padding) in {found.micro_batches:,} micro-batches"
+    table.add_row("tokens", padding)
     table.add_row("work units", f"{found.units:,} for {found.actors:,} actor(s)")
     table.add_row("model", f"{found.parameters / 1e6:,.1f} M parameters")
     table.add_row("memory for weights", f"{found.weight_bytes_per_actor / 2**30:,.2f} GiB per actor")
     table.add_row("forwards", f"{found.forward_flops:.3g} FLOPs")
     table.add_row("perturbations", f"{found.perturbation_bytes:.3g} bytes read and written")
-    table.add_row("rate", f"{found.tflops_per_actor:.3g} TFLOP/s per actor ({found.tflops_source})")
-    table.add_row("duration", _duration(found.seconds))
-    Console().print(table)
+    table.add_row("rate", found.rates.source)
+    if config.probe:
+        of_token = f"{1e6 * found.rates.forward:.3g} us a token, {found.rates.perturb:.3g} s a perturbation"
+        table.add_row("measured", f"{found.rates.start_up:.0f} s to start, {of_token}")
+    table.add_row("duration", f"{_duration(found.seconds)}, {found.device_hours:.3g} device-hours")
+    console.print(table)
+    _show_fleets(console, config, found)
     return DONE
+
+
+def _show_fleets(console: Console, config: PlanConfig, found: Any) -> None:
+    hazards = f"slowness spread by {config.straggling:g}, each lost {config.losses_per_hour:g} times an hour"
+    table = Table("actors", "duration", "device-hours", "efficiency", title=f"Simulated actors: {hazards}")
+    for one in found.fleets:
+        table.add_row(f"{one.actors:,}", _duration(one.seconds), f"{one.device_hours:.3g}", f"{one.efficiency:.0%}")
+    console.print(table)
+    if stops := [one.actors for one in found.fleets if one.efficiency < 0.5]:
+        console.print(f"Scaling stops: of {stops[0]:,} actors more than half would wait", highlight=False)
+    if found.choice is not None:
+        way, course = found.choice, found.choice.course
+        verdict = "Choose" if way.met else "Nothing tried stays within that; nearest:"
+        console.print(
+            f"{verdict} scoring.estimator {way.estimator}, scoring.micro_batch_tokens {way.micro_batch_tokens}, "
+            f"ray.actors {course.actors}: {_duration(course.seconds)}, {course.device_hours:.3g} device-hours",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ import functools
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,34 +38,42 @@ class CommandLine:
     of_tasks: Sequence[str]
     positional: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
 
-    def parser(self, task: Mapping[str, Any] | None = None) -> ArgumentParser:
-        """Of all commands. task: settings by section, for defaults. Raises UserError if there is no such setting."""
+    def parser(self, task: Mapping[str, Any] | None = None, of: Collection[str] | None = None) -> ArgumentParser:
+        """Of all commands, with the flags of those in `of`, all if None: each takes some hundredths of a second.
+
+        task: settings by section, for defaults. Raises UserError if there is no such setting.
+        """
         top = ArgumentParser(prog=self.prog, description=self.description, allow_abbrev=False)
         commands = top.add_subcommands(required=True, dest="command")
         for name, config in self.commands.items():
             command = ArgumentParser(description=config.__doc__, allow_abbrev=False)
-            command.add_argument("--config", action="config", help="YAML file of these settings; flags go over it.")
-            if name in self.of_tasks:
-                command.add_argument("--task", type=str, help="A task of `mrd-ray tasks`, or a YAML file of your own.")
-                command.add_argument("--task_data", type=dict[str, str], default={}, help=_TASK_DATA)
-            positional = self.positional.get(name, {})
-            for word, how_many in positional.items():
-                more: dict[str, Any] = {"nargs": how_many} if how_many else {}
-                command.add_argument(word, type=str, help=config.model_fields[word].description, **more)
-            command.add_class_arguments(config, as_group=False, skip=set(positional))
-            for section, settings in (task or {}).items():
-                if name not in self.of_tasks or section not in config.model_fields:
-                    continue
-                if isinstance(config.model_fields[section].default, dict):  # a setting by itself
-                    command.set_defaults({section: settings})
-                else:
-                    defaults = {f"{section}.{setting}": value for setting, value in settings.items()}
-                    try:
-                        command.set_defaults(defaults)
-                    except KeyError as problem:  # of no such setting
-                        raise UserError(f"task: {problem.args[0]}") from None
+            if of is None or name in of:
+                self._add_flags(command, name, task or {})
             commands.add_subcommand(name, command, help=(config.__doc__ or "").strip().splitlines()[0])
         return top
+
+    def _add_flags(self, command: ArgumentParser, name: str, task: Mapping[str, Any]) -> None:
+        config = self.commands[name]
+        command.add_argument("--config", action="config", help="YAML file of these settings; flags go over it.")
+        if name in self.of_tasks:
+            command.add_argument("--task", type=str, help="A task of `mrd-ray tasks`, or a YAML file of your own.")
+            command.add_argument("--task_data", type=dict[str, str], default={}, help=_TASK_DATA)
+        positional = self.positional.get(name, {})
+        for word, how_many in positional.items():
+            more: dict[str, Any] = {"nargs": how_many} if how_many else {}
+            command.add_argument(word, type=str, help=config.model_fields[word].description, **more)
+        command.add_class_arguments(config, as_group=False, skip=set(positional))
+        for section, settings in task.items():
+            if name not in self.of_tasks or section not in config.model_fields:
+                continue
+            if isinstance(config.model_fields[section].default, dict):  # a setting by itself
+                command.set_defaults({section: settings})
+            else:
+                defaults = {f"{section}.{setting}": value for setting, value in settings.items()}
+                try:
+                    command.set_defaults(defaults)
+                except KeyError as problem:  # of no such setting
+                    raise UserError(f"task: {problem.args[0]}") from None
 
     def settings(self, line: ArgumentParser, arguments: Sequence[str]) -> Any:
         """The config of the command that the arguments name. Raises pydantic.ValidationError, or UserError."""
@@ -88,7 +96,7 @@ class CommandLine:
         """Parse, call, and give the exit code; a UserError is printed, and is exit code 1."""
         try:
             refuse_credentials("command line", arguments)
-            line = self.parser(task_of(arguments))
+            line = self.parser(task_of(arguments), arguments[:1])
         except UserError as problem:
             return _failed(problem)
         try:
@@ -139,15 +147,17 @@ def _config_of(arguments: Sequence[str]) -> str | None:
 
 def task_of(arguments: Sequence[str]) -> dict[str, Any]:
     """The settings of the task that the command line names, which must be known before it can be parsed."""
-    from mrd_ray.data import tasks
-
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--task")
     flags.add_argument("--task_data", type=document.load, default={})
     flags.add_argument("--unlearning.method", dest="method")
     known, _ = flags.parse_known_args(arguments)
+    if known.task is None:
+        return {}
+    from mrd_ray.data import tasks
+
     copies = known.task_data if isinstance(known.task_data, dict) else {}  # the real parser refuses what is none
-    return {} if known.task is None else tasks.load(known.task, copies, known.method)
+    return tasks.load(known.task, copies, known.method)
 
 
 def _named(model: str, error: Any) -> str:

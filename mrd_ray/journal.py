@@ -3,11 +3,11 @@
 import os
 import threading
 import time
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import ray
 import ray.util.metrics
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 
 from mrd_ray.errors import UserError
@@ -15,6 +15,8 @@ from mrd_ray.runs import RunDirectory
 
 PROGRESS, EVENTS = "progress.json", "events.jsonl"
 BEAT = 10.0  # seconds between two signs of life
+SILENT = 6 * BEAT  # seconds without one after which a run is taken for dead
+_OFTEN = 1 << 20  # bytes of events that are written anew with every beat; more are less often
 _GAUGES = {
     "units_done": "Work units whose results are on disk",
     "units_left": "Work units still to do",
@@ -25,52 +27,78 @@ _GAUGES = {
 }
 
 
+def _printable(text: str) -> str:
+    """Without what a terminal obeys, since a run directory may be somebody else's."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+Text = Annotated[str, AfterValidator(_printable)]
+Moment = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]  # seconds since 1970
+Amount = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class Progress(BaseModel):
     """progress.json: how far one start of a command is. Times are seconds since 1970; of a figure, None is not told."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, hide_input_in_errors=True)
 
     state: Literal["running", "done", "failed", "interrupted"] = "running"
-    command: str
-    run: str
-    node: str = Field(default_factory=lambda: os.uname().nodename)
-    pid: int = Field(default_factory=os.getpid)
-    started: float = Field(default_factory=time.time)
-    time: float = Field(default_factory=time.time, description="Of the last sign of life.")
-    message: str | None = Field(None, description="Why it failed.")
-    units_done: int | None = Field(None, description="Since this start.")
-    units_left: int | None = None
-    units_failed: int | None = None
-    samples_draws_per_second: float | None = None
-    tokens_per_second: float | None = None
-    actor_restarts: int | None = None
-    step: int | None = None
-    steps: int | None = None
-    samples: int | None = None
-    sample_errors: int | None = None
+    command: Text
+    run: Text
+    node: Text = Field(default_factory=lambda: os.uname().nodename)
+    pid: Count = Field(default_factory=os.getpid)
+    started: Moment = Field(default_factory=time.time)
+    time: Moment = Field(default_factory=time.time, description="Of the last sign of life.")
+    message: Text | None = Field(None, description="Why it failed.")
+    units_done: Count | None = Field(None, description="Since this start.")
+    units_left: Count | None = None
+    units_failed: Count | None = None
+    samples_draws_per_second: Amount | None = None
+    tokens_per_second: Amount | None = None
+    actor_restarts: Count | None = None
+    step: Count | None = None
+    steps: Count | None = None
+    samples: Count | None = None
+    sample_errors: Count | None = None
+
+    @property
+    def silent(self) -> float | None:
+        """Seconds since the last sign of life, of a run that says it is running; else None."""
+        return time.time() - self.time if self.state == "running" else None
 
 
 class Event(BaseModel):
     """A line of events.jsonl: something that happened in this start of the command or an earlier one."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
 
-    time: float
-    run: str
-    event: str
-    message: str | None = None
+    time: Moment
+    run: Text
+    event: Text
+    message: Text | None = None
+
+
+def lines_of(content: bytes) -> list[bytes]:
+    """Of events.jsonl: texts in it may hold what else than a line feed ends a line to some."""
+    return [line for line in content.split(b"\n") if line]
 
 
 class Journal:
-    """The record of one start of a command on a claimed run directory, kept by its driver: see Progress and Event."""
+    """The record of one start of a command on a claimed run directory, kept by its driver: see Progress and Event.
+
+    Raises UserError if another driver is at work there, on a storage that has no locks.
+    """
 
     def __init__(self, run: RunDirectory, command: str) -> None:
         self._run, self.console = run, Console(stderr=True)
         self.run_id = str(run.manifest()["run_id"])
         self._progress = Progress(command=command, run=self.run_id)
-        self._events = run.read(EVENTS).decode(errors="replace").splitlines() if run.exists(EVENTS) else []
+        if not run.locks:
+            _refuse_second_driver(run)
+        self._events = _earlier(run)
         self._gauges: dict[str, ray.util.metrics.Gauge] = {}
-        self._changed, self._over, self._writing = True, threading.Event(), threading.Lock()
+        self._due, self._over, self._adding = 0.0, threading.Event(), threading.Lock()
         self._beating = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> "Journal":
@@ -88,6 +116,7 @@ class Journal:
         self._beating.join()
         self._progress = self._progress.model_copy(update={"state": state, "message": message})
         self.event(state, reason=message)
+        self._due = 0.0
         try:
             self._write()
         except UserError:
@@ -111,9 +140,8 @@ class Journal:
         if say is not None:
             self.console.print(say, soft_wrap=True, highlight=False, markup=False)
         line = Event(time=round(time.time(), 3), run=self.run_id, event=event, message=say, **fields)
-        with self._writing:
+        with self._adding:
             self._events.append(line.model_dump_json(exclude_none=True))
-            self._changed = True
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT):
@@ -123,9 +151,37 @@ class Journal:
                 self.console.print(str(problem), style="red", markup=False)
 
     def _write(self) -> None:
-        with self._writing:
-            self._progress.time = time.time()
-            self._run.write(PROGRESS, self._progress.model_dump_json(indent=1).encode())
-            if self._changed:
-                self._run.write(EVENTS, "".join(f"{line}\n" for line in self._events).encode())
-                self._changed = False
+        self._progress.time = time.time()
+        self._run.write(PROGRESS, self._progress.model_dump_json(indent=1).encode())
+        if time.monotonic() < self._due:
+            return
+        with self._adding:
+            content = "".join(f"{line}\n" for line in self._events).encode()
+        self._run.write(EVENTS, content)
+        self._due = time.monotonic() + BEAT * len(content) / _OFTEN
+
+
+def _earlier(run: RunDirectory) -> list[str]:
+    """The events of earlier starts; what is none, half a line say, is left out."""
+    found = []
+    for line in lines_of(run.read(EVENTS)) if run.exists(EVENTS) else []:
+        try:
+            found.append(Event.model_validate_json(line).model_dump_json(exclude_none=True))
+        except ValidationError:
+            continue
+    return found
+
+
+def _refuse_second_driver(run: RunDirectory) -> None:
+    if not run.exists(PROGRESS):
+        return
+    try:
+        other = Progress.model_validate_json(run.read(PROGRESS))
+    except ValidationError:
+        return
+    own = (other.node, other.pid) == (os.uname().nodename, os.getpid())
+    if not own and other.silent is not None and other.silent < SILENT:
+        raise UserError(
+            f"run.dir: process {other.pid} on {other.node} is working in {run.uri}, or was {other.silent:.0f} s ago; "
+            f"wait for it, or, if it was killed, until it has been silent for {SILENT:.0f} s"
+        )

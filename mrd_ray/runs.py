@@ -127,20 +127,22 @@ class RunDirectory:
     A local directory is made readable by its owner alone; one that is there already keeps its mode.
     """
 
-    def __init__(self, uri: str) -> None:
-        """Raises UserError if the directory cannot be made."""
+    def __init__(self, uri: str, setting: str = "run.dir", make: bool = True) -> None:
+        """setting: that names it, for errors. make: if it is not there. Raises UserError if it cannot be opened."""
         self.uri = uri
         try:
             self._fs, self._root = storage.filesystem(uri)
             if self._fs.isfile(self._root):
-                raise UserError(f"run.dir: {uri} is a file; expected a directory, or a path where one can be made")
+                raise UserError(f"{setting}: {uri} is a file; expected a directory, or a path where one can be made")
+            if not make:
+                return
             with self._writing(""):
                 if isinstance(self._fs, LocalFileSystem):  # what people ask to forget is nobody else's to read
                     Path(self._root).mkdir(mode=0o700, parents=True, exist_ok=True)
                 else:
                     self._fs.makedirs(self._root, exist_ok=True)
         except (ImportError, ValueError) as problem:
-            raise UserError(f"run.dir: cannot open {uri}: {problem}") from None
+            raise UserError(f"{setting}: cannot open {uri}: {problem}") from None
 
     @staticmethod
     def is_one(uri: str) -> bool:
@@ -151,28 +153,30 @@ class RunDirectory:
     @classmethod
     def existing(cls, uri: str, setting: str) -> "RunDirectory":
         """A directory that is one already: what is mistyped is not made. Raises UserError, with the setting."""
-        try:
-            there = cls.is_one(uri)
-        except (ImportError, ValueError, OSError) as problem:
-            raise UserError(f"{setting}: cannot open {uri}: {problem}") from None
-        if not there:
+        run = cls(uri, setting, make=False)  # a reader may not be allowed to
+        if not run.exists("manifest.json"):
             raise UserError(
                 f"{setting}: {uri} is not a run directory: no manifest.json in it. Name a directory that mrd-ray "
                 "score, unlearn or evaluate has written to (its run.dir)"
             )
-        return cls(uri)
+        return run
 
     def path(self, name: str) -> str:
         """The full path of a file of this run, as its file system names it."""
         return f"{self._root}/{name}" if name else self._root
 
+    @property
+    def locks(self) -> bool:
+        """Whether the storage has locks, so that `locked` keeps others out."""
+        return isinstance(self._fs, LocalFileSystem)
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory; a second run on it is refused. The lock ends with the process, however it ends.
 
-        Only local and shared POSIX file systems can lock; on object stores two runs at once are not noticed.
+        Only local and shared POSIX file systems can lock; on object stores see `Journal`.
         """
-        if not isinstance(self._fs, LocalFileSystem):
+        if not self.locks:
             yield
             return
         with self._writing(".lock"):

@@ -10,7 +10,6 @@ from mrd_ray.journal import Event, Progress
 from mrd_ray.runs import RunDirectory
 from mrd_ray.stages import FOLDERS
 
-_SILENT = 6 * journal.BEAT  # seconds without a sign of life after which a run is taken for dead
 _EVENTS = 5
 
 
@@ -30,7 +29,7 @@ class Status:
     @property
     def state(self) -> str:
         """That of its progress, or "silent": running, by what it said, but long without a sign of life."""
-        return "silent" if self.silent is not None and self.silent > _SILENT else self.progress.state
+        return "silent" if self.silent is not None and self.silent > journal.SILENT else self.progress.state
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -59,14 +58,13 @@ def _of(uri: str) -> Status:
         raise UserError(f"run: {uri} has no {absent[0]}; its command was not started yet, or is none of these")
     try:
         progress = Progress.model_validate_json(run.read(journal.PROGRESS))
-        events = [Event.model_validate_json(line) for line in run.read(journal.EVENTS).splitlines()]
+        events = [Event.model_validate_json(line) for line in journal.lines_of(run.read(journal.EVENTS))]
     except ValueError as problem:
         raise UserError(
             f"{run.path(journal.PROGRESS)} or {journal.EVENTS} is damaged ({problem}); starting the run's command "
             "again writes both anew"
         ) from None
-    silent = time.time() - progress.time if progress.state == "running" else None
-    return Status(uri, progress, silent, [event for event in events if event.event != "unit_done"][-_EVENTS:])
+    return Status(uri, progress, progress.silent, [event for event in events if event.event != "unit_done"][-_EVENTS:])
 
 
 def rows(found: Status) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """What operators see: metrics as scraped, events, a sign of life, and `mrd-ray status` from the directory alone."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -106,9 +107,65 @@ with Journal(RunDirectory({str(tmp_path)!r}), "score"):
         assert status(str(tmp_path))[0].state == "running"
         process.send_signal(signal.SIGKILL)
     assert status(str(tmp_path))[0].state == "running"  # it cannot be told yet
-    monkeypatch.setattr("mrd_ray.status._SILENT", 0.0)
+    monkeypatch.setattr("mrd_ray.journal.SILENT", 0.0)
     assert status(str(tmp_path))[0].state == "silent"
     assert [line["event"] for line in lines(tmp_path)] == ["started", "failed", "started", "interrupted", "started"]
+
+
+def test_events_of_earlier_starts_stay_but_for_damaged_ones(tmp_path):
+    run = RunDirectory(str(tmp_path))
+    run.claim({"a": 1}, ModelConfig(path="x"))
+    with Journal(run, "score") as first:
+        first.event("said", "a line\u2028of two\u0085or three")
+    whole = (tmp_path / journal.EVENTS).read_bytes()
+    (tmp_path / journal.EVENTS).write_bytes(whole + whole[:40])
+    with Journal(run, "score"):
+        pass
+    assert (tmp_path / journal.EVENTS).read_bytes().startswith(whole)
+    assert [event.event for event in status(str(tmp_path))[0].events] == ["started", "said", "done", "started", "done"]
+
+
+def test_many_events_are_not_written_with_every_beat(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "BEAT", 0.05)
+    monkeypatch.setattr(journal, "_OFTEN", 100)
+    run = RunDirectory(str(tmp_path))
+    run.claim({"a": 1}, ModelConfig(path="x"))
+    with Journal(run, "score") as record:
+        record.event("long", "x" * 20_000)
+        while "long" not in (tmp_path / journal.EVENTS).read_text():
+            time.sleep(0.05)
+        record.event("later")
+        beat = json.loads((tmp_path / journal.PROGRESS).read_text())["time"]
+        while json.loads((tmp_path / journal.PROGRESS).read_text())["time"] == beat:
+            time.sleep(0.05)
+        assert "later" not in (tmp_path / journal.EVENTS).read_text()
+    assert [line["event"] for line in lines(tmp_path)] == ["started", "long", "later", "done"]
+
+
+@pytest.mark.parametrize(
+    "field",
+    ['"started": 1e300', '"started": -1', '"units_left": 1' + "0" * 40, '"node": 3', '"tokens_per_second": 1e999'],
+)
+def test_status_of_figures_beyond_all_measure(finished, tmp_path, field, capsys):
+    for file in ("manifest.json", journal.PROGRESS, journal.EVENTS):
+        (tmp_path / file).write_bytes((finished / file).read_bytes())
+    name = field.split(":")[0]
+    changed = re.sub(f"{name}: [^,\n]*", field, (tmp_path / journal.PROGRESS).read_text())
+    assert field in changed
+    (tmp_path / journal.PROGRESS).write_text(changed)
+    assert main(["status", str(tmp_path)]) == 1
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_status_of_a_run_that_talks_to_the_terminal(finished, tmp_path, capsys):
+    for file in ("manifest.json", journal.PROGRESS, journal.EVENTS):
+        (tmp_path / file).write_bytes((finished / file).read_bytes())
+    found = json.loads((tmp_path / journal.PROGRESS).read_text())
+    (tmp_path / journal.PROGRESS).write_text(json.dumps(found | {"state": "failed", "message": "\x1b]0;mine\x07 gone"}))
+    assert main(["status", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "gone" in said
+    assert "\x1b]0" not in said
 
 
 @pytest.mark.parametrize("name", [journal.PROGRESS, journal.EVENTS])

@@ -14,8 +14,11 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from mrd_ray import storage
+from mrd_ray.config import RunConfig
 from mrd_ray.errors import UserError
+from mrd_ray.journal import Journal
 from mrd_ray.runs import RunDirectory
+from mrd_ray.status import status
 
 SECRET = "a-secret-of-this-test"
 
@@ -148,6 +151,45 @@ def test_a_bucket_that_is_not_there(s3, tiny_model_dir, qa_file, capsys):
     assert "run.dir: cannot write" in capsys.readouterr().err
 
 
+def test_reading_a_run_writes_nothing(s3, tmp_path):
+    run = RunDirectory("s3://lab/team/runs/x")
+    run.claim({"a": 1}, RunConfig(dir="x"))
+    with Journal(run, "score"):
+        pass
+    s3_client = boto3.client("s3")
+    for key in ("team/", "team/runs/", "team/runs/x/"):  # as credentials for that prefix alone may not make
+        s3_client.delete_object(Bucket="lab", Key=key)
+    before = contents()
+    assert status("s3://lab/team/runs/x")[0].state == "done"
+    with pytest.raises(UserError, match="not a run directory"):
+        status("s3://lab/team/runs/none")
+    assert contents() == before
+
+
+def test_a_second_driver_on_a_bucket_is_refused(s3, tmp_path):
+    run = RunDirectory("s3://lab/runs/shared")
+    run.claim({"a": 1}, RunConfig(dir="x"))
+    code = """
+import time
+from mrd_ray.journal import Journal
+from mrd_ray.runs import RunDirectory
+with Journal(RunDirectory("s3://lab/runs/shared"), "score"):
+    print("on", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(UserError, match=rf"process {process.pid} on .* is working in s3://lab/runs/shared"):
+            Journal(run, "score")
+        process.kill()
+    with pytest.raises(UserError, match="until it has been silent for 60 s"):
+        Journal(run, "score")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mrd_ray.journal.SILENT", 0.0)
+        with Journal(run, "score"):
+            pass
+
+
 def test_a_bucket_that_goes_away():
     with serving() as (server, _):
         run = RunDirectory("s3://lab/run")
@@ -155,9 +197,9 @@ def test_a_bucket_that_goes_away():
         server.stop()
         asked = (lambda: run.names("units"), lambda: run.exists("manifest.json"), lambda: run.read("units/u.parquet"))
         for ask in asked:
-            with pytest.raises(UserError, match="cannot read lab/run/.* start the same command again once"):
+            with pytest.raises(UserError, match=r"cannot read lab/run/.* start the same command again once"):
                 ask()
-        with pytest.raises(UserError, match="cannot write lab/run/units/u.parquet"):
+        with pytest.raises(UserError, match=r"cannot write lab/run/units/u\.parquet"):
             run.write("units/u.parquet", b"other")
 
 

@@ -23,7 +23,8 @@ Name = Annotated[str, StringConstraints(min_length=1)]
 class Frozen(BaseModel):
     """Settings that nobody changes, of which none is misspelt, and none holds credentials (UserError)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # built when first used: --help is not to wait for what checks settings
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     @field_validator("*")
     @classmethod

@@ -9,7 +9,7 @@ from mrd_ray.errors import UserError
 _IN_URI = re.compile(
     r"://[^/@:]*:(?!\d+/)[^@]*@"  # USER:PASSWORD@, whose password may hold a slash; not HOST:8080/a@b
     r"|https?://[^/@]+@"  # a token alone; elsewhere that is a user, or a container
-    r"|[?&](x-amz-signature|x-amz-security-token|x-goog-signature|signature|sig|token|access_token|api_key)=",
+    r"|[?&](x-amz-signature|x-amz-security-token|x-goog-signature|signature|sig|token|access_token|api_?key|key|auth|passw(or)?d|secret)=",
     re.IGNORECASE,
 )
 _FLAG = re.compile(r"-(.*[-_.])?(token|secret|password|key|credentials?)", re.IGNORECASE)

@@ -2,7 +2,15 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from mrd_ray.config.base import Frozen, ModelConfig, Name, RayConfig, RunConfig, refuse_no_pattern
 from mrd_ray.config.data import DataConfig
@@ -131,7 +139,7 @@ class CompareConfig(Frozen):
 
 
 class PlanConfig(Frozen):
-    """Say what scoring would cost, without loading the model's weights or starting Ray."""
+    """Say what scoring would cost: from the architecture and the tokens alone, or after trying it for a moment."""
 
     model: ModelConfig
     data: DataConfig
@@ -143,3 +151,26 @@ class PlanConfig(Frozen):
         description="Sustained float32 TFLOP/s of one actor. Unset: measured on this machine's CPU for CPU actors; "
         "a cautious guess for GPU actors.",
     )
+    probe: bool = Field(
+        False,
+        description="Start Ray and ray.actors actors with the model, and time them on some of the samples for about "
+        "ten seconds, instead of going by FLOPs.",
+    )
+    deadline: PositiveFloat | None = Field(
+        None, description="Hours that the run may take: name the estimator, micro-batch and actors that cost least."
+    )
+    budget: PositiveFloat | None = Field(
+        None, description="Device-hours that all actors may take together: name the fastest way within them."
+    )
+    straggling: NonNegativeFloat = Field(
+        0.1, le=2, description="Of simulated actors: standard deviation of the logarithm of their slowness."
+    )
+    losses_per_hour: NonNegativeFloat = Field(
+        0.0, le=20, description="Of simulated actors: how often an hour each is lost, to preemption say, and replaced."
+    )
+
+    @model_validator(mode="after")
+    def _a_probe_measures(self) -> "PlanConfig":
+        if self.probe and self.tflops is not None:
+            raise ValueError("tflops and probe exclude one another: give the rate, or have it measured")
+        return self

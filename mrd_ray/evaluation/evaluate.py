@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
-from mrd_ray import models, storage
+from mrd_ray import models
 from mrd_ray.config import EvaluateConfig, EvaluationConfig
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import judges, sets, table, zero_shot
 from mrd_ray.evaluation.actor import RESULT_SCHEMA, EvaluationActor, Task
 from mrd_ray.evaluation.aggregate import Figure
-from mrd_ray.evaluation.measure import Record
+from mrd_ray.evaluation.measure import Record, is_of
 from mrd_ray.journal import Journal
 from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
@@ -104,16 +104,11 @@ def _identity(config: EvaluateConfig) -> dict[str, Any]:
 
 def _reference(uri: str, forget: str, run: RunDirectory, of_sets: Mapping[str, str]) -> pa.Table:
     """The lines of another run, on the same rows of the forget set. of_sets: digests of this run's sets."""
-    try:
-        fs, root = storage.filesystem(uri)
-        if root == run.path(""):
-            raise UserError(f"evaluation.reference: {uri} is run.dir; name the run of a model that never saw the set")
-        there = all(fs.exists(f"{root}/{name}") for name in ("manifest.json", "evaluation.parquet"))
-    except (ImportError, ValueError, OSError) as problem:
-        raise UserError(f"evaluation.reference: cannot open {uri}: {problem}") from None
-    if not there:  # RunDirectory would make it
+    reference = RunDirectory(uri, "evaluation.reference", make=False)
+    if reference.path("") == run.path(""):
+        raise UserError(f"evaluation.reference: {uri} is run.dir; name the run of a model that never saw the set")
+    if not all(reference.exists(name) for name in ("manifest.json", "evaluation.parquet")):
         raise UserError(f"evaluation.reference: {uri} holds no finished evaluation; evaluate the reference model first")
-    reference = RunDirectory(uri)
     if reference.manifest()["identity"].get(name := f"evaluation.sets.{forget}") != of_sets[name]:
         raise UserError(
             f"evaluation.reference: {uri} was asked something else of {forget!r}, so that the two cannot be compared; "
@@ -196,13 +191,13 @@ class _Work:
     def _result(self, unit_id: str, rows: list[sets.Row]) -> list[Record]:
         name = f"units/{unit_id}.parquet"
         result = self.run.read_table(name, RESULT_SCHEMA)
-        records: list[Record] | None = result["records"].to_pylist()[0] if len(result) == 1 else None
-        asked = [row["sample_id"] for row in rows]
-        if result["unit_id"].to_pylist() != [unit_id] or [record["sample_id"] for record in records or ()] != asked:
+        records: list[Record | None] = (result["records"].to_pylist() or [None])[0] or []
+        whole = len(records) == len(rows) and all(is_of(*pair) for pair in zip(records, rows, strict=True))
+        if result["unit_id"].to_pylist() != [unit_id] or not whole:
             raise UserError(
                 f"{self.run.path(name)} is not that unit's result; delete it and start the same command again"
             )
-        return records or []
+        return [record for record in records if record is not None]
 
 
 def _finish(

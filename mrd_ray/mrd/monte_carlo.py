@@ -20,15 +20,18 @@ def exact_sum(values: Iterable[float]) -> list[float]:
     """The sum without rounding, as floats of falling magnitude whose exact sum it is (Shewchuk, 1997).
 
     Adding such sums up is exact too. So moments of a sample come out with the same bits however its draws were
-    cut into units and in whatever order those finished. Non-finite input gives [nan].
+    cut into units and in whatever order those finished. Non-finite input, or a sum beyond all floats, gives [nan].
     """
     rest = list(values)
     parts: list[float] = []
     if not all(map(math.isfinite, rest)):
         return [math.nan]
-    while remainder := math.fsum(rest):
-        parts.append(remainder)
-        rest.append(-remainder)
+    try:
+        while remainder := math.fsum(rest):
+            parts.append(remainder)
+            rest.append(-remainder)
+    except OverflowError:
+        return [math.nan]
     return parts
 
 
@@ -103,11 +106,12 @@ def draw_deltas(
         theta: per batch, `likelihood.log_neg_log_probs` of the restored replica.
         antithetic: whether to evaluate theta - delta_k too, the last dimension's second element.
     """
-    columns: list[list[torch.Tensor]] = [[] for _ in batches]
     signed = (sigma, -sigma) if antithetic else (sigma,)
-    for k in draws:
-        for step in signed:
+    # in place from the beginning: small results kept among a forward's buffers would take the heap apart
+    found = [torch.empty(len(batch.scored), len(draws), len(signed), dtype=torch.float64) for batch in batches]
+    for column, k in enumerate(draws):
+        for sign, step in enumerate(signed):
             replica.perturb(step, draw_seed(seed, k))
-            for column, batch, at_theta in zip(columns, batches, theta, strict=True):
-                column.append(delta(at_theta, likelihood.log_neg_log_probs(batch), batch.scored).cpu())
-    return [torch.stack(column, 1).unflatten(1, (len(draws), len(signed))) for column in columns]
+            for deltas, batch, at_theta in zip(found, batches, theta, strict=True):
+                deltas[:, column, sign] = delta(at_theta, likelihood.log_neg_log_probs(batch), batch.scored)
+    return found

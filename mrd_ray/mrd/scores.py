@@ -70,7 +70,8 @@ def _mean(values: Sequence[float], squares: Sequence[float], k: int) -> tuple[fl
     mean = math.fsum(values) / k
     if k < 2:
         return mean, None
-    return mean, math.sqrt(max(0.0, math.fsum(squares) / k - mean * mean) / (k - 1))
+    variance = math.fsum(squares) / k - mean * mean
+    return mean, math.sqrt((0.0 if variance < 0 else variance) / (k - 1))  # a max with 0 would make 0 of nan
 
 
 def sampling_weights(mrd: np.ndarray) -> np.ndarray:

@@ -16,56 +16,9 @@ from mrd_ray.config import ModelConfig, ScoringConfig
 from mrd_ray.errors import UserError
 from mrd_ray.scoring.estimators import ClosedForm, MonteCarlo, Sample, estimator_of, refuse_wrong_rules
 from mrd_ray.scoring.plan import Unit
+from mrd_ray.scoring.result import RESULT_SCHEMA
 
 T = TypeVar("T")
-
-_SUM = pa.list_(pa.float64())  # see monte_carlo.exact_sum
-RESULT = pa.struct(
-    [
-        ("sample_id", pa.string()),
-        ("log_prob", pa.float64()),
-        ("error", pa.string()),
-        ("num_draws", pa.int64()),
-        # monte_carlo.Moments
-        ("sum_abs", _SUM),
-        ("sum_abs_squares", _SUM),
-        ("sum", _SUM),
-        ("sum_squares", _SUM),
-        ("sum_odd_squares", _SUM),
-        # closed_form
-        ("gradient_norm", pa.float64()),
-        ("probes", pa.list_(pa.float64())),
-        # scoring.measures
-        (
-            "measures",
-            pa.struct(
-                [
-                    ("entropy", pa.float64()),
-                    ("memorization_accuracy", pa.float64()),
-                    ("log_prob_gradient_norm", pa.float64()),
-                ]
-            ),
-        ),
-    ]
-)
-_PRECISION = pa.struct(
-    [
-        ("share_moved", pa.float64()),
-        ("cosine", pa.float64()),
-        ("noise_floor", pa.float64()),
-        ("sufficient", pa.bool_()),
-    ]
-)
-RESULT_SCHEMA = pa.schema(
-    [
-        ("unit_id", pa.string()),
-        ("worker", pa.string()),
-        ("seconds", pa.float64()),
-        ("fatal", pa.string()),
-        ("precision", _PRECISION),  # of monte_carlo
-        ("samples", pa.list_(RESULT)),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -108,12 +61,12 @@ def attempt(load: Callable[[], T]) -> tuple[T | None, str | None]:
 class ScoringActor:
     """For `pipeline.results`: the id of a `plan.Unit` and its samples in, one row of RESULT_SCHEMA out.
 
-    A failure that concerns the run as a whole comes back as `fatal`.
+    A failure that concerns the run as a whole comes back as `fatal`; the attribute says why no unit can be worked off.
     """
 
     def __init__(self, task: Task) -> None:
         torch.set_num_threads(task.threads)
-        self._estimator, self._fatal = attempt(lambda: self._load(task))
+        self._estimator, self.fatal = attempt(lambda: self._load(task))
 
     def _load(self, task: Task) -> MonteCarlo | ClosedForm:
         model = replica(task.model, task.files_digest, task.on_gpu)
@@ -130,10 +83,10 @@ class ScoringActor:
                 result["samples"] = self._estimator(samples.to_pylist(), range(unit.first_draw, unit.stop_draw))
                 result["precision"] = self._estimator.precision
             except torch.OutOfMemoryError as problem:  # of samples that fitted before
-                self._fatal = f"the device ran out of memory; lower scoring.micro_batch_tokens ({problem})"
+                self.fatal = f"the device ran out of memory; lower scoring.micro_batch_tokens ({problem})"
         result |= {
             "worker": f"{os.uname().nodename}:{os.getpid()}",
             "seconds": time.perf_counter() - started,
-            "fatal": self._fatal,
+            "fatal": self.fatal,
         }
         return pa.Table.from_pylist([result], RESULT_SCHEMA)

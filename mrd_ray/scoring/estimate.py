@@ -1,16 +1,53 @@
-"""`mrd-ray plan`: what scoring would cost, from the architecture and the tokens alone."""
+"""`mrd-ray plan`: what scoring would cost, and how it would go with other actors, estimators and micro-batches."""
 
+import contextlib
+import dataclasses
+import functools
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
+import numpy as np
+import pyarrow as pa
 import torch
+from pydantic import ValidationError
+from transformers import PreTrainedModel
 
 from mrd_ray import models
-from mrd_ray.config import PlanConfig
+from mrd_ray.config import PlanConfig, ScoringConfig
 from mrd_ray.data import samples as samples_table
+from mrd_ray.errors import UserError
+from mrd_ray.scoring import pipeline
 from mrd_ray.scoring import plan as planning
+from mrd_ray.scoring.actor import Task
 from mrd_ray.scoring.pool import Pool
-from mrd_ray.scoring.score import lengths
+from mrd_ray.scoring.probe import Part, probe
+from mrd_ray.scoring.score import lengths, trial_of, unit_samples
+from mrd_ray.scoring.simulate import Course, Fleet, Rates, simulate
+
+FLEETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # actors that are simulated
+_BUDGETS = {False: (512, 1024, 2048), True: (4096, 16384, 65536)}  # micro-batch tokens that are tried, by CPU and GPU
+_PROBED = 32  # micro-batches
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A run that has not been made, with so many actors. efficiency: against one actor without losses."""
+
+    actors: int
+    seconds: float
+    device_hours: float
+    efficiency: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What costs least within the deadline, or is fastest within the budget; `met` says whether it is within them."""
+
+    estimator: str
+    micro_batch_tokens: int
+    course: Simulated
+    met: bool
 
 
 @dataclass(frozen=True)
@@ -19,6 +56,7 @@ class Estimate:
 
     samples: int
     unscorable: int
+    tokens: int
     padded_tokens: int
     micro_batches: int
     units: int
@@ -27,41 +65,33 @@ class Estimate:
     forward_flops: float
     weight_bytes_per_actor: int
     perturbation_bytes: int
-    tflops_per_actor: float
-    tflops_source: str
+    rates: Rates
     seconds: float
+    device_hours: float
+    fleets: list[Simulated]
+    choice: Choice | None
 
 
 def plan(config: PlanConfig) -> Estimate:
-    """Read and tokenise the data and cut it into units, for `ray.actors` actors of the given shape.
-
-    The duration is FLOPs over rate; starting actors (seconds) and an uneven finish come on top.
+    """Read and tokenise the data, cut it into units, and simulate `ray.actors` actors of the given shape at them.
 
     Raises:
-        UserError: bad input or settings.
+        UserError: bad input or settings; with `probe`, also what refuses a run.
     """
-    skeleton = models.skeleton(config.model)
-    planning.refuse_uncovered(skeleton, config.scoring)
-    architecture = skeleton.config
-    tokenizer = models.load_tokenizer(config.model)
-    samples = samples_table.build(config.data, tokenizer, models.context_length(architecture))
-    pool = Pool(config.ray.actors or 1, config.ray.cpus_per_actor, config.ray.gpus_per_actor or 0.0)
-    cost = planning.ModelCost.of(skeleton)
-    if config.tflops is not None:
-        tflops, source = config.tflops, "as given"
-    elif pool.gpus:
-        tflops, source = planning.assumed_tflops(pool), "assumed; measure and give --tflops"
-    else:
-        tflops, source = _measured_cpu_tflops(architecture.get_text_config().hidden_size, pool.threads), "measured here"
+    job = _Job.of(config)
+    with job.hardware():
+        return _estimate(job)
 
-    scoring = config.scoring
-    layout = planning.layout(lengths(samples), scoring.micro_batch_tokens)
-    rectangles = planning.missing(0, len(layout), planning.first_draws(scoring), [])
-    flops_per_token = cost.flops_per_token * planning.forwards_per_token(scoring)
-    # the cut follows the same assumed rate as the run's
-    units = planning.cut(layout, rectangles, pool.actors, planning.assumed_tflops(pool) * 1e12 / flops_per_token)
+
+def _estimate(job: "_Job") -> Estimate:
+    config = job.config
+    scoring, cost = config.scoring, job.cost
+    layout = job.layout(scoring)
+    units = job.units(scoring, job.pool.actors)
+    rates = job.rates(scoring)
     padded = int(layout.padded_tokens.sum())
     size = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
+    flops_per_token = cost.flops_per_token * planning.forwards_per_token(scoring)
     if scoring.estimator == "closed_form":
         # a probe's direction is made once for a unit; it, the moved weights and their derivatives are copies
         copies, perturbations = (4 if scoring.curvature_probes else 1), scoring.curvature_probes * len(units)
@@ -70,23 +100,158 @@ def plan(config: PlanConfig) -> Estimate:
         signs = 2 if scoring.antithetic else 1
         copies, perturbations = 2, signs * sum(unit.stop_draw - unit.first_draw for unit in units)
         flops = padded * (flops_per_token * scoring.num_draws + cost.flops_per_token)  # and once at theta
-    # perturbing costs time as so many forwards of a token would
-    work = flops + perturbations * planning.DRAW_TOKENS * cost.flops_per_token
+    course = job.course(scoring, rates, Fleet(job.pool.actors))
     return Estimate(
-        samples=len(samples),
-        unscorable=len(samples) - samples["error"].null_count,
+        samples=len(job.samples),
+        unscorable=len(job.samples) - job.samples["error"].null_count,
+        tokens=int(lengths(job.samples).sum()),
         padded_tokens=padded,
         micro_batches=len(layout),
         units=len(units),
-        actors=pool.actors,
+        actors=job.pool.actors,
         parameters=cost.parameters,
         forward_flops=flops,
         weight_bytes_per_actor=copies * size * cost.parameters,
         perturbation_bytes=perturbations * 2 * size * cost.parameters,  # reads the base, writes the working copy
-        tflops_per_actor=tflops,
-        tflops_source=source,
-        seconds=work / (tflops * 1e12 * min(pool.actors, max(1, len(units)))),
+        rates=rates,
+        seconds=course.seconds,
+        device_hours=course.device_seconds / 3600,
+        fleets=job.fleets(scoring, rates),
+        choice=job.choice(),
     )
+
+
+@dataclass
+class _Job:
+    """What all ways to make the run have in common. ray_seconds: that Ray took to start, where it was started."""
+
+    config: PlanConfig
+    skeleton: PreTrainedModel
+    samples: pa.Table
+    pool: Pool
+    cost: planning.ModelCost
+    ray_seconds: float = 0.0
+    layouts: dict[int, planning.Layout] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: PlanConfig) -> "_Job":
+        skeleton = models.skeleton(config.model)
+        planning.refuse_uncovered(skeleton, config.scoring)
+        tokenizer = models.load_tokenizer(config.model)
+        samples = samples_table.build(config.data, tokenizer, models.context_length(skeleton.config))
+        pool = Pool(config.ray.actors or 1, config.ray.cpus_per_actor, config.ray.gpus_per_actor or 0.0)
+        return cls(config, skeleton, samples, pool, planning.ModelCost.of(skeleton))
+
+    @contextlib.contextmanager
+    def hardware(self) -> Iterator[None]:
+        """Ray, where a probe needs it; then as many actors as are asked for or as have room."""
+        if not self.config.probe:
+            yield
+            return
+        began = time.monotonic()
+        with pipeline.cluster():
+            self.pool = Pool.of(self.config.ray, pipeline.living_nodes())
+            self.ray_seconds = time.monotonic() - began
+            yield
+
+    def layout(self, scoring: ScoringConfig) -> planning.Layout:
+        tokens = scoring.micro_batch_tokens
+        if tokens not in self.layouts:
+            self.layouts[tokens] = planning.layout(lengths(self.samples), tokens)
+        return self.layouts[tokens]
+
+    def units(self, scoring: ScoringConfig, actors: int) -> list[planning.Unit]:
+        """As a run with so many actors cuts them, which goes by the assumed rate."""
+        layout = self.layout(scoring)
+        per_token = self.cost.flops_per_token * planning.forwards_per_token(scoring)
+        rectangles = planning.missing(0, len(layout), planning.first_draws(scoring), [])
+        return planning.cut(layout, rectangles, actors, planning.assumed_tflops(self.pool) * 1e12 / per_token)
+
+    def rates(self, scoring: ScoringConfig) -> Rates:
+        """Measured, or by FLOPs; then starting actors, which takes seconds, is left out."""
+        if self.config.probe:
+            return self._probed(scoring)
+        tflops, source = self._tflops
+        token = self.cost.flops_per_token / (tflops * 1e12)
+        draws = scoring.estimator == "monte_carlo"
+        perturbed = (2 if scoring.antithetic else 1) if draws else scoring.curvature_probes
+        return Rates(
+            start_up=0.0,
+            theta=token if draws else 0.0,
+            perturb=perturbed * planning.DRAW_TOKENS * token,
+            forward=token * planning.forwards_per_token(scoring),
+            source=f"{tflops:.3g} TFLOP/s per actor, {source}",
+        )
+
+    @functools.cached_property
+    def _tflops(self) -> tuple[float, str]:
+        if self.config.tflops is not None:
+            return self.config.tflops, "as given"
+        if self.pool.gpus:
+            return planning.assumed_tflops(self.pool), "assumed; use --probe, or measure and give --tflops"
+        width = self.skeleton.config.get_text_config().hidden_size
+        return _measured_cpu_tflops(width, self.pool.threads), "of a matrix product here; --probe measures scoring"
+
+    def _probed(self, scoring: ScoringConfig) -> Rates:
+        config, layout = self.config, self.layout(scoring)
+        if not len(layout):
+            raise UserError(f"data.path: {config.data.path} has no sample that can be scored, and none to probe with")
+        few, digest = trial_of(self.samples, layout), models.files_digest(config.model)
+        task = Task(config.model, scoring, digest, self.pool.threads, self.pool.gpus > 0, few)
+        chosen = np.unique(np.linspace(0, len(layout) - 1, min(_PROBED, len(layout))).round().astype(int)).tolist()
+        parts: list[Part] = [
+            (unit_samples(self.samples, layout, range(i, i + 1)), int(layout.padded_tokens[i])) for i in chosen
+        ]
+        found = probe(task, self.pool, parts)
+        return dataclasses.replace(found, start_up=found.start_up + self.ray_seconds)
+
+    def course(self, scoring: ScoringConfig, rates: Rates, fleet: Fleet) -> Course:
+        return simulate(self.units(scoring, fleet.actors), self.layout(scoring), rates, fleet)
+
+    def fleets(self, scoring: ScoringConfig, rates: Rates) -> list[Simulated]:
+        """1 to 1,000 actors, as they come."""
+        alone = self.course(scoring, rates, Fleet(1)).seconds
+        found = []
+        for actors in FLEETS:
+            fleet = Fleet(actors, self.config.straggling if actors > 1 else 0.0, self.config.losses_per_hour)
+            course = self.course(scoring, rates, fleet)
+            efficiency = alone / course.device_seconds if course.device_seconds else 1.0
+            found.append(Simulated(actors, course.seconds, course.device_seconds / 3600, efficiency))
+        return found
+
+    def choice(self) -> Choice | None:
+        """Of both estimators, some micro-batches and all fleets; None where neither a deadline nor a budget is set."""
+        config = self.config
+        if config.deadline is None and config.budget is None:
+            return None
+        hours, budget = config.deadline or float("inf"), config.budget or float("inf")
+        ways = [
+            (scoring, course)
+            for scoring in self._alternatives()
+            for course in self.fleets(scoring, self.rates(scoring))
+        ]
+        within = [way for way in ways if way[1].seconds <= 3600 * hours and way[1].device_hours <= budget]
+        if config.deadline is not None:
+            scoring, course = min(within or ways, key=lambda way: way[1].device_hours if within else way[1].seconds)
+        else:
+            scoring, course = min(within or ways, key=lambda way: way[1].seconds if within else way[1].device_hours)
+        return Choice(scoring.estimator, scoring.micro_batch_tokens, course, bool(within))
+
+    def _alternatives(self) -> Iterator[ScoringConfig]:
+        """Other estimators and micro-batches for the same statistic, where there are any."""
+        own = self.config.scoring
+        shared = own.model_dump(include={"parameters", "sigma", "statistic", "seed", "num_draws"})
+        for estimator in ("monte_carlo", "closed_form"):
+            for tokens in sorted({own.micro_batch_tokens, *_BUDGETS[self.pool.gpus > 0]}):
+                if estimator == own.estimator:
+                    yield own.model_copy(update={"micro_batch_tokens": tokens})
+                    continue
+                try:
+                    other = ScoringConfig(**shared, estimator=estimator, micro_batch_tokens=tokens)
+                    planning.refuse_uncovered(self.skeleton, other)
+                except (ValidationError, UserError):  # the closed form cannot do what is asked
+                    continue
+                yield other
 
 
 def _measured_cpu_tflops(width: int, threads: int) -> float:

@@ -217,7 +217,10 @@ def _of_draws(deltas: list[list[float]], draws: range, result: Result) -> Result
     error = result["error"]
     if error is None and broken:
         error = f"its relative change is not finite in {len(broken)} draw(s), the first {broken[0]}: sigma too large?"
-    return {"error": error} | vars(Moments.of(deltas))
+    moments = vars(Moments.of(deltas))
+    if error is None and any(part != part for name in moments if name != "num_draws" for part in moments[name]):
+        error = "its relative changes are too large to add up their squares: sigma too large?"
+    return {"error": error} | moments
 
 
 def _collate(members: Sequence[Sample], device: torch.device) -> MicroBatch:

@@ -95,9 +95,9 @@ class Lookout:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self.board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
         self._journal, self._stall_after = journal, stall_after
-        self._nodes = _alive()
+        self._nodes = Nodes(journal)
         self._since, self._said = time.monotonic(), set[tuple[str, str]]()
-        self._restarts = 0
+        self._restarts = self._actors = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -107,26 +107,16 @@ class Lookout:
 
     def __exit__(self, *problem: Any) -> None:
         self._over.set()
+        ray.kill(self.board)  # whom the thread may be waiting for
         self._thread.join()
-        ray.kill(self.board)
 
     def _watch(self) -> None:
         while not self._over.wait(min(_LOOK_EVERY, self._stall_after)):
             try:
-                self._compare_nodes(_alive())
+                self._nodes.look()
                 self._report(ray.get(self.board.look.remote(), timeout=_PATIENCE))
             except (ray.exceptions.RayError, TimeoutError):
                 continue  # the board's node is gone, or the driver's is busy; the next look may succeed
-
-    def _compare_nodes(self, now: dict[str, str]) -> None:
-        for node in now.keys() - self._nodes.keys():
-            self._journal.event("node_joined", f"node {now[node]} has joined; its room is used", node=now[node])
-        for node in self._nodes.keys() - now.keys():
-            name, why = self._nodes[node], _why_gone(node)
-            self._journal.event(
-                "node_lost", f"node {name} is gone ({why}); what it was at is done again", node=name, reason=why
-            )
-        self._nodes = now
 
     def _report(self, state: dict[str, Any]) -> None:
         self._journal.tell(actor_restarts=state["restarts"], units_failed=state["lost"])
@@ -141,9 +131,29 @@ class Lookout:
                 say = f"unit {work['unit']} has been at work on {work['worker']} for {work['seconds']:.0f} s: stalled?"
                 self._journal.event("stall", say, unit=work["unit"], worker=work["worker"], seconds=work["seconds"])
         waited = time.monotonic() - self._since
-        if not state["actors"] and waited > self._stall_after and ("", "") not in self._said:
+        self._actors = max(self._actors, state["actors"])  # a board that was lost itself starts with none
+        if not self._actors and waited > self._stall_after and ("", "") not in self._said:
             self._said.add(("", ""))
             self._journal.event("stall", f"no actor has started for {waited:.0f} s: is there room for one?")
+
+
+class Nodes:
+    """The cluster's nodes: which come and go is told to the journal."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal, self._nodes = journal, _alive()
+
+    def look(self) -> None:
+        """Compare with the last look."""
+        now = _alive()
+        for node in now.keys() - self._nodes.keys():
+            self._journal.event("node_joined", f"node {now[node]} has joined; its room is used", node=now[node])
+        for node in self._nodes.keys() - now.keys():
+            name, why = self._nodes[node], _why_gone(node)
+            self._journal.event(
+                "node_lost", f"node {name} is gone ({why}); what it was at is done again", node=name, reason=why
+            )
+        self._nodes = now
 
 
 def _alive() -> dict[str, str]:

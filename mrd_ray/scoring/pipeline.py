@@ -45,12 +45,17 @@ def cluster(log_to_driver: bool = True) -> Iterator[bool]:
         ray.shutdown()
 
 
+def living_nodes() -> list[dict[str, float]]:
+    """The resources of each."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def pool_of(config: RayConfig, grows: bool, journal: Journal, all_at_once: bool = False) -> Pool:
     """The pool for the cluster as it is; where it grows, waits until one actor has room, or all.
 
     Raises UserError if there is no room, and none comes within `ray.start_timeout` seconds.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = living_nodes()
     pool = Pool.of(config, nodes, grows)
     room, wanted = pool.room(nodes), pool.actors if all_at_once else 1
     each = " and ".join(f"{amount:g} {name}" for name, amount in pool.resources.items())

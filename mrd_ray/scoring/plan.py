@@ -104,10 +104,11 @@ class Unit:
     @classmethod
     def of_id(cls, unit_id: str) -> "Unit":
         """The unit of this id. Raises UserError if it is none."""
-        match = re.fullmatch(r"r(\d+)_m(\d+)-(\d+)_k(\d+)-(\d+)", unit_id)
-        if match is None:
+        match = re.fullmatch(r"r(\d+)_m(\d+)-(\d+)_k(\d+)-(\d+)", unit_id, re.ASCII)
+        unit = None if match is None else cls(*map(int, match.groups()))
+        if unit is None or unit.unit_id != unit_id or not unit.micro_batches or unit.first_draw >= unit.stop_draw:
             raise UserError(f"run.dir: units/{unit_id} is not a unit of this engine; move it out of that folder")
-        return cls(*map(int, match.groups()))
+        return unit
 
 
 def missing(round: int, num_micro_batches: int, draws: range, done: Iterable[Unit]) -> list[Unit]:
@@ -123,7 +124,7 @@ def missing(round: int, num_micro_batches: int, draws: range, done: Iterable[Uni
             "It can only grow; use another directory for fewer"
         )
     for unit in done:
-        if unit.stop_micro_batch > num_micro_batches or not unit.micro_batches:
+        if unit.stop_micro_batch > num_micro_batches:
             raise UserError(f"run.dir: units/{unit.unit_id} is not a unit of this run; move it out of that folder")
         for micro_batch in unit.micro_batches:
             finished[micro_batch].append((unit.first_draw, unit.stop_draw))

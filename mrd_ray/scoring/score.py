@@ -22,7 +22,8 @@ from mrd_ray.mrd.noise import NOISE_VERSION
 from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline, plan, summary
-from mrd_ray.scoring.actor import RESULT_SCHEMA, ScoringActor, Task
+from mrd_ray.scoring.actor import ScoringActor, Task
+from mrd_ray.scoring.result import RESULT_SCHEMA, flaw
 from mrd_ray.scoring.table import scores_table, unsettled
 
 
@@ -100,6 +101,18 @@ def lengths(samples: pa.Table) -> np.ndarray:
 _OF_SAMPLE = ["sample_id", "token_ids", "scored"]
 
 
+def unit_samples(samples: pa.Table, layout: plan.Layout, micro_batches: range) -> pa.Table:
+    """The samples of consecutive micro-batches, as `ScoringActor` takes them."""
+    indices, micro_batch = layout.members(micro_batches)
+    return samples.select(_OF_SAMPLE).take(indices).add_column(0, "micro_batch", pa.array(micro_batch))
+
+
+def trial_of(samples: pa.Table, layout: plan.Layout) -> list[dict[str, Any]]:
+    """A few samples for an actor to try the settings on before it scores any."""
+    few = samples.take(layout.few(4)).select(_OF_SAMPLE)
+    return [{"micro_batch": 0, **row} for row in few.to_pylist()]
+
+
 @dataclass
 class _Rounds:
     """Round 0 makes the draws of every sample; each later one, of adaptive scoring, adds draws to the unsettled."""
@@ -111,11 +124,6 @@ class _Rounds:
     files_digest: str
     journal: Journal
     layouts: list[plan.Layout] = field(default_factory=list)  # of the rounds so far
-
-    def _trial(self) -> list[dict[str, Any]]:
-        """A few samples, the same ones in every round, for an actor to try the settings on before it scores any."""
-        few = self.samples.take(self.layouts[0].few(4))
-        return [{"micro_batch": 0, **row} for row in few.select(_OF_SAMPLE).to_pylist()]
 
     def work_off(self) -> pa.Table:
         """Compute what is missing, round after round, and give the scores."""
@@ -160,9 +168,11 @@ class _Rounds:
         indices, _ = self.layouts[unit.round].members(unit.micro_batches)
         expected = self.samples["sample_id"].take(indices).to_pylist()
         found = result["samples"].combine_chunks().flatten().field("sample_id").to_pylist()
-        if result["unit_id"].to_pylist() != [unit.unit_id] or Counter(found) != Counter(expected):
+        wrong = None if result["unit_id"].to_pylist() == [unit.unit_id] else "another unit_id"
+        wrong = wrong or (None if Counter(found) == Counter(expected) else "other samples")
+        if wrong := wrong or flaw(result, unit, self.config.scoring):
             raise UserError(
-                f"{self.run.path(name)} is not that unit's result; delete it and start the same command again"
+                f"{self.run.path(name)} is not that unit's result ({wrong}); delete it and start the same command again"
             )
         return result
 
@@ -173,7 +183,8 @@ class _Rounds:
         rate = plan.assumed_tflops(pool) * 1e12 / self.cost.flops_per_token / plan.forwards_per_token(scoring)
         units = plan.cut(layout, rectangles, pool.actors, rate)
         pool = dataclasses.replace(pool, actors=min(pool.actors, len(units)))
-        task = Task(config.model, scoring, self.files_digest, pool.threads, pool.gpus > 0, self._trial())
+        trial = trial_of(self.samples, self.layouts[0])  # the same ones in every round
+        task = Task(config.model, scoring, self.files_digest, pool.threads, pool.gpus > 0, trial)
         blocks = list(dict.fromkeys(unit.micro_batches for unit in units))
         block_of = {block: i for i, block in enumerate(blocks)}
         work = {unit.unit_id: plan.token_forwards(layout, [unit]) for unit in units}
@@ -184,7 +195,7 @@ class _Rounds:
             meter.advance(0, f"{len(units)} unit(s) to do, starting {pool.actors} actor(s)")
             finished = pipeline.results(
                 {unit.unit_id: block_of[unit.micro_batches] for unit in units},
-                (self._samples_of(number, block) for block in blocks),
+                (unit_samples(self.samples, layout, block) for block in blocks),
                 ScoringActor, task, pool, self.journal, config.ray.stall_after,
             )  # fmt: skip
             for count, result in enumerate(finished, 1):
@@ -207,8 +218,3 @@ class _Rounds:
                     units_done=count, units_left=len(units) - count, samples_draws_per_second=rate,
                     tokens_per_second=tokens / meter.working_seconds,
                 )  # fmt: skip
-
-    def _samples_of(self, number: int, micro_batches: range) -> pa.Table:
-        """The samples of micro-batches of a round, as `ScoringActor` takes them."""
-        indices, micro_batch = self.layouts[number].members(micro_batches)
-        return self.samples.select(_OF_SAMPLE).take(indices).add_column(0, "micro_batch", pa.array(micro_batch))

@@ -1,6 +1,7 @@
 """Results of units -> the scores table."""
 
 import dataclasses
+import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterable
@@ -118,6 +119,8 @@ def _row(sample: dict[str, Any], parts: list[dict[str, Any]], scoring: ScoringCo
     if row["error"] is not None:
         return row
     score = _score(parts, scoring)
+    if not all(value is None or math.isfinite(value) for value in dataclasses.astuple(score)):
+        return row | {"error": "its moments, or what follows from them, are beyond all floats: sigma too large?"}
     if scoring.statistic == "mean_abs":
         row |= {"mrd": score.mean_abs, "mrd_se": score.mean_abs_se}
     else:

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import math
+import os
 import time
 from typing import Annotated, Any
 
@@ -14,8 +15,9 @@ from mrd_ray.config import TrackingConfig, UnlearnConfig
 from mrd_ray.errors import UserError
 from mrd_ray.runs import RunDirectory, parsed_json
 
-NAME = "metrics.jsonl"
+NAME, START = "metrics.jsonl", "start.json"
 _FLUSH_EVERY = 2.0  # seconds
+_OF_RUN = ("run",)  # tags of metrics
 
 
 def require(tracking: TrackingConfig) -> None:
@@ -53,11 +55,18 @@ class Log:
                 id=hashlib.sha256(run.uri.encode()).hexdigest()[:16],  # a resumed run goes on in the same one
                 resume="allow",
             )
-        self._steps = ray.util.metrics.Counter("mrd_ray_unlearning_steps_total", "Optimiser steps taken")
-        self._tokens = ray.util.metrics.Counter("mrd_ray_unlearning_tokens_total", "Tokens trained on")
-        self._refresh = ray.util.metrics.Gauge("mrd_ray_unlearning_refresh_seconds", "Duration of the last refresh")
-        self._loss = ray.util.metrics.Gauge("mrd_ray_unlearning_loss", "Losses of the last step", tag_keys=("loss",))
+        self._steps = ray.util.metrics.Counter("mrd_ray_unlearning_steps_total", "Optimiser steps taken", _OF_RUN)
+        self._tokens = ray.util.metrics.Counter("mrd_ray_unlearning_tokens_total", "Tokens trained on", _OF_RUN)
+        self._refresh = ray.util.metrics.Gauge(
+            "mrd_ray_unlearning_refresh_seconds", "Duration of the last refresh", _OF_RUN
+        )
+        self._loss = ray.util.metrics.Gauge(
+            "mrd_ray_unlearning_loss", "Losses of the last step", tag_keys=("run", "loss")
+        )
+        for metric in (self._steps, self._tokens, self._refresh, self._loss):
+            metric.set_default_tags({"run": str(run.manifest()["run_id"])})
         self.flush()
+        run.write(START, json.dumps({"node": os.uname().nodename, "pid": os.getpid(), "time": time.time()}).encode())
 
     def __call__(self, line: dict[str, Any]) -> None:
         """Take in a line: {"step": ..., "event": "step" | "refresh" | "evaluation" | "stop", ...}."""
@@ -112,6 +121,11 @@ class _Line(BaseModel):
     of: int = Field(ge=0, lt=2**53)
     event: str
     reason: str = ""
+
+
+def start(run: RunDirectory) -> bytes:
+    """What tells one start of the workers from another; nothing before the first."""
+    return run.read(START) if run.exists(START) else b""
 
 
 def read(run: RunDirectory) -> list[dict[str, Any]]:

@@ -12,8 +12,8 @@ import pyarrow as pa
 from mrd_ray.config import ScoringConfig
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures, sum_log_probs
 from mrd_ray.scoring import plan
-from mrd_ray.scoring.actor import RESULT_SCHEMA
 from mrd_ray.scoring.estimators import Sample, estimator_of
+from mrd_ray.scoring.result import RESULT_SCHEMA
 from mrd_ray.scoring.score import lengths
 from mrd_ray.scoring.table import scores_table
 from mrd_ray.unlearning.engine import Engine

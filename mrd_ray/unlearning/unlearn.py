@@ -134,7 +134,7 @@ class _Rounds:
         reference = ray.put(self.sets)
         measure = None if self.measure is None else ray.put(self.measure)
         by_actors = config.unlearning.refresh == "actors" and config.unlearning.weighting != "uniform"
-        with Watch(self.run, last_step(config, len(self.sets.forget)), self.journal):
+        with Watch(self.run, last_step(config, len(self.sets.forget)), self.journal, config.ray.stall_after):
             while True:
                 until, scores = self._round() if by_actors else (None, None)
                 job = Job(config, deepspeed, reference, self.files_digest, until, scores, measure)
@@ -212,7 +212,12 @@ class _Rounds:
                 data=self.config.data,
                 run=RunConfig(dir=f"{self.run.uri}/refreshes/step-{step:06d}"),
                 scoring=self.config.scoring,
-                ray=RayConfig(cpus_per_actor=shape.cpus_per_worker, gpus_per_actor=shape.gpus_per_worker),
+                ray=RayConfig(
+                    cpus_per_actor=shape.cpus_per_worker,
+                    gpus_per_actor=shape.gpus_per_worker,
+                    start_timeout=shape.start_timeout,
+                    stall_after=shape.stall_after,
+                ),
             )
         )
         self.run.write_table(f"scores/step-{step:06d}.parquet", finished.scores)

@@ -1,23 +1,35 @@
-"""A run on the console, from the log that rank 0 writes."""
+"""A run on the console and in its journal, from the log that rank 0 writes."""
 
 import math
 import threading
+import time
 from typing import Any
 
+import ray
+
+from mrd_ray.errors import UserError
 from mrd_ray.journal import Journal
 from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
+from mrd_ray.scoring.lookout import Nodes
 from mrd_ray.unlearning import log
 
 
 class Watch:
-    """Shows the log on the console as rank 0 writes it."""
+    """Shows the log on the console as rank 0 writes it, and says when the workers start again, stall, or lose a node.
 
-    def __init__(self, run: RunDirectory, steps: int, journal: Journal) -> None:
+    Args:
+        stall_after: seconds without a line after which training is called stalled.
+    """
+
+    def __init__(self, run: RunDirectory, steps: int, journal: Journal, stall_after: float) -> None:
         self._run, self._journal, self._meter = run, journal, Meter("Unlearning", steps, journal.console)
         journal.tell(steps=steps)
-        self._before, self._seen, self._step = len(log.read(run)), 0, 0
+        self._start, self._goes_on = log.start(run), bool(log.read(run))
+        self._began, self._seen, self._step = False, 0, 0
         self._losses = self._knows = ""
+        self._nodes, self._stall_after = Nodes(journal), stall_after
+        self._news, self._warned = time.monotonic(), False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -32,19 +44,33 @@ class Watch:
         self._meter.__exit__(*problem)
 
     def _watch(self) -> None:
-        while True:
+        over = False
+        while not over:
             over = self._over.wait(1.0)
-            lines = log.read(self._run)
-            if len(lines) == self._before and not over:
-                continue  # of an earlier run; the workers have not begun
-            if self._before > 0 or len(lines) < self._seen:  # rank 0 has loaded a checkpoint, and put its log in place
+            try:
+                self._look()
+                self._nodes.look()
+            except (UserError, ray.exceptions.RayError):  # storage, or Ray's head, for a moment; the next look may do
+                continue
+
+    def _look(self) -> None:
+        start = log.start(self._run)  # before the lines, which rank 0 puts in place before it says that it has begun
+        lines = log.read(self._run)
+        if start != self._start:
+            if self._goes_on:
                 self._go_on(lines)
-            self._before = -1
-            for line in lines[self._seen :]:
-                self._show(line)
-            self._seen = len(lines)
-            if over:
-                return
+            self._start, self._began, self._goes_on = start, True, True
+        if not self._began:
+            lines = []  # of an earlier run; the workers have not begun
+        for line in lines[self._seen :]:
+            self._show(line)
+            self._news, self._warned = time.monotonic(), False
+        self._seen = len(lines)
+        if (silent := time.monotonic() - self._news) > self._stall_after and not self._warned:
+            self._warned = True
+            self._journal.event(
+                "stall", f"Unlearning: nothing since step {self._step} for {silent:.0f} s: stalled?", seconds=silent
+            )
 
     def _go_on(self, lines: list[dict[str, Any]]) -> None:
         step = lines[-1]["step"] if lines else 0

@@ -49,7 +49,8 @@ class Host:
             self.node = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
         deadline = time.monotonic() + 60
         while "Ray runtime started" not in log.read_text():
-            assert self.node.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert self.node.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
 
     def stop_ray(self) -> None:

@@ -4,10 +4,7 @@ Only ratios within one run mean anything, on a machine that does nothing else me
 """
 
 import io
-import json
 import multiprocessing
-import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -17,19 +14,16 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 import torch
-from common import Batches, Raw, machine, resident, stopwatch
-from jsonargparse import auto_cli
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 
+from benchmarks.common import PAPER_DRAWS, Batches, Raw, resident, stopwatch
+from benchmarks.figures import Figure, Results, ratios
 from mrd_ray import ScoreConfig
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import draw_deltas
 from mrd_ray.mrd.perturb import Replica
 
-PAPER_DRAWS = 200
 FROZEN, TRAINABLE, CLOSED = "plain, parameters frozen", "plain, parameters trainable", "closed form"
 
 
@@ -43,7 +37,7 @@ def main(
     micro_batch_tokens: int = 512,
     sigma: float = 1e-5,
 ) -> None:
-    """Benchmark the estimators here, on one thread; print a table, write a JSON file and a plot of error against time.
+    """Benchmark the estimators here, on one thread; beside the JSON file, write a plot of error against time.
 
     Args:
         model: directory or hub id; the demo keeps one under ~/.cache/mrd_ray.
@@ -55,27 +49,18 @@ def main(
         micro_batch_tokens: tokens per forward, padding included.
         sigma: standard deviation of the parameter noise.
     """
-    configuration = dict(locals())
+    results = Results("closed_form", locals(), out)
     torch.set_num_threads(1)
     tree = {"model": {"path": model}, "data": {"path": data, "max_samples": max_samples}, "run": {"dir": "unused"}}
     config = ScoreConfig.model_validate(tree | {"scoring": {"micro_batch_tokens": micro_batch_tokens, "sigma": sigma}})
-    raw: Raw = {"configuration": configuration, "machine": machine(), "peak MiB": peaks(config)}
+    results.keep("peak MiB", peaks(config))
     work = Batches(config)
-    raw["size"] = work.size
-    raw["seconds"], norms = passes(work, repeats)
-    raw |= monte_carlo(work, sigma, draws, norms)
-    file = Path(out) / time.strftime("estimators-%Y%m%d-%H%M%S.json")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(raw, indent=1))
-    file.with_suffix(".png").write_bytes(figure(raw))
-
-    console = Console() if sys.stdout.isatty() else Console(width=150)  # a log has no width of its own
-    table = Table("what", "value", "target", "detail", title=f"Estimators on {raw['machine']['cpu']}")
-    for what, value, target, detail in summary(raw):
-        met = "" if target is None else f"[{'green' if value <= target else 'red'}]<= {target:g}"
-        table.add_row(what, f"{value:.4g}", met, detail)
-    console.print(table)
-    console.print(f"Timings and configuration: {file}\nError against time: {file.with_suffix('.png')}", soft_wrap=True)
+    results.keep("size", work.size)
+    seconds, norms = passes(work, repeats)
+    results.keep("seconds", seconds)
+    results.keep("monte carlo", monte_carlo(work, sigma, draws, norms))
+    results.file.with_suffix(".png").write_bytes(figure(results.raw))
+    results.show(figures(results.raw))
 
 
 def ways(model: PreTrainedModel) -> dict[str, Callable[[MicroBatch], torch.Tensor | None]]:
@@ -154,52 +139,47 @@ def _peak(config: ScoreConfig, way: str) -> float:
     return resident("VmHWM") - before
 
 
-def summary(raw: Raw) -> list[tuple[str, float, float | None, str]]:
-    """What the raw timings come to: what, value, the most it should be, detail."""
-    rows: list[tuple[str, float, float | None, str]] = []
-    seconds = {way: median(laps) for way, laps in raw["seconds"].items()}
-    for way, value in seconds.items():
-        rows.append((way, value, None, f"s for {raw['size']['samples']} samples, median of {len(raw['seconds'][way])}"))
+def figures(raw: Raw) -> list[Figure]:
+    """What the raw timings come to."""
+    found, drawn = [], raw["monte carlo"]
+    for way, laps in raw["seconds"].items():
+        found.append(Figure.of(way, laps, "s", f"{raw['size']['samples']} samples"))
     for way in (FROZEN, TRAINABLE):
-        ratio = median(a / b for a, b in zip(raw["seconds"][CLOSED], raw["seconds"][way], strict=True))
-        rows.append((f"  closed form / {way}", ratio, 1.1, "time, median of the repeats' ratios"))
+        ratio = ratios(raw["seconds"][CLOSED], raw["seconds"][way])
+        found.append(Figure.of(f"closed form / {way}, time", ratio, at_most=1.0))
     for way in (FROZEN, TRAINABLE):
-        ratio = raw["peak MiB"][CLOSED] / raw["peak MiB"][way]
-        detail = f"peak memory, {raw['peak MiB'][CLOSED]:.0f} MiB over {raw['peak MiB'][way]:.0f}"
-        rows.append((f"  closed form / {way}", ratio, 1.0, detail))
-    drawn = raw["theta seconds"] + PAPER_DRAWS * median(raw["draw seconds"])
-    detail = f"K = {PAPER_DRAWS} at {median(raw['draw seconds']):.3g} s a draw, median of {len(raw['draw seconds'])}"
-    rows.append(("Monte Carlo, s", drawn, None, detail))
-    ratio = seconds[CLOSED] / drawn
-    rows.append(("  closed form / Monte Carlo", ratio, 1 / 60, f"{1 / ratio:.4g} times faster"))
-    errors = raw["relative error by draws"]
-    detail = "root mean square, relative, against the closed form"
-    rows.append((f"error at K = {len(errors)}", errors[-1], None, detail))
+        ours, theirs = raw["peak MiB"][CLOSED], raw["peak MiB"][way]
+        detail = f"{ours:.0f} MiB over {theirs:.0f}, beyond the loaded model"
+        found.append(Figure(f"closed form / {way}, peak memory", ours / theirs, detail=detail, at_most=1.0))
+    whole = [drawn["theta seconds"] + PAPER_DRAWS * lap for lap in drawn["draw seconds"]]
+    name = f"Monte Carlo, K = {PAPER_DRAWS}"
+    found.append(Figure.of(name, whole, "s", f"from {len(whole)} draws, {PAPER_DRAWS / len(whole):.3g} times as many"))
+    faster = median(whole) / median(raw["seconds"][CLOSED])
+    found.append(Figure(f"{name} / closed form, time", faster, at_least=65.0))
+    errors = drawn["relative error by draws"]
+    found.append(Figure(f"error at K = {len(errors)}", errors[-1], detail="root mean square, relative"))
     detail = "largest, relative, against float64"
-    rows.append(("error of the closed form", raw["relative error of the closed form"], None, detail))
-    return rows
+    found.append(Figure("error of the closed form", drawn["relative error of the closed form"], detail=detail))
+    return found
 
 
 def figure(raw: Raw) -> bytes:
     """Relative error against seconds, both axes logarithmic: PNG."""
+    drawn = raw["monte carlo"]
     page = matplotlib.figure.Figure(figsize=(6.5, 4.5), layout="constrained")
     axis = page.add_subplot()
-    times = raw["theta seconds"] + np.cumsum(raw["draw seconds"])
-    errors = raw["relative error by draws"]
+    times = drawn["theta seconds"] + np.cumsum(drawn["draw seconds"])
+    errors = drawn["relative error by draws"]
     axis.plot(times, errors, ".-", color="#4878a8", label=f"Monte Carlo, K = 1 to {len(errors)}")
     draws = np.arange(len(errors), PAPER_DRAWS + 1)
-    extrapolated = raw["theta seconds"] + draws * median(raw["draw seconds"])
+    extrapolated = drawn["theta seconds"] + draws * median(drawn["draw seconds"])
     scale = errors[-1] * np.sqrt(len(errors) / draws)
     axis.plot(extrapolated, scale, "--", color="#4878a8", label=f"extrapolated to K = {PAPER_DRAWS} as 1/sqrt(K)")
     closed = median(raw["seconds"][CLOSED])
-    axis.plot([closed], [raw["relative error of the closed form"]], "o", color="#c44e52", label="closed form")
+    axis.plot([closed], [drawn["relative error of the closed form"]], "o", color="#c44e52", label="closed form")
     axis.set(xscale="log", yscale="log", xlabel="seconds, one thread", ylabel="relative error of a score")
     axis.set_title(f"{raw['size']['samples']} samples, {raw['size']['parameters'] / 1e6:.0f} M parameters")
     axis.legend()
     content = io.BytesIO()
     page.savefig(content, format="png", dpi=110)
     return content.getvalue()
-
-
-if __name__ == "__main__":
-    auto_cli(main, as_positional=False)

@@ -1,0 +1,50 @@
+"""A draw's perturbation of a whole model, against a copy of the same weights and against a forward."""
+
+import torch
+
+from benchmarks.common import stopwatch
+from benchmarks.figures import Figure, Results, ratios
+from mrd_ray import ModelConfig, models
+from mrd_ray.mrd.monte_carlo import draw_seed
+from mrd_ray.mrd.perturb import Replica
+
+
+def main(model: str, out: str = "benchmarks/results", repeats: int = 7, threads: int = 1, tokens: int = 512) -> None:
+    """Benchmark `Replica.perturb` on the CPU: what of it is memory traffic, and what it costs in tokens' forwards.
+
+    Args:
+        model: directory or hub id; the demo keeps one under ~/.cache/mrd_ray.
+        out: folder of the JSON file.
+        repeats: of each way; they take turns.
+        threads: of torch.
+        tokens: of the forward that it is compared with.
+    """
+    results = Results("perturb", locals(), out)
+    torch.set_num_threads(threads)
+    loaded = models.load_model(ModelConfig(path=model), torch.device("cpu"))
+    replica = Replica(loaded)
+    size = sum(parameter.numel() for parameter in loaded.parameters())
+    token_ids = torch.randint(loaded.config.vocab_size, (tokens // 64, 64))
+
+    def forward() -> None:
+        with torch.no_grad():
+            loaded(token_ids, use_cache=False)
+
+    ways = {"perturb": lambda: replica.perturb(1e-5, draw_seed(0, 0)), "copy": replica.restore, "forward": forward}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for repeat in range(repeats + 1):  # the first one warms up
+        for way, run in ways.items():
+            lap = stopwatch()
+            run()
+            if repeat:
+                seconds[way].append(lap())
+    results.keep("seconds", seconds)
+    in_tokens = [tokens * ratio for ratio in ratios(seconds["perturb"], seconds["forward"])]
+    results.show(
+        [
+            Figure.of("perturb", [1e9 * s / size for s in seconds["perturb"]], "ns a weight"),
+            Figure.of("copy", [1e9 * s / size for s in seconds["copy"]], "ns a weight", "one read, one write"),
+            Figure.of("perturb / copy, time", ratios(seconds["perturb"], seconds["copy"]), detail="a CPU makes noise"),
+            Figure.of("perturb, in tokens' forwards", in_tokens, detail="the plan counts 256", at_most=256.0),
+        ]
+    )

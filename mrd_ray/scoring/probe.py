@@ -1,0 +1,84 @@
+"""What an actor's work takes on the hardware at hand, by letting some do a little of it."""
+
+import time
+from statistics import median
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from mrd_ray.errors import UserError
+from mrd_ray.scoring.actor import ScoringActor, Task
+from mrd_ray.scoring.plan import Unit
+from mrd_ray.scoring.pool import Pool
+from mrd_ray.scoring.simulate import Rates
+
+_SECONDS = 10.0  # of timed work, about
+Part = tuple[pa.Table, int]  # samples as a ScoringActor takes them, and their padded tokens
+
+
+def probe(task: Task, pool: Pool, parts: list[Part]) -> Rates:
+    """Rates of `pool.actors` actors that work side by side, as in the run.
+
+    Args:
+        parts: a few micro-batches, shortest samples first, evenly spread over those of the run.
+
+    Raises:
+        UserError: an actor refuses the model or the settings.
+    """
+    began = time.monotonic()
+    actor = ray.remote(_Timed).options(num_cpus=pool.cpus, num_gpus=pool.gpus)
+    actors = [actor.remote(task) for _ in range(pool.actors)]
+    try:
+        if refusals := [reason for reason in ray.get([one.refuses.remote() for one in actors]) if reason]:
+            raise UserError(refusals[0])
+        start_up = time.monotonic() - began
+        theta, perturb, forward = np.mean(ray.get([one.measure.remote(parts) for one in actors]), 0).tolist()
+    finally:
+        for one in actors:
+            ray.kill(one)
+    return Rates(start_up, theta, perturb, forward, f"measured here, {pool.actors} actor(s) side by side")
+
+
+class _Timed:
+    """A scoring actor that times itself."""
+
+    def __init__(self, task: Task) -> None:
+        self._of_draws = task.scoring.estimator == "monte_carlo"
+        self._actor, self._draw = ScoringActor(task), 0
+
+    def refuses(self) -> str | None:
+        """Why no unit can be worked off, if so."""
+        return self._actor.fatal
+
+    def measure(self, parts: list[Part]) -> tuple[float, float, float]:
+        """Seconds of theta per token, of a perturbation, and of a forward per token; see `Rates`."""
+        few, few_tokens = parts[len(parts) // 2]
+        self._seconds(few)  # libraries warm up
+        small = self._repeated(few, _SECONDS / 4)
+        step = max(1, round(len(parts) * small / (_SECONDS / 8)))  # so that they take a second or so together
+        many = parts[step // 2 :: step] or parts[:1]
+        samples, tokens = pa.concat_tables(part for part, _ in many), sum(tokens for _, tokens in many)
+        first = self._seconds(samples)
+        large = self._repeated(samples, _SECONDS / 2)
+        if not self._of_draws:
+            return 0.0, 0.0, large / tokens
+        if tokens <= few_tokens:  # too few samples to tell a forward from a perturbation
+            return max(0.0, first - large) / tokens, 0.0, large / tokens
+        forward = (large - small) / (tokens - few_tokens)
+        return max(0.0, first - large) / tokens, max(0.0, small - forward * few_tokens), forward
+
+    def _repeated(self, samples: pa.Table, at_most: float) -> float:
+        found: list[float] = []
+        while not found or (sum(found) < at_most and len(found) < 20):
+            found.append(self._seconds(samples))
+        return median(found)
+
+    def _seconds(self, samples: pa.Table) -> float:
+        """Of one draw more, or of the closed form, on these samples."""
+        unit = Unit(0, 0, 1, self._draw, self._draw + 1)
+        self._draw += 1
+        (row,) = self._actor(unit.unit_id, samples).to_pylist()
+        if row["fatal"]:
+            raise UserError(row["fatal"])
+        return float(row["seconds"])

@@ -1,0 +1,113 @@
+"""What a unit comes back as, and how one that was read from a file is known to be whole."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mrd_ray.config import ScoringConfig
+from mrd_ray.scoring.plan import Unit
+
+_SUM = pa.list_(pa.float64())  # see monte_carlo.exact_sum
+RESULT = pa.struct(
+    [
+        ("sample_id", pa.string()),
+        ("log_prob", pa.float64()),
+        ("error", pa.string()),
+        ("num_draws", pa.int64()),
+        # monte_carlo.Moments
+        ("sum_abs", _SUM),
+        ("sum_abs_squares", _SUM),
+        ("sum", _SUM),
+        ("sum_squares", _SUM),
+        ("sum_odd_squares", _SUM),
+        # closed_form
+        ("gradient_norm", pa.float64()),
+        ("probes", pa.list_(pa.float64())),
+        # scoring.measures
+        (
+            "measures",
+            pa.struct(
+                [
+                    ("entropy", pa.float64()),
+                    ("memorization_accuracy", pa.float64()),
+                    ("log_prob_gradient_norm", pa.float64()),
+                ]
+            ),
+        ),
+    ]
+)
+_PRECISION = pa.struct(
+    [
+        ("share_moved", pa.float64()),
+        ("cosine", pa.float64()),
+        ("noise_floor", pa.float64()),
+        ("sufficient", pa.bool_()),
+    ]
+)
+RESULT_SCHEMA = pa.schema(
+    [
+        ("unit_id", pa.string()),
+        ("worker", pa.string()),
+        ("seconds", pa.float64()),
+        ("fatal", pa.string()),
+        ("precision", _PRECISION),  # of monte_carlo
+        ("samples", pa.list_(RESULT)),
+    ]
+)
+
+
+_ROUNDING, _TINY = 1 + 1e-9, 1e-290  # squares lose digits below
+
+
+def flaw(result: pa.Table, unit: Unit, scoring: ScoringConfig) -> str | None:
+    """Why a table of RESULT_SCHEMA, of one row, cannot be this unit's; None if it can.
+
+    What is missing, not finite or of other draws is found, and moments that no draws have. Right ones are not told from
+    others that draws may have.
+    """
+    samples = result["samples"].combine_chunks().flatten()
+    if samples.null_count:
+        return "a sample is null"
+    scored = samples.filter(pc.is_null(pc.struct_field(samples, "error")))
+    draws = unit.stop_draw - unit.first_draw if scoring.estimator == "monte_carlo" else scoring.curvature_probes
+    if pc.any(pc.not_equal(pc.fill_null(pc.struct_field(scored, "num_draws"), -1), draws)).as_py():
+        return f"num_draws is not {draws} in every sample"
+    measures = pc.struct_field(scored, "measures")
+    numbers = {"log_prob": pc.struct_field(scored, "log_prob")}
+    numbers |= {name: pc.struct_field(measures, name) for name in scoring.measures if name != "mean_log_prob"}
+    if scoring.estimator == "closed_form":
+        numbers["gradient_norm"] = pc.struct_field(scored, "gradient_norm")
+    for name, values in numbers.items():
+        if not _finite(values):
+            return f"{name} is null or not finite"
+    if measures.null_count:
+        return "measures are null"
+    if scoring.estimator == "closed_form":
+        probes = pc.struct_field(scored, "probes")
+        wrong = probes.null_count or not _finite(pc.list_flatten(probes))
+        wrong |= pc.any(pc.not_equal(pc.list_value_length(probes), draws)).as_py() or False
+        return "probes are not those of the settings" if wrong else None
+    return _flaw_of_moments(scored, draws)
+
+
+def _flaw_of_moments(scored: pa.StructArray, draws: int) -> str | None:
+    first: dict[str, np.ndarray] = {}
+    for name in ("sum_abs", "sum_abs_squares", "sum", "sum_squares", "sum_odd_squares"):
+        sums = pc.struct_field(scored, name)
+        if sums.null_count or not _finite(values := pc.list_flatten(sums)):
+            return f"{name} is null or not finite"
+        lengths = pc.list_value_length(sums).to_numpy().astype(np.int64)
+        starts, padded = np.cumsum(lengths) - lengths, np.append(values.to_numpy(), 0.0)
+        first[name] = np.where(lengths > 0, padded[np.where(lengths > 0, starts, -1)], 0.0)  # an empty sum is 0
+    # the first part of an exact sum is the sum but for rounding; for n draws, S^2 / n <= sum of squares <= S^2
+    of_abs, of_squares = first["sum_abs"], first["sum_abs_squares"]
+    with np.errstate(over="ignore"):
+        square = of_abs**2
+        possible = (of_abs >= 0) & (of_squares <= square * _ROUNDING + _TINY)
+        possible &= square <= draws * of_squares * _ROUNDING + _TINY
+        possible &= (np.abs(first["sum"]) <= of_abs * _ROUNDING) & (first["sum_squares"] <= of_squares * _ROUNDING)
+    return None if possible.all() else "the moments are of no draws"
+
+
+def _finite(values: pa.Array) -> bool:
+    return bool(values.null_count == 0 and np.isfinite(values.to_numpy(zero_copy_only=False)).all())
