@@ -57,6 +57,8 @@ def main(
     Reading and tokenising go before this and are left out.
 
     Args:
+        samples: that are made up, of 20 to 80 tokens.
+        estimator: whose results are made up.
         draws: K of monte_carlo.
         parameters: of the model for which units are cut, for actors of one GPU each.
         out: folder of the JSON file.

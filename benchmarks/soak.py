@@ -40,9 +40,12 @@ def main(
 
     Args:
         model: directory of a small model.
+        samples: short texts that are made up.
         draws: K; so many that the run takes the minutes below.
         minutes: actors are killed for so long, and the run must last.
         kill_every: seconds.
+        actors: of one CPU each.
+        out: folder of the JSON file.
     """
     results = Results("soak", locals(), out)
     with tempfile.TemporaryDirectory() as folder:

@@ -85,7 +85,7 @@ def rows(found: Status) -> list[tuple[str, str]]:
     ]
     if it.units_done is not None:
         lost = f", {it.units_failed} lost with their actor and made again" if it.units_failed else ""
-        told.append(("units", f"{it.units_done} done since then, {it.units_left} left{lost}"))
+        told.append(("units", f"{it.units_done} done since then, {it.units_left or 0} left{lost}"))
     if it.samples_draws_per_second is not None:
         told.append(
             ("rate", f"{it.samples_draws_per_second:.3g} {'rows' if it.command == 'evaluate' else 'samples x draws'}/s")
@@ -95,7 +95,7 @@ def rows(found: Status) -> list[tuple[str, str]]:
     if it.steps is not None:
         told.append(("steps", f"{it.step or 0} of {it.steps}"))
     if it.samples is not None:
-        told.append(("samples", f"{it.samples:,}, {it.sample_errors:,} with an error"))
+        told.append(("samples", f"{it.samples:,}, {it.sample_errors or 0:,} with an error"))
     return told + [(_moment(event.time), event.message or event.event) for event in found.events]
 
 

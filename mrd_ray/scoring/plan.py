@@ -116,7 +116,7 @@ def missing(round: int, num_micro_batches: int, draws: range, done: Iterable[Uni
 
     Raises UserError if done reaches past it.
     """
-    finished: list[list[tuple[int, int]]] = [[] for _ in range(num_micro_batches)]
+    finished: list[list[Unit]] = [[] for _ in range(num_micro_batches)]
     done = list(done)
     if (reached := max((unit.stop_draw for unit in done), default=0)) > draws.stop:
         raise UserError(
@@ -124,11 +124,11 @@ def missing(round: int, num_micro_batches: int, draws: range, done: Iterable[Uni
             "It can only grow; use another directory for fewer"
         )
     for unit in done:
-        if unit.stop_micro_batch > num_micro_batches:
+        if unit.stop_micro_batch > num_micro_batches or unit.first_draw < draws.start:
             raise UserError(f"run.dir: units/{unit.unit_id} is not a unit of this run; move it out of that folder")
         for micro_batch in unit.micro_batches:
-            finished[micro_batch].append((unit.first_draw, unit.stop_draw))
-    gaps = [_gaps(sorted(ranges), draws) for ranges in finished]
+            finished[micro_batch].append(unit)
+    gaps = [_gaps(units, draws) for units in finished]
     rectangles = []
     first = 0
     for stop in range(1, num_micro_batches + 1):
@@ -138,15 +138,20 @@ def missing(round: int, num_micro_batches: int, draws: range, done: Iterable[Uni
     return rectangles
 
 
-def _gaps(ranges: Sequence[tuple[int, int]], draws: range) -> list[tuple[int, int]]:
+def _gaps(units: Sequence[Unit], draws: range) -> list[tuple[int, int]]:
+    """What of the draws is in none of the units, which share a micro-batch."""
     gaps, reached = [], draws.start
-    for start, stop in [*ranges, (draws.stop, draws.stop)]:
-        if start < reached and start != draws.stop:
-            raise UserError(f"draws {start} to {reached} of a sample are there twice; the units folder is damaged")
-        if start > reached:
-            gaps.append((reached, start))
-        reached = max(reached, stop)
-    return gaps
+    ordered = sorted(units, key=lambda unit: unit.first_draw)
+    for before, unit in zip([None, *ordered], ordered, strict=False):
+        if before is not None and unit.first_draw < reached:
+            raise UserError(
+                f"run.dir: units/{before.unit_id} and units/{unit.unit_id} hold the same draws of the same samples; "
+                "move one of them out of that folder and start the same command again"
+            )
+        if unit.first_draw > reached:
+            gaps.append((reached, unit.first_draw))
+        reached = unit.stop_draw
+    return gaps if reached >= draws.stop else [*gaps, (reached, draws.stop)]
 
 
 def cut(layout: Layout, rectangles: Sequence[Unit], actors: int, tokens_per_second: float) -> list[Unit]:

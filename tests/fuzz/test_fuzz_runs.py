@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from mangled import TIMES, attempt, explore, of_bytes, of_json_file, of_parquet
 from runs_of_fuzz import settings
 
-from mrd_ray import CompareConfig, MRDSampler, ReportConfig, compare, evaluate, score, write_report
+from mrd_ray import CompareConfig, MRDSampler, ReportConfig, compare, evaluate, journal, score, write_report
 from mrd_ray.scoring.compare import figure
+from mrd_ray.status import rows, status
 from mrd_ray.unlearning import log
 
 
@@ -116,6 +117,22 @@ def test_resume(kind, name, times, copy, runs, tiny_model_dir, asked_file):
 
     check(good)
     explore(check, 20 * times, of_bytes(good) if name == "unit's bytes" else mangle(file))
+
+
+@TIMES
+@pytest.mark.parametrize("name", ["manifest.json", journal.PROGRESS, journal.EVENTS])
+def test_status(name, times, copy):
+    run = copy("score")
+
+    def check(mangled: bytes) -> None:
+        (run / name).write_bytes(mangled)
+        told, _ = attempt(lambda: [rows(found) for found in status(str(run))])
+        assert mangled != good or told is not None
+        assert told is None or all(word.isprintable() for row in told[0] for cell in row for word in cell.split("\n"))
+
+    good = (run / name).read_bytes()
+    check(good)
+    explore(check, 60 * times, mangle(run / name))
 
 
 @TIMES

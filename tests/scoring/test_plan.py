@@ -105,8 +105,9 @@ def test_fewer_draws_than_done_is_refused():
 
 
 def test_overlapping_units_are_noticed():
-    with pytest.raises(UserError, match="there twice"):
-        plan.missing(0, 2, range(100), [Unit(0, 0, 2, 0, 50), Unit(0, 1, 2, 40, 60)])
+    one, other = Unit(0, 0, 2, 0, 50), Unit(0, 1, 2, 40, 60)
+    with pytest.raises(UserError, match=f"units/{one.unit_id} and units/{other.unit_id} hold the same draws"):
+        plan.missing(0, 2, range(100), [other, one])
 
 
 def test_unit_ids():

@@ -1,0 +1,55 @@
+"""How long one waits: for --help, for the settings to be wrong, and for the first score."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.figures import Figure, Results
+
+
+def main(model: str, data: str, out: str = "benchmarks/results", repeats: int = 5) -> None:
+    """Benchmark start-up, each time in a fresh process.
+
+    Args:
+        model: directory of a small model.
+        data: forget set, of which one sample is scored.
+        out: folder of the JSON file.
+        repeats: of each way; the first score is timed twice.
+    """
+    results = Results("startup", locals(), out)
+    _ended("--help")  # files come into the cache
+    helps = [_ended("--help") for _ in range(repeats)]
+    results.keep("--help", helps)
+    refused = [_ended("score", "--scoring.sigma", "no") for _ in range(repeats)]
+    results.keep("refused", refused)
+    first = [_first_score(model, data) for _ in range(2)]
+    results.keep("first score", first)
+    unit, detail = [run["first unit written"] for run in first], "after the command; with Ray and the model's loading"
+    results.show(
+        [
+            Figure.of("--help", helps, "s", at_most=0.3),
+            Figure.of("a setting is refused", refused, "s"),
+            Figure.of("first unit written", unit, "s", detail, at_most=10.0),
+            Figure.of("done", [run["done"] for run in first], "s"),
+        ]
+    )
+
+
+def _ended(*arguments: str) -> float:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "mrd_ray", *arguments], capture_output=True, check=False)
+    return time.perf_counter() - began
+
+
+def _first_score(model: str, data: str) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        line = ["score", "--model.path", model, "--data.path", data, "--run.dir", folder, "--data.max_samples", "1"]
+        began = time.time()
+        subprocess.run([sys.executable, "-m", "mrd_ray", *line], capture_output=True, check=True)
+        done = time.time() - began
+        events = [json.loads(text) for text in Path(folder, "events.jsonl").read_text().splitlines()]
+    unit = next(event["time"] for event in events if event["event"] == "unit_done")
+    return {"first unit written": unit - began, "done": done}
