@@ -73,8 +73,9 @@ def flaw(result: pa.Table, unit: Unit, scoring: ScoringConfig) -> str | None:
     if pc.any(pc.not_equal(pc.fill_null(pc.struct_field(scored, "num_draws"), -1), draws)).as_py():
         return f"num_draws is not {draws} in every sample"
     measures = pc.struct_field(scored, "measures")
+    if lacking := [name for name in scoring.measures if name != "mean_log_prob" and _lacks(measures, name)]:
+        return f"{lacking[0]} is null"
     numbers = {"log_prob": pc.struct_field(scored, "log_prob")}
-    numbers |= {name: pc.struct_field(measures, name) for name in scoring.measures if name != "mean_log_prob"}
     if scoring.estimator == "closed_form":
         numbers["gradient_norm"] = pc.struct_field(scored, "gradient_norm")
     for name, values in numbers.items():
@@ -107,6 +108,10 @@ def _flaw_of_moments(scored: pa.StructArray, draws: int) -> str | None:
         possible &= square <= draws * of_squares * _ROUNDING + _TINY
         possible &= (np.abs(first["sum"]) <= of_abs * _ROUNDING) & (first["sum_squares"] <= of_squares * _ROUNDING)
     return None if possible.all() else "the moments are of no draws"
+
+
+def _lacks(measures: pa.StructArray, name: str) -> bool:
+    return bool(pc.struct_field(measures, name).null_count)
 
 
 def _finite(values: pa.Array) -> bool:
