@@ -1,5 +1,7 @@
 """The command line is the config tree: flags go over a YAML file, and a typo ends with 2 and its name."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,20 @@ def error(capsys, *arguments) -> str:
         cli.main([str(argument) for argument in arguments])
     assert ended.value.code == 2
     return capsys.readouterr().err.split("error:")[-1]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["score", "--help"], ["score", "--scoring.sigma", "no"]])
+def test_help_waits_for_no_library_that_computes(arguments):
+    code = f"""
+import sys
+from mrd_ray.cli import main
+try:
+    main({arguments!r})
+except SystemExit:
+    print(sorted({{"torch", "ray", "numpy", "pyarrow", "transformers", "datasets", "deepspeed"}} & set(sys.modules)))
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines()[-1] == "[]"
 
 
 def test_flags_alone_give_the_defaults():
