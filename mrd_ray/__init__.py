@@ -3,22 +3,21 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mrd_ray.config import (
-    CompareConfig,
-    DataConfig,
-    EvaluateConfig,
-    ModelConfig,
-    PlanConfig,
-    RayConfig,
-    ReportConfig,
-    RunConfig,
-    ScoreConfig,
-    ScoringConfig,
-    UnlearnConfig,
-)
-from mrd_ray.errors import UserError
-
 if TYPE_CHECKING:
+    from mrd_ray.config import (
+        CompareConfig,
+        DataConfig,
+        EvaluateConfig,
+        ModelConfig,
+        PlanConfig,
+        RayConfig,
+        ReportConfig,
+        RunConfig,
+        ScoreConfig,
+        ScoringConfig,
+        UnlearnConfig,
+    )
+    from mrd_ray.errors import UserError
     from mrd_ray.evaluation.evaluate import EvaluateRun, evaluate
     from mrd_ray.evaluation.in_training import unlearn
     from mrd_ray.report.report import write_report
@@ -55,8 +54,24 @@ __all__ = [
     "write_report",
 ]
 
-# Imported when first used: every actor imports this package, and needs neither readers nor plots to start.
-_LAZY = {
+# Imported when first used: --help needs none, and an actor neither readers nor plots to start.
+_LAZY = dict.fromkeys(
+    (
+        "CompareConfig",
+        "DataConfig",
+        "EvaluateConfig",
+        "ModelConfig",
+        "PlanConfig",
+        "RayConfig",
+        "ReportConfig",
+        "RunConfig",
+        "ScoreConfig",
+        "ScoringConfig",
+        "UnlearnConfig",
+    ),
+    "mrd_ray.config",
+) | {
+    "UserError": "mrd_ray.errors",
     "Comparison": "mrd_ray.scoring.compare",
     "compare": "mrd_ray.scoring.compare",
     "Estimate": "mrd_ray.scoring.estimate",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mrd_ray import cli
+from mrd_ray import __main__, cli
 from mrd_ray.config import DemoConfig, PlanConfig, ReportConfig, ScoreConfig, UnlearnConfig
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +25,19 @@ def error(capsys, *arguments) -> str:
         cli.main([str(argument) for argument in arguments])
     assert ended.value.code == 2
     return capsys.readouterr().err.split("error:")[-1]
+
+
+def test_help_of_all_commands_is_theirs():
+    assert {
+        name: str(of.__doc__).strip().splitlines()[0] for name, of in cli.LINE.commands.items()
+    } == __main__.COMMANDS
+    assert cli.LINE.description == __main__.DESCRIPTION
+    done = subprocess.run([sys.executable, "-m", "mrd_ray", "--help"], capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in cli.LINE.commands)
+    line = [sys.executable, "-X", "importtime", "-m", "mrd_ray", "--help"]
+    loaded = subprocess.run(line, capture_output=True, text=True, check=True).stderr
+    assert "argparse" in loaded
+    assert not any(name in loaded for name in ("pydantic", "jsonargparse", "numpy", "torch", "rich"))
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["score", "--help"], ["score", "--scoring.sigma", "no"]])
