@@ -62,6 +62,14 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
+def _handed_on(settings: Mapping[str, Any]) -> Raw:
+    """Without where files lie on this machine."""
+    return {
+        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for name, value in settings.items()
+    }
+
+
 class Results:
     """results/NAME.json, which is written anew with every part that is there, so that a killed run leaves some."""
 
@@ -70,7 +78,7 @@ class Results:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.console = Console() if sys.stdout.isatty() else Console(width=150)  # a log has no width of its own
         self.raw: Raw = {}
-        self._content: Raw = {"benchmark": name, "date": time.strftime("%Y-%m-%d"), "settings": dict(settings)}
+        self._content: Raw = {"benchmark": name, "date": time.strftime("%Y-%m-%d"), "settings": _handed_on(settings)}
         self._content |= {"machine": machine(), "figures": [], "raw": self.raw}
 
     def keep(self, part: str, found: Any) -> None:
