@@ -55,22 +55,7 @@ __all__ = [
 ]
 
 # Imported when first used: --help needs none, and an actor neither readers nor plots to start.
-_LAZY = dict.fromkeys(
-    (
-        "CompareConfig",
-        "DataConfig",
-        "EvaluateConfig",
-        "ModelConfig",
-        "PlanConfig",
-        "RayConfig",
-        "ReportConfig",
-        "RunConfig",
-        "ScoreConfig",
-        "ScoringConfig",
-        "UnlearnConfig",
-    ),
-    "mrd_ray.config",
-) | {
+_LAZY = {  # but for settings, which are in mrd_ray.config
     "UserError": "mrd_ray.errors",
     "Comparison": "mrd_ray.scoring.compare",
     "compare": "mrd_ray.scoring.compare",
@@ -90,9 +75,9 @@ _LAZY = dict.fromkeys(
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    return getattr(importlib.import_module(_LAZY.get(name, "mrd_ray.config")), name)
 
 
 def _version() -> str:
