@@ -28,13 +28,19 @@ class MadeUp:
     """Stands in for `ScoringActor`: results of the right shape, at once; a sample's score goes with its number."""
 
     def __init__(self, task: Task) -> None:
-        """The task says nothing that is needed."""
+        """Which estimator's is all that is needed of the task."""
+        self._of_draws = task.scoring.estimator == "monte_carlo"
 
     def __call__(self, unit_id: str, samples: pa.Table) -> pa.Table:
         """Draws, and a gradient norm, of 1 more than the sample's number."""
         unit = plan.Unit.of_id(unit_id)
         draws = unit.stop_draw - unit.first_draw
-        of_all: Raw = {"log_prob": -1.0, "num_draws": draws, "sum_odd_squares": [], "measures": {}}
+        of_all: Raw = {
+            "log_prob": -1.0,
+            "num_draws": draws if self._of_draws else 0,
+            "sum_odd_squares": [],
+            "measures": {},
+        }
         of_all |= {"sum": [1.0], "sum_squares": [1.0], "probes": []}
         found = []
         for sample_id in samples["sample_id"].to_pylist():

@@ -19,6 +19,9 @@ HOLD_CREDENTIALS = [
     f"https://{SECRET}@host/x.jsonl",
     f"https://bucket.s3.amazonaws.com/x.jsonl?X-Amz-Expires=60&X-Amz-Signature={SECRET}",
     f"https://host/x.jsonl?token={SECRET}",
+    f"https://host/x.jsonl?key={SECRET}",
+    f"https://host/x.jsonl?a=b&apikey={SECRET}",
+    f"https://host/x.jsonl?password={SECRET}",
 ]
 
 
