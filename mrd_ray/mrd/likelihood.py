@@ -4,6 +4,8 @@ For target x_t with logits l:  a_t = logsumexp_{j != x_t}(l_j) - l_{x_t},  P_t =
 A memorised token has P_t = 0 to float32 rounding but a perfectly good a_t << 0, and log(-P_t) -> a_t.
 """
 
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,8 @@ from transformers import PreTrainedModel
 
 # Elements of logits held at once. The output layer is applied to as many tokens as fit.
 LOGITS = 1 << 25
+# On a CPU: logits made and used up in one go, which its cache holds, as they and their float64 copy are there twice.
+_VOCABULARY, _CACHED = 1 << 11, 1 << 19
 
 
 @dataclass(frozen=True)
@@ -96,20 +100,34 @@ class Likelihood:
         # No attention mask: with padding on the right the causal mask alone is exact, and takes the fast path.
         if self._by_chunks:
             hidden = self.model.base_model(batch.token_ids, use_cache=False).last_hidden_state[:, :-1][batch.scored]
-            head = self.model.get_output_embeddings()
-            rows = max(1, LOGITS // head.out_features)
-            chunks = (head(h) for h in hidden.split(rows))
+            rows = max(1, LOGITS // self.model.get_output_embeddings().out_features)
+            chunks: Iterator[Iterable[torch.Tensor]] = (self._output_layer(h) for h in hidden.split(rows))
         else:
             logits = self.model(batch.token_ids, use_cache=False).logits[:, :-1][batch.scored]
-            rows, chunks = max(1, len(logits)), (whole for whole in [logits])
+            rows, chunks = max(1, len(logits)), iter([[logits]])
         scored = torch.nonzero(batch.scored)
-        for positions, logits in zip(scored.split(rows), chunks, strict=True):
+        for positions, slices in zip(scored.split(rows), chunks, strict=True):
             where = tuple(positions.T)
             targets = batch.token_ids[:, 1:][where]
             if measures is not None:
-                measures.observe(where, logits, targets)
-            a[where] = _margins_of_logits(_wide(logits), targets)[1]
+                slices = list(slices)
+                measures.observe(where, torch.cat(slices, -1), targets)
+            found = Margins(targets)
+            for logits in slices:
+                found.add(_wide(logits))
+            a[where] = found.a
         return a
+
+    def _output_layer(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Logits of [n, hidden], a slice of the vocabulary after the other."""
+        head = self.model.get_output_embeddings()
+        bare = type(head) is torch.nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+        if hidden.is_cuda or not bare:  # a hook may have to fetch the weights first
+            yield head(hidden)
+            return
+        biases = itertools.repeat(None) if head.bias is None else head.bias.split(_VOCABULARY)
+        for weight, bias in zip(head.weight.split(_VOCABULARY), biases, strict=False):
+            yield torch.nn.functional.linear(hidden, weight, bias)
 
     def log_neg_log_probs(self, batch: MicroBatch, measures: TokenMeasures | None = None) -> torch.Tensor:
         """log(-P_t) of every scored target: float64 [B, T - 1], of no meaning where not scored."""
@@ -121,18 +139,45 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _margins_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[..., V] and [...] -> total and a_t, float64 [...], with total = sum_{j != x} e^{l_j - max}.
+class Margins:
+    """a_t of some targets, from logits that come a slice of the vocabulary after the other.
 
-    The logits' memory is overwritten with e^{l_j - max} for j != x, and 0 for x, where max is over j != x.
+    Args:
+        targets: int64 [n].
     """
-    targets = targets[..., None]
-    of_target = logits.gather(-1, targets)
-    others = logits.scatter_(-1, targets, -torch.inf)
-    highest = others.amax(-1, keepdim=True)
-    # the exponentials in the model's precision, their sum and everything after in float64
-    total = others.sub_(highest).exp_().sum(-1, dtype=torch.float64)
-    return total, highest[..., 0].double() + total.log() - of_target[..., 0].double()
+
+    def __init__(self, targets: torch.Tensor) -> None:
+        self._targets = targets[:, None]  # from where the next slice begins
+        self._highest = self._of_target = torch.tensor(-torch.inf, device=targets.device)
+        self.total = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
+
+    def add(self, logits: torch.Tensor) -> None:
+        """Take in the next slice, [n, V'], whose memory is overwritten with e^{l_j - max} for j != x, and 0 for x.
+
+        max is over all j != x so far. `total` becomes sum_{j != x} e^{l_j - max}.
+        """
+        width = logits.shape[1]
+        here, index = (self._targets >= 0) & (self._targets < width), self._targets.clamp(0, width - 1)
+        there = logits.gather(1, index)
+        self._of_target = torch.where(here, there, self._of_target)
+        logits.scatter_(1, index, torch.where(here, -torch.inf, there))
+        lowest = torch.finfo(logits.dtype).min  # stands for -inf, from which nothing can be subtracted
+        highest = torch.maximum(logits.amax(1, keepdim=True), self._highest).clamp(min=lowest)
+        self.total *= (self._highest - highest)[:, 0].double().exp()
+        # the exponentials in the model's precision, their sum and everything after in float64
+        rows = len(logits) if logits.is_cuda else max(1, _CACHED // width)
+        sums = [
+            piece.sub_(high).exp_().sum(1, dtype=torch.float64)
+            for piece, high in zip(logits.split(rows), highest.split(rows), strict=True)
+        ]
+        self.total += torch.cat(sums)
+        self._highest = highest
+        self._targets = self._targets - width
+
+    @property
+    def a(self) -> torch.Tensor:
+        """Of all slices: float64 [n]."""
+        return self._highest[:, 0].double() + self.total.log() - self._of_target[:, 0].double()
 
 
 def log_neg_log_prob(a: torch.Tensor) -> torch.Tensor:
@@ -162,9 +207,11 @@ class LogNegLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, overwrite: bool) -> torch.Tensor:  # noqa: D102
         wide = _wide(logits)
-        buffer = wide.clone() if wide is logits and not overwrite else wide.detach()
-        total, a = _margins_of_logits(buffer, targets)
-        ctx.buffer, ctx.dtype = buffer, logits.dtype
+        buffer = (wide.clone() if wide is logits and not overwrite else wide.detach()).flatten(0, -2)
+        found = Margins(targets.flatten())
+        found.add(buffer)
+        ctx.buffer, ctx.dtype = buffer.view_as(wide), logits.dtype
+        total, a = (values.view_as(targets) for values in (found.total, found.a))
         ctx.save_for_backward(targets, total, a)
         return log_neg_log_prob(a)
 

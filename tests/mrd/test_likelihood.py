@@ -67,6 +67,48 @@ def test_chunks_of_the_output_layer_change_nothing(monkeypatch):
     torch.testing.assert_close(Likelihood(model).margins(batch), whole, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("width", [1, 2, 50, 100])  # 1: slices in which only the target stands
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_slices_of_the_vocabulary_change_nothing(name, width, monkeypatch):
+    model = model_of(name)
+    _, batch = batch_of(9, 4, 7)
+    whole = Likelihood(model).margins(batch)
+    monkeypatch.setattr(likelihood, "_VOCABULARY", width)
+    torch.testing.assert_close(Likelihood(model).margins(batch), whole, rtol=1e-13, atol=1e-13)
+    monkeypatch.setattr(likelihood, "_CACHED", 2 * width)  # two rows at a time
+    torch.testing.assert_close(Likelihood(model).margins(batch), whole, rtol=1e-13, atol=1e-13)
+
+
+def test_measures_leave_every_bit_of_the_margins():
+    model = model_of("llama")
+    _, batch = batch_of(9, 4, 7)
+    seen = Likelihood(model).margins(batch, likelihood.TokenMeasures(batch))
+    assert torch.equal(seen, Likelihood(model).margins(batch))
+
+
+def test_logits_of_minus_infinity_are_tokens_that_cannot_come():
+    logits = torch.full((1, 6), -torch.inf, dtype=torch.float64)
+    logits[0, [1, 4]] = torch.tensor([2.0, 0.5], dtype=torch.float64)
+    for width in (2, 3, 6):  # the first slice of two holds nothing but the target
+        found = likelihood.Margins(torch.tensor([1]))
+        for piece in logits.clone().split(width, 1):
+            found.add(piece)
+        assert found.a.item() == pytest.approx(0.5 - 2.0, abs=1e-12)
+
+
+def test_a_hook_of_the_output_layer_is_run():
+    """As DeepSpeed's are, which fetch the weights."""
+    model = model_of("llama")
+    _, batch = batch_of(9, 4, 7)
+    model.get_output_embeddings().register_forward_pre_hook(lambda layer, args: (2 * args[0],))
+    doubled = Likelihood(model)
+    doubled._by_chunks = True
+    model.get_output_embeddings()._forward_pre_hooks.clear()
+    plain = Likelihood(model).margins(batch)
+    model.get_output_embeddings().register_forward_pre_hook(lambda layer, args: (2 * args[0],))
+    assert not torch.allclose(doubled.margins(batch), plain)
+
+
 def test_content_of_padding_is_invisible():
     model = model_of("llama")
     _, batch = batch_of(9, 4)
@@ -93,8 +135,9 @@ def test_memorised_tokens_keep_their_precision():
     logits = torch.tensor([[60.0, 1.0, -2.0, 0.5], [0.0, 90.0, 3.0, 2.0]])
     targets = torch.tensor([0, 1])
     assert (logits.log_softmax(-1)[[0, 1], targets] == 0).all()
-    _, found = likelihood._margins_of_logits(logits.clone(), targets)
+    found = likelihood.Margins(targets)
+    found.add(logits.clone())
     exact = torch.stack(
         [logits[0, [1, 2, 3]].double().logsumexp(0) - 60, logits[1, [0, 2, 3]].double().logsumexp(0) - 90]
     )
-    torch.testing.assert_close(found, exact, rtol=2e-9, atol=0)
+    torch.testing.assert_close(found.a, exact, rtol=2e-9, atol=0)
