@@ -1,4 +1,4 @@
-"""What scoring costs: against Algorithm 1 as written, against the best single process, and with a second actor.
+"""What scoring costs in the engine: against the best single process, and with a second actor.
 
 Only ratios within one run mean anything, on a machine that does nothing else meanwhile. For CPUs, on Linux.
 """
@@ -8,10 +8,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Literal
 
-import numpy as np
 import torch
 
-from benchmarks.common import PAPER_DRAWS, Batches, Raw, stopwatch
+from benchmarks.common import Batches, Raw, stopwatch
 from benchmarks.figures import Figure, Results
 from mrd_ray import ScoreConfig, score
 from mrd_ray.mrd.likelihood import Likelihood
@@ -20,7 +19,7 @@ from mrd_ray.mrd.perturb import Replica
 from mrd_ray.scoring import plan
 from mrd_ray.scoring.result import RESULT_SCHEMA
 
-Part = Literal["naive", "ideal", "engine"]
+Part = Literal["ideal", "engine"]
 LONG_UNIT = 30.0  # seconds; a shorter unit says little about those of a real run
 
 
@@ -28,28 +27,24 @@ def main(
     model: str,
     data: str,
     out: str = "benchmarks/results",
-    parts: tuple[Part, ...] = ("naive", "ideal", "engine"),
+    parts: tuple[Part, ...] = ("ideal", "engine"),
     max_samples: int = 200,
     draws: int = 4,
-    naive_draws: int = 1,
-    naive_samples: int | None = None,
     micro_batch_tokens: int = 512,
     sigma: float = 1e-5,
 ) -> None:
     """Benchmark Monte Carlo scoring here, one thread per process.
 
-    Example: python -m benchmarks scoring --model DIR --data ../shared/data/tofu/forget10.json --parts '[ideal, engine]'
+    Example: python -m benchmarks scoring --model DIR --data ../shared/data/tofu/forget10.json
 
     Args:
         model: directory or hub id; the demo keeps one under ~/.cache/mrd_ray.
         data: forget set, for example TOFU's ../shared/data/tofu/forget10.json.
         out: folder of the JSON file.
-        parts: which of naive, ideal and engine; a ratio is given if both its sides are run.
+        parts: which of ideal and engine; a ratio is given if both its sides are run.
         max_samples: rows of the forget set. They should take over 30 s to run through the model once.
         draws: K of `ideal` and of the engine with one actor. Two actors do 2 K, so that each actor has as much to do,
             its pass over the unperturbed model included; with K that pass would hide how draws scale.
-        naive_draws: K of `naive`, whose cost is linear in K.
-        naive_samples: run `naive` on so many samples only, evenly spaced by length, and extrapolate by tokens.
         micro_batch_tokens: tokens per forward, padding included.
         sigma: standard deviation of the parameter noise.
     """
@@ -60,10 +55,6 @@ def main(
     work = Work(ScoreConfig.model_validate(config | {"run": {"dir": "unused"}}))
     results.keep("size", work.size)
     # the sides of a ratio take turns, so that a machine that drifts shows as spread and not as a result
-    if "naive" in parts:
-        count = min(naive_samples or len(work.order), len(work.order))
-        chosen = [work.order[round(i)] for i in np.linspace(0, len(work.order) - 1, count)]  # of all lengths
-        results.keep("naive, first half", [work.naive(i, naive_draws) for i in chosen[0::2]])
     if "ideal" in parts:
         results.keep("ideal, theta", work.ideal_theta())
         results.keep("ideal, first half", [work.ideal_draw(k) for k in range(draws // 2)])
@@ -73,8 +64,6 @@ def main(
         results.keep("ideal, second half", [work.ideal_draw(k) for k in range(draws // 2, draws)])
     if "engine" in parts:
         results.keep("2 actors", engine(config, work, 2, 2 * draws))
-    if "naive" in parts:
-        results.keep("naive, second half", [work.naive(i, naive_draws) for i in chosen[1::2]])
     results.show(figures(results.raw))
 
 
@@ -85,27 +74,6 @@ class Work(Batches):
         super().__init__(config)
         self._scoring = config.scoring
         self._replica, self._likelihood = Replica(self.model), Likelihood(self.model)
-
-    @torch.no_grad()
-    def naive(self, index: int, draws: int) -> Raw:
-        """Algorithm 1 for one sample, line by line, as one would first write it."""
-        self._replica.restore()
-        ids, scored = torch.tensor(self.rows[index]["token_ids"]), torch.tensor(self.rows[index]["scored"])
-        spent: Raw = {"tokens": len(ids), "weights": [], "forward": [], "delta": []}
-        lap = stopwatch()
-        p = _log_probs(self.model, ids)[scored[1:]]
-        spent["theta"] = lap()
-        for _ in range(draws):
-            for parameter in self.model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=self._scoring.sigma)
-            noising = lap()
-            moved = ((p - _log_probs(self.model, ids)[scored[1:]]) / p).sum().item()
-            spent["forward"].append(lap())
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(self._replica.base[name])
-            spent["weights"].append(noising + lap())
-            spent["delta"].append(str(moved))  # text, since it is 0/0 on memorised tokens, and JSON has no NaN
-        return spent
 
     def ideal_theta(self) -> float:
         """The pass of all samples over the unperturbed model."""
@@ -124,11 +92,6 @@ class Work(Batches):
             for theta, batch in zip(self._theta, self.batches, strict=True)
         ]
         return {"perturb": perturb, "forward": lap(), "deltas": torch.cat(deltas).tolist()}
-
-
-def _log_probs(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = model(ids[None]).logits.log_softmax(-1)[0, :-1].gather(1, ids[1:, None])[:, 0]
-    return found
 
 
 def engine(config: Raw, work: Work, actors: int, draws: int) -> Raw:
@@ -163,10 +126,7 @@ def engine(config: Raw, work: Work, actors: int, draws: int) -> Raw:
 def figures(raw: Raw) -> list[Figure]:
     """What the raw timings come to."""
     found: list[Figure] = []
-    naive, ideal, one, two = None, None, None, None
-    if "naive, first half" in raw:
-        naive = _naive_costs(raw["naive, first half"] + raw["naive, second half"], raw["size"])
-        found.append(Figure("naive, a sample's draw", naive["draw"], "s", naive["detail"]))
+    ideal, one, two = None, None, None
     if "ideal, first half" in raw:
         passes = raw["ideal, first half"] + raw["ideal, second half"]
         per_draw = [one_pass["perturb"] + one_pass["forward"] for one_pass in passes]
@@ -195,25 +155,7 @@ def figures(raw: Raw) -> list[Figure]:
         pairs = zip(mine, raw["1 actor"]["mean_abs"], strict=True)
         off = max((abs(a / b - 1) for a, b in pairs if b), default=0.0)
         found.append(Figure("ideal - engine", off, detail="largest relative difference of a score"))
-    if naive and one:
-        for draws in (one["draws"], PAPER_DRAWS):  # each side bears one unperturbed pass for so many draws
-            theirs = naive["theta"] / draws + naive["draw"]
-            ours = (one["theta"] / draws + one["draw"]) / raw["size"]["samples"]
-            detail = f"{theirs:.3g} s per sample and draw over {ours:.3g} s"
-            found.append(Figure(f"naive / engine, K = {draws}", theirs / ours, detail=detail, at_least=8.0))
     return found
-
-
-def _naive_costs(runs: list[Raw], size: Raw) -> Raw:
-    """Mean seconds per sample: `theta`, its unperturbed forward, and `draw`."""
-    # noise costs each sample the same, a forward goes by tokens; with all samples run the scale is 1
-    scale = size["tokens"] / size["samples"] / fmean(run["tokens"] for run in runs)
-    weights, forward = ([s for run in runs for s in run[what]] for what in ("weights", "forward"))
-    detail = f"noise and restore {_spread(weights)}, forward {_spread(forward)}"
-    if len(runs) < size["samples"]:
-        detail = f"EXTRAPOLATED by tokens from {len(runs)} of {size['samples']} samples; {detail}"
-    theta = scale * fmean(run["theta"] for run in runs)
-    return {"theta": theta, "draw": fmean(weights) + scale * fmean(forward), "detail": detail}
 
 
 def _engine_costs(run: Raw) -> Raw:

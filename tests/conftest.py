@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 os.environ.update(TRITON_INTERPRET="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other on a busy machine are 50 times slower, not faster
+# threads that wait for each other on a busy machine are 50 times slower, not faster
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import ray

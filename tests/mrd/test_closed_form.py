@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from architectures import CONFIGS, GROUPED, SAMPLES, SCORED, batch_of, memorise, model_of
+from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from mrd_ray.mrd.autograd_check import disagreements
@@ -141,6 +142,24 @@ def test_bfloat16_is_close_to_float32():
     rounded = GradientNorms(model.to(torch.bfloat16))
     assert disagreements(rounded) == []
     torch.testing.assert_close(rounded(batch_of())[1].sqrt(), exact.sqrt(), rtol=0.05, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+def test_ghost_norms_of_opacus_are_the_same():
+    """Another library's, of the layers that it has rules for."""
+    model = model_of("llama", torch.float32)
+    projections = [name for name, _ in model.named_parameters() if "proj" in name]
+    batch = batch_of(SAMPLES, SCORED)
+    _, squares = GradientNorms(model, projections)(batch, of_log_prob=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in projections)
+    theirs = GradSampleModuleFastGradientClipping(
+        model.train(), batch_first=True, loss_reduction="sum", max_grad_norm=1.0, use_ghost_clipping=True
+    )
+    logits = theirs(input_ids=batch.token_ids, use_cache=False).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.mT, batch.token_ids[:, 1:], reduction="none")
+    torch.where(batch.scored, losses, 0.0).sum().backward()
+    torch.testing.assert_close(squares.sqrt().float(), theirs.get_norm_sample(), rtol=1e-5, atol=0)
 
 
 def test_the_model_is_left_as_it_was():
