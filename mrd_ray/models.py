@@ -127,6 +127,31 @@ def content_digest(files: Iterable[Path]) -> str:
     return state.hexdigest()
 
 
+class Unchanged:
+    """Makes sure that a model's weight files are not written to from now on.
+
+    On a CPU the weights are these files, mapped: what is written there would be in the next forward. A file that
+    another was put in the place of does not matter, since the one that was opened lives on.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._files = [(file, file.open("rb")) for file in weight_files(model)]
+        self._stamps = self._now()
+
+    def _now(self) -> list[tuple[int, int]]:
+        stats = [os.fstat(opened.fileno()) for _, opened in self._files]
+        return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+    def check(self) -> None:
+        """Raises UserError, which names the first file that has changed."""
+        for (file, _), before, now in zip(self._files, self._stamps, self._now(), strict=True):
+            if before != now:
+                raise UserError(
+                    f"model.path: {file} was written to while its weights were in use. What was found since the last "
+                    "unit is thrown away; put the model back as it was and start the same command again"
+                )
+
+
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
     """Digest of weights in memory: names, dtypes, shapes and bits."""
     state = hashlib.sha256()

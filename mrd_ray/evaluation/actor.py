@@ -10,6 +10,7 @@ import torch
 
 from mrd_ray import models
 from mrd_ray.config import EvaluationConfig, ModelConfig
+from mrd_ray.errors import UserError
 from mrd_ray.evaluation.measure import RECORD, Measurer
 from mrd_ray.scoring.actor import attempt, replica
 
@@ -46,6 +47,7 @@ class EvaluationActor:
         self._measurer, self._fatal = attempt(lambda: self._load(task))
 
     def _load(self, task: Task) -> Measurer:
+        self._weights = models.Unchanged(task.model)
         model = replica(task.model, task.files_digest, task.on_gpu)
         return Measurer(model, models.load_tokenizer(task.model), task.evaluation)
 
@@ -56,6 +58,9 @@ class EvaluationActor:
         if self._measurer is not None:
             try:
                 result["records"] = self._measurer(rows.to_pylist())
+                self._weights.check()
+            except UserError as problem:
+                self._fatal = str(problem)
             except torch.OutOfMemoryError as problem:  # of EL_n's generation
                 self._fatal = f"the device ran out of memory; lower evaluation.generation_batch ({problem})"
         result |= {

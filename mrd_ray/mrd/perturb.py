@@ -21,14 +21,17 @@ class Shard(NamedTuple):
 class Replica:
     """A model to run forwards with, and the base weights it is rebuilt from.
 
-    The base is a private copy that nothing writes to; the model's own parameters are the working copy. Two copies
-    of the perturbed weights in all. The unperturbed model is put back by `restore`, a copy, never by subtracting noise.
+    The base is the memory that the model came in, which nothing writes to; the model's own parameters become the
+    working copy. Two copies of the perturbed weights in all, of which the base, on a CPU, may be the weights' file
+    itself, mapped, which all actors of a node share. The unperturbed model is put back by `restore`, a copy, never by
+    subtracting noise.
 
     Args:
         model: in eval mode, its parameters contiguous. Tied parameters count once, under their first name.
         selected: the parameters theta, by name, that noise is added to; all if None.
         shards: where the model's weights are spread over processes, gives the parts of all parameters, by name, that
             this process holds, and lets go of gathered copies, which a write would not reach. Called before each write.
+            The base is a copy then, since the parts stay where they are.
     """
 
     def __init__(
@@ -40,7 +43,13 @@ class Replica:
         self.model = model
         self._selected = selected
         self._shards = shards or self._whole
-        self.base = {name: shard.tensor.clone() for name, shard in self.working().items()}
+        if shards is not None:
+            self.base = {name: shard.tensor.clone() for name, shard in self.working().items()}
+        else:
+            self.base = {name: shard.tensor for name, shard in self.working().items()}
+            for name, parameter in model.named_parameters():
+                if name in self.base:
+                    parameter.data = parameter.data.clone()
         self._threads = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="noise")
 
     def _whole(self) -> dict[str, Shard]:

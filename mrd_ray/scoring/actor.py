@@ -69,6 +69,7 @@ class ScoringActor:
         self._estimator, self.fatal = attempt(lambda: self._load(task))
 
     def _load(self, task: Task) -> MonteCarlo | ClosedForm:
+        self._weights = models.Unchanged(task.model)
         model = replica(task.model, task.files_digest, task.on_gpu)
         refuse_wrong_rules(model, task.scoring)
         return estimator_of(model, task.scoring, task.trial)
@@ -82,6 +83,9 @@ class ScoringActor:
             try:
                 result["samples"] = self._estimator(samples.to_pylist(), range(unit.first_draw, unit.stop_draw))
                 result["precision"] = self._estimator.precision
+                self._weights.check()
+            except UserError as problem:
+                self.fatal = str(problem)
             except torch.OutOfMemoryError as problem:  # of samples that fitted before
                 self.fatal = f"the device ran out of memory; lower scoring.micro_batch_tokens ({problem})"
         result |= {

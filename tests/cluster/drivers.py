@@ -14,6 +14,7 @@ import psutil
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parents[2]
+DRAWS = 2000  # so many that a run is still at work when a node that was given notice is gone
 
 
 class Driver:
@@ -66,7 +67,7 @@ def driver(command: str, flags: list[str], log: Path, address: str) -> Iterator[
             started.kill()
 
 
-def scoring(model: Path, data: Path, run: Path, *more: str, draws: int = 600) -> list[str]:
+def scoring(model: Path, data: Path, run: Path, *more: str, draws: int = DRAWS) -> list[str]:
     """Flags of seconds of work in many units."""
     return [
         *("--model.path", str(model), "--data.path", str(data), "--run.dir", str(run)),
@@ -92,7 +93,7 @@ def events(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
 
-def nothing_twice(run: Path, draws: int = 600) -> None:
+def nothing_twice(run: Path, draws: int = DRAWS) -> None:
     """Every sample has each draw once."""
     counted: dict[str, int] = {}
     for file in (run / "units").glob("*.parquet"):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from drivers import actors, driver, events, nothing_twice, scores, scoring, units, workers
+from drivers import DRAWS, actors, driver, events, nothing_twice, scores, scoring, units, workers
 from ray.cluster_utils import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -38,7 +38,7 @@ def alone(tiny_model_dir, qa_file, tmp_path_factory):
 
 
 @contextmanager
-def started(cluster, model: Path, data: Path, run: Path, *more: str, actors: int = 3, draws: int = 600):
+def started(cluster, model: Path, data: Path, run: Path, *more: str, actors: int = 3, draws: int = DRAWS):
     """A job on the cluster, once it has finished its first units; it must end well."""
     run.mkdir()
     flags = scoring(model, data, run, "--ray.actors", str(actors), *more, draws=draws)

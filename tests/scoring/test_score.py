@@ -240,6 +240,24 @@ def first_word_of(model: Path, **scoring) -> dict:
     return row
 
 
+def test_weights_that_are_written_to_while_they_are_in_use(tiny_model_dir, tmp_path):
+    """On a CPU they are the file, mapped."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    of_path = ModelConfig(path=str(folder))
+    sample = {"micro_batch": 0, "sample_id": "s", "token_ids": [5, 6, 7], "scored": [False, True, True]}
+    task = Task(of_path, ScoringConfig(estimator="closed_form"), models.files_digest(of_path), 1, False, [sample])
+    actor, unit, block = ScoringActor(task), Unit(0, 0, 1, 0, 1).unit_id, pa.Table.from_pylist([sample])
+    assert actor(unit, block)["fatal"].to_pylist() == [None]
+    shutil.copy(folder / "model.safetensors", folder / "other")
+    (folder / "other").replace(folder / "model.safetensors")  # the weights in use live on
+    assert actor(unit, block)["fatal"].to_pylist() == [None]
+    actor = ScoringActor(task)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\0\0\0\x40")
+    assert "was written to while its weights were in use" in actor(unit, block)["fatal"].to_pylist()[0]
+
+
 def test_sigma_that_breaks_the_forward_is_refused(tiny_model_dir):
     refusal = first_word_of(tiny_model_dir, sigma=1e38)["fatal"]
     assert "makes it infinite" in refusal
