@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 import torch
 
 from mrd_ray import ScoreConfig, models
@@ -27,14 +28,10 @@ class Batches:
         limit = models.context_length(models.load_config(config.model))
         table = samples_table.build(config.data, models.load_tokenizer(config.model), limit)
         self.layout = plan.layout(lengths(table), config.scoring.micro_batch_tokens)
+        self.batches = micro_batches(table, config.scoring.micro_batch_tokens)
         self.rows = table.to_pylist()
         self.order = self.layout.order.tolist()
         self.model = models.load_model(config.model, torch.device("cpu"))
-        members = [[self.rows[j] for j in self.layout.samples(i)] for i in range(len(self.layout))]
-        self.batches = [
-            MicroBatch.collate([s["token_ids"] for s in batch], [s["scored"] for s in batch], self.model.device)
-            for batch in members
-        ]
         self.size = {
             "samples": len(self.order),
             "tokens": sum(len(self.rows[i]["token_ids"]) for i in self.order),
@@ -42,6 +39,14 @@ class Batches:
             "micro-batches": len(self.layout),
             "parameters": sum(weights.numel() for weights in self.model.parameters()),
         }
+
+
+def micro_batches(samples: pa.Table, tokens: int) -> list[MicroBatch]:
+    """As the engine makes them, on the CPU."""
+    rows, layout = samples.to_pylist(), plan.layout(lengths(samples), tokens)
+    members = [[rows[i] for i in layout.samples(number)] for number in range(len(layout))]
+    cpu = torch.device("cpu")
+    return [MicroBatch.collate([s["token_ids"] for s in some], [s["scored"] for s in some], cpu) for some in members]
 
 
 def stopwatch() -> Callable[[], float]:
@@ -70,7 +75,7 @@ def machine() -> Raw:
     }
 
 
-def resident(field: Literal["VmRSS", "VmHWM"]) -> float:
-    """MiB now, or at most so far. Not getrusage, whose ru_maxrss starts from that of the parent process."""
+def resident(field: Literal["VmRSS", "VmHWM", "RssAnon"]) -> float:
+    """MiB now, at most so far, or now without mapped files. Not getrusage, whose ru_maxrss starts at the parent's."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024

@@ -1,5 +1,7 @@
 """Memory of a scoring actor over one unit, beside its weights: two copies for Monte Carlo, one for the closed form."""
 
+import ctypes
+import gc
 import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -29,8 +31,8 @@ def main(
 ) -> None:
     """Benchmark an actor's memory at small and large vocabularies, and for few and many draws.
 
-    What lies beyond the copies of the weights is activations, for which a model of the same layers with a unit of
-    half the tokens is run: two sizes give the part that does not go with tokens.
+    Copies of the weights are what an actor holds after a unit, once the heap has been trimmed; what it held more in
+    between is activations. Of the copies, those that are the mapped file are shared by the actors of a node.
 
     Args:
         out: folder of the JSON file.
@@ -51,19 +53,16 @@ def main(
         for vocabulary in vocabularies:
             cases += [(vocabulary, "monte_carlo", k) for k in draws] + [(vocabulary, "closed_form", 1)]
         with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
-            found = [
-                {n: processes.submit(_case, folder, *case, n).result() for n in (tokens, tokens // 2)} for case in cases
-            ]
-    results.keep("cases", [[*case, *sizes.values()] for case, sizes in zip(cases, found, strict=True)])
+            found = [processes.submit(_case, folder, *case, tokens).result() for case in cases]
+    results.keep("cases", [[*case, mebibytes] for case, mebibytes in zip(cases, found, strict=True)])
     figures = []
-    for (vocabulary, estimator, k), sizes in zip(cases, found, strict=True):
-        whole, half = sizes[tokens], sizes[tokens // 2]
-        resting = 2 * half["peak"] - whole["peak"]  # where activations, which go with tokens, come to none
+    for (vocabulary, estimator, k), mebibytes in zip(cases, found, strict=True):
+        weights = mebibytes["weights"]
         name = f"{estimator}{f', K = {k}' if estimator == 'monte_carlo' else ''}, vocabulary {vocabulary:,}"
-        detail = f"peak {whole['peak']:.0f} MiB, of which {whole['before']:.0f} before loading, beside weights of "
-        detail += f"{whole['weights']:.0f}; activations of {8 * tokens} tokens {whole['peak'] - resting:.0f}"
-        copies = (resting - whole["before"]) / whole["weights"]
+        detail = f"weights of {weights:.0f} MiB; activations of {8 * tokens} tokens {mebibytes['activations']:.0f} more"
+        copies, private = mebibytes["resting"] / weights, mebibytes["private"] / weights
         figures.append(Figure(name, copies, "times the weights", detail, at_most=COPIES[estimator]))
+        figures.append(Figure(f"{name}: private", private, "times the weights", at_most=COPIES[estimator] - 1))
     results.show(figures)
 
 
@@ -75,13 +74,25 @@ def _case(folder: str, vocabulary: int, estimator: Estimator, draws: int, tokens
     samples = [{"micro_batch": 0, "sample_id": str(i), "token_ids": x, "scored": scored} for i, x in enumerate(ids)]
     scoring = ScoringConfig(estimator=estimator)
     _touch_libraries(samples, scoring)
-    before = resident("VmRSS")
+    before = _resting()
     actor = ScoringActor(Task(model, scoring, models.files_digest(model), 1, False, samples[:1]))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of loading
     (result,) = actor(plan.Unit(0, 0, 1, 0, draws).unit_id, pa.Table.from_pylist(samples)).to_pylist()
     if result["fatal"] or any(sample["error"] for sample in result["samples"]):
         raise RuntimeError(f"the unit failed: {result}")
-    weights = (Path(path) / "model.safetensors").stat().st_size / 2**20
-    return {"before": before, "peak": resident("VmHWM"), "weights": weights}
+    peak, after = resident("VmHWM"), _resting()
+    return {
+        "weights": (Path(path) / "model.safetensors").stat().st_size / 2**20,
+        "resting": after["VmRSS"] - before["VmRSS"],
+        "private": after["RssAnon"] - before["RssAnon"],
+        "activations": peak - after["VmRSS"],
+    }
+
+
+def _resting() -> dict[Literal["VmRSS", "RssAnon"], float]:
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return {"VmRSS": resident("VmRSS"), "RssAnon": resident("RssAnon")}
 
 
 def _touch_libraries(samples: list[Raw], scoring: ScoringConfig) -> None:

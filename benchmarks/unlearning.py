@@ -21,7 +21,8 @@ from rich.console import Console
 from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedModel
 
-from benchmarks.common import Raw, resident, stopwatch
+from benchmarks.closed_form import TRAINABLE, ways
+from benchmarks.common import Raw, micro_batches, resident, stopwatch
 from benchmarks.figures import Figure, Results, ratios
 from mrd_ray import models
 from mrd_ray.config import ScoringConfig, UnlearnConfig
@@ -178,12 +179,15 @@ def steps_of(job: Job, ranks: Ranks) -> Raw:
 
 
 def refreshes(job: Job, ranks: Ranks, draws: tuple[int, ...], repeats: int) -> Raw:
-    """Seconds of steps, and of refreshes by each estimator; they take turns, after a turn for the warm-up."""
+    """Seconds of steps, refreshes by each estimator, and plain epochs; they take turns, after one for the warm-up."""
     loop = _loop(job, ranks, trained.load(job.config, torch.device("cpu")))
+    plain = ways(trained.load(job.config, torch.device("cpu")))[TRAINABLE]
+    batches = micro_batches(loop.sets.forget, ScoringConfig().micro_batch_tokens)
     estimators = {"closed form": ScoringConfig(estimator="closed_form")}
     estimators |= {f"K = {k}": ScoringConfig(estimator="monte_carlo", num_draws=k) for k in draws}
     seconds: dict[str, list[float]] = {}
     turn: list[tuple[str, Callable[[], Any]]] = [("step", _engine_step(loop))] * job.steps
+    turn.append(("epoch", lambda: [plain(batch) for batch in batches]))
     for name, scoring in estimators.items():
         turn.append((name, partial(refresh.score_in_place, loop.engine, loop.sets.forget, scoring)))
     for repeat in range(repeats + 1):
@@ -296,6 +300,9 @@ def _prices(way: str, found: Raw, num_draws: int, of_what: str) -> list[Figure]:
         name += ", EXTRAPOLATED"
     prices = {"closed form": seconds["closed form"], name: drawn}
     detail = f"of {step:.3g} s; a refresh of {of_what}"
-    return [
+    figures = [
         Figure.of(f"{way}, {what}", [price / step for price in laps], "steps", detail) for what, laps in prices.items()
     ]
+    epochs = ratios(seconds["closed form"], seconds["epoch"])
+    detail = "of plain torch's forward and backward over the same samples"
+    return [*figures, Figure.of(f"{way}, closed form / epoch", epochs, detail=detail, at_most=1.0)]
