@@ -225,6 +225,15 @@ def require_peft(setting: str) -> Any:
         raise UserError(f"{setting} needs peft: pip install 'mrd-ray[lora]'") from None
 
 
+def _require_accelerate() -> None:
+    try:
+        importlib.import_module("accelerate")
+    except ImportError:
+        raise UserError(
+            "ray.gpus_per_actor: a model over several GPUs needs accelerate: pip install 'mrd-ray[spread]'"
+        ) from None
+
+
 def select(names: Iterable[str], parameters: str) -> list[str]:
     """The parameters that `scoring.parameters` names. Raises UserError if it names none."""
     names = list(names)
@@ -290,8 +299,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{backend}\0{tokenizer.chat_template}".encode()).hexdigest()
 
 
-def load_model(model: ModelConfig, device: torch.device) -> PreTrainedModel:
+def load_model(model: ModelConfig, device: torch.device, spread: bool = False) -> PreTrainedModel:
     """The model in eval mode and true `model.dtype` arithmetic, no TF32.
+
+    Args:
+        spread: over all GPUs of this process instead of `device`, some layers on each.
 
     Raises UserError on absent or non-finite weights, and on files that the settings do not allow.
     """
@@ -304,6 +316,8 @@ def load_model(model: ModelConfig, device: torch.device) -> PreTrainedModel:
         require_peft("model.path, an adapter,")
     weight_files(model)  # refuses pickles
     load_config(model)  # refuses code that the digest cannot answer for
+    if spread:
+        _require_accelerate()
     use_safetensors = None if model.allow_pickle else True  # None: where there are some
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(
@@ -312,13 +326,21 @@ def load_model(model: ModelConfig, device: torch.device) -> PreTrainedModel:
             use_safetensors=use_safetensors,
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
+            device_map="balanced" if spread else None,
         )
         loaded, loading = found
+        if elsewhere := sorted(
+            {str(place) for place in getattr(loaded, "hf_device_map", {}).values()} & {"cpu", "disk"}
+        ):
+            raise UserError(
+                f"ray.gpus_per_actor: {torch.cuda.device_count()} GPU(s) do not hold {path}, some of which would be on "
+                f"the {elsewhere[0]}; give an actor more of them"
+            )
         missing = sorted(loading["missing_keys"])
         if base != path:
             safe = (path / "adapter_model.safetensors").is_file()  # transformers looks for one of the two alone
             missing += sorted(loaded.load_adapter(str(path), use_safetensors=safe).missing_keys)
-        loaded = loaded.to(device).eval()
+        loaded = loaded.eval() if spread else loaded.to(device).eval()
         for parameter in loaded.parameters():  # an adapter's; not the buffers, whose rotary angles bfloat16 would round
             parameter.data = parameter.data.to(dtype)
     except torch.OutOfMemoryError:

@@ -92,5 +92,14 @@ class RayConfig(Patience):
     )
     cpus_per_actor: PositiveFloat = Field(1.0, description="CPUs per actor; also its number of threads (at least one).")
     gpus_per_actor: NonNegativeFloat | None = Field(
-        None, description="GPUs per actor; unset, one if the cluster has any, else none."
+        None,
+        description="GPUs per actor; unset, one if the cluster has any, else none. Over several the model is spread, "
+        "some layers on each, for models that one does not hold (needs accelerate).",
     )
+
+    @field_validator("gpus_per_actor")
+    @classmethod
+    def _whole_gpus(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError("one GPU can be shared, several are whole: a number up to 1, or 2, 3, ...")
+        return gpus

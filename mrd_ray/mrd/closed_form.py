@@ -118,11 +118,12 @@ class GradientNorms:
         inputs, targets = self._inputs(batch), batch.token_ids[:, 1:]
 
         def token_values(where: tuple[slice, torch.Tensor | slice], logits: torch.Tensor, overwrite: bool) -> Any:
+            of_logits = targets[where].to(logits.device)
             if measures is not None:
-                measures.observe(where, logits, targets[where])
-            values = LogNegLogProb.apply(logits, targets[where], overwrite)
-            theta[where] = values.detach()
-            return values, _slope(values, batch.scored[where], of_log_prob)
+                measures.observe(where, logits, of_logits)
+            values = LogNegLogProb.apply(logits, of_logits, overwrite)
+            theta[where] = values.detach().to(theta.device)
+            return values, _slope(values, batch.scored[where].to(values.device), of_log_prob)
 
         theta = torch.zeros(batch.scored.shape, dtype=torch.float64, device=batch.scored.device)
         if not self._by_groups:
@@ -137,7 +138,7 @@ class GradientNorms:
         samples = max(1, LOGITS // (head.out_features * targets.shape[1]))
         for start in range(0, len(targets), samples):
             taps.rows = slice(start, start + samples)
-            used = batch.scored[taps.rows].any(0)  # a column in which nothing is scored needs no logits
+            used = batch.scored[taps.rows].any(0).to(leaf.device)  # a column in which nothing is scored needs no logits
             values, slope = token_values((taps.rows, used), head(leaf[taps.rows, :-1][:, used]), True)
             gradient += torch.autograd.grad(values, leaf, slope)[0]
         taps.rows = slice(None)
@@ -233,6 +234,7 @@ class _Taps:
     def _tap(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
         # learned positions may be given by name, beside a mask
         layer_input = kwargs["position_ids"] if kwargs.get("position_ids") is not None else args[0]
+        layer_input = layer_input.to(output.device)  # of a model over several GPUs, it may come from another
         tapped: torch.Tensor = _Tap.apply(output, layer_input, module, self)
         return tapped
 
@@ -248,7 +250,7 @@ class _Taps:
         )
         for local, square in rule(module, layer_input, gradient, self._grams).items():
             if (name := names[local]) in self.squares:
-                self.squares[name][self.rows] += square
+                self.squares[name][self.rows] += square.to(self._token_ids.device)
         if names.get("weight") in self._coverage.tied:
             self._tie(module, names["weight"], layer_input, gradient)
 
@@ -256,10 +258,11 @@ class _Taps:
         """2 <g_embed, g_head>: the head's part is kept until the embedding's backward, which comes last."""
         if isinstance(module, torch.nn.Embedding):
             for rows, hidden, own in self._heads:
-                self.squares[name][rows] += 2 * embedding_overlap(module, gradient[rows], hidden, own)
+                overlap = embedding_overlap(module, gradient[rows], hidden, own)
+                self.squares[name][rows] += 2 * overlap.to(self._token_ids.device)
             self._heads.clear()
         else:
-            tokens = self._token_ids[self.rows, None, :].expand(-1, gradient.shape[1], -1)
+            tokens = self._token_ids[self.rows, None, :].expand(-1, gradient.shape[1], -1).to(gradient.device)
             self._heads.append((self.rows, layer_input, gradient.gather(2, tokens)))
 
 

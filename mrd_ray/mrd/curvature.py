@@ -60,7 +60,9 @@ class TraceEstimator:
         targets = batch.token_ids[:, 1:, None]
 
         def margins(eps: torch.Tensor) -> torch.Tensor:
-            moved = {name: tensor + eps * self._direction[name] for name, tensor in self._theta.items()}
+            moved = {
+                name: tensor + eps.to(tensor.device) * self._direction[name] for name, tensor in self._theta.items()
+            }
             inputs = {"input_ids": batch.token_ids, "use_cache": False}
             logits = torch.func.functional_call(self.model, moved, kwargs=inputs, tie_weights=True).logits[:, :-1]
             others = logits.scatter(2, targets, -torch.inf).logsumexp(2)

@@ -20,7 +20,7 @@ _VOCABULARY, _CACHED = 1 << 11, 1 << 19
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples that share one forward.
+    """Samples that share one forward, on the device where the model's inputs are.
 
     token_ids: int64 [B, T], padded on the right with anything: a causal model's real positions never see it.
     scored: bool [B, T - 1]; [i, t] says whether target token_ids[i, t + 1] counts. Padding never does.
@@ -54,10 +54,10 @@ class TokenMeasures:
         self.correct = torch.zeros_like(self.entropy)
 
     def observe(self, where: Any, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        """Take in logits [..., V] and targets [...], which stand at index `where` of [B, T - 1]."""
+        """Take in logits [..., V] and targets [...], on one device, which stand at index `where` of [B, T - 1]."""
         log_probs = logits.detach().log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        self.entropy[where] = -(log_probs.exp() * log_probs).sum(-1, dtype=torch.float64)
-        self.correct[where] = (logits.argmax(-1) == targets).double()
+        self.entropy[where] = -(log_probs.exp() * log_probs).sum(-1, dtype=torch.float64).to(self.entropy.device)
+        self.correct[where] = (logits.argmax(-1) == targets).double().to(self.entropy.device)
 
     def means(self) -> dict[str, list[float]]:
         """Mean over each sample's scored tokens, by the name of the measure."""
@@ -78,7 +78,9 @@ def output_layer_is_plain(model: PreTrainedModel) -> bool:
     with torch.no_grad():
         hidden = getattr(model.base_model(probe, use_cache=False), "last_hidden_state", None)
         logits = model(probe, use_cache=False).logits.double()
-        return hidden is not None and torch.allclose(head(hidden).double(), logits, rtol=1e-5, atol=1e-5)
+        return hidden is not None and torch.allclose(
+            head(hidden).double().to(logits.device), logits, rtol=1e-5, atol=1e-5
+        )
 
 
 class Likelihood:
@@ -99,29 +101,32 @@ class Likelihood:
         a = torch.zeros(batch.scored.shape, dtype=torch.float64, device=batch.scored.device)
         # No attention mask: with padding on the right the causal mask alone is exact, and takes the fast path.
         if self._by_chunks:
-            hidden = self.model.base_model(batch.token_ids, use_cache=False).last_hidden_state[:, :-1][batch.scored]
-            rows = max(1, LOGITS // self.model.get_output_embeddings().out_features)
+            hidden = self.model.base_model(batch.token_ids, use_cache=False).last_hidden_state[:, :-1]
+            hidden = hidden[batch.scored.to(hidden.device)]
+            head = self.model.get_output_embeddings()
+            rows, device = max(1, LOGITS // head.out_features), head.weight.device
             chunks: Iterator[Iterable[torch.Tensor]] = (self._output_layer(h) for h in hidden.split(rows))
         else:
             logits = self.model(batch.token_ids, use_cache=False).logits[:, :-1][batch.scored]
-            rows, chunks = max(1, len(logits)), iter([[logits]])
+            rows, device, chunks = max(1, len(logits)), logits.device, iter([[logits]])
         scored = torch.nonzero(batch.scored)
         for positions, slices in zip(scored.split(rows), chunks, strict=True):
             where = tuple(positions.T)
-            targets = batch.token_ids[:, 1:][where]
+            targets = batch.token_ids[:, 1:][where].to(device)
             if measures is not None:
                 slices = list(slices)
                 measures.observe(where, torch.cat(slices, -1), targets)
             found = Margins(targets)
             for logits in slices:
                 found.add(_wide(logits))
-            a[where] = found.a
+            a[where] = found.a.to(a.device)
         return a
 
     def _output_layer(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """Logits of [n, hidden], a slice of the vocabulary after the other."""
         head = self.model.get_output_embeddings()
-        bare = type(head) is torch.nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+        bare = type(head) is torch.nn.Linear and "forward" not in vars(head)
+        bare = bare and not (head._forward_hooks or head._forward_pre_hooks)
         if hidden.is_cuda or not bare:  # a hook may have to fetch the weights first
             yield head(hidden)
             return

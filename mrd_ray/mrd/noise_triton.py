@@ -1,5 +1,7 @@
 """The noise of `noise.py` as one fused CUDA kernel: out = base + sigma * z, no noise tensor in memory."""
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -63,9 +65,10 @@ def add_noise_cuda(out: torch.Tensor, base: torch.Tensor, sigma: float, seed: in
         return
     first, last = start // 8, (start + out.numel() - 1) // 8
     grid = (triton.cdiv(last - first + 1, _BLOCKS_PER_PROGRAM),)
-    _add_noise_kernel[grid](
-        out, base, sigma, _signed(seed), _signed(name_hash), start, out.numel(), BLOCKS=_BLOCKS_PER_PROGRAM
-    )
+    with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():  # the interpreter has none
+        _add_noise_kernel[grid](
+            out, base, sigma, _signed(seed), _signed(name_hash), start, out.numel(), BLOCKS=_BLOCKS_PER_PROGRAM
+        )
 
 
 def _signed(word: int) -> int:

@@ -40,7 +40,8 @@ def replica(config: ModelConfig, files_digest: str, on_gpu: bool) -> PreTrainedM
             f"model.path: {config.path} on {os.uname().nodename} is another model ({found[:12]}) than on the driver "
             f"({files_digest[:12]}); give every node the same model"
         )
-    return models.load_model(config, torch.device("cuda" if on_gpu else "cpu"))
+    spread = on_gpu and torch.cuda.device_count() > 1  # Ray shows an actor its own GPUs alone
+    return models.load_model(config, torch.device("cuda" if on_gpu else "cpu"), spread)
 
 
 def attempt(load: Callable[[], T]) -> tuple[T | None, str | None]:

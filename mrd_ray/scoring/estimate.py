@@ -115,7 +115,7 @@ def _estimate(job: "_Job") -> Estimate:
         perturbation_bytes=perturbations * 2 * size * cost.parameters,  # reads the base, writes the working copy
         rates=rates,
         seconds=course.seconds,
-        device_hours=course.device_seconds / 3600,
+        device_hours=course.device_seconds * job.devices / 3600,
         fleets=job.fleets(scoring, rates),
         choice=job.choice(),
     )
@@ -153,6 +153,11 @@ class _Job:
             self.pool = Pool.of(self.config.ray, pipeline.living_nodes())
             self.ray_seconds = time.monotonic() - began
             yield
+
+    @property
+    def devices(self) -> float:
+        """Of an actor: its GPUs, or one where it has none."""
+        return self.pool.gpus or 1.0
 
     def layout(self, scoring: ScoringConfig) -> planning.Layout:
         tokens = scoring.micro_batch_tokens
@@ -216,7 +221,8 @@ class _Job:
             fleet = Fleet(actors, self.config.straggling if actors > 1 else 0.0, self.config.losses_per_hour)
             course = self.course(scoring, rates, fleet)
             efficiency = alone / course.device_seconds if course.device_seconds else 1.0
-            found.append(Simulated(actors, course.seconds, course.device_seconds / 3600, efficiency))
+            hours = course.device_seconds * self.devices / 3600
+            found.append(Simulated(actors, course.seconds, hours, efficiency))
         return found
 
     def choice(self) -> Choice | None:

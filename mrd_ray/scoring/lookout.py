@@ -67,7 +67,7 @@ class Noted:
         board.started.remote(self._id, f"{node}:{os.getpid()}")
         self._memory = ray.util.metrics.Gauge(
             "mrd_ray_actor_device_memory_bytes",
-            "Peak memory of an actor on its GPU, or in the host where it has none",
+            "Peak memory of an actor on its GPUs, or in the host where it has none",
             tag_keys=("run", "node", "pid"),
         )
         self._memory.set_default_tags({"run": run_id, "node": node, "pid": str(os.getpid())})
@@ -78,8 +78,9 @@ class Noted:
         (unit,) = units.to_pylist()
         self._board.begins.remote(self._id, unit["unit_id"])
         result = self._actor(unit["unit_id"], ray.get(self._blocks[unit["block"]]))
-        on_gpu = torch.cuda.is_initialized()
-        self._memory.set(torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss)
+        gpus = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+        peaks = [torch.cuda.max_memory_allocated(gpu) for gpu in range(gpus)]
+        self._memory.set(sum(peaks) if gpus else psutil.Process().memory_info().rss)
         self._board.ends.remote(self._id)
         return result
 

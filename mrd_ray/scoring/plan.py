@@ -241,8 +241,8 @@ def forwards_per_token(scoring: ScoringConfig) -> float:
 
 
 def assumed_tflops(pool: Pool) -> float:
-    """A cautious rate of one actor, in TFLOP/s, where none was measured."""
-    return GPU_TFLOPS * pool.gpus if pool.gpus else CPU_TFLOPS_PER_THREAD * pool.threads
+    """A cautious rate of one actor, in TFLOP/s, where none was measured. Of several GPUs one works at a time."""
+    return GPU_TFLOPS * min(1.0, pool.gpus) if pool.gpus else CPU_TFLOPS_PER_THREAD * pool.threads
 
 
 def token_forwards(layout: Layout, units: Sequence[Unit]) -> int:
