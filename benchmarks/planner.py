@@ -1,5 +1,6 @@
 """What `mrd-ray plan --probe` foresees against what the run then takes."""
 
+import dataclasses
 import tempfile
 from typing import Any, Literal
 
@@ -43,8 +44,11 @@ def main(
                     score(ScoreConfig.model_validate(tree | {"run": {"dir": folder}}))
                     took = lap()
                 name = f"{estimator}, {count} actor(s), {size} samples"
-                results.keep(name, {"foreseen": foreseen.seconds, "took": took, "rates": vars(foreseen.rates)})
-                start = foreseen.rates.start_up
-                detail = f"{foreseen.seconds:.0f} s foreseen, of which {start:.0f} to start; {took:.0f} taken"
-                figures.append(Figure(name, abs(foreseen.seconds / took - 1), detail=detail, at_most=0.15))
+                whole, start = foreseen.seconds + foreseen.around, foreseen.rates.start_up
+                results.keep(name, {"foreseen": dataclasses.asdict(foreseen), "took": took})
+                detail = (
+                    f"{whole:.0f} s foreseen, {start:.0f} of them to start actors and {foreseen.around:.0f} around "
+                )
+                detail += f"them; {took:.0f} taken"
+                figures.append(Figure(name, abs(whole / took - 1), detail=detail, at_most=0.15))
     results.show(figures)

@@ -234,7 +234,9 @@ def _plan(config: PlanConfig) -> int:
     if config.probe:
         of_token = f"{1e6 * found.rates.forward:.3g} us a token, {found.rates.perturb:.3g} s a perturbation"
         table.add_row("measured", f"{found.rates.start_up:.0f} s to start, {of_token}")
-    table.add_row("duration", f"{_duration(found.seconds)}, {found.device_hours:.3g} device-hours")
+    around = f", {_duration(found.around)} of it before and after the actors" if config.probe else ""
+    whole = _duration(found.seconds + found.around)
+    table.add_row("duration", f"{whole}{around}, {found.device_hours:.3g} device-hours")
     console.print(table)
     _show_fleets(console, config, found)
     return DONE

@@ -52,7 +52,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Figures of a run that has not been made. Bytes and FLOPs are of all draws and samples together."""
+    """Figures of a run that has not been made. Bytes and FLOPs are of all draws and samples together.
+
+    seconds: while there are actors. around: before and after, where a probe has measured that, else zero.
+    """
 
     samples: int
     unscorable: int
@@ -67,6 +70,7 @@ class Estimate:
     perturbation_bytes: int
     rates: Rates
     seconds: float
+    around: float
     device_hours: float
     fleets: list[Simulated]
     choice: Choice | None
@@ -78,9 +82,15 @@ def plan(config: PlanConfig) -> Estimate:
     Raises:
         UserError: bad input or settings; with `probe`, also what refuses a run.
     """
+    began = time.monotonic()
     job = _Job.of(config)
-    with job.hardware():
+    if not config.probe:
         return _estimate(job)
+    read = time.monotonic() - began
+    with job.hardware():
+        found = _estimate(job)
+        began = time.monotonic()
+    return dataclasses.replace(found, around=read + time.monotonic() - began)
 
 
 def _estimate(job: "_Job") -> Estimate:
@@ -115,6 +125,7 @@ def _estimate(job: "_Job") -> Estimate:
         perturbation_bytes=perturbations * 2 * size * cost.parameters,  # reads the base, writes the working copy
         rates=rates,
         seconds=course.seconds,
+        around=0.0,
         device_hours=course.device_seconds * job.devices / 3600,
         fleets=job.fleets(scoring, rates),
         choice=job.choice(),
@@ -123,13 +134,17 @@ def _estimate(job: "_Job") -> Estimate:
 
 @dataclass
 class _Job:
-    """What all ways to make the run have in common. ray_seconds: that Ray took to start, where it was started."""
+    """What all ways to make the run have in common.
+
+    files_digest: of the model, for a probe. ray_seconds: that Ray took to start, where it was started.
+    """
 
     config: PlanConfig
     skeleton: PreTrainedModel
     samples: pa.Table
     pool: Pool
     cost: planning.ModelCost
+    files_digest: str
     ray_seconds: float = 0.0
     layouts: dict[int, planning.Layout] = field(default_factory=dict)
 
@@ -140,14 +155,12 @@ class _Job:
         tokenizer = models.load_tokenizer(config.model)
         samples = samples_table.build(config.data, tokenizer, models.context_length(skeleton.config))
         pool = Pool(config.ray.actors or 1, config.ray.cpus_per_actor, config.ray.gpus_per_actor or 0.0)
-        return cls(config, skeleton, samples, pool, planning.ModelCost.of(skeleton))
+        digest = models.files_digest(config.model) if config.probe else ""
+        return cls(config, skeleton, samples, pool, planning.ModelCost.of(skeleton), digest)
 
     @contextlib.contextmanager
     def hardware(self) -> Iterator[None]:
-        """Ray, where a probe needs it; then as many actors as are asked for or as have room."""
-        if not self.config.probe:
-            yield
-            return
+        """Ray, for a probe, with as many actors as are asked for or as have room."""
         began = time.monotonic()
         with pipeline.cluster():
             self.pool = Pool.of(self.config.ray, pipeline.living_nodes())
@@ -201,8 +214,8 @@ class _Job:
         config, layout = self.config, self.layout(scoring)
         if not len(layout):
             raise UserError(f"data.path: {config.data.path} has no sample that can be scored, and none to probe with")
-        few, digest = trial_of(self.samples, layout), models.files_digest(config.model)
-        task = Task(config.model, scoring, digest, self.pool.threads, self.pool.gpus > 0, few)
+        few = trial_of(self.samples, layout)
+        task = Task(config.model, scoring, self.files_digest, self.pool.threads, self.pool.gpus > 0, few)
         chosen = np.unique(np.linspace(0, len(layout) - 1, min(_PROBED, len(layout))).round().astype(int)).tolist()
         parts: list[Part] = [
             (unit_samples(self.samples, layout, range(i, i + 1)), int(layout.padded_tokens[i])) for i in chosen
