@@ -3,6 +3,7 @@
 Only ratios within one run mean anything, on a machine that does nothing else meanwhile. For CPUs.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -213,7 +214,10 @@ class _Opacus:
         self._model = model
 
     def __enter__(self) -> Callable[[MicroBatch], torch.Tensor]:
-        from opacus.grad_sample import GradSampleModuleFastGradientClipping
+        try:
+            from opacus.grad_sample import GradSampleModuleFastGradientClipping
+        except ImportError:
+            sys.exit("peers needs opacus: pip install 'mrd-ray[peers]'")
 
         for name, parameter in self._model.named_parameters():
             parameter.requires_grad_(PROJECTIONS in name)

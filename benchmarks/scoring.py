@@ -134,7 +134,7 @@ def figures(raw: Raw) -> list[Figure]:
         detail = f"K = {len(passes)}; unperturbed {raw['ideal, theta']:.3g} s, then per draw {_spread(per_draw)}"
         found.append(Figure("ideal", ideal, "s", detail))
     if "1 actor" in raw:
-        one, two = (_engine_costs(raw[pool]) for pool in ("1 actor", "2 actors"))
+        one, two = (costs(raw[pool]) for pool in ("1 actor", "2 actors"))
         found.append(Figure("engine, 1 actor", one["busy"], "s", one["detail"]))
         found.append(Figure("engine, 2 actors", two["busy"], "s", two["detail"]))
         ratio = (two["draws"] / two["busy"]) / (one["draws"] / one["busy"])
@@ -158,7 +158,7 @@ def figures(raw: Raw) -> list[Figure]:
     return found
 
 
-def _engine_costs(run: Raw) -> Raw:
+def costs(run: Raw) -> Raw:
     """Seconds: `busy`, `span` and `wall` of the run; `theta` and `draw`, of one actor on all samples."""
     units, draws = run["units"], run["draws"]
     seconds = [unit["seconds"] for unit in units]

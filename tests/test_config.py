@@ -51,6 +51,7 @@ def test_data_settings_refused(setting):
         (["--scoring.sigmaa", "1"], "scoring.sigmaa"),
         (["--scoring.sigm", "1"], "scoring.sigm"),
         (["--ray.actors", "0"], "ray.actors"),
+        (["--ray.gpus_per_actor", "1.5"], "ray.gpus_per_actor"),
         (["--model.dtype", "float16"], "model.dtype"),
     ],
 )

@@ -1,0 +1,147 @@
+"""Throughput by the number of actors, on one node and on a node each, beside what the planner's simulation says.
+
+Only ratios within one run mean anything, on a machine that does nothing else meanwhile and has a core for each actor.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import matplotlib.figure
+import numpy as np
+from ray.cluster_utils import Cluster
+
+from benchmarks.common import PAPER_DRAWS, Raw
+from benchmarks.figures import Figure, Results
+from benchmarks.scoring import Work, costs, engine
+from mrd_ray import ScoreConfig
+from mrd_ray.scoring.estimate import FLEETS
+from mrd_ray.scoring.plan import Unit, cut, layout
+from mrd_ray.scoring.simulate import Fleet, Rates, simulate
+
+ONE_NODE, NODES = "actors of one node", "a node each"
+
+
+def main(
+    model: str,
+    data: str,
+    out: str = "benchmarks/results",
+    actors: tuple[int, ...] = (1, 2),
+    max_samples: int = 80,
+    draws: int = 4,
+    micro_batch_tokens: int = 512,
+    simulated_samples: int = 100_000,
+    straggling: float = 0.2,
+    losses_per_hour: float = 0.1,
+) -> None:
+    """Benchmark how Monte Carlo scales; beside the JSON file, write a plot.
+
+    Args:
+        model: directory or hub id; the demo keeps one under ~/.cache/mrd_ray.
+        data: forget set, for example TOFU's ../shared/data/tofu/forget10.json.
+        out: folder of the JSON file and the plot.
+        actors: of one CPU each; the first is what the others are held against.
+        max_samples: rows of the forget set.
+        draws: K for each actor, so that all have as much to do.
+        micro_batch_tokens: tokens per forward, padding included.
+        simulated_samples: of the run that is simulated, with lengths of the forget set, K = 200, and 1 to 1,000 actors
+            at the rates of the first one measured.
+        straggling: how far simulated actors differ in speed, as in `mrd-ray plan`.
+        losses_per_hour: of simulated actors, as in `mrd-ray plan`.
+    """
+    results = Results("scaling", locals(), out)
+    scoring = {"micro_batch_tokens": micro_batch_tokens}
+    config: Raw = {"model": {"path": model}, "data": {"path": data, "max_samples": max_samples}, "scoring": scoring}
+    checked = ScoreConfig.model_validate(config | {"run": {"dir": "unused"}})
+    work = Work(checked)
+    results.keep("size", work.size)
+    for count in actors:
+        results.keep(f"{count}, {ONE_NODE}", costs(engine(config, work, count, draws * count)))
+        with _nodes(count):
+            results.keep(f"{count}, {NODES}", costs(engine(config, work, count, draws * count)))
+    of_one = results.raw[f"{actors[0]}, {ONE_NODE}"]
+    rates = Rates(of_one["wall"] - of_one["busy"], *_per_token(of_one, work), source="measured")
+    drawn = np.random.default_rng(0).choice([len(work.rows[i]["token_ids"]) for i in work.order], simulated_samples)
+    large = layout(drawn, micro_batch_tokens)
+    rectangle = Unit(0, 0, len(large), 0, PAPER_DRAWS)
+    simulated = {}
+    for count in FLEETS:
+        fleet = Fleet(count, straggling if count > 1 else 0.0, losses_per_hour)
+        simulated[count] = simulate(cut(large, [rectangle], count, 1 / rates.forward), large, rates, fleet).seconds
+    results.keep("simulated seconds", simulated)
+    results.file.with_suffix(".png").write_bytes(figure(results.raw, actors))
+    results.show(figures(results.raw, actors))
+
+
+@contextmanager
+def _nodes(count: int) -> Iterator[None]:
+    """A cluster of a head without work and so many nodes of one CPU, which runs in this block join."""
+    before = {name: os.environ.get(name) for name in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(count):
+            nodes.add_node(num_cpus=1)
+        os.environ["RAY_ADDRESS"] = nodes.address
+        yield
+    finally:
+        nodes.shutdown()
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _per_token(cost: Raw, work: Work) -> tuple[float, float, float]:
+    """theta, perturb and forward of `Rates`: a draw's time counts as its forwards."""
+    tokens = int(work.layout.padded_tokens.sum())
+    return max(0.0, cost["theta"]) / tokens, 0.0, cost["draw"] / tokens
+
+
+def figures(raw: Raw, actors: tuple[int, ...]) -> list[Figure]:
+    """Throughput, against as many times the first one's."""
+    found = []
+    for way in (ONE_NODE, NODES):
+        of_first = raw[f"{actors[0]}, {way}"]
+        for count in actors:
+            cost = raw[f"{count}, {way}"]
+            rate = cost["draws"] * raw["size"]["samples"] / cost["busy"]
+            found.append(Figure(f"{count}, {way}", rate, "samples x draws/s", f"{cost['wall']:.3g} s by the clock"))
+            if count != actors[0]:
+                ratio = (cost["draws"] / cost["busy"]) / (of_first["draws"] / of_first["busy"])
+                share = ratio * actors[0] / count
+                found.append(
+                    Figure(
+                        f"{count} / {actors[0]}, {way}", ratio, detail=f"{share:.0%}", at_least=0.95 * count / actors[0]
+                    )
+                )
+    seconds = raw["simulated seconds"]
+    stops = next((count for count in seconds if seconds[FLEETS[0]] / (count * seconds[count]) < 0.5), None)
+    detail = "more than half would wait" if stops else "not below a half"
+    found.append(Figure("simulated: scaling stops at", stops or FLEETS[-1], "actors", detail))
+    return found
+
+
+def figure(raw: Raw, actors: tuple[int, ...]) -> bytes:
+    """Speed against one actor's, both axes logarithmic: PNG."""
+    page = matplotlib.figure.Figure(figsize=(6.5, 4.5), layout="constrained")
+    axis = page.add_subplot()
+    seconds = raw["simulated seconds"]
+    axis.plot(FLEETS, FLEETS, ":", color="#999999", label="ideal")
+    speed = [seconds[FLEETS[0]] / seconds[count] for count in FLEETS]
+    axis.plot(FLEETS, speed, ".--", color="#4878a8", label="simulated at one actor's rates, start-up included")
+    for way, mark, color in ((ONE_NODE, "o", "#c44e52"), (NODES, "x", "#55a868")):
+        of_first = raw[f"{actors[0]}, {way}"]
+        measured = [
+            actors[0]
+            * (raw[f"{count}, {way}"]["draws"] / raw[f"{count}, {way}"]["busy"])
+            / (of_first["draws"] / of_first["busy"])
+            for count in actors
+        ]
+        axis.plot(actors, measured, mark, color=color, label=f"measured, {way}, inside units")
+    axis.set(xscale="log", yscale="log", xlabel="actors", ylabel="times as fast as one")
+    size = raw["size"]
+    axis.set_title(f"{size['samples']} samples, {size['parameters'] / 1e6:.0f} M parameters")
+    axis.legend()
+    content = io.BytesIO()
+    page.savefig(content, format="png", dpi=110)
+    return content.getvalue()
