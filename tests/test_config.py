@@ -6,8 +6,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from mrd_ray.cli import LINE
-from mrd_ray.config import DataConfig, ScoreConfig
+from mrd_ray.cli import LINE, main
+from mrd_ray.config import DataConfig, RayConfig, ScoreConfig
 
 REQUIRED = ["score", "--model.path", "m", "--data.path", "d.jsonl", "--run.dir", "r"]
 CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
@@ -51,7 +51,6 @@ def test_data_settings_refused(setting):
         (["--scoring.sigmaa", "1"], "scoring.sigmaa"),
         (["--scoring.sigm", "1"], "scoring.sigm"),
         (["--ray.actors", "0"], "ray.actors"),
-        (["--ray.gpus_per_actor", "1.5"], "ray.gpus_per_actor"),
         (["--model.dtype", "float16"], "model.dtype"),
     ],
 )
@@ -60,6 +59,14 @@ def test_bad_flags_are_refused_by_name(flags, named, capsys):
         LINE.parser().parse_args([*REQUIRED, *flags])
     assert end.value.code == 2
     assert named in capsys.readouterr().err
+
+
+def test_several_gpus_are_whole(capsys):
+    assert RayConfig(gpus_per_actor=2).gpus_per_actor == 2
+    with pytest.raises(SystemExit) as end:
+        main([*REQUIRED, "--ray.gpus_per_actor", "1.5"])
+    assert end.value.code == 2
+    assert "ray.gpus_per_actor" in capsys.readouterr().err
 
 
 def test_unknown_key_in_yaml_is_refused_by_name(tmp_path, capsys):

@@ -104,5 +104,5 @@ class RayConfig(Patience):
     @classmethod
     def _whole_gpus(cls, gpus: float | None) -> float | None:
         if gpus is not None and gpus > 1 and gpus != int(gpus):
-            raise ValueError("one GPU can be shared, several are whole: a number up to 1, or 2, 3, ...")
+            raise ValueError("ray.gpus_per_actor: one GPU can be shared, several are whole: up to 1, or 2, 3, ...")
         return gpus
