@@ -38,7 +38,7 @@ class ScoringConfig(Frozen):
     seed: NonNegativeInt = Field(0, lt=2**32, description="Seed of the noise.")
     micro_batch_tokens: PositiveInt = Field(
         512,
-        description="Tokens per forward, padding included: few pad less, which suits CPUs; 16384 suits a GPU. "
+        description="Tokens per forward at most, padding included: 512 suit a CPU, 16384 a GPU. "
         "Part of the run's identity: shapes decide rounding.",
     )
     num_draws: PositiveInt = Field(

@@ -19,6 +19,8 @@ from mrd_ray.scoring.pool import Pool
 # Perturbing every weight once costs about as much as the forward of so many tokens: 7-10 ns a weight against
 # 2 FLOP a weight and token. True of CPUs (30 GFLOP/s a core) as of GPUs (memory traffic against float32 FLOPs).
 DRAW_TOKENS = 256
+_PADDING = 0.05  # of a micro-batch's positions at most, where it is cut for that
+_LEAST_TOKENS = 512  # a micro-batch is not cut below for the sake of its padding: small forwards waste more than that
 _BLOCK_TOKENS = 64 * DRAW_TOKENS  # a unit's samples: enough that perturbing stays under 2% of it
 _MAX_BLOCK_TOKENS = 64 * _BLOCK_TOKENS  # so much as actors and the driver easily hold as Python objects
 _UNIT_SECONDS = 30.0  # aimed at: little is lost with a killed actor, and scheduling costs nothing beside it
@@ -61,15 +63,22 @@ class Layout:
 def layout(lengths: np.ndarray, micro_batch_tokens: int) -> Layout:
     """Cut samples, given their int [n] lengths in order of sample_id, into micro-batches of so many padded tokens.
 
-    A sample longer than `micro_batch_tokens` has a micro-batch of its own. Length 0 marks a sample to leave out.
+    Of fewer, where they would hold more than 5% of padding. A sample longer than `micro_batch_tokens` has a micro-batch
+    of its own. Length 0 marks a sample to leave out.
     """
     order = np.argsort(lengths, kind="stable")
     order = order[np.searchsorted(lengths[order], 1) :]
     bounds, widths = [0], []
-    for position, length in enumerate(lengths[order]):  # lengths rise, so the newest is the padded width
-        if position > bounds[-1] and (position - bounds[-1] + 1) * length > micro_batch_tokens:
+    held = 0  # tokens of the micro-batch so far
+    for position, length in enumerate(lengths[order].tolist()):  # lengths rise, so the newest is the padded width
+        members = position - bounds[-1]
+        positions = (members + 1) * length
+        wasteful = held >= _LEAST_TOKENS and held + length < (1 - _PADDING) * positions
+        if members and (positions > micro_batch_tokens or wasteful):
             widths.append(lengths[order[position - 1]])
             bounds.append(position)
+            held = 0
+        held += length
     if len(order):
         widths.append(lengths[order[-1]])
         bounds.append(len(order))

@@ -35,6 +35,16 @@ def test_layout_holds_every_sample_once_within_budget():
     assert sum(len(layout.samples(m)) for m in range(len(layout))) == len(layout.order)
 
 
+@pytest.mark.parametrize("budget", [512, 2048, 16384, 10**9])
+def test_padding_stays_small_whatever_the_budget(budget):
+    lengths = np.random.default_rng(0).lognormal(4, 0.5, 400).astype(np.int64) + 10
+    cut = plan.layout(lengths, budget)
+    assert 1 - lengths.sum() / cut.padded_tokens.sum() < 0.05
+    for i in range(len(cut)):
+        held = lengths[cut.samples(i)]
+        assert held.sum() >= 0.95 * cut.padded_tokens[i] or held[:-1].sum() < 512
+
+
 def test_sample_over_the_budget_goes_alone():
     layout = plan.layout(np.array([5, 3000, 5, 7]), 100)
     assert [len(layout.samples(m)) for m in range(len(layout))] == [3, 1]
