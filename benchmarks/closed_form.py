@@ -71,8 +71,9 @@ def ways(model: PreTrainedModel) -> dict[str, Callable[[MicroBatch], torch.Tenso
         embedding: Any = model.get_input_embeddings()
         embedded = embedding(batch.token_ids).detach().requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
-        losses = torch.nn.functional.cross_entropy(logits.mT, batch.token_ids[:, 1:], reduction="none")
-        (losses * batch.scored).sum().backward()
+        targets = batch.token_ids[:, 1:].flatten()
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+        (losses * batch.scored.flatten()).sum().backward()
         return losses
 
     def frozen(batch: MicroBatch) -> None:

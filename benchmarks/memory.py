@@ -32,7 +32,8 @@ def main(
     """Benchmark an actor's memory at small and large vocabularies, and for few and many draws.
 
     Copies of the weights are what an actor holds after a unit, once the heap has been trimmed; what it held more in
-    between is activations. Of the copies, those that are the mapped file are shared by the actors of a node.
+    between is activations. The files are float32, as are the actors: the copies that are the mapped file are shared by
+    the actors of a node.
 
     Args:
         out: folder of the JSON file.

@@ -98,6 +98,7 @@ class Ways:
     def __init__(self, work: Batches, sigma: float, draws: int) -> None:
         self._model, self._sigma, self._draws = work.model, sigma, draws
         self._share = len(work.order)  # samples over which a shared perturbation is spread
+        self._kept = {name: parameter.detach().clone() for name, parameter in work.model.named_parameters()}
         self._replica, self._likelihood = Replica(work.model), Likelihood(work.model)
         projections = [name for name, _ in work.model.named_parameters() if PROJECTIONS in name]
         self._norms, self._norms_of_projections = GradientNorms(work.model), GradientNorms(work.model, projections)
@@ -115,7 +116,7 @@ class Ways:
                 parameter.add_(torch.randn_like(parameter), alpha=self._sigma)
             abs(((p - self._log_probs(batch)) / p)[batch.scored].sum().item())
             for name, parameter in self._model.named_parameters():
-                parameter.copy_(self._replica.base[name])
+                parameter.copy_(self._kept[name])
             total += theta + self._draws * lap()
         return total
 
@@ -134,7 +135,7 @@ class Ways:
             torch.where(batch.scored, moved, 0.0).sum(1).tolist()
         forwards = lap()
         for name, parameter in self._model.named_parameters():
-            parameter.copy_(self._replica.base[name])
+            parameter.copy_(self._kept[name])
         return theta + self._draws * (forwards + self._of_shared(noise + lap(), batches))
 
     def monte_carlo(self, batches: Sequence[MicroBatch]) -> float:
@@ -196,7 +197,7 @@ class Ways:
         return seconds * sum(len(batch.scored) for batch in batches) / self._share
 
     def _log_probs(self, batch: MicroBatch, mask: torch.Tensor | None = None) -> torch.Tensor:
-        logits = self._model(batch.token_ids, attention_mask=mask).logits[:, :-1]
+        logits = self._model(batch.token_ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         return logits.log_softmax(-1).gather(2, batch.token_ids[:, 1:, None])[..., 0]
 
     def _autograd_norm(self, batch: MicroBatch) -> float:
@@ -248,8 +249,8 @@ def _real(batch: MicroBatch) -> torch.Tensor:
 
 def _loss(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     logits = model(input_ids=batch.token_ids, use_cache=False).logits[:, :-1]
-    losses = cross_entropy(logits.mT, batch.token_ids[:, 1:], reduction="none")
-    return torch.where(batch.scored, losses, 0.0).sum()
+    losses = cross_entropy(logits.flatten(0, 1), batch.token_ids[:, 1:].flatten(), reduction="none")
+    return torch.where(batch.scored.flatten(), losses, 0.0).sum()
 
 
 def figures(raw: dict, draws: int) -> list[Figure]:
@@ -271,7 +272,7 @@ def figures(raw: dict, draws: int) -> list[Figure]:
     ]  # fmt: skip
     found += [
         Figure.of(
-            f"{names[ours]}, over {theirs}",
+            f"{names[ours]}, over {names[theirs]}",
             ratios(seconds[theirs], seconds[ours]),
             "times as fast",
             why,

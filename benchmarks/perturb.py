@@ -30,7 +30,11 @@ def main(model: str, out: str = "benchmarks/results", repeats: int = 7, threads:
         with torch.no_grad():
             loaded(token_ids, use_cache=False)
 
-    ways = {"perturb": lambda: replica.perturb(1e-5, draw_seed(0, 0)), "copy": replica.restore, "forward": forward}
+    def copy() -> None:
+        for name, shard in replica.working().items():
+            shard.tensor.copy_(replica.base[name])
+
+    ways = {"perturb": lambda: replica.perturb(1e-5, draw_seed(0, 0)), "copy": copy, "forward": forward}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for repeat in range(repeats + 1):  # the first one warms up
         for way, run in ways.items():

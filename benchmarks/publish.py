@@ -25,6 +25,8 @@ def section(results: Path) -> str:
     parts = []
     for file in sorted(file for name in NAMES if (file := results / f"{name}.json").is_file()):
         content, figures = read(str(file))
+        if not figures:  # a run that did not end
+            continue
         machine = content["machine"]
         settings = ", ".join(f"{name} {value}" for name, value in content["settings"].items() if name != "out")
         parts.append(

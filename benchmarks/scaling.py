@@ -1,5 +1,7 @@
 """Throughput by the number of actors, on one node and on a node each, beside what the planner's simulation says.
 
+The nodes are Ray's alone: all are on this machine, so that what a network costs is not in it.
+
 Only ratios within one run mean anything, on a machine that does nothing else meanwhile and has a core for each actor.
 """
 
@@ -12,15 +14,15 @@ import matplotlib.figure
 import numpy as np
 from ray.cluster_utils import Cluster
 
-from benchmarks.common import PAPER_DRAWS, Raw
+from benchmarks.common import PAPER_DRAWS, Batches, Raw
 from benchmarks.figures import Figure, Results
-from benchmarks.scoring import Work, costs, engine
+from benchmarks.scoring import costs, engine
 from mrd_ray import ScoreConfig
 from mrd_ray.scoring.estimate import FLEETS
 from mrd_ray.scoring.plan import Unit, cut, layout
 from mrd_ray.scoring.simulate import Fleet, Rates, simulate
 
-ONE_NODE, NODES = "actors of one node", "a node each"
+ONE_NODE, NODES = "actors of one node", "a node each (on this machine)"
 
 
 def main(
@@ -54,20 +56,20 @@ def main(
     scoring = {"micro_batch_tokens": micro_batch_tokens}
     config: Raw = {"model": {"path": model}, "data": {"path": data, "max_samples": max_samples}, "scoring": scoring}
     checked = ScoreConfig.model_validate(config | {"run": {"dir": "unused"}})
-    work = Work(checked)
+    work = Batches(checked)
     results.keep("size", work.size)
     for count in actors:
         results.keep(f"{count}, {ONE_NODE}", costs(engine(config, work, count, draws * count)))
         with _nodes(count):
             results.keep(f"{count}, {NODES}", costs(engine(config, work, count, draws * count)))
     of_one = results.raw[f"{actors[0]}, {ONE_NODE}"]
-    rates = Rates(of_one["wall"] - of_one["busy"], *_per_token(of_one, work), source="measured")
+    rates = Rates(of_one["wall"] - of_one["span"], *_per_token(of_one, work), source="measured")
     drawn = np.random.default_rng(0).choice([len(work.rows[i]["token_ids"]) for i in work.order], simulated_samples)
     large = layout(drawn, micro_batch_tokens)
     rectangle = Unit(0, 0, len(large), 0, PAPER_DRAWS)
     simulated = {}
     for count in FLEETS:
-        fleet = Fleet(count, straggling if count > 1 else 0.0, losses_per_hour)
+        fleet = Fleet(count, straggling, losses_per_hour) if count > 1 else Fleet(1)
         simulated[count] = simulate(cut(large, [rectangle], count, 1 / rates.forward), large, rates, fleet).seconds
     results.keep("simulated seconds", simulated)
     results.file.with_suffix(".png").write_bytes(figure(results.raw, actors))
@@ -91,7 +93,7 @@ def _nodes(count: int) -> Iterator[None]:
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def _per_token(cost: Raw, work: Work) -> tuple[float, float, float]:
+def _per_token(cost: Raw, work: Batches) -> tuple[float, float, float]:
     """theta, perturb and forward of `Rates`: a draw's time counts as its forwards."""
     tokens = int(work.layout.padded_tokens.sum())
     return max(0.0, cost["theta"]) / tokens, 0.0, cost["draw"] / tokens
@@ -104,10 +106,10 @@ def figures(raw: Raw, actors: tuple[int, ...]) -> list[Figure]:
         of_first = raw[f"{actors[0]}, {way}"]
         for count in actors:
             cost = raw[f"{count}, {way}"]
-            rate = cost["draws"] * raw["size"]["samples"] / cost["busy"]
+            rate = cost["draws"] * raw["size"]["samples"] / cost["span"]
             found.append(Figure(f"{count}, {way}", rate, "samples x draws/s", f"{cost['wall']:.3g} s by the clock"))
             if count != actors[0]:
-                ratio = (cost["draws"] / cost["busy"]) / (of_first["draws"] / of_first["busy"])
+                ratio = (cost["draws"] / cost["span"]) / (of_first["draws"] / of_first["span"])
                 share = ratio * actors[0] / count
                 found.append(
                     Figure(
@@ -133,11 +135,11 @@ def figure(raw: Raw, actors: tuple[int, ...]) -> bytes:
         of_first = raw[f"{actors[0]}, {way}"]
         measured = [
             actors[0]
-            * (raw[f"{count}, {way}"]["draws"] / raw[f"{count}, {way}"]["busy"])
-            / (of_first["draws"] / of_first["busy"])
+            * (raw[f"{count}, {way}"]["draws"] / raw[f"{count}, {way}"]["span"])
+            / (of_first["draws"] / of_first["span"])
             for count in actors
         ]
-        axis.plot(actors, measured, mark, color=color, label=f"measured, {way}, inside units")
+        axis.plot(actors, measured, mark, color=color, label=f"measured, {way}")
     axis.set(xscale="log", yscale="log", xlabel="actors", ylabel="times as fast as one")
     size = raw["size"]
     axis.set_title(f"{size['samples']} samples, {size['parameters'] / 1e6:.0f} M parameters")

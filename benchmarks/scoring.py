@@ -94,7 +94,7 @@ class Work(Batches):
         return {"perturb": perturb, "forward": lap(), "deltas": torch.cat(deltas).tolist()}
 
 
-def engine(config: Raw, work: Work, actors: int, draws: int) -> Raw:
+def engine(config: Raw, work: Batches, actors: int, draws: int) -> Raw:
     """`mrd-ray score` in a fresh run directory: its wall-clock time, and every unit as its actor timed it."""
     with tempfile.TemporaryDirectory() as folder:
         pool = {"actors": actors, "cpus_per_actor": 1, "gpus_per_actor": 0}

@@ -128,28 +128,28 @@ def content_digest(files: Iterable[Path]) -> str:
 
 
 class Unchanged:
-    """Makes sure that a model's weight files are not written to from now on.
+    """Makes sure that files are not written to from now on.
 
-    On a CPU the weights are these files, mapped: what is written there would be in the next forward. A file that
-    another was put in the place of does not matter, since the one that was opened lives on.
+    On a CPU a model's weights may be its files, mapped: what is written there would be in the next forward. Once they
+    are in use it does not matter if another file is put in the place of one, since the one that was opened lives on.
     """
 
-    def __init__(self, model: ModelConfig) -> None:
-        self._files = [(file, file.open("rb")) for file in weight_files(model)]
-        self._stamps = self._now()
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files = [(file, file.open("rb")) for file in files]
+        self._stamps = [_stamp(os.fstat(opened.fileno())) for _, opened in self._files]
 
-    def _now(self) -> list[tuple[int, int]]:
-        stats = [os.fstat(opened.fileno()) for _, opened in self._files]
-        return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-
-    def check(self) -> None:
-        """Raises UserError, which names the first file that has changed."""
-        for (file, _), before, now in zip(self._files, self._stamps, self._now(), strict=True):
-            if before != now:
+    def check(self, replaced: bool = False) -> None:
+        """Raises UserError, which names the first file that has changed, or with `replaced` is another one by now."""
+        for (file, opened), before in zip(self._files, self._stamps, strict=True):
+            if before != _stamp(file.stat() if replaced else os.fstat(opened.fileno())):
                 raise UserError(
                     f"model.path: {file} was written to while its weights were in use. What was found since the last "
                     "unit is thrown away; put the model back as it was and start the same command again"
                 )
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int, int, int]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -85,7 +85,8 @@ class Patience(Frozen):
 class RayConfig(Patience):
     """The actor pool. Each actor holds a replica of the model; for Monte Carlo scores, its weights twice.
 
-    On CPUs the unperturbed copy is the file, mapped into memory, once for all actors of a node.
+    On CPUs the unperturbed copy is the file, mapped into memory, once for all actors of a node, if it holds
+    model.dtype already.
     """
 
     actors: PositiveInt | None = Field(

@@ -47,8 +47,7 @@ class EvaluationActor:
         self._measurer, self._fatal = attempt(lambda: self._load(task))
 
     def _load(self, task: Task) -> Measurer:
-        self._weights = models.Unchanged(task.model)
-        model = replica(task.model, task.files_digest, task.on_gpu)
+        model, self._weights = replica(task.model, task.files_digest, task.on_gpu)
         return Measurer(model, models.load_tokenizer(task.model), task.evaluation)
 
     def __call__(self, unit_id: str, rows: pa.Table) -> pa.Table:

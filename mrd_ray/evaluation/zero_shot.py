@@ -79,7 +79,7 @@ def _evaluated(config: EvaluateConfig, name: str, files_digest: str, on_gpu: boo
     from lm_eval.tasks import TaskManager
 
     evaluation = config.evaluation
-    model = replica(config.model, files_digest, on_gpu)
+    model, weights = replica(config.model, files_digest, on_gpu)
     wrapped = HFLM(
         pretrained=model, tokenizer=models.load_tokenizer(config.model), batch_size=evaluation.generation_batch
     )
@@ -91,6 +91,7 @@ def _evaluated(config: EvaluateConfig, name: str, files_digest: str, on_gpu: boo
         log_samples=False,
         task_manager=TaskManager(include_path=evaluation.zero_shot_tasks),
     )
+    weights.check()
     return figures_of(found)
 
 

@@ -138,8 +138,9 @@ class GradientNorms:
         samples = max(1, LOGITS // (head.out_features * targets.shape[1]))
         for start in range(0, len(targets), samples):
             taps.rows = slice(start, start + samples)
-            used = batch.scored[taps.rows].any(0).to(leaf.device)  # a column in which nothing is scored needs no logits
-            values, slope = token_values((taps.rows, used), head(leaf[taps.rows, :-1][:, used]), True)
+            used = batch.scored[taps.rows].any(0)  # a column in which nothing is scored needs no logits
+            logits = head(leaf[taps.rows, :-1][:, used.to(leaf.device)])
+            values, slope = token_values((taps.rows, used), logits, True)
             gradient += torch.autograd.grad(values, leaf, slope)[0]
         taps.rows = slice(None)
         torch.autograd.grad(hidden, taps.leaves, gradient)

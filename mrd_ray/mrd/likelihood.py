@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 # Elements of logits held at once. The output layer is applied to as many tokens as fit.
 LOGITS = 1 << 25
-# On a CPU: logits made and used up in one go, which its cache holds, as they and their float64 copy are there twice.
+# On a CPU: tokens of the vocabulary, and logits, made and used up in one go. Its cache holds them together with the
+# float64 copy that their sum makes.
 _VOCABULARY, _CACHED = 1 << 11, 1 << 19
 
 
@@ -115,7 +116,7 @@ class Likelihood:
             targets = batch.token_ids[:, 1:][where].to(device)
             if measures is not None:
                 slices = list(slices)
-                measures.observe(where, torch.cat(slices, -1), targets)
+                measures.observe(where, slices[0] if len(slices) == 1 else torch.cat(slices, -1), targets)
             found = Margins(targets)
             for logits in slices:
                 found.add(_wide(logits))
@@ -199,7 +200,7 @@ def sum_log_probs(log_neg_log_probs: torch.Tensor, scored: torch.Tensor) -> torc
 
 
 class LogNegLogProb(torch.autograd.Function):
-    """log(-P_t) from logits, differentiable once: [..., V], [...] -> float64 [...].
+    """log(-P_t) from logits, differentiable once: [..., n, V], [..., n] -> float64 [..., n].
 
     The gradient at logit j is c e^{l_j} / sum_{i != x} e^{l_i}, and -c at the target x, with
     c = sigmoid(a) / softplus(a) -> 1 for a << 0. One buffer of logits is all it needs, forward and backward.

@@ -19,19 +19,19 @@ class Shard(NamedTuple):
 
 
 class Replica:
-    """A model to run forwards with, and the base weights it is rebuilt from.
+    """A model to run forwards with, and the base weights that a working copy is rebuilt from.
 
-    The base is the memory that the model came in, which nothing writes to; the model's own parameters become the
-    working copy. Two copies of the perturbed weights in all, of which the base, on a CPU, may be the weights' file
-    itself, mapped, which all actors of a node share. The unperturbed model is put back by `restore`, a copy, never by
-    subtracting noise.
+    The base is the memory that the model came in, which nothing here writes to: on a CPU it may be the weights' file
+    itself, mapped, once for all actors of a node. The working copy is other memory, which the model's parameters are
+    pointed to by a perturbation, and away from by `restore`. So there are two copies of the perturbed weights in all,
+    and the unperturbed model is the very one that came, never one that noise was subtracted from.
 
     Args:
         model: in eval mode, its parameters contiguous. Tied parameters count once, under their first name.
         selected: the parameters theta, by name, that noise is added to; all if None.
         shards: where the model's weights are spread over processes, gives the parts of all parameters, by name, that
             this process holds, and lets go of gathered copies, which a write would not reach. Called before each write.
-            The base is a copy then, since the parts stay where they are.
+            The parts stay where they are: they are the working copy, and the base is a copy of them.
     """
 
     def __init__(
@@ -41,27 +41,33 @@ class Replica:
         shards: Callable[[], Mapping[str, Shard]] | None = None,
     ) -> None:
         self.model = model
-        self._selected = selected
-        self._shards = shards or self._whole
-        if shards is not None:
-            self.base = {name: shard.tensor.clone() for name, shard in self.working().items()}
-        else:
-            self.base = {name: shard.tensor for name, shard in self.working().items()}
-            for name, parameter in model.named_parameters():
-                if name in self.base:
-                    parameter.data = parameter.data.clone()
+        self._shards = shards
+        everything = shards() if shards is not None else {n: Shard(p.data, 0) for n, p in model.named_parameters()}
+        theta = {name: everything[name].tensor for name in everything if selected is None or name in selected}
+        self.base = theta if shards is None else {name: tensor.clone() for name, tensor in theta.items()}
+        self._copies: dict[str, torch.Tensor] = {}  # the working copy, where there are no shards
         self._threads = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="noise")
 
-    def _whole(self) -> dict[str, Shard]:
-        return {name: Shard(parameter.data, 0) for name, parameter in self.model.named_parameters()}
-
     def working(self) -> dict[str, Shard]:
-        """The working copy of theta, to write to now, before the next forward."""
-        everything = self._shards()
-        return {name: everything[name] for name in everything if self._selected is None or name in self._selected}
+        """The working copy of theta, which the next forward uses; to write to now, before it."""
+        if self._shards is not None:
+            everything = self._shards()
+            return {name: everything[name] for name in self.base}
+        if not self._copies:
+            self._copies = {name: torch.empty_like(tensor) for name, tensor in self.base.items()}
+        self._point_to(self._copies)
+        return {name: Shard(tensor, 0) for name, tensor in self._copies.items()}
+
+    def _point_to(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            if name in tensors:
+                parameter.data = tensors[name]
 
     def restore(self) -> None:
-        """working = theta."""
+        """The model is theta again."""
+        if self._shards is None:
+            self._point_to(self.base)
+            return
         for name, shard in self.working().items():
             shard.tensor.copy_(self.base[name])
 

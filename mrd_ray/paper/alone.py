@@ -15,6 +15,7 @@ from mrd_ray import models
 from mrd_ray.config import ModelConfig
 from mrd_ray.config.paper import AloneConfig, TasksOfSweep
 from mrd_ray.errors import UserError
+from mrd_ray.models import Unchanged
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures
 from mrd_ray.paper import sweep
 from mrd_ray.paper.subject import Subject
@@ -119,14 +120,14 @@ class _Task:
     groups: Groups
     limits: Limits | None
 
-    def replica(self) -> PreTrainedModel:
+    def replica(self) -> tuple[PreTrainedModel, Unchanged]:
         torch.set_num_threads(max(1, int(self.tasks.cpus_per_task)))
         return replica(self.model, self.files_digest, self.tasks.gpus_per_task > 0)
 
 
 def _averages(task: _Task) -> sweep.Result:
     """MA and EL_n of all samples, averaged, on the reference model."""
-    model = task.replica()
+    model, weights = task.replica()
     samples = task.groups[""]
     accuracy = []
     for sample in samples:
@@ -134,10 +135,9 @@ def _averages(task: _Task) -> sweep.Result:
         measures = TokenMeasures(batch)
         Likelihood(model).margins(batch, measures)
         accuracy += measures.means()["memorization_accuracy"]
-    return {
-        "memorization_accuracy": fmean(accuracy),
-        "extraction_likelihood": _extraction(model, samples, task.alone),
-    }
+    extraction = _extraction(model, samples, task.alone)
+    weights.check()
+    return {"memorization_accuracy": fmean(accuracy), "extraction_likelihood": extraction}
 
 
 def _extraction(model: PreTrainedModel, samples: Sequence[Sample], alone: AloneConfig) -> float | None:
@@ -153,9 +153,10 @@ def _extraction(model: PreTrainedModel, samples: Sequence[Sample], alone: AloneC
 
 
 def _unlearn_block(task: _Task) -> sweep.Result:
-    model = task.replica()
+    model, weights = task.replica()
     assert task.limits is not None
-    theta = {name: weights.detach().clone() for name, weights in model.named_parameters()}
+    theta = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    weights.check()
     return {name: vars(ascend(model, theta, group, task.limits, task.alone)) for name, group in task.groups.items()}
 
 

@@ -33,15 +33,21 @@ class Task:
     trial: list[Sample]
 
 
-def replica(config: ModelConfig, files_digest: str, on_gpu: bool) -> PreTrainedModel:
-    """This worker's replica of the driver's model. Raises UserError if the weights here are others."""
+def replica(config: ModelConfig, files_digest: str, on_gpu: bool) -> tuple[PreTrainedModel, models.Unchanged]:
+    """This worker's replica of the driver's model, and what tells whether its weights are still those.
+
+    Raises UserError if the weights here are others.
+    """
+    weights = models.Unchanged([] if on_gpu else models.weight_files(config))  # a GPU has a copy
     if (found := models.files_digest(config)) != files_digest:
         raise UserError(
             f"model.path: {config.path} on {os.uname().nodename} is another model ({found[:12]}) than on the driver "
             f"({files_digest[:12]}); give every node the same model"
         )
     spread = on_gpu and torch.cuda.device_count() > 1  # Ray shows an actor its own GPUs alone
-    return models.load_model(config, torch.device("cuda" if on_gpu else "cpu"), spread)
+    model = models.load_model(config, torch.device("cuda" if on_gpu else "cpu"), spread)
+    weights.check(replaced=True)  # what was loaded is what the digest is of
+    return model, weights
 
 
 def attempt(load: Callable[[], T]) -> tuple[T | None, str | None]:
@@ -70,8 +76,7 @@ class ScoringActor:
         self._estimator, self.fatal = attempt(lambda: self._load(task))
 
     def _load(self, task: Task) -> MonteCarlo | ClosedForm:
-        self._weights = models.Unchanged(task.model)
-        model = replica(task.model, task.files_digest, task.on_gpu)
+        model, self._weights = replica(task.model, task.files_digest, task.on_gpu)
         refuse_wrong_rules(model, task.scoring)
         return estimator_of(model, task.scoring, task.trial)
 

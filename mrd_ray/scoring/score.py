@@ -89,7 +89,8 @@ def _identity(scoring: ScoringConfig) -> dict[str, Any]:
     if scoring.target_relative_se is not None:  # rounds of draws follow from these
         names += ["statistic", "num_draws", "max_draws"]
     identity = {f"scoring.{name}": getattr(scoring, name) for name in names}
-    return identity | {"scoring.measures": sorted(scoring.measures), "noise version": NOISE_VERSION}
+    versions = {"noise version": NOISE_VERSION, "layout version": plan.LAYOUT_VERSION}
+    return identity | {"scoring.measures": sorted(scoring.measures)} | versions
 
 
 def lengths(samples: pa.Table) -> np.ndarray:

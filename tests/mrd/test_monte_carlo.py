@@ -149,6 +149,20 @@ def test_base_weights_are_untouched_and_restored():
     assert weights_digest(dict(model.named_parameters())) == before
 
 
+@pytest.mark.parametrize("selected", [None, ["model.norm.weight"]])
+def test_memory_of_a_restored_model_is_that_which_it_came_in(selected):
+    """An optimiser, or the file of the weights, is bound to it."""
+    model = model_of()
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    replica = Replica(model, selected)
+    for seed in (5, 6):
+        replica.perturb(1e-2, seed)
+        moved = {name for name, parameter in model.named_parameters() if parameter.data_ptr() != before[name]}
+        assert moved == set(selected or before)
+        replica.restore()
+        assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+
+
 def test_perturbation_is_the_noise_whatever_the_number_of_threads():
     model = model_of(tied=False)
     replica = Replica(model)
