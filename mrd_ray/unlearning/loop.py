@@ -16,9 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import BaseModel, NonNegativeInt
 
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.mrd.likelihood import MicroBatch
+from mrd_ray.runs import parsed_json, parsed_table
+from mrd_ray.scoring.table import SCHEMA
 from mrd_ray.unlearning import losses, refresh
 from mrd_ray.unlearning.engine import Engine, share_of_batch, with_retain
 from mrd_ray.unlearning.extraction import extraction_likelihoods
@@ -38,6 +41,19 @@ class Sets:
     retain: pa.Table | None
     refusals: pa.Table | None
     watched: np.ndarray
+
+
+_ELSEWHERE = "this checkpoint cannot be gone on from: start again in another run.dir"
+
+
+class _Saved(BaseModel):
+    """What state.json holds."""
+
+    step: NonNegativeInt
+    scored_at: int
+    log: list[dict[str, Any]]
+    initial: Evaluation | None
+    latest: Evaluation | None
 
 
 @dataclass
@@ -66,10 +82,11 @@ class State:
 
     @classmethod
     def load(cls, folder: Path) -> "State":
-        """Read what `save` wrote."""
-        content = json.loads((folder / "state.json").read_text())
+        """Read what `save` wrote. Raises UserError if it is damaged."""
+        file, table = folder / "state.json", folder / "scores.parquet"
+        content = parsed_json(str(file), file.read_bytes(), _Saved, _ELSEWHERE)
         initial, latest = (content[name] and Evaluation(**content[name]) for name in ("initial", "latest"))
-        scores = pq.read_table(folder / "scores.parquet") if (folder / "scores.parquet").exists() else None
+        scores = parsed_table(str(table), table.read_bytes(), SCHEMA, remedy=_ELSEWHERE) if table.exists() else None
         return cls(content["step"], initial, latest, scores, content["scored_at"], content["log"])
 
 

@@ -1,5 +1,6 @@
 """Whatever a file of a run directory holds, what reads it gives a UserError or goes on, and what resumes is right."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,14 @@ from mangled import TIMES, attempt, explore, of_bytes, of_json_file, of_parquet
 from runs_of_fuzz import settings
 
 from mrd_ray import CompareConfig, MRDSampler, ReportConfig, compare, evaluate, journal, score, write_report
+from mrd_ray.evaluation import zero_shot
+from mrd_ray.evaluation.aggregate import Figure
+from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring.compare import figure
 from mrd_ray.status import rows, status
 from mrd_ray.unlearning import log
+from mrd_ray.unlearning.loop import State
+from mrd_ray.unlearning.stopping import Evaluation
 
 
 def mangle(file: Path) -> st.SearchStrategy[bytes]:
@@ -171,3 +177,41 @@ def test_log(times, copy):
         assert "metrics.jsonl" in refusal if lines is None else all(type(line["step"]) is int for line in lines)
 
     explore(check, 60 * times, mangle(run / "metrics.jsonl"))
+
+
+@TIMES
+@pytest.mark.parametrize("name", ["state.json", "scores.parquet"])
+def test_checkpoint(name, times, runs, tmp_path):
+    """What a resumed unlearning goes on from."""
+    evaluation = Evaluation([-3.0, -4.5], [0.5, 1.0], [float("nan"), 0.25], None)
+    scores = pq.read_table(runs["score"] / "scores.parquet")
+    State(3, evaluation, evaluation, scores, 2, [{"step": 1, "event": "step"}]).save(tmp_path)
+
+    def check(mangled: bytes) -> None:
+        (tmp_path / name).write_bytes(mangled)
+        state, _ = attempt(lambda: State.load(tmp_path))
+        assert mangled != good or (state.step, state.scores.equals(scores)) == (3, True)
+        assert state is None or (
+            state.step >= 0 and (state.latest is None or all(isinstance(p, int | float) for p in state.latest.log_prob))
+        )
+
+    good = (tmp_path / name).read_bytes()
+    check(good)
+    explore(check, 60 * times, mangle(tmp_path / name))
+
+
+@TIMES
+def test_zero_shot(times, copy, tiny_model_dir, asked_file, tmp_path):
+    """A suite's figures that are there are taken."""
+    run = RunDirectory(str(copy("evaluate")))
+    config = settings("evaluate", tiny_model_dir, asked_file, tmp_path)
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"zero_shot": ["arc_easy"]})})
+    good = json.dumps([vars(Figure("arc_easy", "acc", 0.5, None, 10))]).encode()
+
+    def check(mangled: bytes) -> None:
+        run.write("units/zero-shot-arc_easy.json", mangled)
+        found, _ = attempt(lambda: zero_shot.figures(config, run, "", None))
+        assert mangled != good or found == [Figure("arc_easy", "acc", 0.5, None, 10)]
+
+    check(good)
+    explore(check, 60 * times, of_json_file(good))
