@@ -258,7 +258,7 @@ def figures(raw: dict, draws: int) -> list[Figure]:
     seconds, tokens = raw["seconds per token"], raw["size"]["tokens"] / raw["size"]["samples"]
     k = f", K = {draws}"
     names = {way: way + k * (way in (ALGORITHM_1, PERTURB_ONCE, MONTE_CARLO)) for way in seconds}
-    found = [Figure.of(names[way], [1e3 * tokens * s for s in laps], "ms a sample") for way, laps in seconds.items()]
+    found = [Figure.of(names[way], [tokens * s for s in laps], "s a sample") for way, laps in seconds.items()]
     differences = raw["relative difference of norms"]
     pairs = [
         (MONTE_CARLO, ALGORITHM_1, 8.0, "one perturbation serves all samples, and their forwards share batches"),
