@@ -14,7 +14,7 @@ from mrd_ray.data import samples
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import table as evaluation
 from mrd_ray.evaluation.evaluate import ANSWERS
-from mrd_ray.runs import RunDirectory, refuse_other_shape
+from mrd_ray.runs import REMAKE, RunDirectory, refuse_other_shape
 from mrd_ray.scoring import table
 from mrd_ray.unlearning import log
 
@@ -151,7 +151,10 @@ def _read(uri: str, name: str) -> Run:
     if run.exists("metrics.jsonl"):
         about = _about(run, name, "unlearn")
         refreshes = _by_step(run, "scores", _SCORES, _SCORE_COLUMNS)
-        return Unlearning(about, log.read(run), refreshes, _by_step(run, "evaluations", evaluation.SCHEMA))
+        evaluations = _by_step(run, "evaluations", evaluation.SCHEMA)
+        for step, lines in evaluations.items():
+            _refuse_impossible(run.path(f"evaluations/step-{step:06d}.parquet"), lines)
+        return Unlearning(about, log.read(run), refreshes, evaluations)
     if run.exists("figures.parquet"):
         about = _about(run, name, "evaluate")
         files = {"figures": evaluation.FIGURES, "answers": ANSWERS, "evaluation": evaluation.SCHEMA}
@@ -178,6 +181,16 @@ def _about(run: RunDirectory, name: str, command: str) -> About:
         raise UserError(f"{where} is damaged (no {', '.join(absent)} in its settings); {remedy}")
     whole = shape.model_validate(config).model_dump(mode="json")  # settings that are newer than the run
     return About(name, run.uri, command, manifest, whole)
+
+
+def _refuse_impossible(where: str, lines: pa.Table) -> None:
+    """Raises UserError if a value is of no metric or no tokens, or is one that its metric cannot have."""
+    for line in lines.select(["sample_id", "metric", "value", "tokens"]).to_pylist():
+        value, metric = line["value"], line["metric"]
+        if value is not None and (
+            metric is None or line["tokens"] is None or (metric == "perplexity" and not value > 0)
+        ):
+            raise UserError(f"{where} is damaged ({line['sample_id']}: {metric} of {value}); {REMAKE}")
 
 
 def _by_step(

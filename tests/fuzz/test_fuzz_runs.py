@@ -4,13 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 from mangled import TIMES, attempt, explore, of_bytes, of_json_file, of_parquet
 from runs_of_fuzz import settings
 
-from mrd_ray import CompareConfig, MRDSampler, ReportConfig, compare, evaluate, journal, score, write_report
+from mrd_ray import CompareConfig, MRDSampler, ReportConfig, UserError, compare, evaluate, journal, score, write_report
 from mrd_ray.evaluation import zero_shot
 from mrd_ray.evaluation.aggregate import Figure
 from mrd_ray.runs import RunDirectory
@@ -165,6 +166,18 @@ def test_report_of_numbers_too_large_for_an_int64(copy, tmp_path):
     content = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(content.replace('"forget_loss": 13.0', '"forget_loss": 1' + "0" * 30))
     write_report(ReportConfig(runs=[str(run)], out=str(tmp_path / "page.html")))
+
+
+@pytest.mark.parametrize(("column", "value"), [("metric", None), ("tokens", None), ("value", -1.0)])
+def test_report_of_evaluated_values_that_cannot_be(column, value, copy, tmp_path):
+    run = copy("unlearn")
+    file = run / "evaluations" / "step-000010.parquet"
+    table = pq.read_table(file)
+    lines = [line | {"metric": "perplexity", "value": 2.0, "tokens": 3} for line in table.to_pylist()]
+    lines[1][column] = value
+    pq.write_table(pa.Table.from_pylist(lines, table.schema), file)
+    with pytest.raises(UserError, match=r"step-000010.parquet is damaged \("):
+        write_report(ReportConfig(runs=[str(run)], out=str(tmp_path / "page.html")))
 
 
 @TIMES
