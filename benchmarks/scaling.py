@@ -6,8 +6,10 @@ Only ratios within one run mean anything, on a machine that does nothing else me
 """
 
 import io
+import multiprocessing
 import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
 import matplotlib.figure
@@ -59,9 +61,9 @@ def main(
     work = Batches(checked)
     results.keep("size", work.size)
     for count in actors:
-        results.keep(f"{count}, {ONE_NODE}", costs(engine(config, work, count, draws * count)))
+        results.keep(f"{count}, {ONE_NODE}", _in_a_process(config, count, draws * count))
         with _nodes(count):
-            results.keep(f"{count}, {NODES}", costs(engine(config, work, count, draws * count)))
+            results.keep(f"{count}, {NODES}", _in_a_process(config, count, draws * count))
     of_one = results.raw[f"{actors[0]}, {ONE_NODE}"]
     rates = Rates(of_one["wall"] - of_one["span"], *_per_token(of_one, work), source="measured")
     drawn = np.random.default_rng(0).choice([len(work.rows[i]["token_ids"]) for i in work.order], simulated_samples)
@@ -74,6 +76,18 @@ def main(
     results.keep("simulated seconds", simulated)
     results.file.with_suffix(".png").write_bytes(figure(results.raw, actors))
     results.show(figures(results.raw, actors))
+
+
+def _in_a_process(config: Raw, actors: int, draws: int) -> Raw:
+    """`costs` of a run, whose driver is a process of its own: Ray Data keeps objects of the last cluster it was in."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_run, config, actors, draws).result()
+
+
+def _run(config: Raw, actors: int, draws: int) -> Raw:
+    return costs(
+        engine(config, Batches(ScoreConfig.model_validate(config | {"run": {"dir": "unused"}})), actors, draws)
+    )
 
 
 @contextmanager
