@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 import torch
+from pydantic import TypeAdapter
 from rich.console import Console
 
 from mrd_ray import models
@@ -56,13 +57,14 @@ def figures(config: EvaluateConfig, run: RunDirectory, files_digest: str, journa
             waiting = {work.remote(config, name, files_digest, pool.threads, pool.gpus > 0): name for name in missing}
             while waiting:
                 (done,), _ = ray.wait(list(waiting), num_returns=1)
-                found, fatal = ray.get(done)
+                of_suite, fatal = ray.get(done)
                 name = waiting.pop(done)
                 if fatal is not None:
                     raise UserError(f"evaluation.zero_shot: {name}: {fatal}")
-                run.write(names[name], json.dumps(found).encode())
+                run.write(names[name], json.dumps(of_suite).encode())
                 Console(stderr=True).print(f"Zero-shot: {name} done, {len(waiting)} to do", highlight=False)
-    return [Figure(**figure) for file in names.values() for figure in run.read_json(file, list[Figure])]
+    found = [figure for file in names.values() for figure in run.read_json(file, list[Figure])]
+    return TypeAdapter(list[Figure]).validate_python(found)
 
 
 def _suite(

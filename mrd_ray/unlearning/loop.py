@@ -84,10 +84,9 @@ class State:
     def load(cls, folder: Path) -> "State":
         """Read what `save` wrote. Raises UserError if it is damaged."""
         file, table = folder / "state.json", folder / "scores.parquet"
-        content = parsed_json(str(file), file.read_bytes(), _Saved, _ELSEWHERE)
-        initial, latest = (content[name] and Evaluation(**content[name]) for name in ("initial", "latest"))
+        saved = _Saved.model_validate(parsed_json(str(file), file.read_bytes(), _Saved, _ELSEWHERE))
         scores = parsed_table(str(table), table.read_bytes(), SCHEMA, remedy=_ELSEWHERE) if table.exists() else None
-        return cls(content["step"], initial, latest, scores, content["scored_at"], content["log"])
+        return cls(saved.step, saved.initial, saved.latest, scores, saved.scored_at, saved.log)
 
 
 class Loop:
