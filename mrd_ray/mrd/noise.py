@@ -16,7 +16,8 @@ on every device; the normals are float32 and agree between devices to float32 ro
 import hashlib
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -107,20 +108,39 @@ def standard_normal_like(tensor: torch.Tensor, seed: int, name: str, start: int 
     return z
 
 
-def add_noise(out: torch.Tensor, base: torch.Tensor, sigma: float, seed: int, name: str, start: int = 0) -> None:
-    """out = base + sigma * z, where z starts at flat element `start` of the parameter `name`.
+class Piece(NamedTuple):
+    """out = base + sigma * z is to be done, where z starts at flat element `start` of the parameter `name`.
 
-    `out` and `base` are contiguous, of one shape, dtype and device; `base` is not written. On the CPU the
-    normals are made in cache-sized pieces; on CUDA it is one fused kernel without a noise tensor.
+    `out` and `base` are contiguous, of one shape, dtype and device; `base` is not written.
     """
-    if not (out.is_contiguous() and base.is_contiguous() and out.shape == base.shape and out.dtype == base.dtype):
-        raise ValueError(f"{name}: add_noise needs contiguous tensors of one shape and dtype")
-    out, base = out.view(-1), base.view(-1)
-    if out.is_cuda:
+
+    out: torch.Tensor
+    base: torch.Tensor
+    name: str
+    start: int
+
+
+def add_noise(out: torch.Tensor, base: torch.Tensor, sigma: float, seed: int, name: str, start: int = 0) -> None:
+    """out = base + sigma * z, where z starts at flat element `start` of the parameter `name`; see `Piece`."""
+    add_noise_to_all([Piece(out, base, name, start)], sigma, seed)
+
+
+def add_noise_to_all(pieces: Collection[Piece], sigma: float, seed: int) -> None:
+    """out = base + sigma * z for each piece.
+
+    On the CPU the normals are made in cache-sized chunks, one piece after the other; on CUDA pieces of a device and
+    dtype share a launch of a fused kernel without a noise tensor.
+    """
+    for out, base, name, _ in pieces:
+        if not (out.is_contiguous() and base.is_contiguous() and out.shape == base.shape and out.dtype == base.dtype):
+            raise ValueError(f"{name}: add_noise needs contiguous tensors of one shape and dtype")
+    if on_cuda := [piece for piece in pieces if piece.out.is_cuda]:
         from mrd_ray.mrd.noise_triton import add_noise_cuda  # Triton comes with CUDA builds of torch only
 
-        add_noise_cuda(out, base, sigma, seed, hash64(name), start)
-        return
-    for offset, z in _chunks(seed, name, start, start + out.numel()):
-        window = slice(offset, offset + len(z))
-        torch.add(base[window], z, alpha=sigma, out=out[window])
+        add_noise_cuda(on_cuda, sigma, seed)
+    for out, base, name, start in pieces:
+        if not out.is_cuda:
+            flat_out, flat_base = out.view(-1), base.view(-1)
+            for offset, z in _chunks(seed, name, start, start + out.numel()):
+                window = slice(offset, offset + len(z))
+                torch.add(flat_base[window], z, alpha=sigma, out=flat_out[window])

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from mrd_ray.mrd.noise import add_noise
+from mrd_ray.mrd.noise import Piece, add_noise_to_all
 
 _PIECE = 1 << 20  # elements one thread perturbs at a time; small enough to balance, large enough to be worth a task
 
@@ -73,21 +73,20 @@ class Replica:
 
     def perturb(self, sigma: float, seed: int) -> None:
         """working = theta + sigma z, with z that of `seed` (see `noise`)."""
-        working = self.working()
-        if any(shard.tensor.is_cuda for shard in working.values()):
-            for name, (out, start) in working.items():
-                add_noise(out, self.base[name], sigma, seed, name, start)
+        pieces = [Piece(out, self.base[name], name, start) for name, (out, start) in self.working().items()]
+        if any(piece.out.is_cuda for piece in pieces):
+            add_noise_to_all(pieces, sigma, seed)
             return
         jobs = [
-            (out.view(-1)[i : i + _PIECE], self.base[name].view(-1)[i : i + _PIECE], sigma, seed, name, start + i)
-            for name, (out, start) in working.items()
+            Piece(out.view(-1)[i : i + _PIECE], base.view(-1)[i : i + _PIECE], name, start + i)
+            for out, base, name, start in pieces
             for i in range(0, out.numel(), _PIECE)
         ]
         # torch's own threads cannot help numpy's generator, and would contend for the cores with these
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            for _ in self._threads.map(lambda job: add_noise(*job), jobs):
+            for _ in self._threads.map(lambda job: add_noise_to_all([job], sigma, seed), jobs):
                 pass
         finally:
             torch.set_num_threads(threads)

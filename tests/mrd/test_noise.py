@@ -1,6 +1,8 @@
 """The noise is the documented function, is normal, and any slice of it is the slice of the whole."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -111,17 +113,30 @@ def test_add_noise_refuses_strides_it_would_get_wrong():
         noise.add_noise(weight.t(), weight.t(), 1.0, 0, "layer.weight")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("start", [0, 1003])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("seed", [3, 2**63 + 5])
-def test_triton_kernel_under_its_interpreter(dtype, start, seed):
-    """The CUDA kernel, run by Triton's interpreter on the CPU: the same noise to float32 rounding."""
+def test_triton_kernel_under_its_interpreter(dtype, seed):
+    """The CUDA kernel, run by Triton's interpreter on the CPU: the same noise to float32 rounding, in one launch."""
     kernel = pytest.importorskip("mrd_ray.mrd.noise_triton")
-    base = torch.randn(3000, dtype=dtype)
-    out, expected = torch.empty_like(base), torch.empty_like(base)
-    kernel.add_noise_cuda(out, base, 1.0, seed, noise.hash64("w"), start)
-    noise.add_noise(expected, base, 1.0, seed, "w", start)
-    torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+    # whole Philox blocks and not, below and above a program's, a start beyond 32 bits, a single element, none
+    sizes = [(8, 0), (3000, 0), (4104, 16), (3000, 1003), (5, 2**40 + 6), (2049, 0), (1, 7), (0, 0)]
+    shards = [(torch.randn(size).to(dtype), f"w{number}", start) for number, (size, start) in enumerate(sizes)]
+    pieces = [noise.Piece(torch.empty_like(base), base, name, start) for base, name, start in shards]
+    kernel.add_noise_cuda(pieces, 1.0, seed)
+    for out, base, name, start in pieces:
+        expected = torch.empty_like(base)
+        noise.add_noise(expected, base, 1.0, seed, name, start)
+        rounding = torch.finfo(dtype).eps * 8 if dtype in (torch.float16, torch.bfloat16) else 2e-6
+        torch.testing.assert_close(out, expected, rtol=0, atol=rounding, msg=lambda why, name=name: f"{name}: {why}")
+
+
+def test_triton_kernel_on_noise_alone_under_its_interpreter():
+    """Where sine and cosine change places or sign, and where the radius is least: a hundred thousand elements."""
+    kernel = pytest.importorskip("mrd_ray.mrd.noise_triton")
+    zero = torch.zeros(100_000)
+    out = torch.full_like(zero, torch.nan)
+    kernel.add_noise_cuda([noise.Piece(out, zero, "w", 24)], 1.0, 1)
+    torch.testing.assert_close(out, noise.standard_normal(1, "w", 24, 100_024), rtol=0, atol=2e-6)
 
 
 @pytest.mark.gpu
@@ -133,41 +148,57 @@ def test_cuda_equals_cpu():
     torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=2e-6)
 
 
-LOWERED = """
+COMPILED = """
+import json, subprocess, sys, tempfile
+from pathlib import Path
 import triton
-from triton._C.libtriton import ir
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from mrd_ray.mrd.noise_triton import _add_noise_kernel
+from triton.compiler import ASTSource
+from mrd_ray.mrd.noise_triton import _BLOCKS_PER_PROGRAM, _add_noise_kernel
 
-target = GPUTarget("cuda", 90, 32)
-backend = make_backend(target)
-options = backend.parse_options({})
-signature, constants = {}, {(7,): 128}
-values = dict(out="*fp32", base="*fp32", sigma=1e-5, seed=1, name_hash=1, start=1, count=1)
-for i, (parameter, (name, value)) in enumerate(zip(_add_noise_kernel.params, values.items())):
-    assert parameter.name == name
-    if isinstance(value, str):
-        signature[name] = value
-    elif isinstance(value, float):
-        signature[name] = "fp32"
-    elif parameter.do_not_specialize:
-        signature[name] = "i64"
-    else:  # what Triton makes of an argument that equals 1
-        signature[name], constants[(i,)] = "constexpr", value
-signature["BLOCKS"] = "constexpr"
-source = ASTSource(_add_noise_kernel, signature, constants)
-context = ir.context()
-ir.load_dialects(context)
-backend.load_dialects(context)
-module = source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
-assert "umulhi" in str(module) or "mulhiui" in str(module)
-print("lowered")
+bytes_of, whole_blocks = int(sys.argv[1]), sys.argv[2] == "True"
+parameters = {parameter.name: parameter for parameter in _add_noise_kernel.params}
+assert parameters["seed"].do_not_specialize  # else Triton would make a seed that equals 1 a constant, without a type
+signature = dict(table="*i64", row_of="*i32", sigma="fp32", seed="i64")
+constants = dict(
+    TYPE={2: tl.bfloat16, 4: tl.float32}[bytes_of],
+    BLOCKS=_BLOCKS_PER_PROGRAM,
+    WHOLE_BLOCKS=whole_blocks,
+)
+assert [*signature, *constants] == list(parameters)
+where = {(list(parameters).index(name),): value for name, value in constants.items()}
+source = ASTSource(_add_noise_kernel, signature | dict.fromkeys(constants, "constexpr"), where)
+kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True})
+tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+    cubin.write(kernel.asm["cubin"])
+    cubin.flush()
+    shown = [
+        subprocess.run([tools / "cuobjdump", flag, cubin.name], capture_output=True, text=True, check=True).stdout
+        for flag in ("--dump-resource-usage", "-sass")
+    ]
+print(json.dumps(shown))
 """
 
 
-def test_triton_kernel_lowers_for_a_gpu_where_arguments_equal_one():
-    """Draw 1 of seed 0 has noise seed 1, which Triton would make a constant; its interpreter does not show that."""
+@pytest.mark.parametrize(("bytes_of", "whole_blocks"), [(2, True), (4, True), (4, False)])
+def test_triton_kernel_compiles_for_a_gpu_to_few_instructions(bytes_of, whole_blocks, tmp_path):
+    """The machine code of a GPU, which no GPU is needed for: nothing spilt, wide accesses, instructions an element."""
+    pytest.importorskip("mrd_ray.mrd.noise_triton")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    ran = subprocess.run([sys.executable, "-c", LOWERED], env=environment, capture_output=True, text=True, timeout=120)
-    assert ran.stdout == "lowered\n", ran.stderr
+    ran = subprocess.run(
+        [sys.executable, "-c", COMPILED, str(bytes_of), str(whole_blocks)],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    usage, code = json.loads(ran.stdout)
+    assert {"STACK:0", "LOCAL:0"} <= set(usage.split())
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\d+ +)?([A-Z][A-Z0-9.]+)", code)
+    a_thread = 16  # elements: 2048 by 128 threads
+    assert len(instructions) / a_thread < (85 if whole_blocks else 130), len(instructions)
+    wide = [name for name in instructions if re.match(r"(LDG|STG).*\.128", name)]
+    assert len(wide) == (2 * a_thread * bytes_of / 16 if whole_blocks else 0)
