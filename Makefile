@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint soak install
+.PHONY: demo test lint soak gpu install
 
 demo: .venv/installed
 	$(BIN)/mrd-ray demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -19,6 +19,15 @@ lint: .venv/installed
 # twenty minutes of killed actors: make soak MODEL=directory of a small model
 soak: .venv/installed
 	$(BIN)/python -m benchmarks soak --model "$(MODEL)"
+
+# builds, checks and times what runs on a GPU: make gpu MODEL=directory of a model DATA=forget set
+gpu: .venv/installed
+	$(BIN)/python -m pytest -m gpu
+	for dtype in float32 bfloat16; do for benchmark in perturb \
+	    "likelihood --micro_batch_tokens 16384 --data $(DATA)" \
+	    "closed_form --micro_batch_tokens 16384 --max_samples 400 --data $(DATA)"; do \
+	  $(BIN)/python -m benchmarks $$benchmark --model "$(MODEL)" --device cuda --dtype $$dtype \
+	    --out benchmarks/results/gpu/$$dtype || exit 1; done; done
 
 install: .venv/installed
 

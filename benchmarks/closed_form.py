@@ -1,6 +1,6 @@
 """What the closed form costs against a plain forward and backward of the same batches, and against Monte Carlo.
 
-Only ratios within one run mean anything, on a machine that does nothing else meanwhile. For CPUs, on Linux.
+Only ratios within one run mean anything, on a machine that does nothing else meanwhile. On Linux.
 """
 
 import io
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.figure
 import numpy as np
@@ -36,8 +36,10 @@ def main(
     draws: int = 16,
     micro_batch_tokens: int = 512,
     sigma: float = 1e-5,
+    device: Literal["cpu", "cuda"] = "cpu",
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
-    """Benchmark the estimators here, on one thread; beside the JSON file, write a plot of error against time.
+    """Benchmark the estimators here, on one thread or a GPU; beside the JSON file, write a plot of error against time.
 
     Args:
         model: directory or hub id; the demo keeps one under ~/.cache/mrd_ray.
@@ -48,13 +50,16 @@ def main(
         draws: Monte Carlo draws that are really made; 200 cost so many times more.
         micro_batch_tokens: tokens per forward, padding included.
         sigma: standard deviation of the parameter noise.
+        device: that holds the model.
+        dtype: of the weights.
     """
     results = Results("closed_form", locals(), out)
     torch.set_num_threads(1)
-    tree = {"model": {"path": model}, "data": {"path": data, "max_samples": max_samples}, "run": {"dir": "unused"}}
+    tree = {"model": {"path": model, "dtype": dtype}, "data": {"path": data, "max_samples": max_samples}}
+    tree |= {"run": {"dir": "unused"}}
     config = ScoreConfig.model_validate(tree | {"scoring": {"micro_batch_tokens": micro_batch_tokens, "sigma": sigma}})
-    results.keep("peak MiB", peaks(config))
-    work = Batches(config)
+    results.keep("peak MiB", peaks(config, device))
+    work = Batches(config, device)
     results.keep("size", work.size)
     seconds, norms = passes(work, repeats)
     results.keep("seconds", seconds)
@@ -98,7 +103,7 @@ def passes(work: Batches, repeats: int) -> tuple[dict[str, list[float]], np.ndar
             if repeat:
                 seconds.setdefault(way, []).append(lap())
     squares = torch.cat([squares for squares in found if squares is not None])
-    return seconds, squares.sqrt().numpy()
+    return seconds, squares.sqrt().cpu().numpy()
 
 
 def monte_carlo(work: Batches, sigma: float, draws: int, norms: np.ndarray) -> Raw:
@@ -111,33 +116,39 @@ def monte_carlo(work: Batches, sigma: float, draws: int, norms: np.ndarray) -> R
     deltas = []
     for k in range(draws):
         drawn = draw_deltas(replica, likelihood, work.batches, theta, sigma, 0, range(k, k + 1))
-        deltas.append(torch.cat(drawn)[:, 0, 0].abs().numpy())
+        deltas.append(torch.cat(drawn)[:, 0, 0].abs().cpu().numpy())
         raw["draw seconds"].append(lap())
         error = np.mean(deltas, 0) / exact - 1
         raw["relative error by draws"].append(float(np.sqrt(np.mean(error**2))))
     replica.restore()
     double = GradientNorms(work.model.double())
-    references = torch.cat([double(batch)[1] for batch in work.batches[:2]]).sqrt().numpy()
+    references = torch.cat([double(batch)[1] for batch in work.batches[:2]]).sqrt().cpu().numpy()
     raw["relative error of the closed form"] = float(np.abs(norms[: len(references)] / references - 1).max())
     return raw
 
 
-def peaks(config: ScoreConfig) -> dict[str, float]:
+def peaks(config: ScoreConfig, device: str) -> dict[str, float]:
     """MiB that a pass over the largest batch adds to a loaded model, each way in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as process:
-        return {way: process.submit(_peak, config, way).result() for way in (FROZEN, TRAINABLE, CLOSED)}
+        return {way: process.submit(_peak, config, way, device).result() for way in (FROZEN, TRAINABLE, CLOSED)}
 
 
-def _peak(config: ScoreConfig, way: str) -> float:
+def _peak(config: ScoreConfig, way: str, device: str) -> float:
     torch.set_num_threads(1)
-    work = Batches(config)
+    work = Batches(config, device)
     run = ways(work.model)[way]
     run(MicroBatch(work.batches[0].token_ids[:1], work.batches[0].scored[:1]))  # libraries' own buffers
+    largest = max(work.batches, key=lambda batch: batch.token_ids.numel())
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(largest)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of loading
-    before = resident("VmRSS")
-    run(max(work.batches, key=lambda batch: batch.token_ids.numel()))
-    return resident("VmHWM") - before
+    resident_before = resident("VmRSS")
+    run(largest)
+    return resident("VmHWM") - resident_before
 
 
 def figures(raw: Raw) -> list[Figure]:
@@ -178,7 +189,7 @@ def figure(raw: Raw) -> bytes:
     axis.plot(extrapolated, scale, "--", color="#4878a8", label=f"extrapolated to K = {PAPER_DRAWS} as 1/sqrt(K)")
     closed = median(raw["seconds"][CLOSED])
     axis.plot([closed], [drawn["relative error of the closed form"]], "o", color="#c44e52", label="closed form")
-    axis.set(xscale="log", yscale="log", xlabel="seconds, one thread", ylabel="relative error of a score")
+    axis.set(xscale="log", yscale="log", xlabel="seconds", ylabel="relative error of a score")
     axis.set_title(f"{raw['size']['samples']} samples, {raw['size']['parameters'] / 1e6:.0f} M parameters")
     axis.legend()
     content = io.BytesIO()

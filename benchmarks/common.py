@@ -24,14 +24,14 @@ PAPER_DRAWS = 200
 class Batches:
     """A model and its samples: `rows` by sample_id, `order` of those that can be scored, `batches` of `layout`."""
 
-    def __init__(self, config: ScoreConfig) -> None:
+    def __init__(self, config: ScoreConfig, device: str = "cpu") -> None:
         limit = models.context_length(models.load_config(config.model))
         table = samples_table.build(config.data, models.load_tokenizer(config.model), limit)
         self.layout = plan.layout(lengths(table), config.scoring.micro_batch_tokens)
-        self.batches = micro_batches(table, config.scoring.micro_batch_tokens)
+        self.batches = micro_batches(table, config.scoring.micro_batch_tokens, device)
         self.rows = table.to_pylist()
         self.order = self.layout.order.tolist()
-        self.model = models.load_model(config.model, torch.device("cpu"))
+        self.model = models.load_model(config.model, torch.device(device))
         self.size = {
             "samples": len(self.order),
             "tokens": sum(len(self.rows[i]["token_ids"]) for i in self.order),
@@ -41,22 +41,25 @@ class Batches:
         }
 
 
-def micro_batches(samples: pa.Table, tokens: int) -> list[MicroBatch]:
-    """As the engine makes them, on the CPU."""
+def micro_batches(samples: pa.Table, tokens: int, device: str = "cpu") -> list[MicroBatch]:
+    """As the engine makes them."""
     rows, layout = samples.to_pylist(), plan.layout(lengths(samples), tokens)
     members = [[rows[i] for i in layout.samples(number)] for number in range(len(layout))]
-    cpu = torch.device("cpu")
-    return [MicroBatch.collate([s["token_ids"] for s in some], [s["scored"] for s in some], cpu) for some in members]
+    on = torch.device(device)
+    return [MicroBatch.collate([s["token_ids"] for s in some], [s["scored"] for s in some], on) for some in members]
 
 
 def stopwatch() -> Callable[[], float]:
-    """A function that gives the seconds since it was last called."""
-    times = [time.perf_counter()]
+    """A function that gives the seconds since it was last called, what a GPU was given to do included."""
+    times: list[float] = []
 
     def lap() -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         times.append(time.perf_counter())
-        return times[-1] - times[-2]
+        return times[-1] - times[-2] if times[1:] else 0.0
 
+    lap()
     return lap
 
 
@@ -66,6 +69,7 @@ def machine() -> Raw:
     packages = ("mrd-ray", "ray", "torch", "deepspeed", "transformers", "numpy", "pyarrow")
     return {
         "cpu": (cpus or [platform.machine()])[0],
+        "gpus": [torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())],
         "cores": os.cpu_count(),
         "usable cores": len(os.sched_getaffinity(0)),
         "memory bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

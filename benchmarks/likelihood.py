@@ -1,5 +1,7 @@
 """Forwards of a forget set: their FLOPs against a matrix product's, where the time goes, and what padding wastes."""
 
+from typing import Literal
+
 import torch
 
 from benchmarks.common import Batches, stopwatch
@@ -8,7 +10,7 @@ from mrd_ray import ScoreConfig
 from mrd_ray.mrd.likelihood import Likelihood
 from mrd_ray.scoring import plan
 
-_PRODUCT = 2048  # rows and columns of the matrices
+_PRODUCT = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices
 
 
 def main(
@@ -19,6 +21,8 @@ def main(
     micro_batch_tokens: int | None = None,
     repeats: int = 3,
     threads: int = 1,
+    device: Literal["cpu", "cuda"] = "cpu",
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
     """Benchmark the pass over a forget set that every draw makes.
 
@@ -32,12 +36,18 @@ def main(
         micro_batch_tokens: tokens per forward, padding included; unset, as scoring has it.
         repeats: passes; each goes with a matrix product just before and after it.
         threads: of torch.
+        device: that holds the model.
+        dtype: of the weights and of the matrix product.
     """
     results = Results("likelihood", locals(), out)
     torch.set_num_threads(threads)
     scoring = {} if micro_batch_tokens is None else {"micro_batch_tokens": micro_batch_tokens}
-    tree = {"model": {"path": model}, "data": {"path": data, "max_samples": max_samples}, "scoring": scoring}
-    work = Batches(ScoreConfig.model_validate(tree | {"run": {"dir": "unused"}}))
+    tree = {
+        "model": {"path": model, "dtype": dtype},
+        "data": {"path": data, "max_samples": max_samples},
+        "scoring": scoring,
+    }
+    work = Batches(ScoreConfig.model_validate(tree | {"run": {"dir": "unused"}}), device)
     likelihood = Likelihood(work.model)
     head = work.model.get_output_embeddings().weight.numel()
     layers = plan.ModelCost.of(work.model).flops_per_token - 2 * head
@@ -46,7 +56,7 @@ def main(
     likelihood.margins(work.batches[0])
     products, passes, bodies = [], [], []
     for _ in range(repeats):
-        before = _product_flops()
+        before = _product_flops(device, dtype)
         lap = stopwatch()
         for batch in work.batches:
             likelihood.margins(batch)
@@ -55,7 +65,7 @@ def main(
             for batch in work.batches:
                 work.model.base_model(batch.token_ids, use_cache=False)
         bodies.append(lap())
-        products.append((before + _product_flops()) / 2)
+        products.append((before + _product_flops(device, dtype)) / 2)
     results.keep("size", work.size | {"scored tokens": scored, "FLOPs": flops})
     results.keep("seconds", {"passes": passes, "layers alone": bodies})
     results.keep("matrix product, FLOP/s", products)
@@ -64,7 +74,8 @@ def main(
     waste = 1 - work.size["tokens"] / work.size["padded tokens"]
     results.show(
         [
-            Figure.of("matrix product", [rate / 1e9 for rate in products], "GFLOP/s", f"{_PRODUCT} x {_PRODUCT}"),
+            Figure.of("matrix product", [rate / 1e9 for rate in products], "GFLOP/s",
+                      f"{dtype}, {_PRODUCT[device]:,} squared"),
             Figure.of("forwards, of the product's rate", ratios(rates, products), at_least=0.75,
                       detail=f"{scored:,} tokens, margins included"),
             Figure.of("layers alone, of the product's rate", ratios(of_layers, products)),
@@ -73,13 +84,14 @@ def main(
     )  # fmt: skip
 
 
-def _product_flops(seconds: float = 1.0) -> float:
-    """FLOP/s of square float32 products."""
-    a, b = torch.randn(_PRODUCT, _PRODUCT), torch.randn(_PRODUCT, _PRODUCT)
+def _product_flops(device: str, dtype: str, seconds: float = 1.0) -> float:
+    """FLOP/s of products of square matrices."""
+    size = _PRODUCT[device]
+    a, b = torch.randn(2, size, size, device=device, dtype=getattr(torch, dtype))
     out = a @ b
     lap, spent, times = stopwatch(), 0.0, 0
     while spent < seconds:
         torch.mm(a, b, out=out)
         spent += lap()
         times += 1
-    return times * 2 * _PRODUCT**3 / spent
+    return times * 2 * size**3 / spent

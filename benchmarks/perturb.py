@@ -1,5 +1,7 @@
 """A draw's perturbation of a whole model, against a copy of the same weights and against a forward."""
 
+from typing import Literal
+
 import torch
 
 from benchmarks.common import stopwatch
@@ -9,8 +11,16 @@ from mrd_ray.mrd.monte_carlo import draw_seed
 from mrd_ray.mrd.perturb import Replica
 
 
-def main(model: str, out: str = "benchmarks/results", repeats: int = 7, threads: int = 1, tokens: int = 512) -> None:
-    """Benchmark `Replica.perturb` on the CPU: what of it is memory traffic, and what it costs in tokens' forwards.
+def main(
+    model: str,
+    out: str = "benchmarks/results",
+    repeats: int = 7,
+    threads: int = 1,
+    tokens: int = 512,
+    device: Literal["cpu", "cuda"] = "cpu",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Benchmark `Replica.perturb`: what of it is memory traffic, and what it costs in tokens' forwards.
 
     Args:
         model: directory or hub id; the demo keeps one under ~/.cache/mrd_ray.
@@ -18,13 +28,15 @@ def main(model: str, out: str = "benchmarks/results", repeats: int = 7, threads:
         repeats: of each way; they take turns.
         threads: of torch.
         tokens: of the forward that it is compared with.
+        device: that holds the model.
+        dtype: of the weights.
     """
     results = Results("perturb", locals(), out)
     torch.set_num_threads(threads)
-    loaded = models.load_model(ModelConfig(path=model), torch.device("cpu"))
+    loaded = models.load_model(ModelConfig(path=model, dtype=dtype), torch.device(device))
     replica = Replica(loaded)
     size = sum(parameter.numel() for parameter in loaded.parameters())
-    token_ids = torch.randint(loaded.config.vocab_size, (tokens // 64, 64))
+    token_ids = torch.randint(loaded.config.vocab_size, (tokens // 64, 64), device=device)
 
     def forward() -> None:
         with torch.no_grad():
@@ -43,12 +55,15 @@ def main(model: str, out: str = "benchmarks/results", repeats: int = 7, threads:
             if repeat:
                 seconds[way].append(lap())
     results.keep("seconds", seconds)
+    bandwidth = ratios(seconds["copy"], seconds["perturb"])
+    # a CPU makes noise for longer than it moves weights
+    bound = {"at_least": 0.8} if device == "cuda" else {}
     in_tokens = [tokens * ratio for ratio in ratios(seconds["perturb"], seconds["forward"])]
     results.show(
         [
             Figure.of("perturb", [1e9 * s / size for s in seconds["perturb"]], "ns a weight"),
             Figure.of("copy", [1e9 * s / size for s in seconds["copy"]], "ns a weight", "one read, one write"),
-            Figure.of("perturb / copy, time", ratios(seconds["perturb"], seconds["copy"]), detail="a CPU makes noise"),
+            Figure.of("perturb, of a copy's bandwidth", bandwidth, **bound),
             Figure.of("perturb, in tokens' forwards", in_tokens, detail="the plan counts 256", at_most=256.0),
         ]
     )

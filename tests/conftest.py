@@ -5,13 +5,17 @@ import logging
 import os
 from pathlib import Path
 
-os.environ.update(TRITON_INTERPRET="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 # threads that wait for each other on a busy machine are 50 times slower, not faster
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import ray
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 

@@ -16,7 +16,7 @@ import yaml
 from evaluations import config, rouge_l_recall, values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mrd_ray import UserError, evaluate
+from mrd_ray import RayConfig, UserError, evaluate
 from mrd_ray.cli import main
 from mrd_ray.demo import demo
 
@@ -97,6 +97,18 @@ def test_metrics_equal_a_straightforward_computation_on_a_real_model(settings, t
     small = {"sets": {"forget": settings["sets"]["forget"]}, "utility": [], "membership": None}
     run = evaluate(config(folder, settings | small, tmp_path))
     assert check_against_reference(run, folder, tofu_dir / "forget01_perturbed.json", "forget", 8) == 8
+
+
+@pytest.mark.gpu
+def test_a_gpu_evaluates_as_a_cpu(settings, stories_dir, tmp_path):
+    runs = []
+    for gpus in (0, 1):
+        settings_of_run = config(stories_dir, settings, tmp_path / str(gpus))
+        pool = RayConfig(actors=1, gpus_per_actor=gpus)
+        runs.append(evaluate(settings_of_run.model_copy(update={"ray": pool})))
+    for name, metric in (("forget", "probability"), ("forget", "truth_ratio"), ("story", "perplexity")):
+        on_cpu, on_gpu = (values(run, name, metric) for run in runs)
+        assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
 
 
 def test_figures_are_those_of_the_rows(finished):

@@ -55,6 +55,21 @@ def test_closed_form_through_the_main_job(tiny_model_dir, qa_file, tmp_path):
     assert two.scores.equals(found.scores)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "settings", [{}, CLOSED | {"scoring__curvature_probes": 3}], ids=["monte_carlo", "closed_form"]
+)
+@pytest.mark.parametrize(("dtype", "rounding"), [("float64", 1e-4), ("float32", 1e-2)])
+def test_a_gpu_scores_as_a_cpu(tiny_model_dir, qa_file, tmp_path, settings, dtype, rounding):
+    settings = settings | {"model__dtype": dtype, "scoring__sigma": 1e-4}
+    on_cpu, on_gpu = (
+        score(config(tiny_model_dir, qa_file, tmp_path / str(gpus), **settings, ray__gpus_per_actor=gpus)).scores
+        for gpus in (0, 1)
+    )
+    for column in ("mrd", "delta_std", "log_prob"):
+        np.testing.assert_allclose(on_gpu[column], on_cpu[column], rtol=rounding)
+
+
 def test_adaptive_draws_settle_every_sample(tiny_model_dir, qa_file, tmp_path):
     adaptive = {"scoring__num_draws": 16, "scoring__target_relative_se": 0.16, "scoring__max_draws": 32}
     found = score(config(tiny_model_dir, qa_file, tmp_path, **adaptive, scoring__sigma=1e-3))

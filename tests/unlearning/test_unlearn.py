@@ -140,6 +140,16 @@ def test_a_learning_rate_that_diverges_keeps_the_last_good_checkpoint(files, tmp
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.gpu
+def test_a_gpu_unlearns_as_a_cpu(files, tmp_path):
+    runs = {gpus: tmp_path / str(gpus) for gpus in (0, 1)}
+    for gpus, run in runs.items():
+        unlearn(config(files, run, ray__workers=1, ray__gpus_per_worker=gpus))
+    for step, (on_cpu, on_gpu) in enumerate(zip(*map(lines, runs.values()), strict=True)):
+        for name in ("mrd_median", "forget_loss", "retain_loss", "forget_log_prob"):
+            assert on_gpu.get(name) == pytest.approx(on_cpu.get(name), rel=1e-2), (step, name)
+
+
 # -- killed at any moment; the refresh is slow enough to be hit
 
 
