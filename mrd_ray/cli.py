@@ -86,8 +86,8 @@ def _score(config: ScoreConfig) -> int:
     finished = score(config)
     console = Console() if sys.stdout.isatty() else Console(width=120)  # a job's log has no width of its own
     summary.show(console, finished.scores, finished.samples, config)
-    console.print(f"\nScores:  {finished.run.path('scores.parquet')}", soft_wrap=True)
-    console.print(f"Summary: {finished.run.path('summary.png')}", soft_wrap=True)
+    console.print(f"\nScores:  {finished.run.path('scores.parquet')}", soft_wrap=True, markup=False)
+    console.print(f"Summary: {finished.run.path('summary.png')}", soft_wrap=True, markup=False)
     console.print(f"Took {time.monotonic() - started:.0f} s")
     return _SOME_WITHOUT_SCORE if finished.num_errors else DONE
 
@@ -100,8 +100,8 @@ def _unlearn(config: UnlearnConfig) -> int:
     finished = unlearn(config)
     console = Console() if sys.stdout.isatty() else Console(width=120)
     summary.show(console, finished)
-    console.print(f"\nModel:   {finished.run.path('model')}", soft_wrap=True)
-    console.print(f"Log:     {finished.run.path('metrics.jsonl')}", soft_wrap=True)
+    console.print(f"\nModel:   {finished.run.path('model')}", soft_wrap=True, markup=False)
+    console.print(f"Log:     {finished.run.path('metrics.jsonl')}", soft_wrap=True, markup=False)
     console.print(f"Took {time.monotonic() - started:.0f} s")
     return _STOPPED_EARLY if finished.failed else DONE
 
@@ -113,8 +113,8 @@ def _evaluate(config: EvaluateConfig) -> int:
     started = time.monotonic()
     finished = evaluate(config)
     summary.show(Console() if sys.stdout.isatty() else Console(width=120), finished)
-    Console().print(f"\nFigures: {finished.run.path('figures.json')}", soft_wrap=True)
-    Console().print(f"Rows:    {finished.run.path('evaluation.parquet')}", soft_wrap=True)
+    Console().print(f"\nFigures: {finished.run.path('figures.json')}", soft_wrap=True, markup=False)
+    Console().print(f"Rows:    {finished.run.path('evaluation.parquet')}", soft_wrap=True, markup=False)
     Console().print(f"Took {time.monotonic() - started:.0f} s")
     return _SOME_WITHOUT_SCORE if finished.num_errors else DONE
 
@@ -189,8 +189,8 @@ def _compare(config: CompareConfig) -> int:
         raise UserError(f"out: cannot write {config.out}: {problem.strerror}") from None
     console = Console() if sys.stdout.isatty() else Console(width=120)
     table = Table(show_header=False)
-    table.add_row("a", f"{config.run_a}: {found.settings[0]}")
-    table.add_row("b", f"{config.run_b}: {found.settings[1]}")
+    table.add_row("a", escape(f"{config.run_a}: {found.settings[0]}"))
+    table.add_row("b", escape(f"{config.run_b}: {found.settings[1]}"))
     table.add_row("samples compared", f"{found.compared:,} (a alone scores {found.only_a:,}, b alone {found.only_b:,})")
     table.add_row("Spearman correlation", f"{found.spearman:.4f}")
     table.add_row("Kendall correlation", f"{found.kendall:.4f}")
@@ -204,7 +204,7 @@ def _compare(config: CompareConfig) -> int:
         text = short(row["text"] or "", 200)
         worst.add_row(f"{row['a']:.3g}", f"{row['b']:.3g}", apart, escape(row["sample_id"]), escape(text))
     console.print(worst)
-    console.print(f"Scatter plot: {config.out}", soft_wrap=True)
+    console.print(f"Scatter plot: {config.out}", soft_wrap=True, markup=False)
     return DONE
 
 

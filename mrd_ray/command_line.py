@@ -18,7 +18,7 @@ from mrd_ray.config import document
 from mrd_ray.config.credentials import refuse_credentials
 from mrd_ray.errors import UserError
 
-DONE, FAILED, INTERRUPTED = 0, 1, 130  # exit codes; argparse itself ends with 2 on a bad command line
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130  # exit codes; argparse too ends with 2 on a bad command line
 # jsonargparse has numbers as people write them, 1e-5 among them
 set_loader("yaml", functools.partial(document.load, construct=get_loader("yaml")), exceptions=(ValueError,))
 _TASK_DATA = "Local copies of the task's hub datasets: '{locuslab/TOFU: FOLDER}'."
@@ -93,12 +93,12 @@ class CommandLine:
         return self.commands[parsed.command](**ours)
 
     def run(self, arguments: Sequence[str], call: Callable[[Any], int]) -> int:
-        """Parse, call, and give the exit code; a UserError is printed, and is exit code 1."""
+        """Parse, call, and give the exit code; a UserError is printed, and is exit code 1, of the settings 2."""
         try:
             refuse_credentials("command line", arguments)
             line = self.parser(task_of(arguments), arguments[:1])
         except UserError as problem:
-            return _failed(problem)
+            return _failed(problem, REFUSED)
         try:
             config = self.settings(line, arguments)
         except UserError as problem:
@@ -133,9 +133,9 @@ def _terminable() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _failed(problem: UserError) -> int:
+def _failed(problem: UserError, code: int = FAILED) -> int:
     Console(stderr=True).print(f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
-    return FAILED
+    return code
 
 
 def _config_of(arguments: Sequence[str]) -> str | None:

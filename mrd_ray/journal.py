@@ -1,8 +1,10 @@
 """What operators see of a run: events.jsonl, progress.json with a sign of life, and Ray metrics."""
 
+import contextlib
 import os
 import threading
 import time
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import ray
@@ -11,9 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from rich.console import Console
 
 from mrd_ray.errors import UserError
-from mrd_ray.runs import RunDirectory
+from mrd_ray.runs import EVENTS, PROGRESS, RunDirectory
 
-PROGRESS, EVENTS = "progress.json", "events.jsonl"
 BEAT = 10.0  # seconds between two signs of life
 SILENT = 6 * BEAT  # seconds without one after which a run is taken for dead
 _OFTEN = 1 << 20  # bytes of events that are written anew with every beat; more are less often
@@ -159,6 +160,18 @@ class Journal:
             content = "".join(f"{line}\n" for line in self._events).encode()
         self._run.write(EVENTS, content)
         self._due = time.monotonic() + BEAT * len(content) / _OFTEN
+
+
+@contextlib.contextmanager
+def held(run: RunDirectory) -> Iterator[None]:
+    """Hold the directory, before anything is written to it: by its lock, or by signs of life where there is none.
+
+    Raises UserError if another driver is at work there.
+    """
+    with run.locked():
+        if not run.locks:
+            _refuse_second_driver(run)
+        yield
 
 
 def _earlier(run: RunDirectory) -> list[str]:

@@ -28,7 +28,8 @@ from mrd_ray import storage
 from mrd_ray.config import ModelConfig
 from mrd_ray.errors import UserError
 
-_SAFE, _PICKLED = "*.safetensors", "pytorch_model*.bin"
+_SAFE, _PICKLED = "model.safetensors", "pytorch_model*.bin"
+_SAFE_ADAPTER = "adapter_model.safetensors"
 
 
 def directory(model: ModelConfig) -> Path:
@@ -75,19 +76,26 @@ def base_directory(path: Path) -> Path:
 
 
 def weight_files(model: ModelConfig) -> list[Path]:
-    """The files with the weights, those of an adapter's base model first: safetensors where there are any.
+    """The files with the weights, those of an adapter's base model first: safetensors where a loader finds them.
 
     Raises UserError if there are none, or pickles alone without model.allow_pickle.
     """
     path = directory(model)
     base = base_directory(path)
-    files = [file for file in sorted(base.glob(_SAFE)) if not file.name.startswith("adapter_model")]
+    files = [] if not has_safetensors(base) else sorted(base.glob("*.safetensors"))
+    files = [file for file in files if not file.name.startswith("adapter_model")]
     if not (files := files or _pickles(base, _PICKLED, model)):
-        raise UserError(f"model.path: {base} has no weights; expected {_SAFE} or {_PICKLED}")
+        raise UserError(f"model.path: {base} has no weights; expected {_SAFE}, its index and parts, or {_PICKLED}")
     for folder in dict.fromkeys([base, path]):  # a whole model may have an adapter beside it
         if (folder / "adapter_config.json").is_file():
-            files += sorted(folder.glob("adapter_model*.safetensors")) or _pickles(folder, "adapter_model*.bin", model)
+            safe = folder / _SAFE_ADAPTER
+            files += [safe] if safe.is_file() else _pickles(folder, "adapter_model*.bin", model)
     return files
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether loaders find safetensors here, by the names that they look for, and not whatever else is beside them."""
+    return any((folder / name).is_file() for name in (_SAFE, f"{_SAFE}.index.json"))
 
 
 def _pickles(folder: Path, pattern: str, model: ModelConfig) -> list[Path]:
@@ -112,6 +120,7 @@ def files_digest(model: ModelConfig) -> str:
     if not (base / "config.json").is_file():
         raise UserError(f"model.path: {base} has no config.json; expected a Hugging Face model directory")
     files = [base / "config.json", *weight_files(model)]
+    files += sorted(base.glob(f"{_SAFE}.index.json"))
     files += [file for folder in dict.fromkeys([base, path]) if (file := folder / "adapter_config.json").is_file()]
     if model.trust_remote_code:
         files += sorted(base.rglob("*.py"))
@@ -338,7 +347,7 @@ def load_model(model: ModelConfig, device: torch.device, spread: bool = False) -
             )
         missing = sorted(loading["missing_keys"])
         if base != path:
-            safe = (path / "adapter_model.safetensors").is_file()  # transformers looks for one of the two alone
+            safe = (path / _SAFE_ADAPTER).is_file()  # transformers looks for one of the two alone
             missing += sorted(loaded.load_adapter(str(path), use_safetensors=safe).missing_keys)
         loaded = loaded.eval() if spread else loaded.to(device).eval()
         for parameter in loaded.parameters():  # an adapter's; not the buffers, whose rotary angles bfloat16 would round

@@ -57,6 +57,8 @@ class Manifest(Identified):
     invocations: list[dict[str, Any]]
 
 
+PROGRESS, EVENTS = "progress.json", "events.jsonl"
+_OF_JOB = "/runtime_resources/working_dir_files/"  # in the path of a job's working directory
 REMAKE = "delete it and start the same command again"
 
 
@@ -130,6 +132,16 @@ class RunDirectory:
     def __init__(self, uri: str, setting: str = "run.dir", make: bool = True) -> None:
         """setting: that names it, for errors. make: if it is not there. Raises UserError if it cannot be opened."""
         self.uri = uri
+        if "://" in uri and ("?" in uri or "#" in uri):
+            raise UserError(
+                f"{setting}: {uri} has a part after ? or #, which the files in it could not have; set what it says in "
+                "the environment: AWS_REGION, AWS_ENDPOINT_URL"
+            )
+        if make and "://" not in uri and not Path(uri).expanduser().is_absolute() and _OF_JOB in f"{Path.cwd()}/":
+            raise UserError(
+                f"{setting}: {uri} would be in the job's copy of the working directory, which Ray throws away; name an "
+                "absolute path on storage that outlives the job, or a URI"
+            )
         try:
             self._fs, self._root = storage.filesystem(uri)
             if self._fs.isfile(self._root):
@@ -299,7 +311,7 @@ class RunDirectory:
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         self.write("manifest.json", json.dumps(manifest, indent=2).encode())
 
-    def claim(self, identity: dict[str, Any], config: BaseModel, owns: Sequence[str] = ("units",)) -> None:
+    def claim(self, identity: dict[str, Any], config: BaseModel, owns: Sequence[str] = ()) -> None:
         """Make this the directory of runs with `identity`, or find that it is already. Raises UserError if not so.
 
         Args:
@@ -308,7 +320,7 @@ class RunDirectory:
         """
         manifest: dict[str, Any] = {"run_id": uuid.uuid4().hex[:12], "identity": identity, "invocations": []}
         if not self.exists("manifest.json"):
-            for name in ("config.yaml", *owns):
+            for name in ("config.yaml", PROGRESS, EVENTS, *owns):
                 if self.exists(name):
                     raise UserError(
                         f"run.dir: {self.uri} holds {name} but no manifest.json to say what it is of; use another "

@@ -7,7 +7,7 @@ from typing import Any
 from mrd_ray import journal
 from mrd_ray.errors import UserError
 from mrd_ray.journal import Event, Progress
-from mrd_ray.runs import RunDirectory
+from mrd_ray.runs import EVENTS, PROGRESS, RunDirectory
 from mrd_ray.stages import FOLDERS
 
 _EVENTS = 5
@@ -46,22 +46,23 @@ def status(uri: str) -> list[Status]:
     """
     stages = [f"{uri.rstrip('/')}/{folder}" for folder in FOLDERS]
     try:
-        found = [stage for stage in stages if RunDirectory.is_one(stage)]
+        claimed = [stage for stage in stages if RunDirectory.is_one(stage)]
     except (ImportError, ValueError, OSError) as problem:
         raise UserError(f"run: cannot open {uri}: {problem}") from None
-    return [_of(one) for one in found or [uri]]
+    begun = [stage for stage in claimed if RunDirectory.existing(stage, "run").exists(PROGRESS)]
+    return [_of(one) for one in begun or claimed or [uri]]
 
 
 def _of(uri: str) -> Status:
     run = RunDirectory.existing(uri, "run")
-    if absent := [name for name in (journal.PROGRESS, journal.EVENTS) if not run.exists(name)]:
+    if absent := [name for name in (PROGRESS, EVENTS) if not run.exists(name)]:
         raise UserError(f"run: {uri} has no {absent[0]}; its command was not started yet, or is none of these")
     try:
-        progress = Progress.model_validate_json(run.read(journal.PROGRESS))
-        events = [Event.model_validate_json(line) for line in journal.lines_of(run.read(journal.EVENTS))]
+        progress = Progress.model_validate_json(run.read(PROGRESS))
+        events = [Event.model_validate_json(line) for line in journal.lines_of(run.read(EVENTS))]
     except ValueError as problem:
         raise UserError(
-            f"{run.path(journal.PROGRESS)} or {journal.EVENTS} is damaged ({problem}); starting the run's command "
+            f"{run.path(PROGRESS)} or {EVENTS} is damaged ({problem}); starting the run's command "
             "again writes both anew"
         ) from None
     return Status(uri, progress, progress.silent, [event for event in events if event.event != "unit_done"][-_EVENTS:])

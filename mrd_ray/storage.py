@@ -25,8 +25,13 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if scheme not in _OF_ARROW:
         found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(uri)
         return found
-    arrow, root = pyarrow.fs.FileSystem.from_uri(urllib.parse.quote(uri, safe=":/?=&%"))
+    arrow, root = pyarrow.fs.FileSystem.from_uri(for_arrow(uri))
     return ArrowFSWrapper(arrow), root.rstrip("/")
+
+
+def for_arrow(uri: str) -> str:
+    """The URI as pyarrow, and Ray Train with it, want it: spaces and the like quoted. A local path is as it was."""
+    return urllib.parse.quote(uri, safe=":/?=&%") if uri.split("://")[0] in _OF_ARROW else uri
 
 
 def open_file(uri: str, mode: str = "rb", **options: Any) -> Any:
@@ -38,13 +43,14 @@ def open_file(uri: str, mode: str = "rb", **options: Any) -> Any:
 def local_folder(uri: str) -> Path:
     """A copy of the folder at `uri` on this machine, made once for what it holds now.
 
-    Raises as `filesystem`, and FileNotFoundError where nothing is there.
+    Raises as `filesystem`, FileNotFoundError where nothing is there, and ValueError if a file would be put elsewhere.
     """
     fs, root = filesystem(uri)
-    files = {file: fs.info(file) for file in fs.find(root)}
+    files = sorted(fs.find(root))
     if not files:
         raise FileNotFoundError(f"{uri} holds no files")
-    state = [uri, *(f"{file} {info['size']} {info.get('mtime')}" for file, info in sorted(files.items()))]
+    # all that the file system says of a file: some tell of a change by its time, some by a tag
+    state = [uri, *(f"{file} {sorted(map(str, fs.info(file).items()))}" for file in files)]
     copy = CACHE / "copies" / hashlib.sha256("\n".join(state).encode()).hexdigest()[:16]
     if copy.is_dir():
         return copy
@@ -53,6 +59,8 @@ def local_folder(uri: str) -> Path:
     try:
         for file in files:
             target = partial / os.path.relpath(file, root)
+            if ".." in target.parts:
+                raise ValueError(f"it holds {file}, which would be written outside of its copy")
             target.parent.mkdir(parents=True, exist_ok=True)
             fs.get_file(file, str(target))
         try:

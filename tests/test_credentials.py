@@ -22,6 +22,26 @@ HOLD_CREDENTIALS = [
     f"https://host/x.jsonl?key={SECRET}",
     f"https://host/x.jsonl?a=b&apikey={SECRET}",
     f"https://host/x.jsonl?password={SECRET}",
+    *(
+        f"https://host/x.jsonl{separator}{name}={SECRET}"
+        for separator in ("?", "?a=b&", "?a=b;", "#", "?%61=b%26")
+        for name in (
+            "private_token",
+            "secret_key",
+            "access_key",
+            "secret_access_key",
+            "api-key",
+            "client_secret",
+            "AWSAccessKeyId",
+            "session_token",
+            "account_key",
+            "access_token",
+            "X-Amz-Credential",
+            "sig",
+            "auth",
+            "Key-Pair-Id",
+        )
+    ),
 ]
 
 
@@ -41,8 +61,8 @@ def test_uris_with_credentials_are_refused_and_not_repeated(uri, tmp_path, capsy
     with pytest.raises(SystemExit) as ended:
         cli.main(["score", "--config", str(tmp_path / "c.yaml"), *rest])
     assert ended.value.code == 2
-    assert cli.main(["score", "--task", str(tmp_path / "c.yaml"), *rest]) == 1
-    assert cli.main(["score", "--data.path", uri, *rest]) == 1
+    assert cli.main(["score", "--task", str(tmp_path / "c.yaml"), *rest]) == 2
+    assert cli.main(["score", "--data.path", uri, *rest]) == 2
     printed = capsys.readouterr()
     assert SECRET not in printed.out + printed.err
     assert printed.err.count("holds credentials") == 3
@@ -58,6 +78,8 @@ def test_uris_with_credentials_are_refused_and_not_repeated(uri, tmp_path, capsy
         "s3://bucket/a:b@c.jsonl",
         "Qwen/Qwen3-0.6B",
         "mail: a@b",
+        "https://host/x.jsonl?download=true&max_tokens=5&tokenizer=gpt2&author=smith&design=2",
+        "s3://bucket/key=7/token=5/x.jsonl",
     ],
 )
 def test_uris_without_are_not(uri):
@@ -67,6 +89,19 @@ def test_uris_without_are_not(uri):
 def test_command_lines_of_others_are_recorded_without_secrets():
     command = ["own.py", "--hf_token", SECRET, f"--api-key={SECRET}", HOLD_CREDENTIALS[0], "--data.max_tokens", "7"]
     assert recordable(command) == ["own.py", "--hf_token", "***", "--api-key=***", "***", "--data.max_tokens", "7"]
+    command = [
+        f"hf_token={SECRET}",
+        f"wandb.api_key={SECRET}",
+        "--apikey",
+        SECRET,
+        "--auth",
+        SECRET,
+        "--passwd",
+        SECRET,
+    ]
+    assert SECRET not in " ".join(recordable(command))
+    ours = ["score", "--model.tokenizer", "t", "--scoring.micro_batch_tokens", "64", "--stopping.extraction_n=3"]
+    assert recordable(ours) == ours
 
 
 def test_nothing_of_the_environment_is_left_or_printed(tiny_model_dir, qa_file, tmp_path):

@@ -1,6 +1,7 @@
 """What operators see: metrics as scraped, events, a sign of life, and `mrd-ray status` from the directory alone."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -9,8 +10,10 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
+from ray import cloudpickle
 
 from mrd_ray import UserError, journal, score
 from mrd_ray.cli import main
@@ -19,7 +22,11 @@ from mrd_ray.journal import Journal
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import lookout
 from mrd_ray.scoring.lookout import Lookout
+from mrd_ray.scoring.pipeline import results
+from mrd_ray.scoring.pool import Pool
 from mrd_ray.status import status
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def scoring(tiny_model_dir: Path, qa_file: Path, run: Path):
@@ -205,13 +212,68 @@ def test_a_stall_names_unit_and_worker(ray_cluster, tmp_path, monkeypatch, capsy
     with Journal(run, "score") as record, Lookout(record, stall_after=0.5) as watched:
         until("no actor has started")
         board = watched.board
-        board.started.remote("actor-1", "node-7:4711")
+        board.started.remote("actor-1", "its node", "node-7:4711")
+        until("the start of an actor has been at work on node-7:4711 for")
+        board.ready.remote("actor-1")
         board.begins.remote("actor-1", "0-0-4-0-12")
         until("unit 0-0-4-0-12 has been at work on node-7:4711 for")
-        board.started.remote("actor-1", "node-7:4712")  # it was restarted while at the unit
+        board.started.remote("actor-1", "its node", "node-7:4712")  # it was restarted while at the unit
         until("an actor has started again after its end (1 by now)")
     assert said.count("no actor has started") == 1
     assert said.count("unit 0-0-4-0-12 has been at work on node-7:4711 for") == 1
     (found,) = status(str(tmp_path))
     assert (found.progress.actor_restarts, found.progress.units_failed) == (1, 1)
     assert any(event.event == "stall" and "0-0-4-0-12" in event.message for event in found.events)
+
+
+def test_where_actors_end_again_and_again_the_board_gives_up_unless_their_nodes_went(ray_cluster):
+    for node, given_up in ((ray.get_runtime_context().get_node_id(), True), ("a node that is gone", False)):
+        board = lookout.Board()
+        for _ in range(lookout._ENDS):
+            assert board.started("a", node, "n:1") is None
+            board.ready("a")
+            assert board.begins("a", "u") is None
+        assert board.started("b", node, "n:2") is None
+        board.ready("b")
+        why = board.started("a", node, "n:3") or board.begins("b", "u")
+        assert (why is not None) == given_up
+        assert (board.look()["given up"] is not None) == given_up
+        if given_up:
+            assert "actors at work on unit u have ended 5 times (n:2 would" in why
+        board = lookout.Board()
+        whys = [board.started("a", node, "n:1") for _ in range(lookout._ENDS + 1)]
+        assert [why is not None for why in whys] == [False] * lookout._ENDS + [given_up]
+
+
+class EndsAtTheSecond:
+    """An actor whose process ends at one of its units."""
+
+    def __init__(self, task) -> None:
+        pass
+
+    def __call__(self, unit_id, block):
+        if unit_id == "second":
+            os._exit(1)
+        return pa.table({"unit_id": [unit_id]})
+
+
+class EndsAtOnce:
+    """An actor whose process ends as it starts."""
+
+    def __init__(self, task) -> None:
+        os._exit(1)
+
+
+@pytest.mark.parametrize(
+    ("actor", "words"),
+    [
+        (EndsAtTheSecond, "actors at work on unit second have ended 5 times"),
+        (EndsAtOnce, "an actor has ended 5 times bef"),
+    ],
+)
+def test_a_run_whose_actors_end_again_and_again_ends(ray_cluster, tmp_path, actor, words):
+    run = RunDirectory(str(tmp_path))
+    run.claim({"a": 1}, ModelConfig(path="x"))
+    units = {"first": 0, "second": 0, "third": 0}
+    with Journal(run, "score") as journal, pytest.raises(UserError, match=words):
+        list(results(units, [pa.table({"x": [1]})], actor, None, Pool(1, 1.0, 0.0), journal, 600.0))

@@ -222,6 +222,22 @@ def adapter(tmp_path, tiny_model_dir):
     return tmp_path / "lora"
 
 
+def test_safetensors_that_no_loader_looks_for_excuse_no_pickle(pickled, adapter):
+    for folder, name in ((pickled, "other.safetensors"), (adapter, "adapter_model_other.safetensors")):
+        if folder == adapter:
+            torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+            (adapter / "adapter_model.safetensors").rename(adapter / name)
+        else:
+            save_file({"a": torch.zeros(1)}, folder / name)
+        for refuse in (models.files_digest, lambda model: models.load_model(model, CPU)):
+            with pytest.raises(UserError, match=r"model\.bin is a pickle"):
+                refuse(of(folder))
+    (pickled / "pytorch_model.bin").write_bytes(b"other weights")
+    before = models.files_digest(of(pickled, allow_pickle=True))
+    (pickled / "pytorch_model.bin").write_bytes(b"weights")
+    assert models.files_digest(of(pickled, allow_pickle=True)) != before
+
+
 @pytest.mark.parametrize("beside", ["base", "config"])
 def test_a_pickled_adapter_is_read_on_request_alone(adapter, beside, tiny_model_dir):
     """Also of an adapter that lies beside a whole model."""

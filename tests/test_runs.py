@@ -147,11 +147,29 @@ def test_any_fsspec_uri():
         assert run.read_table("units/u.parquet", table.schema).equals(table)
 
 
-def test_units_without_a_manifest_are_nobodys(tmp_path):
+@pytest.mark.parametrize("name", ["units/u.parquet", "samples.parquet", "progress.json", "events.jsonl"])
+def test_files_without_a_manifest_are_nobodys(tmp_path, name):
     run = RunDirectory(str(tmp_path))
-    run.write("units/u.parquet", b"made with who knows what")
-    with pytest.raises(UserError, match=r"units but no manifest\.json"):
-        run.claim({"a": 1}, CONFIG)
+    run.write(name, b"made with who knows what")
+    with pytest.raises(UserError, match=f"{name.partition('/')[0]} but no manifest"):
+        run.claim({"a": 1}, CONFIG, ("units", "samples.parquet"))
+    assert run.read(name) == b"made with who knows what"
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/run?region=eu-west-1", "memory://run#1"])
+def test_a_uri_whose_files_would_be_elsewhere_is_refused(uri):
+    with pytest.raises(UserError, match=r"run\.dir: .* has a part after \? or #"):
+        RunDirectory(uri)
+
+
+def test_a_directory_that_a_job_throws_away_is_refused(tmp_path, monkeypatch):
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(UserError, match=r"run\.dir: runs/one would be in the job's copy of the working directory"):
+        RunDirectory("runs/one")
+    RunDirectory(str(tmp_path / "one"))
+    RunDirectory("memory://one")
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"identity": 3}', "{"])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from moto.server import ThreadedMotoServer
 from mrd_ray import storage
 from mrd_ray.config import RunConfig
 from mrd_ray.errors import UserError
-from mrd_ray.journal import Journal
+from mrd_ray.journal import Journal, held
 from mrd_ray.runs import RunDirectory
 from mrd_ray.status import status
 
@@ -181,6 +182,8 @@ with Journal(RunDirectory("s3://lab/runs/shared"), "score"):
         process.stdout.readline()
         with pytest.raises(UserError, match=rf"process {process.pid} on .* is working in s3://lab/runs/shared"):
             Journal(run, "score")
+        with pytest.raises(UserError, match="is working in s3://lab/runs/shared"), held(run):
+            pass
         process.kill()
     with pytest.raises(UserError, match="until it has been silent for 60 s"):
         Journal(run, "score")
@@ -217,3 +220,21 @@ def test_a_copy_is_made_once_and_anew_where_the_folder_changed(s3, tmp_path, mon
     assert second != first
     assert (second / "config.json").read_text() == '{"a": 1}'
     assert sorted(path.name for path in (tmp_path / "cache" / "copies").iterdir()) == sorted([first.name, second.name])
+
+
+def test_a_copy_is_made_anew_where_a_file_system_tells_no_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
+    for weights in (b"AAAA", b"BBBB"):
+        with storage.open_file("memory://model/model.safetensors", "wb") as file:
+            file.write(weights)
+        assert (storage.local_folder("memory://model") / "model.safetensors").read_bytes() == weights
+
+
+def test_a_copy_stays_in_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "CACHE", tmp_path / "cache")
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as archive:
+        archive.writestr("model/config.json", "{}")
+        archive.writestr("model/../../../stolen.txt", "x")
+    with pytest.raises(ValueError, match="would be written outside of its copy"):
+        storage.local_folder(f"zip://model::{tmp_path / 'm.zip'}")
+    assert not list(tmp_path.rglob("stolen.txt"))

@@ -1,23 +1,43 @@
 """What must be in no setting, since settings are recorded in run directories and shown in reports and logs."""
 
 import re
-from collections.abc import Mapping, Sequence
+import urllib.parse
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mrd_ray.errors import UserError
 
+# a name that holds one of the first, or one of the others between separators: "tokenizer" and "max_tokens" are none
+_NAME = (
+    r"(?:[^=\s]*(?:secret|passw|signature|credential|token(?!iz|s)|(?:api|access|account)[-_]?key)[^=\s]*"
+    r"|(?:[^=\s]*[-_.])?(?:key|sig|auth|pwd)(?:[-_.][^=\s]*)?)"
+)
+_SECRET = re.compile(_NAME, re.IGNORECASE)
 _IN_URI = re.compile(
     r"://[^/@:]*:(?!\d+/)[^@]*@"  # USER:PASSWORD@, whose password may hold a slash; not HOST:8080/a@b
     r"|https?://[^/@]+@"  # a token alone; elsewhere that is a user, or a container
-    r"|[?&](x-amz-signature|x-amz-security-token|x-goog-signature|signature|sig|token|access_token|api_?key|key|auth|passw(or)?d|secret)=",
+    rf"|://[^\s?#]*[?#](?:[^\s]*[?&;#])?{_NAME.replace('=', '=&;#')}=",
     re.IGNORECASE,
 )
-_FLAG = re.compile(r"-(.*[-_.])?(token|secret|password|key|credentials?)", re.IGNORECASE)
+
+
+def _in_uri(text: str) -> bool:
+    return bool(_IN_URI.search(text) or _IN_URI.search(urllib.parse.unquote(text)))
+
+
+def secret_names(tree: Any) -> Iterator[str]:
+    """Keys, of mappings in mappings and lists, that are those of secrets and have a value."""
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            if value and isinstance(value, str) and _SECRET.fullmatch(name):
+                yield name
+    for part in tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list) else ():
+        yield from secret_names(part)
 
 
 def refuse_credentials(setting: str, value: Any) -> None:
     """Raises UserError if a text, or one in a mapping or list, is a URI with credentials. It does not repeat them."""
-    if isinstance(value, str) and _IN_URI.search(value):
+    if isinstance(value, str) and _in_uri(value):
         raise UserError(
             f"{setting}: a URI here holds credentials, which would be recorded with the run. Leave them out of it, and "
             "set them in the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, "
@@ -36,11 +56,11 @@ def recordable(command: Sequence[str]) -> list[str]:
     flag = ""
     for word in command:
         name, equals, _ = word.partition("=")
-        if _FLAG.fullmatch(flag):
+        if flag.startswith("-") and _SECRET.fullmatch(flag.lstrip("-")):
             word = "***"
-        elif equals and _FLAG.fullmatch(name):
+        elif equals and _SECRET.fullmatch(name.lstrip("-")):
             word = f"{name}=***"
-        elif _IN_URI.search(word):
+        elif _in_uri(word):
             word = "***"
         found.append(word)
         flag = word

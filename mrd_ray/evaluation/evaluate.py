@@ -16,11 +16,12 @@ from mrd_ray.evaluation import judges, sets, table, zero_shot
 from mrd_ray.evaluation.actor import RESULT_SCHEMA, EvaluationActor, Task
 from mrd_ray.evaluation.aggregate import Figure
 from mrd_ray.evaluation.measure import Record, is_of
-from mrd_ray.journal import Journal
+from mrd_ray.journal import Journal, held
 from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline
 
+_OWNS = ("units", "evaluation.parquet", "answers.parquet", "figures.parquet", "figures.json")
 _IDENTITY = [
     "extraction_n",
     "extraction_stride",
@@ -69,7 +70,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
     """
     console = Console(stderr=True)
     run = RunDirectory(config.run.dir)
-    with run.locked():
+    with held(run):
         files_digest = models.files_digest(config.model)
         zero_shot.require(config)
         tokenizer = models.load_tokenizer(config.model)
@@ -81,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
             reference = _reference(config.evaluation.reference, str(config.evaluation.forget), run, of_sets)
         _warn_of_overlap(tables, config.evaluation, console)
         identity = {"model": files_digest, "tokenizer": models.tokenizer_digest(tokenizer)}
-        run.claim(identity | of_sets | _identity(config), config, owns=("units", "evaluation.parquet"))
+        run.claim(identity | of_sets | _identity(config), config, _OWNS)
         with Journal(run, "evaluate") as journal:
             work = _Work(config, run, tables, files_digest, journal)
             records = work.off()

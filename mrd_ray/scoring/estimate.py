@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,11 +18,13 @@ from mrd_ray import models
 from mrd_ray.config import PlanConfig, ScoringConfig
 from mrd_ray.data import samples as samples_table
 from mrd_ray.errors import UserError
+from mrd_ray.journal import Journal
+from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline
 from mrd_ray.scoring import plan as planning
 from mrd_ray.scoring.actor import Task
 from mrd_ray.scoring.pool import Pool
-from mrd_ray.scoring.probe import Part, probe
+from mrd_ray.scoring.probe import Part, idle_pool, probe
 from mrd_ray.scoring.score import lengths, trial_of, unit_samples
 from mrd_ray.scoring.simulate import Course, Fleet, Rates, simulate
 
@@ -222,7 +225,14 @@ class _Job:
             (unit_samples(self.samples, layout, range(i, i + 1)), int(layout.padded_tokens[i])) for i in chosen
         ]
         found = probe(task, self.pool, parts)
-        return dataclasses.replace(found, start_up=found.start_up + self.ray_seconds)
+        return dataclasses.replace(found, start_up=found.start_up + self.ray_seconds + self._idle_pool)
+
+    @functools.cached_property
+    def _idle_pool(self) -> float:
+        with tempfile.TemporaryDirectory() as folder:  # a pool has a run directory to tell things to
+            run = RunDirectory(folder)
+            run.claim({}, self.config)
+            return idle_pool(self.pool, Journal(run, "plan"))
 
     def course(self, scoring: ScoringConfig, rates: Rates, fleet: Fleet) -> Course:
         return simulate(self.units(scoring, fleet.actors), self.layout(scoring), rates, fleet)

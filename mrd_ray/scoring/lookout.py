@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections import Counter
 from typing import Any
 
 import psutil
@@ -12,33 +13,62 @@ import ray.util.metrics
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mrd_ray.errors import UserError
 from mrd_ray.journal import Journal
 
 _LOOK_EVERY, _PATIENCE = 5.0, 5.0  # seconds
+_ENDS = 5  # of actors in the same place, after which it is not bad luck
+_LOADING = "the start of an actor"
 
 
 class Board:
-    """A Ray actor without resources of its own, on which actors note what they do."""
+    """A Ray actor without resources of its own, on which actors note what they do.
+
+    It tells them to give up, where they end again and again: at one unit, or before any. Those that ended with their
+    node are not counted.
+    """
 
     def __init__(self) -> None:
         self._at_work: dict[str, dict[str, Any]] = {}  # by actor
-        self._started: dict[str, str] = {}  # actor -> worker
+        self._started: dict[str, tuple[str, str]] = {}  # actor -> node's id, worker
+        self._ends: Counter[str] = Counter()  # by unit; of actors before their first, by actor
         self._restarts = self._lost = self._finished = 0
+        self._given_up: str | None = None
 
-    def started(self, actor: str, worker: str) -> None:
-        """An actor's constructor has begun, in the process `worker` ("node:pid")."""
+    def started(self, actor: str, node_id: str, worker: str) -> str | None:
+        """An actor's constructor has begun, in the process `worker` ("node:pid"). Why to give up, if it is to."""
+        work = self._at_work.pop(actor, None)
         if actor in self._started:
             self._restarts += 1
-        if self._at_work.pop(actor, None) is not None:
-            self._lost += 1
-        self._started[actor] = worker
+        if work is not None:
+            self._lost += work["unit"] != _LOADING
+            if self._started[actor][0] in _alive():
+                self._ends[actor if work["unit"] == _LOADING else work["unit"]] += 1
+        self._started[actor] = node_id, worker
+        return self._begin(actor, _LOADING)
 
-    def begins(self, actor: str, unit_id: str) -> None:
-        """An actor begins with a unit."""
-        self._at_work[actor] = {"unit": unit_id, "worker": self._started.get(actor, "?"), "since": time.monotonic()}
+    def begins(self, actor: str, unit_id: str) -> str | None:
+        """An actor begins with a unit. Why to give up, if it is to."""
+        return self._begin(actor, unit_id)
+
+    def _begin(self, actor: str, unit: str) -> str | None:
+        _, worker = self._started.get(actor, ("", "?"))
+        self._at_work[actor] = {"unit": unit, "worker": worker, "since": time.monotonic()}
+        if (ends := self._ends[actor if unit == _LOADING else unit]) >= _ENDS:
+            what = "an actor has ended" if unit == _LOADING else f"actors at work on unit {unit} have ended"
+            self._given_up = (
+                f"{what} {ends} times{' before it was ready' if unit == _LOADING else ''} ({worker} would have been "
+                "next): is there memory enough? Ray's logs say how they ended. Finished units are kept"
+            )
+        return self._given_up
+
+    def ready(self, actor: str) -> None:
+        """Its constructor is done."""
+        self._at_work.pop(actor, None)
+        self._ends.pop(actor, None)
 
     def ends(self, actor: str) -> None:
-        """It is done with it."""
+        """It is done with its unit."""
         self._at_work.pop(actor, None)
         self._finished += 1
 
@@ -48,7 +78,7 @@ class Board:
         at_work = [{**work, "seconds": now - work["since"]} for work in self._at_work.values()]
         return {
             "actors": len(self._started), "restarts": self._restarts, "lost": self._lost,
-            "finished": self._finished, "at_work": at_work,
+            "finished": self._finished, "at_work": at_work, "given up": self._given_up,
         }  # fmt: skip
 
 
@@ -62,9 +92,11 @@ class Noted:
 
     def __init__(self, actor: type, task: Any, blocks: ray.ObjectRef, board: Any, run_id: str) -> None:
         self._blocks: list[ray.ObjectRef] = ray.get(blocks)
-        self._board, self._id = board, ray.get_runtime_context().get_actor_id()
-        node = os.uname().nodename
-        board.started.remote(self._id, f"{node}:{os.getpid()}")
+        context, node = ray.get_runtime_context(), os.uname().nodename
+        self._board, self._id = board, context.get_actor_id()
+        self._given_up = _told(board.started.remote(self._id, context.get_node_id(), f"{node}:{os.getpid()}"))
+        if self._given_up is not None:
+            return
         self._memory = ray.util.metrics.Gauge(
             "mrd_ray_actor_device_memory_bytes",
             "Peak memory of an actor on its GPUs, or in the host where it has none",
@@ -72,17 +104,27 @@ class Noted:
         )
         self._memory.set_default_tags({"run": run_id, "node": node, "pid": str(os.getpid())})
         self._actor = actor(task)
+        board.ready.remote(self._id)
 
     def __call__(self, units: pa.Table) -> pa.Table:
-        """Work off a unit."""
+        """Work off a unit. Raises UserError if the board says to give up."""
         (unit,) = units.to_pylist()
-        self._board.begins.remote(self._id, unit["unit_id"])
+        if why := self._given_up or _told(self._board.begins.remote(self._id, unit["unit_id"])):
+            raise UserError(why)
         result = self._actor(unit["unit_id"], ray.get(self._blocks[unit["block"]]))
         gpus = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
         peaks = [torch.cuda.max_memory_allocated(gpu) for gpu in range(gpus)]
         self._memory.set(sum(peaks) if gpus else psutil.Process().memory_info().rss)
         self._board.ends.remote(self._id)
         return result
+
+
+def _told(answer: ray.ObjectRef) -> Any:
+    """What the board says; None where it is not to be reached."""
+    try:
+        return ray.get(answer, timeout=_PATIENCE)
+    except (ray.exceptions.RayError, TimeoutError):
+        return None
 
 
 class Lookout:
@@ -111,6 +153,11 @@ class Lookout:
         ray.kill(self.board)  # whom the thread may be waiting for
         self._thread.join()
 
+    def given_up(self) -> str | None:
+        """Why actors were told to give up, if they were."""
+        state: dict[str, Any] = _told(self.board.look.remote()) or {}
+        return state.get("given up")
+
     def _watch(self) -> None:
         while not self._over.wait(min(_LOOK_EVERY, self._stall_after)):
             try:
@@ -129,7 +176,8 @@ class Lookout:
         for work in state["at_work"]:
             if work["seconds"] > self._stall_after and (key := (work["unit"], work["worker"])) not in self._said:
                 self._said.add(key)
-                say = f"unit {work['unit']} has been at work on {work['worker']} for {work['seconds']:.0f} s: stalled?"
+                what = work["unit"] if work["unit"] == _LOADING else f"unit {work['unit']}"
+                say = f"{what} has been at work on {work['worker']} for {work['seconds']:.0f} s: stalled?"
                 self._journal.event("stall", say, unit=work["unit"], worker=work["worker"], seconds=work["seconds"])
         waited = time.monotonic() - self._since
         self._actors = max(self._actors, state["actors"])  # a board that was lost itself starts with none

@@ -34,7 +34,7 @@ def cluster(log_to_driver: bool = True) -> Iterator[bool]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=log_to_driver, include_dashboard=False, logging_level=logging.WARNING)
-    except ConnectionError as problem:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as problem:
         where = os.environ.get("RAY_ADDRESS", "the one that `ray start` was last used for here")
         raise UserError(f"cannot join the Ray cluster ({where}): {problem}; set RAY_ADDRESS, or unset it") from None
     try:
@@ -92,6 +92,9 @@ def results(
         actor: a callable class, made with `task` in each worker, that takes a unit_id and its block.
 
     Ray restarts actors that die and runs their units again; actors for which there is no room start when nodes join.
+
+    Raises:
+        UserError: actors have ended again and again, though not with their nodes, at one unit or before their first.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -109,5 +112,10 @@ def results(
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
         )
-        # no prefetching: it would hold a finished unit back until the next one is done
-        yield from dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
+        try:
+            # no prefetching: it would hold a finished unit back until the next one is done
+            yield from dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
+        except Exception as problem:  # Ray Data wraps that of an actor in one or another of its own
+            if (why := lookout.given_up()) is None:
+                raise
+            raise UserError(why) from problem

@@ -1,5 +1,6 @@
 """What an actor's work takes on the hardware at hand, by letting some do a little of it."""
 
+import collections
 import time
 from statistics import median
 
@@ -8,17 +9,28 @@ import pyarrow as pa
 import ray
 
 from mrd_ray.errors import UserError
+from mrd_ray.journal import Journal
 from mrd_ray.scoring.actor import ScoringActor, Task
+from mrd_ray.scoring.pipeline import results
 from mrd_ray.scoring.plan import Unit
 from mrd_ray.scoring.pool import Pool
 from mrd_ray.scoring.simulate import Rates
 
 _SECONDS = 10.0  # of timed work, about
+_NEVER = float("inf")  # is a stall of a probe told
 Part = tuple[pa.Table, int]  # samples as a ScoringActor takes them, and their padded tokens
 
 
+def idle_pool(pool: Pool, journal: Journal) -> float:
+    """Seconds that the run's pool takes for actors that do nothing: processes, their imports, Ray Data."""
+    began = time.monotonic()
+    units = {str(number): 0 for number in range(pool.actors)}
+    collections.deque(results(units, [pa.table({"block": [0]})], _Idle, None, pool, journal, _NEVER), maxlen=0)
+    return time.monotonic() - began
+
+
 def probe(task: Task, pool: Pool, parts: list[Part]) -> Rates:
-    """Rates of `pool.actors` actors that work side by side, as in the run.
+    """Rates of `pool.actors` actors that work side by side, as in the run; start-up without `idle_pool`.
 
     Args:
         parts: a few micro-batches, shortest samples first, evenly spread over those of the run.
@@ -26,13 +38,12 @@ def probe(task: Task, pool: Pool, parts: list[Part]) -> Rates:
     Raises:
         UserError: an actor refuses the model or the settings.
     """
-    began = time.monotonic()
     actor = ray.remote(_Timed).options(num_cpus=pool.cpus, num_gpus=pool.gpus)
     actors = [actor.remote(task) for _ in range(pool.actors)]
     try:
         if refusals := [reason for reason in ray.get([one.refuses.remote() for one in actors]) if reason]:
             raise UserError(refusals[0])
-        start_up = time.monotonic() - began
+        start_up = max(ray.get([one.loading.remote() for one in actors]))
         theta, perturb, forward = np.mean(ray.get([one.measure.remote(parts) for one in actors]), 0).tolist()
     finally:
         for one in actors:
@@ -40,12 +51,28 @@ def probe(task: Task, pool: Pool, parts: list[Part]) -> Rates:
     return Rates(start_up, theta, perturb, forward, f"measured here, {pool.actors} actor(s) side by side")
 
 
+class _Idle:
+    """For `pipeline.results`: nothing done by an actor whose process has all that a scoring actor's imports."""
+
+    def __init__(self, task: None) -> None:
+        pass
+
+    def __call__(self, unit_id: str, block: pa.Table) -> pa.Table:
+        return pa.table({"unit_id": [unit_id]})
+
+
 class _Timed:
     """A scoring actor that times itself."""
 
     def __init__(self, task: Task) -> None:
+        began = time.monotonic()
         self._of_draws = task.scoring.estimator == "monte_carlo"
         self._actor, self._draw = ScoringActor(task), 0
+        self._loading = time.monotonic() - began
+
+    def loading(self) -> float:
+        """Seconds that the model took, and trying the settings on it."""
+        return self._loading
 
     def refuses(self) -> str | None:
         """Why no unit can be worked off, if so."""
@@ -53,17 +80,19 @@ class _Timed:
 
     def measure(self, parts: list[Part]) -> tuple[float, float, float]:
         """Seconds of theta per token, of a perturbation, and of a forward per token; see `Rates`."""
-        few, few_tokens = parts[len(parts) // 2]
+        few = parts[0][0].slice(0, 1)  # hardly more than a perturbation
+        few_tokens = len(few["token_ids"][0])
         self._seconds(few)  # libraries warm up
         small = self._repeated(few, _SECONDS / 4)
-        step = max(1, round(len(parts) * small / (_SECONDS / 8)))  # so that they take a second or so together
-        many = parts[step // 2 :: step] or parts[:1]
+        each = self._seconds(parts[len(parts) // 2][0]) - small
+        step = max(1, round(len(parts) * each / (_SECONDS / 8)))  # so that they take a second or so together
+        many = parts[step // 2 :: step] or parts[-1:]
         samples, tokens = pa.concat_tables(part for part, _ in many), sum(tokens for _, tokens in many)
         first = self._seconds(samples)
         large = self._repeated(samples, _SECONDS / 2)
         if not self._of_draws:
             return 0.0, 0.0, large / tokens
-        if tokens <= few_tokens:  # too few samples to tell a forward from a perturbation
+        if tokens < 4 * few_tokens:  # too few samples to tell a forward from a perturbation
             return max(0.0, first - large) / tokens, 0.0, large / tokens
         forward = (large - small) / (tokens - few_tokens)
         return max(0.0, first - large) / tokens, max(0.0, small - forward * few_tokens), forward

@@ -17,7 +17,7 @@ from mrd_ray import models
 from mrd_ray.config import ScoreConfig, ScoringConfig
 from mrd_ray.data import samples as samples_table
 from mrd_ray.errors import UserError
-from mrd_ray.journal import Journal
+from mrd_ray.journal import Journal, held
 from mrd_ray.mrd.noise import NOISE_VERSION
 from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
@@ -25,6 +25,8 @@ from mrd_ray.scoring import pipeline, plan, summary
 from mrd_ray.scoring.actor import ScoringActor, Task
 from mrd_ray.scoring.result import RESULT_SCHEMA, flaw
 from mrd_ray.scoring.table import scores_table, unsettled
+
+_OWNS = ("units", "samples.parquet", "scores.parquet", "summary.png")
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,12 @@ def score(config: ScoreConfig) -> ScoreRun:
     """
     console = Console(stderr=True)
     run = RunDirectory(config.run.dir)
-    with run.locked():
+    with held(run):
         files_digest = models.files_digest(config.model)
         skeleton = models.skeleton(config.model)
         plan.refuse_uncovered(skeleton, config.scoring)
         tokenizer = models.load_tokenizer(config.model)
-        console.print(f"Reading {config.data.path}")
+        console.print(f"Reading {config.data.path}", markup=False, highlight=False, soft_wrap=True)
         samples = samples_table.build(config.data, tokenizer, models.context_length(skeleton.config))
         run.claim(
             {
@@ -68,6 +70,7 @@ def score(config: ScoreConfig) -> ScoreRun:
             }
             | _identity(config.scoring),
             config,
+            _OWNS,
         )
         run.write_table("samples.parquet", samples)
         with Journal(run, "score") as journal:

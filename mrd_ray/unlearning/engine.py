@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mrd_ray.config import UnlearnConfig
+from mrd_ray.config.credentials import secret_names
 from mrd_ray.errors import UserError
 from mrd_ray.models import weights_digest
 from mrd_ray.mrd.likelihood import MicroBatch
@@ -100,6 +101,11 @@ def user_json(path: str | None) -> dict[str, Any]:
         found = json.loads(Path(path).expanduser().read_text())
         if not isinstance(found, dict):
             raise ValueError("it holds no object")
+        if secrets := sorted(set(secret_names(found))):
+            raise UserError(
+                f"deepspeed.config: {path} holds a secret ({', '.join(secrets)}), which would be recorded with the "
+                "run; leave it out, and set it in the environment"
+            )
     except (OSError, RuntimeError) as problem:
         raise UserError(f"deepspeed.config: cannot read {path}: {problem}") from None
     except ValueError as problem:

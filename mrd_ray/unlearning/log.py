@@ -20,10 +20,13 @@ _FLUSH_EVERY = 2.0  # seconds
 _OF_RUN = ("run",)  # tags of metrics
 
 
-def require(tracking: TrackingConfig) -> None:
-    """Raises UserError if something asked for is not installed."""
-    wanted = {"tensorboard": tracking.tensorboard, "wandb": tracking.wandb_project is not None}
-    for library in (library for library, asked in wanted.items() if asked):
+def require(tracking: TrackingConfig, run_dir: str) -> None:
+    """Raises UserError if something asked for is not installed; TensorBoard writes to a URI by a library of its own."""
+    wanted = ["wandb"] if tracking.wandb_project is not None else []
+    if tracking.tensorboard:
+        writer = {"s3": "boto3", "gs": "gcsfs", "gcs": "gcsfs"}.get(run_dir.split("://")[0])
+        wanted += ["tensorboard"] if writer is None else ["tensorboard", writer]
+    for library in wanted:
         try:
             importlib.import_module(library)
         except ImportError:

@@ -10,17 +10,18 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+from pydantic import BaseModel, ValidationError
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
-from mrd_ray import models
+from mrd_ray import models, storage
 from mrd_ray.config import RayConfig, RunConfig, ScoreConfig, UnlearnConfig
 from mrd_ray.config.paths import with_absolute_paths
 from mrd_ray.data import samples as samples_table
 from mrd_ray.errors import UserError
-from mrd_ray.journal import Journal
+from mrd_ray.journal import Journal, held
 from mrd_ray.mrd.noise import NOISE_VERSION
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline, plan
@@ -34,7 +35,15 @@ from mrd_ray.unlearning.watch import Watch
 from mrd_ray.unlearning.worker import RANKED_BY, Job, work
 
 _CHECKPOINTS = "checkpoints"
-_OWNS = ("model", _CHECKPOINTS, "scores", "refreshes", "evaluations", log.NAME)
+_OWNS = ("model", _CHECKPOINTS, "scores", "refreshes", "evaluations", "tensorboard", log.NAME, log.START)
+
+
+class _Outcome(BaseModel):
+    """Of a finished run, in its manifest: why it stopped, the result's step, and the settings, as JSON."""
+
+    reason: str
+    step: int
+    config: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -70,27 +79,36 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
     console = Console(stderr=True)
     config = with_absolute_paths(config)
     run = RunDirectory(config.run.dir)
-    with run.locked():
+    with held(run):
         skeleton = models.skeleton(config.model)
         if config.lora.rank:
             trained.add_lora(skeleton, config)
         if config.unlearning.weighting != "uniform":
             plan.refuse_uncovered(skeleton, config.scoring)
-        log.require(config.tracking)
+        log.require(config.tracking, config.run.dir)
         tokenizer = models.load_tokenizer(config.model)
         of_run = sets.build(config, tokenizer, models.context_length(skeleton.config), console)
         if of_run.retain is None:
             console.print("Without a retain set nothing watches what else the model loses (retain.path)", style="red")
         run.claim(_identity(config, models.tokenizer_digest(tokenizer), of_run), config, _OWNS)
-        done = run.manifest().get("outcome")
-        if done is None or done["config"] != config.model_dump(mode="json") or not run.exists("model"):
+        done = _outcome(run)
+        if done is None or done.config != config.model_dump(mode="json"):
             # what matters is in the log; the rest is libraries' chatter
             with Journal(run, "unlearn") as journal, pipeline.cluster(log_to_driver=False) as grows:
                 rounds = _Rounds(config, run, of_run, models.files_digest(config.model), measure, journal)
-                outcome = rounds.work_off(grows)
-                run.record("outcome", outcome | {"config": config.model_dump(mode="json")})
-            done = outcome
-    return UnlearnRun(run, config, done["reason"], done["step"], log.read(run))
+                run.record("outcome", None)  # model/ may be half of each while it is being replaced
+                done = _Outcome(**rounds.work_off(grows), config=config.model_dump(mode="json"))
+                run.record("outcome", done.model_dump())
+    return UnlearnRun(run, config, done.reason, done.step, log.read(run))
+
+
+def _outcome(run: RunDirectory) -> _Outcome | None:
+    """Of a run that has ended and whose files are there; what of them is damaged can be made from its checkpoints."""
+    try:
+        log.read(run)
+        return _Outcome.model_validate(run.manifest().get("outcome")) if run.exists("model") else None
+    except (UserError, ValidationError):
+        return None
 
 
 def _identity(config: UnlearnConfig, tokenizer: str, of_run: Sets) -> dict[str, Any]:
@@ -167,7 +185,7 @@ class _Rounds:
         if not self.run.exists(f"{_CHECKPOINTS}/checkpoint_manager_snapshot.json"):
             return None
         try:
-            result = Result.from_path(f"{self.run.uri}/{_CHECKPOINTS}")
+            result = Result.from_path(storage.for_arrow(f"{self.run.uri}/{_CHECKPOINTS}"))
         except (RuntimeError, ValueError, OSError) as problem:
             raise UserError(
                 f"{self.run.path(_CHECKPOINTS)} is damaged ({problem}); start anew in another directory, from the "
@@ -237,7 +255,7 @@ class _Rounds:
             ),
             run_config=TrainRunConfig(
                 name=_CHECKPOINTS,
-                storage_path=self.run.uri,
+                storage_path=storage.for_arrow(self.run.uri),
                 logging_config=LoggingConfig("ERROR"),
                 failure_config=FailureConfig(max_failures=self.config.ray.max_failures),
                 checkpoint_config=CheckpointConfig(

@@ -25,7 +25,7 @@ class Watch:
     def __init__(self, run: RunDirectory, steps: int, journal: Journal, stall_after: float) -> None:
         self._run, self._journal, self._meter = run, journal, Meter("Unlearning", steps, journal.console)
         journal.tell(steps=steps)
-        self._start, self._goes_on = log.start(run), bool(log.read(run))
+        self._start, self._goes_on = log.start(run), run.exists(log.NAME)
         self._began, self._seen, self._step = False, 0, 0
         self._losses = self._knows = ""
         self._nodes, self._stall_after = Nodes(journal), stall_after

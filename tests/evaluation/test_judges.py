@@ -96,5 +96,6 @@ def test_a_judge_without_the_label_is_refused(settings, stories_dir, classifier_
 def test_a_pickled_judge_is_refused(classifier_dir, tmp_path, judge):
     folder = shutil.copytree(classifier_dir, tmp_path / "judge")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "other.safetensors").write_bytes(b"which no loader looks for")
     with pytest.raises(UserError, match=rf"evaluation\.{judge}: .*pytorch_model\.bin is a pickle"):
         Judges(EvaluationConfig(**{judge: str(folder)}), torch.device("cpu"))

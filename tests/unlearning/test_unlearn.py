@@ -88,6 +88,16 @@ def test_the_same_command_again_has_nothing_to_do_and_another_is_refused(finishe
         unlearn(config(files, run, ray__workers=1, unlearning__steps=8))
 
 
+def test_a_damaged_log_or_outcome_is_made_again_from_the_checkpoint(finished, files, tmp_path):
+    run = shutil.copytree(finished[1], tmp_path / "run")
+    (run / "metrics.jsonl").write_text("{")
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"outcome": 3}))
+    again = unlearn(config(files, run))
+    assert (again.reason, again.step) == ("the last of 6 steps", 6)
+    assert trajectory(run) == trajectory(finished[1])
+
+
 def test_what_a_run_did_not_make_is_left_alone(files, tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(UserError, match=r"holds model but no manifest\.json"):
