@@ -131,6 +131,14 @@ def start(run: RunDirectory) -> bytes:
     return run.read(START) if run.exists(START) else b""
 
 
+def node_of(start: bytes) -> str:
+    """The node of rank 0, by what `start` gives."""
+    try:
+        return str(json.loads(start)["node"])
+    except (ValueError, LookupError, TypeError):
+        return "no node yet"
+
+
 def read(run: RunDirectory) -> list[dict[str, Any]]:
     """The lines so far; none before a run has begun. Raises UserError if they are damaged."""
     if not run.exists(NAME):

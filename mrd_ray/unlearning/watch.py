@@ -68,9 +68,9 @@ class Watch:
         self._seen = len(lines)
         if (silent := time.monotonic() - self._news) > self._stall_after and not self._warned:
             self._warned = True
-            self._journal.event(
-                "stall", f"Unlearning: nothing since step {self._step} for {silent:.0f} s: stalled?", seconds=silent
-            )
+            node = log.node_of(start)
+            say = f"Unlearning: nothing since step {self._step} for {silent:.0f} s (rank 0 is on {node}): stalled?"
+            self._journal.event("stall", say, seconds=silent, node=node)
 
     def _go_on(self, lines: list[dict[str, Any]]) -> None:
         step = lines[-1]["step"] if lines else 0

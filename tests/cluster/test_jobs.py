@@ -166,12 +166,26 @@ def test_exit_codes(ray_job, working_dir, tiny_model_dir, qa_file, tmp_path):
     assert len(scores(tmp_path / "run")) == 13
 
 
-def test_pipeline(ray_job, working_dir, tiny_model_dir, qa_file, tmp_path):
+def test_a_pipeline_that_is_stopped_while_it_unlearns(ray_job, working_dir, tiny_model_dir, qa_file, tmp_path):
+    run = tmp_path / "run"
     flags = [
-        *("--model.path", str(tiny_model_dir), "--data.path", str(qa_file), "--run.dir", str(tmp_path / "run")),
-        *("--unlearning.method", "ga", "--unlearning.steps", "2", "--unlearning.batch_size", "4"),
+        *("--model.path", str(tiny_model_dir), "--data.path", str(qa_file), "--run.dir", str(run)),
+        *("--unlearning.method", "ga", "--unlearning.steps", "400", "--unlearning.batch_size", "4"),
+        *("--unlearning.learning_rate", "1e-7", "--stopping.evaluate_every", "20", "--stopping.forgotten", "never"),
         *("--stopping.extraction_n", "0", "--ray.actors", "1", "--ray.workers", "1"),
     ]
-    job = ray_job(*submission(working_dir, "pipeline", "pipeline", flags))
-    assert job.returncode == 0, job.stdout + job.stderr
-    assert (tmp_path / "run" / "report.html").is_file()
+    job = ray_job(*submission(working_dir, "pipeline", "pipeline", flags, "--no-wait"))
+    assert job.returncode == 0, job.stderr
+    until(lambda: (run / "unlearn" / "checkpoints" / "step-000040").is_dir())
+    assert ray_job("stop", "pipeline").returncode == 0
+    until(lambda: "was stopped" in ray_job("status", "pipeline").stdout)
+    assert json.loads((run / "unlearn" / "progress.json").read_text())["state"] == "interrupted"
+    assert not (run / "unlearn" / "model").exists()
+    before = units(run / "score")
+
+    again = ray_job(*submission(working_dir, "pipeline-again", "pipeline", flags))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert re.search("go on from step [1-9]", again.stdout)
+    assert units(run / "score") == before
+    assert json.loads((run / "unlearn" / "manifest.json").read_text())["outcome"]["step"] == 400
+    assert (run / "report.html").is_file()

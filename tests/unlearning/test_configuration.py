@@ -122,6 +122,12 @@ def test_what_is_not_ours_is_kept(tmp_path):
     assert found["zero_optimization"] == plain["zero_optimization"] | pinned
 
 
+def test_a_secret_of_a_monitor_is_refused_and_not_repeated(tmp_path):
+    with pytest.raises(UserError, match=r"deepspeed\.config: .* holds a secret \(api_key\)") as refusal:
+        with_json(tmp_path, {"comet": {"enabled": True, "api_key": "hunter2"}}, {})
+    assert "hunter2" not in str(refusal.value)
+
+
 def test_auto_leaves_buckets_to_us(tmp_path):
     content = nested("zero_optimization", {"reduce_bucket_size": "auto", "allgather_bucket_size": "auto"})
     assert with_json(tmp_path, content, {}) == configuration(config({}), 1)

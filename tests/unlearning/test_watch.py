@@ -27,7 +27,7 @@ def write(run: RunDirectory, steps: int, start: int | None = None) -> None:
     ]
     run.write(log.NAME, "".join(json.dumps(line) + "\n" for line in lines).encode())
     if start is not None:
-        run.write(log.START, json.dumps({"pid": start}).encode())
+        run.write(log.START, json.dumps({"node": "node-7", "pid": start}).encode())
 
 
 def events(record: Journal) -> list[tuple[str, int | None]]:
@@ -86,4 +86,8 @@ def test_a_stall_is_said_once_and_again_after_news(run, monkeypatch):
         write(run, 1, start=1)
         until(lambda: len(events(record)) == 2)
     said = [json.loads(line) for line in run.read(journal.EVENTS).splitlines()]
-    assert "nothing since step 1" in next(event["message"] for event in reversed(said) if event["event"] == "stall")
+    stalls = [event["message"] for event in said if event["event"] == "stall"]
+    assert "nothing since step 0" in stalls[0]
+    assert "(rank 0 is on no node yet)" in stalls[0]
+    assert "nothing since step 1" in stalls[1]
+    assert "(rank 0 is on node-7)" in stalls[1]
