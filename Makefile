@@ -23,11 +23,12 @@ soak: .venv/installed
 # builds, checks and times what runs on a GPU: make gpu MODEL=directory of a model DATA=forget set
 gpu: .venv/installed
 	$(BIN)/python -m pytest -m gpu
-	for dtype in float32 bfloat16; do for benchmark in perturb \
-	    "likelihood --micro_batch_tokens 16384 --data $(DATA)" \
-	    "closed_form --micro_batch_tokens 16384 --max_samples 400 --data $(DATA)"; do \
-	  $(BIN)/python -m benchmarks $$benchmark --model "$(MODEL)" --device cuda --dtype $$dtype \
-	    --out benchmarks/results/gpu/$$dtype || exit 1; done; done
+	for dtype in float32 bfloat16; do \
+	  set -- --model "$(MODEL)" --device cuda --dtype $$dtype --out benchmarks/results/gpu/$$dtype; \
+	  $(BIN)/python -m benchmarks perturb "$$@" && \
+	  $(BIN)/python -m benchmarks likelihood "$$@" --data "$(DATA)" --micro_batch_tokens 16384 && \
+	  $(BIN)/python -m benchmarks closed_form "$$@" --data "$(DATA)" --micro_batch_tokens 16384 --max_samples 400 \
+	    || exit 1; done
 
 install: .venv/installed
 

@@ -82,9 +82,7 @@ def weight_files(model: ModelConfig) -> list[Path]:
     """
     path = directory(model)
     base = base_directory(path)
-    files = [] if not has_safetensors(base) else sorted(base.glob("*.safetensors"))
-    files = [file for file in files if not file.name.startswith("adapter_model")]
-    if not (files := files or _pickles(base, _PICKLED, model)):
+    if not (files := safetensors_of(base) or _pickles(base, _PICKLED, model)):
         raise UserError(f"model.path: {base} has no weights; expected {_SAFE}, its index and parts, or {_PICKLED}")
     for folder in dict.fromkeys([base, path]):  # a whole model may have an adapter beside it
         if (folder / "adapter_config.json").is_file():
@@ -93,9 +91,23 @@ def weight_files(model: ModelConfig) -> list[Path]:
     return files
 
 
-def has_safetensors(folder: Path) -> bool:
-    """Whether loaders find safetensors here, by the names that they look for, and not whatever else is beside them."""
-    return any((folder / name).is_file() for name in (_SAFE, f"{_SAFE}.index.json"))
+def safetensors_of(folder: Path) -> list[Path]:
+    """The safetensors that loaders read here, by the names that they look for, and not whatever else is beside them.
+
+    Raises UserError if an index names other files, or some that are not there.
+    """
+    index = folder / f"{_SAFE}.index.json"
+    if (folder / _SAFE).is_file() or not index.is_file():
+        return [folder / _SAFE] if (folder / _SAFE).is_file() else []
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        parts = [folder / name for name in names]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"model.path: {index} is no index of safetensors; copy the model again") from None
+    for part in parts:
+        if part.suffix != ".safetensors" or not part.is_file():
+            raise UserError(f"model.path: {index} names {part.name}, which is no safetensors file beside it")
+    return parts
 
 
 def _pickles(folder: Path, pattern: str, model: ModelConfig) -> list[Path]:
@@ -179,6 +191,11 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
     except Exception as problem:  # each architecture, or its own code, objects in a way of its own
         _refuse_code("model.path", base, problem)
         raise UserError(f"model.path: {base} is not a model directory that transformers reads: {problem}") from None
+    if elsewhere := getattr(config, "transformers_weights", None):
+        raise UserError(
+            f"model.path: {base / 'config.json'} takes weights from {elsewhere} (transformers_weights), which no "
+            f"digest covers; rename it to {_SAFE}, and leave that setting out"
+        )
     if model.trust_remote_code:
         _refuse_code_from_elsewhere(base, getattr(config, "auto_map", None) or {})
     if quantised := getattr(config, "quantization_config", None):

@@ -137,7 +137,7 @@ class RunDirectory:
                 f"{setting}: {uri} has a part after ? or #, which the files in it could not have; set what it says in "
                 "the environment: AWS_REGION, AWS_ENDPOINT_URL"
             )
-        if make and "://" not in uri and not Path(uri).expanduser().is_absolute() and _OF_JOB in f"{Path.cwd()}/":
+        if make and "://" not in uri and _OF_JOB in str(Path(uri).expanduser().absolute()):
             raise UserError(
                 f"{setting}: {uri} would be in the job's copy of the working directory, which Ray throws away; name an "
                 "absolute path on storage that outlives the job, or a URI"

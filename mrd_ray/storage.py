@@ -40,6 +40,11 @@ def open_file(uri: str, mode: str = "rb", **options: Any) -> Any:
     return fs.open(path, mode, **options)
 
 
+def _lasting(info: dict[str, Any]) -> dict[str, Any]:
+    """Without when it was read: `time` is what sftp calls that."""
+    return {name: value for name, value in info.items() if name != "time" and "access" not in name}
+
+
 def local_folder(uri: str) -> Path:
     """A copy of the folder at `uri` on this machine, made once for what it holds now.
 
@@ -49,8 +54,8 @@ def local_folder(uri: str) -> Path:
     files = sorted(fs.find(root))
     if not files:
         raise FileNotFoundError(f"{uri} holds no files")
-    # all that the file system says of a file: some tell of a change by its time, some by a tag
-    state = [uri, *(f"{file} {sorted(map(str, fs.info(file).items()))}" for file in files)]
+    # all that the file system says of a file, since some tell of a change by its time and some by a tag
+    state = [uri, *(f"{file} {sorted(map(str, _lasting(fs.info(file)).items()))}" for file in files)]
     copy = CACHE / "copies" / hashlib.sha256("\n".join(state).encode()).hexdigest()[:16]
     if copy.is_dir():
         return copy

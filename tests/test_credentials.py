@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -33,6 +34,9 @@ HOLD_CREDENTIALS = [
             "api-key",
             "client_secret",
             "AWSAccessKeyId",
+            "passphrase",
+            "pass",
+            "oauth",
             "session_token",
             "account_key",
             "access_token",
@@ -86,6 +90,13 @@ def test_uris_without_are_not(uri):
     ScoreConfig(model={"path": uri}, data={"path": uri}, run={"dir": uri})
 
 
+def test_no_text_takes_long():
+    for text in ("://?a" * 5000, "://" * 5000, "https://h/?" + "&a" * 5000, "https://h/?" + "key." * 3000):
+        began = time.monotonic()
+        recordable([text])
+        assert time.monotonic() - began < 2
+
+
 def test_command_lines_of_others_are_recorded_without_secrets():
     command = ["own.py", "--hf_token", SECRET, f"--api-key={SECRET}", HOLD_CREDENTIALS[0], "--data.max_tokens", "7"]
     assert recordable(command) == ["own.py", "--hf_token", "***", "--api-key=***", "***", "--data.max_tokens", "7"]
@@ -100,7 +111,8 @@ def test_command_lines_of_others_are_recorded_without_secrets():
         SECRET,
     ]
     assert SECRET not in " ".join(recordable(command))
-    ours = ["score", "--model.tokenizer", "t", "--scoring.micro_batch_tokens", "64", "--stopping.extraction_n=3"]
+    assert SECRET not in " ".join(recordable(["own.py", "--use_auth", "--token", SECRET, "--passphrase", SECRET]))
+    ours = ["score", "--pad_token_id", "5", "--model.tokenizer", "t", "--scoring.micro_batch_tokens", "64"]
     assert recordable(ours) == ours
 
 

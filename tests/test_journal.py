@@ -240,6 +240,9 @@ def test_where_actors_end_again_and_again_the_board_gives_up_unless_their_nodes_
         assert (board.look()["given up"] is not None) == given_up
         if given_up:
             assert "actors at work on unit u have ended 5 times (n:2 would" in why
+        board = lookout.Board()  # that was lost, with all it knew
+        assert board.begins("a", "u") is None
+        assert board.started("a", node, "n:1") is None
         board = lookout.Board()
         whys = [board.started("a", node, "n:1") for _ in range(lookout._ENDS + 1)]
         assert [why is not None for why in whys] == [False] * lookout._ENDS + [given_up]

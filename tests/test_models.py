@@ -238,6 +238,40 @@ def test_safetensors_that_no_loader_looks_for_excuse_no_pickle(pickled, adapter)
     assert models.files_digest(of(pickled, allow_pickle=True)) != before
 
 
+def test_an_index_names_safetensors_that_are_there_or_is_refused(tmp_path, tiny_model_dir):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
+    whole = models.load_model(of(folder), CPU)
+    (folder / "model.safetensors").unlink()
+    whole.save_pretrained(folder, max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    parts = models.weight_files(of(folder))
+    assert len(parts) > 1
+    assert models.weights_digest(models.load_model(of(folder), CPU).state_dict()) == models.weights_digest(
+        whole.state_dict()
+    )
+    before = models.files_digest(of(folder))
+    (folder / "other.safetensors").write_bytes(b"which nobody reads")
+    assert models.files_digest(of(folder)) == before
+    good = json.loads(index.read_text())
+    for name in ("weights.bin", "absent.safetensors"):
+        (folder / "weights.bin").write_bytes(b"x")
+        index.write_text(json.dumps(good | {"weight_map": dict.fromkeys(good["weight_map"], name)}))
+        with pytest.raises(UserError, match=f"names {name}"):
+            models.load_model(of(folder), CPU)
+    for content in ("[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        index.write_text(content)
+        with pytest.raises(UserError, match="is no index of safetensors"):
+            models.files_digest(of(folder))
+
+
+def test_weights_of_another_name_are_refused(tmp_path, tiny_model_dir):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"transformers_weights": "adapter_model.bin"}))
+    with pytest.raises(UserError, match=r"takes weights from adapter_model\.bin \(transformers_weights\)"):
+        models.load_model(of(folder), CPU)
+
+
 @pytest.mark.parametrize("beside", ["base", "config"])
 def test_a_pickled_adapter_is_read_on_request_alone(adapter, beside, tiny_model_dir):
     """Also of an adapter that lies beside a whole model."""

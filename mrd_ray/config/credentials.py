@@ -8,28 +8,34 @@ from typing import Any
 from mrd_ray.errors import UserError
 
 # a name that holds one of the first, or one of the others between separators: "tokenizer" and "max_tokens" are none
-_NAME = (
-    r"(?:[^=\s]*(?:secret|passw|signature|credential|token(?!iz|s)|(?:api|access|account)[-_]?key)[^=\s]*"
-    r"|(?:[^=\s]*[-_.])?(?:key|sig|auth|pwd)(?:[-_.][^=\s]*)?)"
-)
-_SECRET = re.compile(_NAME, re.IGNORECASE)
-_IN_URI = re.compile(
-    r"://[^/@:]*:(?!\d+/)[^@]*@"  # USER:PASSWORD@, whose password may hold a slash; not HOST:8080/a@b
-    r"|https?://[^/@]+@"  # a token alone; elsewhere that is a user, or a container
-    rf"|://[^\s?#]*[?#](?:[^\s]*[?&;#])?{_NAME.replace('=', '=&;#')}=",
+_SECRET = re.compile(
+    r".*(secret|passw|passphrase|signature|credential|authorization|bearer|token(?!iz|s|_type|_id|_length)"
+    r"|(api|access|account)[-_]?key).*|(.*[-_.])?(key|sig|oauth|auth|pass|pwd)([-_.].*)?",
     re.IGNORECASE,
 )
+_IN_URI = re.compile(
+    r"://[^/@:]*:(?!\d+/)[^@]*@"  # USER:PASSWORD@, whose password may hold a slash; not HOST:8080/a@b
+    r"|https?://[^/@]+@",  # a token alone; elsewhere that is a user, or a container
+    re.IGNORECASE,
+)
+_AFTER_PATH = re.compile(r"[?&;#]")
 
 
 def _in_uri(text: str) -> bool:
-    return bool(_IN_URI.search(text) or _IN_URI.search(urllib.parse.unquote(text)))
+    return _IN_URI.search(text) is not None or any(
+        _SECRET.fullmatch(name)
+        for word in (*text.split(), *urllib.parse.unquote(text).split())
+        for part in _AFTER_PATH.split(word.partition("://")[2])[1:]
+        for name, given, _ in [part.partition("=")]
+        if given
+    )
 
 
 def secret_names(tree: Any) -> Iterator[str]:
     """Keys, of mappings in mappings and lists, that are those of secrets and have a value."""
     if isinstance(tree, Mapping):
         for name, value in tree.items():
-            if value and isinstance(value, str) and _SECRET.fullmatch(name):
+            if value and isinstance(value, str | list) and _SECRET.fullmatch(name):
                 yield name
     for part in tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list) else ():
         yield from secret_names(part)
@@ -54,7 +60,8 @@ def recordable(command: Sequence[str]) -> list[str]:
     """A command line, which need not be one of ours, without what looks like a secret."""
     found = []
     flag = ""
-    for word in command:
+    for given in command:
+        word = given
         name, equals, _ = word.partition("=")
         if flag.startswith("-") and _SECRET.fullmatch(flag.lstrip("-")):
             word = "***"
@@ -63,5 +70,5 @@ def recordable(command: Sequence[str]) -> list[str]:
         elif _in_uri(word):
             word = "***"
         found.append(word)
-        flag = word
+        flag = given
     return found

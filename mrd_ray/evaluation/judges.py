@@ -53,7 +53,7 @@ def _folder(setting: str, path: str) -> str:
     """The judge's directory. Raises UserError if a part of it has no safetensors."""
     folder = models.fetch(setting, path)
     for pickled in sorted(folder.rglob("pytorch_model*.bin")):
-        if not models.has_safetensors(pickled.parent):
+        if not models.safetensors_of(pickled.parent):
             raise UserError(
                 f"{setting}: {pickled} is a pickle, which can run any code when it is read; judges are read from "
                 "safetensors alone. Convert it (load the model, then save_pretrained), or name another model"

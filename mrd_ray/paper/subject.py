@@ -72,7 +72,8 @@ def prepare(config: ExperimentConfig, identity: dict[str, Any]) -> Subject:
     known = {"forget set": samples, "retain set": retained}
     sets = {name: samples_table.digest(table) for name, table in known.items() if table is not None}
     recipe = {"model": models.files_digest(config.model), **sets, **config.learn.model_dump(exclude={"cache"})}
-    run.claim(recipe | {"model.dtype": config.model.dtype} | identity, config, owns=("cells", "scores"))
+    owns = ("cells", "scores", "selections", "findings.json", "findings.png")
+    run.claim(recipe | {"model.dtype": config.model.dtype} | identity, config, owns)
     if not config.learn.epochs:
         return Subject(run, config.model, None, tokenizer, samples, retained)
     learned = _learned(config, [table for table in known.values() if table is not None], recipe)

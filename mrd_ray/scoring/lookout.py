@@ -42,7 +42,7 @@ class Board:
             self._restarts += 1
         if work is not None:
             self._lost += work["unit"] != _LOADING
-            if self._started[actor][0] in _alive():
+            if self._started.get(actor, ("", ""))[0] in _alive():
                 self._ends[actor if work["unit"] == _LOADING else work["unit"]] += 1
         self._started[actor] = node_id, worker
         return self._begin(actor, _LOADING)

@@ -35,8 +35,10 @@ def cluster(log_to_driver: bool = True) -> Iterator[bool]:
     try:
         ray.init(log_to_driver=log_to_driver, include_dashboard=False, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as problem:
-        where = os.environ.get("RAY_ADDRESS", "the one that `ray start` was last used for here")
-        raise UserError(f"cannot join the Ray cluster ({where}): {problem}; set RAY_ADDRESS, or unset it") from None
+        where = os.environ.get("RAY_ADDRESS", "that of `ray start` here, or a local one")
+        raise UserError(
+            f"cannot join or start the Ray cluster ({where}): {problem}; set RAY_ADDRESS to HOST:6379, or unset it"
+        ) from None
     try:
         if on_sigterm is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints a stack

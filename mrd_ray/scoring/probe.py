@@ -86,7 +86,8 @@ class _Timed:
         small = self._repeated(few, _SECONDS / 4)
         each = self._seconds(parts[len(parts) // 2][0]) - small
         step = max(1, round(len(parts) * each / (_SECONDS / 8)))  # so that they take a second or so together
-        many = parts[step // 2 :: step] or parts[-1:]
+        # the last one may be a single sample
+        many = parts[step // 2 :: step] if step // 2 < len(parts) - 1 else [max(parts, key=lambda part: part[1])]
         samples, tokens = pa.concat_tables(part for part, _ in many), sum(tokens for _, tokens in many)
         first = self._seconds(samples)
         large = self._repeated(samples, _SECONDS / 2)
@@ -94,7 +95,7 @@ class _Timed:
             return 0.0, 0.0, large / tokens
         if tokens < 4 * few_tokens:  # too few samples to tell a forward from a perturbation
             return max(0.0, first - large) / tokens, 0.0, large / tokens
-        forward = (large - small) / (tokens - few_tokens)
+        forward = max(0.0, (large - small) / (tokens - few_tokens))
         return max(0.0, first - large) / tokens, max(0.0, small - forward * few_tokens), forward
 
     def _repeated(self, samples: pa.Table, at_most: float) -> float:

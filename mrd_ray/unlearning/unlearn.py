@@ -96,7 +96,6 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
             # what matters is in the log; the rest is libraries' chatter
             with Journal(run, "unlearn") as journal, pipeline.cluster(log_to_driver=False) as grows:
                 rounds = _Rounds(config, run, of_run, models.files_digest(config.model), measure, journal)
-                run.record("outcome", None)  # model/ may be half of each while it is being replaced
                 done = _Outcome(**rounds.work_off(grows), config=config.model_dump(mode="json"))
                 run.record("outcome", done.model_dump())
     return UnlearnRun(run, config, done.reason, done.step, log.read(run))
@@ -286,5 +285,6 @@ class _Rounds:
             unlearned = [pair for pair in result.best_checkpoints if pair[1]["step"]] or result.best_checkpoints
             chosen, metrics = min(unlearned, key=lambda pair: (pair[1][best_by], pair[1]["step"]))
         with chosen.as_directory() as folder:
+            self.run.record("outcome", None)  # model/ may be half of each while it is being replaced
             self.run.put("model", Path(folder) / "model")
         return int(metrics["step"])

@@ -68,7 +68,7 @@ class Watch:
         self._seen = len(lines)
         if (silent := time.monotonic() - self._news) > self._stall_after and not self._warned:
             self._warned = True
-            node = log.node_of(start)
+            node = log.node_of(start if self._began else b"")
             say = f"Unlearning: nothing since step {self._step} for {silent:.0f} s (rank 0 is on {node}): stalled?"
             self._journal.event("stall", say, seconds=silent, node=node)
 
