@@ -89,6 +89,7 @@ class _Timed:
         # the last one may be a single sample
         many = parts[step // 2 :: step] if step // 2 < len(parts) - 1 else [max(parts, key=lambda part: part[1])]
         samples, tokens = pa.concat_tables(part for part, _ in many), sum(tokens for _, tokens in many)
+        self._seconds(few)  # an actor keeps the last samples' theta
         first = self._seconds(samples)
         large = self._repeated(samples, _SECONDS / 2)
         if not self._of_draws:
