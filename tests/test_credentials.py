@@ -23,6 +23,7 @@ HOLD_CREDENTIALS = [
     f"https://host/x.jsonl?key={SECRET}",
     f"https://host/x.jsonl?a=b&apikey={SECRET}",
     f"https://host/x.jsonl?password={SECRET}",
+    f"host/x.jsonl?token={SECRET}",
     *(
         f"https://host/x.jsonl{separator}{name}={SECRET}"
         for separator in ("?", "?a=b&", "?a=b;", "#", "?%61=b%26")

@@ -25,7 +25,7 @@ def _in_uri(text: str) -> bool:
     return _IN_URI.search(text) is not None or any(
         _SECRET.fullmatch(name)
         for word in (*text.split(), *urllib.parse.unquote(text).split())
-        for part in _AFTER_PATH.split(word.partition("://")[2])[1:]
+        for part in _AFTER_PATH.split(word)[1:]
         for name, given, _ in [part.partition("=")]
         if given
     )

@@ -45,13 +45,10 @@ class Board:
             if self._started.get(actor, ("", ""))[0] in _alive():
                 self._ends[actor if work["unit"] == _LOADING else work["unit"]] += 1
         self._started[actor] = node_id, worker
-        return self._begin(actor, _LOADING)
+        return self.begins(actor, _LOADING)
 
-    def begins(self, actor: str, unit_id: str) -> str | None:
-        """An actor begins with a unit. Why to give up, if it is to."""
-        return self._begin(actor, unit_id)
-
-    def _begin(self, actor: str, unit: str) -> str | None:
+    def begins(self, actor: str, unit: str) -> str | None:
+        """An actor begins with a unit, or with its start. Why to give up, if it is to."""
         _, worker = self._started.get(actor, ("", "?"))
         self._at_work[actor] = {"unit": unit, "worker": worker, "since": time.monotonic()}
         if (ends := self._ends[actor if unit == _LOADING else unit]) >= _ENDS:

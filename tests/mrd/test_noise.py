@@ -184,8 +184,8 @@ print(json.dumps(shown))
 """
 
 
-@pytest.mark.parametrize(("bytes_of", "whole_blocks"), [(2, True), (4, True), (4, False)])
-def test_triton_kernel_compiles_for_a_gpu_to_few_instructions(bytes_of, whole_blocks, tmp_path):
+@pytest.mark.parametrize(("bytes_of", "whole_blocks", "at_most"), [(2, True, 74), (4, True, 82), (4, False, 98)])
+def test_triton_kernel_compiles_for_a_gpu_to_few_instructions(bytes_of, whole_blocks, at_most, tmp_path):
     """The machine code of a GPU, which no GPU is needed for: nothing spilt, wide accesses, instructions an element."""
     pytest.importorskip("mrd_ray.mrd.noise_triton")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -201,6 +201,6 @@ def test_triton_kernel_compiles_for_a_gpu_to_few_instructions(bytes_of, whole_bl
     assert {"STACK:0", "LOCAL:0"} <= set(usage.split())
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\d+ +)?([A-Z][A-Z0-9.]+)", code)
     a_thread = 16  # elements: 2048 by 128 threads
-    assert len(instructions) / a_thread < (85 if whole_blocks else 130), len(instructions)
+    assert len(instructions) / a_thread <= at_most, len(instructions)
     wide = [name for name in instructions if re.match(r"(LDG|STG).*\.128", name)]
     assert len(wide) == (2 * a_thread * bytes_of / 16 if whole_blocks else 0)
