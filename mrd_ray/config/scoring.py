@@ -70,8 +70,11 @@ class ScoringConfig(Frozen):
         False,
         description="closed_form: parameters that no rule covers are differentiated sample by sample, not refused.",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="closed_form: recompute layers in the backward; long samples need less memory."
+    activation_gib: PositiveFloat | None = Field(
+        None,
+        description="closed_form: GiB that a micro-batch's activations may take; layers for which there is no room are "
+        "recomputed in the backward (gradient checkpointing), to the same scores. None: 4 on a CPU, 0.6 of what the "
+        "GPU has free. In refreshes with ZeRO-3: all are recomputed if this is set, else none.",
     )
     measures: tuple[Measure, ...] = Field(
         (),
@@ -87,7 +90,7 @@ class ScoringConfig(Frozen):
     @model_validator(mode="after")
     def _settings_fit_the_estimator(self) -> "ScoringConfig":
         other = {
-            "monte_carlo": ("curvature_probes", "allow_slow_parameters", "gradient_checkpointing"),
+            "monte_carlo": ("curvature_probes", "allow_slow_parameters", "activation_gib"),
             "closed_form": ("antithetic", "target_relative_se", "allow_low_precision"),
         }[self.estimator]
         if misplaced := [name for name in other if getattr(self, name)]:

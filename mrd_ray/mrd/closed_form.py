@@ -9,18 +9,18 @@ No gradient of a parameter is ever made for this, neither of the batch nor of a 
 
 import contextlib
 import functools
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mrd_ray.mrd.autograd import square_norms
 from mrd_ray.mrd.gradient_rules import GramCache, by_sample, embedding_overlap, rule_of
 from mrd_ray.mrd.likelihood import LOGITS, LogNegLogProb, MicroBatch, TokenMeasures, output_layer_is_plain
+from mrd_ray.mrd.recompute import recomputing
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,17 @@ class GradientNorms:
         model: a transformers causal language model in eval mode. Its parameters' requires_grad is left as it is found
             after each call, and no gradient is written to them.
         selected: the parameters theta, by name; all if None.
-        checkpointing: recompute each layer in the backward rather than keep its activations.
+        activations: bytes that layers may keep for a backward; the rest is recomputed (see `recomputing`).
     """
 
     def __init__(
-        self, model: PreTrainedModel, selected: Collection[str] | None = None, checkpointing: bool = False
+        self, model: PreTrainedModel, selected: Collection[str] | None = None, activations: float = math.inf
     ) -> None:
         self.model = model
         everything = dict(model.named_parameters())
         self.parameters = everything if selected is None else {name: everything[name] for name in selected}
         self.coverage = coverage(model, self.parameters)
-        self._checkpointing = checkpointing
+        self._activations = activations
         self._by_groups = output_layer_is_plain(model)
         # A single row of positions would be shared by all samples, and so would be the gradient at their embedding.
         embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
@@ -102,7 +102,7 @@ class GradientNorms:
         self, batch: MicroBatch, measures: TokenMeasures | None = None, of_log_prob: bool = False
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """log(-P_t), and each parameter's share of |g|^2: float64 [B] by name."""
-        with self._frozen():
+        with self._frozen(), recomputing(self.model, self._activations):
             taps = _Taps(self, batch)
             with taps.attached():
                 theta = self._forward_and_backward(batch, taps, measures, of_log_prob)
@@ -173,22 +173,16 @@ class GradientNorms:
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
-        """No gradients of parameters, and layers that recompute if asked to; everything as it was afterwards."""
+        """No gradients of parameters; they are wanted again afterwards."""
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer) and self._checkpointing]
-        forwards = [layer.forward for layer in layers]
         for parameter in trainable:
             parameter.requires_grad_(False)
-        for layer in layers:  # transformers' own switch works in training mode alone, which turns dropout on
-            layer.forward = _recomputed(layer.forward)
         try:
             with torch.enable_grad():
                 yield
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)
-            for layer, forward in zip(layers, forwards, strict=True):
-                layer.forward = forward
 
 
 class _Taps:
@@ -292,7 +286,3 @@ class _Tap(torch.autograd.Function):
 def _slope(values: torch.Tensor, scored: torch.Tensor, of_log_prob: bool) -> torch.Tensor:
     """d objective / d log(-P_t), of the sum over scored t of log(-P_t), or of P_t = -exp(log(-P_t))."""
     return torch.where(scored, -values.detach().exp() if of_log_prob else 1.0, 0.0)
-
-
-def _recomputed(forward: Any) -> Any:
-    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)

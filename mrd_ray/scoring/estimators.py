@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 TOO_LARGE = "does not fit in the device's memory beside the model; shorten it or set data.truncate"
 
+_CPU_ACTIVATIONS = 4.0 * 2**30  # bytes
+_FREE_SHARE = 0.6  # of a GPU's memory; logits, rules and the allocator's gaps take some of the rest
 
 Shards = Callable[[], Mapping[str, Shard]]
 
@@ -36,7 +38,7 @@ def refuse_wrong_rules(model: PreTrainedModel, scoring: ScoringConfig) -> None:
     if scoring.estimator != "closed_form":
         return
     selected = models.select(dict(model.named_parameters()), scoring.parameters)
-    if wrong := disagreements(GradientNorms(model, selected, scoring.gradient_checkpointing)):
+    if wrong := disagreements(GradientNorms(model, selected)):
         raise UserError(
             f"scoring.estimator: closed_form does not agree with autograd on this model, in {len(wrong)} of "
             f"{len(selected)} parameters, first {wrong[0]}; use monte_carlo, and report the model"
@@ -131,7 +133,7 @@ class ClosedForm:
         self._device = model.device
         self._halve = shards is None
         selected = models.select(dict(model.named_parameters()), scoring.parameters)
-        self._norms = GradientNorms(model, selected, scoring.gradient_checkpointing)
+        self._norms = GradientNorms(model, selected, _activations(model, scoring, shards is not None))
         self._traces = TraceEstimator(model, selected)
         if scoring.curvature_probes:
             self._traces.aim(draw_seed(scoring.seed, 0))
@@ -186,6 +188,21 @@ def estimator_of(
     """The estimator that the settings name. Raises UserError as it does."""
     kind = ClosedForm if scoring.estimator == "closed_form" else MonteCarlo
     return kind(model, scoring, trial, shards)
+
+
+def _activations(model: PreTrainedModel, scoring: ScoringConfig, sharded: bool) -> float:
+    """Bytes that activations of a micro-batch may take.
+
+    Where weights are gathered layer by layer, all processes must recompute the same ones: every layer or none.
+    """
+    if sharded:
+        return math.inf if scoring.activation_gib is None else 0.0
+    if scoring.activation_gib is not None:
+        return scoring.activation_gib * 2**30
+    devices = {parameter.device for parameter in model.parameters()}
+    if any(device.type != "cuda" for device in devices):
+        return _CPU_ACTIVATIONS
+    return len(devices) * min(torch.cuda.mem_get_info(device)[0] for device in devices) * _FREE_SHARE
 
 
 class _Part(NamedTuple):

@@ -79,7 +79,7 @@ def test_float32_long_samples_and_checkpointing(name):
     model = model_of(name, torch.float32)
     flags = [[True] * len(sample) for sample in LONG]
     check(model, samples=LONG, scored=flags)
-    check(model, GradientNorms(model, checkpointing=True), samples=LONG, scored=flags)
+    check(model, GradientNorms(model, activations=0), samples=LONG, scored=flags)
 
 
 @pytest.mark.parametrize("budget", [1, 700, 1 << 25])
@@ -168,7 +168,7 @@ def test_the_model_is_left_as_it_was():
     kept = torch.ones_like(model.transformer.wte.weight)
     model.transformer.wte.weight.grad = kept
     forwards = [module.forward for module in model.modules()]
-    norms = GradientNorms(model, checkpointing=True)
+    norms = GradientNorms(model, activations=0)
     norms(batch_of())
     assert disagreements(norms) == []
     assert model.transformer.wte.weight.grad is kept

@@ -21,6 +21,7 @@ from mrd_ray.unlearning.extraction import extraction_likelihoods
 
 ESTIMATORS = {
     "closed_form": {"estimator": "closed_form"},
+    "recomputing": {"estimator": "closed_form", "activation_gib": 1e-6},
     "monte_carlo": {"estimator": "monte_carlo", "num_draws": 3, "sigma": 1e-4, "antithetic": False},
 }
 
