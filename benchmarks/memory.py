@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import Raw, resident
 from benchmarks.figures import Figure, Results
-from mrd_ray import ModelConfig, ScoringConfig, models
+from mrd_ray import ModelConfig, ScoringConfig, model_files
 from mrd_ray.scoring import plan
 from mrd_ray.scoring.actor import ScoringActor, Task
 
@@ -76,7 +76,7 @@ def _case(folder: str, vocabulary: int, estimator: Estimator, draws: int, tokens
     scoring = ScoringConfig(estimator=estimator)
     _touch_libraries(samples, scoring)
     before = _resting()
-    actor = ScoringActor(Task(model, scoring, models.files_digest(model), 1, False, samples[:1]))
+    actor = ScoringActor(Task(model, scoring, model_files.files_digest(model), 1, False, samples[:1]))
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of loading
     (result,) = actor(plan.Unit(0, 0, 1, 0, draws).unit_id, pa.Table.from_pylist(samples)).to_pylist()
     if result["fatal"] or any(sample["error"] for sample in result["samples"]):
@@ -104,5 +104,5 @@ def _touch_libraries(samples: list[Raw], scoring: ScoringConfig) -> None:
         LlamaForCausalLM(tiny).save_pretrained(folder)
         config = ModelConfig(path=folder)
         few = [sample | {"token_ids": sample["token_ids"][:4], "scored": sample["scored"][:4]} for sample in samples]
-        actor = ScoringActor(Task(config, scoring, models.files_digest(config), 1, False, few[:1]))
+        actor = ScoringActor(Task(config, scoring, model_files.files_digest(config), 1, False, few[:1]))
         actor(plan.Unit(0, 0, 1, 0, 1).unit_id, pa.Table.from_pylist(few))

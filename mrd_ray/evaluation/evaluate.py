@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
-from mrd_ray import models
+from mrd_ray import model_files, models
 from mrd_ray.config import EvaluateConfig, EvaluationConfig
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import judges, sets, table, zero_shot
@@ -71,7 +71,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
     console = Console(stderr=True)
     run = RunDirectory(config.run.dir)
     with held(run):
-        files_digest = models.files_digest(config.model)
+        files_digest = model_files.files_digest(config.model)
         zero_shot.require(config)
         tokenizer = models.load_tokenizer(config.model)
         skeleton = models.skeleton(config.model)

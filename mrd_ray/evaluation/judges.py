@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from mrd_ray import models
+from mrd_ray import model_files
 from mrd_ray.config import EvaluationConfig
 from mrd_ray.errors import UserError
 
@@ -46,14 +46,14 @@ def identity(judge: str | None) -> str | None:
     if judge is None or not (folder := Path(judge)).is_dir():
         return judge
     files = [file for file in sorted(folder.rglob("*")) if "/." not in f"/{file.relative_to(folder)}"]
-    return models.content_digest(filter(Path.is_file, files))
+    return model_files.content_digest(filter(Path.is_file, files))
 
 
 def _folder(setting: str, path: str) -> str:
     """The judge's directory. Raises UserError if a part of it has no safetensors."""
-    folder = models.fetch(setting, path)
+    folder = model_files.fetch(setting, path)
     for pickled in sorted(folder.rglob("pytorch_model*.bin")):
-        if not models.safetensors_of(pickled.parent):
+        if not model_files.safetensors_of(pickled.parent):
             raise UserError(
                 f"{setting}: {pickled} is a pickle, which can run any code when it is read; judges are read from "
                 "safetensors alone. Convert it (load the model, then save_pretrained), or name another model"

@@ -11,7 +11,7 @@ import torch
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from mrd_ray import models
+from mrd_ray import model_files, models
 from mrd_ray.config import EvaluateConfig
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation.aggregate import Figure
@@ -43,7 +43,7 @@ def tasks_digest(folder: str | None) -> str | None:
         return None
     files = sorted(file for pattern in ("*yaml", "*.py") for file in Path(folder).rglob(pattern))
     files = [file for file in files if not (file.parent / "manifest.json").exists()]  # a run's config.yaml is no task
-    return models.content_digest(filter(Path.is_file, files))
+    return model_files.content_digest(filter(Path.is_file, files))
 
 
 def figures(config: EvaluateConfig, run: RunDirectory, files_digest: str, journal: Journal) -> list[Figure]:

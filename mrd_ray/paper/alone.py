@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedModel
 
-from mrd_ray import models
+from mrd_ray import model_files, models
 from mrd_ray.config import ModelConfig
 from mrd_ray.config.paper import AloneConfig, TasksOfSweep
 from mrd_ray.errors import UserError
-from mrd_ray.models import Unchanged
+from mrd_ray.model_files import Unchanged
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures
 from mrd_ray.paper import sweep
 from mrd_ray.paper.subject import Subject
@@ -39,12 +39,12 @@ def unlearn_each(
         reference = subject.pretrained
     _refuse_other_tokens(reference, subject)
     everything = subject.samples.select(["token_ids", "scored"]).to_pylist()
-    ask = _Task(reference, models.files_digest(reference), alone, tasks, {"": everything}, None)
+    ask = _Task(reference, model_files.files_digest(reference), alone, tasks, {"": everything}, None)
     found = sweep.work_off(subject.run, "What it never knew", _averages, {"reference": ask}, **resources)
     limits = Limits(**found["reference"])
     names = list(groups)
     blocks = [names[start : start + tasks.samples_per_task] for start in range(0, len(names), tasks.samples_per_task)]
-    digest = models.files_digest(subject.model)
+    digest = model_files.files_digest(subject.model)
     cells = {
         f"block-{i:05d}": _Task(subject.model, digest, alone, tasks, {name: groups[name] for name in block}, limits)
         for i, block in enumerate(blocks)
@@ -74,7 +74,7 @@ def identity(model: ModelConfig, alone: AloneConfig, tasks: TasksOfSweep) -> dic
     """What the outcomes depend on."""
     own = {f"alone.{name}": value for name, value in alone.model_dump().items()}
     if alone.reference is not None:
-        own["alone.reference"] = models.files_digest(_reference(model, alone.reference))
+        own["alone.reference"] = model_files.files_digest(_reference(model, alone.reference))
     return own | {"ray.samples_per_task": tasks.samples_per_task}  # which decides what a cell of the sweep is
 
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from mrd_ray import fine_tune, models
+from mrd_ray import fine_tune, model_files, models
 from mrd_ray.config import ModelConfig, RunConfig, ScoreConfig
 from mrd_ray.config.base import RayConfig
 from mrd_ray.config.paper import ExperimentConfig
@@ -71,7 +71,7 @@ def prepare(config: ExperimentConfig, identity: dict[str, Any]) -> Subject:
         retained = retained.filter(pc.is_null(retained["error"]))
     known = {"forget set": samples, "retain set": retained}
     sets = {name: samples_table.digest(table) for name, table in known.items() if table is not None}
-    recipe = {"model": models.files_digest(config.model), **sets, **config.learn.model_dump(exclude={"cache"})}
+    recipe = {"model": model_files.files_digest(config.model), **sets, **config.learn.model_dump(exclude={"cache"})}
     owns = ("cells", "scores", "selections", "findings.json", "findings.png")
     run.claim(recipe | {"model.dtype": config.model.dtype} | identity, config, owns)
     if not config.learn.epochs:

@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib.figure
 
-from mrd_ray import models
+from mrd_ray import model_files, models
 from mrd_ray.config import UnlearningConfig
 from mrd_ray.config.paper import Method, TablesConfig
 from mrd_ray.errors import UserError
@@ -74,7 +74,7 @@ def _contents(config: TablesConfig) -> dict[str, Any]:
     if missing := [file for file in refusals if not file.is_file()]:
         raise UserError(f"methods: refusals: there is no file {missing[0]}")
     return {f"content.{name}": value for name, value in found.items()} | {
-        "content.refusals": models.content_digest(refusals)
+        "content.refusals": model_files.content_digest(refusals)
     }
 
 

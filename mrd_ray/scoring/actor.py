@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from mrd_ray import models
+from mrd_ray import model_files, models
 from mrd_ray.config import ModelConfig, ScoringConfig
 from mrd_ray.errors import UserError
 from mrd_ray.scoring.estimators import ClosedForm, MonteCarlo, Sample, estimator_of, refuse_wrong_rules
@@ -33,13 +33,13 @@ class Task:
     trial: list[Sample]
 
 
-def replica(config: ModelConfig, files_digest: str, on_gpu: bool) -> tuple[PreTrainedModel, models.Unchanged]:
+def replica(config: ModelConfig, files_digest: str, on_gpu: bool) -> tuple[PreTrainedModel, model_files.Unchanged]:
     """This worker's replica of the driver's model, and what tells whether its weights are still those.
 
     Raises UserError if the weights here are others.
     """
-    weights = models.Unchanged([] if on_gpu else models.weight_files(config))  # a GPU has a copy
-    if (found := models.files_digest(config)) != files_digest:
+    weights = model_files.Unchanged([] if on_gpu else model_files.weight_files(config))  # a GPU has a copy
+    if (found := model_files.files_digest(config)) != files_digest:
         raise UserError(
             f"model.path: {config.path} on {os.uname().nodename} is another model ({found[:12]}) than on the driver "
             f"({files_digest[:12]}); give every node the same model"

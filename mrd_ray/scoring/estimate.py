@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from mrd_ray import models
+from mrd_ray import model_files, models
 from mrd_ray.config import PlanConfig, ScoringConfig
 from mrd_ray.data import samples as samples_table
 from mrd_ray.errors import UserError
@@ -159,7 +159,7 @@ class _Job:
         tokenizer = models.load_tokenizer(config.model)
         samples = samples_table.build(config.data, tokenizer, models.context_length(skeleton.config))
         pool = Pool(config.ray.actors or 1, config.ray.cpus_per_actor, config.ray.gpus_per_actor or 0.0)
-        digest = models.files_digest(config.model) if config.probe else ""
+        digest = model_files.files_digest(config.model) if config.probe else ""
         return cls(config, skeleton, samples, pool, planning.ModelCost.of(skeleton), digest)
 
     @contextlib.contextmanager

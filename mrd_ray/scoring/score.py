@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
-from mrd_ray import models
+from mrd_ray import model_files, models
 from mrd_ray.config import ScoreConfig, ScoringConfig
 from mrd_ray.data import samples as samples_table
 from mrd_ray.errors import UserError
@@ -53,7 +53,7 @@ def score(config: ScoreConfig) -> ScoreRun:
     console = Console(stderr=True)
     run = RunDirectory(config.run.dir)
     with held(run):
-        files_digest = models.files_digest(config.model)
+        files_digest = model_files.files_digest(config.model)
         skeleton = models.skeleton(config.model)
         plan.refuse_uncovered(skeleton, config.scoring)
         tokenizer = models.load_tokenizer(config.model)

@@ -3,16 +3,16 @@
 import torch
 from transformers import PreTrainedModel
 
-from mrd_ray import models
+from mrd_ray import model_files, models
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.errors import UserError
 
 
 def load(config: UnlearnConfig, device: torch.device) -> PreTrainedModel:
     """The same on every rank. Raises UserError."""
-    path = models.directory(config.model)
+    path = model_files.directory(config.model)
     model = models.load_model(config.model, device)
-    adapter = models.base_directory(path) != path
+    adapter = model_files.base_directory(path) != path
     if config.lora.rank:
         if adapter:
             raise UserError(f"lora.rank: model.path {path} holds an adapter already, which is trained with rank: 0")

@@ -16,7 +16,7 @@ from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
-from mrd_ray import models, storage
+from mrd_ray import model_files, models, storage
 from mrd_ray.config import RayConfig, RunConfig, ScoreConfig, UnlearnConfig
 from mrd_ray.config.paths import with_absolute_paths
 from mrd_ray.data import samples as samples_table
@@ -95,7 +95,7 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
         if done is None or done.config != config.model_dump(mode="json"):
             # what matters is in the log; the rest is libraries' chatter
             with Journal(run, "unlearn") as journal, pipeline.cluster(log_to_driver=False) as grows:
-                rounds = _Rounds(config, run, of_run, models.files_digest(config.model), measure, journal)
+                rounds = _Rounds(config, run, of_run, model_files.files_digest(config.model), measure, journal)
                 done = _Outcome(**rounds.work_off(grows), config=config.model_dump(mode="json"))
                 run.record("outcome", done.model_dump())
     return UnlearnRun(run, config, done.reason, done.step, log.read(run))
@@ -123,7 +123,7 @@ def _identity(config: UnlearnConfig, tokenizer: str, of_run: Sets) -> dict[str, 
         groups["scoring"] = config.scoring.model_dump(mode="json")
     settings = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
     return settings | {
-        "model": models.files_digest(config.model),
+        "model": model_files.files_digest(config.model),
         "model.dtype": config.model.dtype,
         "tokenizer": tokenizer,
         "noise version": NOISE_VERSION,

@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from mrd_ray import models
+from mrd_ray import model_files, models
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.errors import UserError
 from mrd_ray.runs import RunDirectory
@@ -124,7 +124,7 @@ def _alone(write: Callable[..., None]) -> Callable[..., None]:
 
 def _model(job: Job) -> PreTrainedModel:
     config = job.config
-    if (found := models.files_digest(config.model)) != job.files_digest:
+    if (found := model_files.files_digest(config.model)) != job.files_digest:
         raise UserError(
             f"model.path: {config.model.path} on this worker is another model ({found[:12]}) than on the driver "
             f"({job.files_digest[:12]}); give every node the same model"

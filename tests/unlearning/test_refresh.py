@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mrd_ray import models
+from mrd_ray import model_files, models
 from mrd_ray.config import ModelConfig, ScoringConfig
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures
 from mrd_ray.scoring import plan
@@ -44,7 +44,7 @@ def standalone(model: Path, samples: pa.Table, scoring: ScoringConfig, dtype="fl
     unit = plan.Unit(0, 0, len(layout), plan.first_draws(scoring).start, plan.first_draws(scoring).stop)
     indices, micro_batch = layout.members(unit.micro_batches)
     of_path = ModelConfig(path=str(model), dtype=dtype)
-    actor = ScoringActor(Task(of_path, scoring, models.files_digest(of_path), 1, False, trial))
+    actor = ScoringActor(Task(of_path, scoring, model_files.files_digest(of_path), 1, False, trial))
     result = actor(unit.unit_id, rows.take(indices).add_column(0, "micro_batch", pa.array(micro_batch)))
     assert result["fatal"][0].as_py() is None
     return scores_table(samples, np.arange(len(samples)), [(0, result)], scoring)

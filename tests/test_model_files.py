@@ -1,0 +1,157 @@
+"""Files that a model is read from, or not, and a digest that tells them apart."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from mrd_ray import model_files, models
+from mrd_ray.config import ModelConfig
+from mrd_ray.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def of(folder, **settings) -> ModelConfig:
+    return ModelConfig(path=str(folder), **settings)
+
+
+def test_directory_without_weights(tmp_path, tiny_model_dir):
+    shutil.copy(tiny_model_dir / "config.json", tmp_path)
+    with pytest.raises(UserError, match=r"model\.path: .* has no weights"):
+        model_files.files_digest(of(tmp_path))
+
+
+def test_neither_directory_nor_hub_id():
+    with pytest.raises(UserError, match=r"model\.path: /no/such/place is neither"):
+        model_files.directory(ModelConfig(path="/no/such/place"))
+    with pytest.raises(UserError, match=r"model\.path: nobody/nothing is neither"):
+        model_files.directory(ModelConfig(path="nobody/nothing"))
+
+
+def test_home_directory(tmp_path, tiny_model_dir, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    copy = shutil.copytree(tiny_model_dir, tmp_path / "m")
+    assert model_files.directory(ModelConfig(path="~/m")) == copy
+    assert models.load_tokenizer(ModelConfig(path="none", tokenizer="~/m")).eos_token == "</s>"
+
+
+def test_files_digest_sees_one_bit(tmp_path, tiny_model_dir):
+    copy = shutil.copytree(tiny_model_dir, tmp_path / "m")
+    assert model_files.files_digest(of(copy)) == model_files.files_digest(of(tiny_model_dir))
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(content)
+    assert model_files.files_digest(of(copy)) != model_files.files_digest(of(tiny_model_dir))
+
+
+class Trap:
+    """What a pickle can do to whoever reads it."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.fixture
+def pickled(tmp_path, tiny_model_dir):
+    """The tiny model, with its weights in a pickle alone."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "pickled")
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def test_pickled_weights_are_read_on_request_alone(pickled, tiny_model_dir):
+    refused = r"model\.path: .*pytorch_model\.bin is a pickle.*model\.allow_pickle: true"
+    for refuse in (model_files.files_digest, lambda model: models.load_model(model, CPU)):
+        with pytest.raises(UserError, match=refused):
+            refuse(of(pickled))
+    allowed = of(pickled, allow_pickle=True)
+    model_files.files_digest(allowed)
+    expected = models.load_model(of(tiny_model_dir), CPU).state_dict()
+    assert models.weights_digest(models.load_model(allowed, CPU).state_dict()) == models.weights_digest(expected)
+
+
+def test_a_pickle_beside_safetensors_is_not_read(tmp_path, tiny_model_dir):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
+    torch.save(Trap(tmp_path / "sprung"), folder / "pytorch_model.bin")
+    for allow_pickle in (False, True):
+        models.load_model(of(folder, allow_pickle=allow_pickle), CPU)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.fixture
+def adapter(tmp_path, tiny_model_dir):
+    """A LoRA adapter of the tiny model, which does something."""
+    torch.manual_seed(0)
+    shape = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), shape).save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+def test_safetensors_that_no_loader_looks_for_excuse_no_pickle(pickled, adapter):
+    for folder, name in ((pickled, "other.safetensors"), (adapter, "adapter_model_other.safetensors")):
+        if folder == adapter:
+            torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+            (adapter / "adapter_model.safetensors").rename(adapter / name)
+        else:
+            save_file({"a": torch.zeros(1)}, folder / name)
+        for refuse in (model_files.files_digest, lambda model: models.load_model(model, CPU)):
+            with pytest.raises(UserError, match=r"model\.bin is a pickle"):
+                refuse(of(folder))
+    (pickled / "pytorch_model.bin").write_bytes(b"other weights")
+    before = model_files.files_digest(of(pickled, allow_pickle=True))
+    (pickled / "pytorch_model.bin").write_bytes(b"weights")
+    assert model_files.files_digest(of(pickled, allow_pickle=True)) != before
+
+
+def test_an_index_names_safetensors_that_are_there_or_is_refused(tmp_path, tiny_model_dir):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
+    whole = models.load_model(of(folder), CPU)
+    (folder / "model.safetensors").unlink()
+    whole.save_pretrained(folder, max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    parts = model_files.weight_files(of(folder))
+    assert len(parts) > 1
+    assert models.weights_digest(models.load_model(of(folder), CPU).state_dict()) == models.weights_digest(
+        whole.state_dict()
+    )
+    before = model_files.files_digest(of(folder))
+    (folder / "other.safetensors").write_bytes(b"which nobody reads")
+    assert model_files.files_digest(of(folder)) == before
+    good = json.loads(index.read_text())
+    for name in ("weights.bin", "absent.safetensors"):
+        (folder / "weights.bin").write_bytes(b"x")
+        index.write_text(json.dumps(good | {"weight_map": dict.fromkeys(good["weight_map"], name)}))
+        with pytest.raises(UserError, match=f"names {name}"):
+            models.load_model(of(folder), CPU)
+    for content in ("[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        index.write_text(content)
+        with pytest.raises(UserError, match="is no index of safetensors"):
+            model_files.files_digest(of(folder))
+
+
+@pytest.mark.parametrize("beside", ["base", "config"])
+def test_a_pickled_adapter_is_read_on_request_alone(adapter, beside, tiny_model_dir):
+    """Also of an adapter that lies beside a whole model."""
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    if beside == "config":
+        shutil.copytree(tiny_model_dir, adapter, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"model\.path: .*adapter_model\.bin is a pickle"):
+        models.load_model(of(adapter), CPU)
+    with pytest.raises(UserError, match=r"model\.path: .*adapter_model\.bin is a pickle"):
+        model_files.files_digest(of(adapter))
+    if beside == "base":  # the other way round transformers finds safetensors alone
+        model = models.load_model(of(adapter, allow_pickle=True), CPU)
+        assert any("lora_" in name for name, _ in model.named_parameters())
