@@ -9,6 +9,19 @@ from pathlib import Path
 
 from benchmarks.figures import Figure, Results
 
+_IMPORTS = "import time, torch\nfrom transformers import AutoModelForCausalLM, PreTrainedModel\nprint(time.time())"
+_EMPTY_POOL = """
+import time, ray
+ray.init(include_dashboard=False, log_to_driver=False)
+import ray.data, pyarrow
+class Nothing:
+    def __call__(self, rows):
+        return rows
+rows = ray.data.from_arrow(pyarrow.table({"a": [1]}))
+for row in rows.map_batches(Nothing, compute=ray.data.ActorPoolStrategy(size=1)).iter_batches():
+    print(time.time())
+"""
+
 
 def main(model: str, data: str, out: str = "benchmarks/results", repeats: int = 5) -> None:
     """Benchmark start-up, each time in a fresh process.
@@ -25,6 +38,10 @@ def main(model: str, data: str, out: str = "benchmarks/results", repeats: int = 
     results.keep("--help", helps)
     refused = [_ended("score", "--scoring.sigma", "no") for _ in range(repeats)]
     results.keep("refused", refused)
+    imports = [_python(_IMPORTS) for _ in range(2)]
+    results.keep("imports", imports)
+    empty = [_python(_EMPTY_POOL) for _ in range(2)]
+    results.keep("empty pool", empty)
     first = [_first_score(model, data) for _ in range(2)]
     results.keep("first score", first)
     unit, detail = [run["first unit written"] for run in first], "after the command; with Ray and the model's loading"
@@ -32,6 +49,8 @@ def main(model: str, data: str, out: str = "benchmarks/results", repeats: int = 
         [
             Figure.of("--help", helps, "s", at_most=0.3),
             Figure.of("a setting is refused", refused, "s"),
+            Figure.of("imports", imports, "s", "torch and a model's classes: in a driver, then in an actor"),
+            Figure.of("an empty pool", empty, "s", "Ray's start, and a row through an idle actor of Ray Data"),
             Figure.of("first unit written", unit, "s", detail, at_most=10.0),
             Figure.of("done", [run["done"] for run in first], "s"),
         ]
@@ -42,6 +61,13 @@ def _ended(*arguments: str) -> float:
     began = time.perf_counter()
     subprocess.run([sys.executable, "-m", "mrd_ray", *arguments], capture_output=True, check=False)
     return time.perf_counter() - began
+
+
+def _python(program: str) -> float:
+    """Seconds that a program takes, as it says itself: without what ending Ray takes."""
+    began = time.time()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
+    return float(done.stdout.split()[-1]) - began
 
 
 def _first_score(model: str, data: str) -> dict[str, float]:
