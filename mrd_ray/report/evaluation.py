@@ -10,9 +10,10 @@ import pyarrow as pa
 
 from mrd_ray.evaluation import aggregate
 from mrd_ray.report import charts
-from mrd_ray.report.charts import Chart, Line, number
+from mrd_ray.report.charts import Chart, Line
 from mrd_ray.report.read import Evaluation
 from mrd_ray.report.tables import Cell, Column, DataTable, Table, Text
+from mrd_ray.report.words import number
 
 _EXAMPLES = 3  # of each set, of those that changed most, and as many others
 _REASONS = 10

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from mrd_ray import storage
 from mrd_ray.config import ReportConfig
 from mrd_ray.errors import UserError
-from mrd_ray.report import charts, evaluation, scores, tables, unlearning
+from mrd_ray.report import evaluation, scores, tables, unlearning, words
 from mrd_ray.report.facts import facts
 from mrd_ray.report.read import Evaluation, Run, Scores, Unlearning, read
 from mrd_ray.runs import RunDirectory
@@ -49,7 +49,7 @@ def page(runs: list[Run], include_text: bool) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["shown"] = charts.number
+    environment.filters["shown"] = words.number
     environment.tests["sample"] = lambda cell: isinstance(cell, tables.Text)
     return environment.get_template("page.html.jinja").render(
         title=" and ".join(run.about.name for run in runs),

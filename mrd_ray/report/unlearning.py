@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from mrd_ray.report import charts, evaluation
-from mrd_ray.report.charts import Chart, Line, count
+from mrd_ray.report import charts, evaluation, words
+from mrd_ray.report.charts import Chart, Line
 from mrd_ray.report.read import Unlearning
 from mrd_ray.report.tables import Cell, Table, Text
+from mrd_ray.report.words import count
 from mrd_ray.unlearning.stopping import TITLES
 
 _MOVED = 10
@@ -140,10 +141,10 @@ def _history(run: Unlearning, texts: Mapping[str, str | None]) -> tuple[Chart, l
     moves = np.abs(ranks[-1] - ranks[0])
     says = (
         f"From step {steps[0]} to step {steps[-1]}, the orders of the {len(ids):,} samples have "
-        f"{charts.correlation(to_first[-1])}"
+        f"{words.correlation(to_first[-1])}"
     )
     if half := float(np.median(moves)):
-        says += f"; half of them move by {charts.number(half)} rank{'' if half == 1 else 's'} or more"
+        says += f"; half of them move by {words.number(half)} rank{'' if half == 1 else 's'} or more"
     else:
         says += f"; {int((moves > 0).sum()):,} of them move"
     if not math.isnan(to_first[-1]):

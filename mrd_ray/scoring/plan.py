@@ -255,6 +255,16 @@ def assumed_tflops(pool: Pool) -> float:
     return GPU_TFLOPS * min(1.0, pool.gpus) if pool.gpus else CPU_TFLOPS_PER_THREAD * pool.threads
 
 
+def advice(pool: Pool, scoring: ScoringConfig) -> str | None:
+    """What a person may want to set otherwise on these devices."""
+    if not pool.gpus or scoring.micro_batch_tokens >= 4096:
+        return None
+    return (
+        f"scoring.micro_batch_tokens: {scoring.micro_batch_tokens} leaves a GPU idle for the most part; 16384 is for "
+        "one, in a new run.dir since it changes the last digits of scores"
+    )
+
+
 def token_forwards(layout: Layout, units: Sequence[Unit]) -> int:
     """Work of `units` in forwards of one token, perturbations counted as what they cost in the same measure."""
     return sum(

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mrd_ray.config import RayConfig
+from mrd_ray import models
+from mrd_ray.config import DataConfig, ModelConfig, RayConfig, ScoringConfig
+from mrd_ray.data import samples as samples_table
 from mrd_ray.errors import UserError
 from mrd_ray.scoring import plan
 from mrd_ray.scoring.plan import Unit
 from mrd_ray.scoring.pool import Pool
+from mrd_ray.scoring.score import lengths
 
 LENGTHS = np.random.default_rng(0).integers(0, 200, 500)
 
@@ -45,9 +48,27 @@ def test_padding_stays_small_whatever_the_budget(budget):
         assert held.sum() >= 0.95 * cut.padded_tokens[i] or held[:-1].sum() < 512
 
 
+@pytest.mark.parametrize("path", ["tofu/forget10.json", "tofu/full.json", "wikitext2/valid.txt"])
+def test_padding_of_real_data(shared, stories_dir, path):
+    """Questions with answers of many lengths, and a text in windows of one, as they are when scored by default."""
+    data, model = DataConfig(path=str(shared / "data" / path)), ModelConfig(path=str(stories_dir))
+    samples = samples_table.build(data, models.load_tokenizer(model), None)
+    tokens = lengths(samples)
+    assert len(tokens) >= 400
+    for budget in (512, 16384):
+        assert 0.95 < tokens.sum() / plan.layout(tokens, budget).padded_tokens.sum() <= 1
+
+
 def test_sample_over_the_budget_goes_alone():
     layout = plan.layout(np.array([5, 3000, 5, 7]), 100)
     assert [len(layout.samples(m)) for m in range(len(layout))] == [3, 1]
+
+
+def test_small_micro_batches_on_a_gpu_are_told():
+    small, large = ScoringConfig(), ScoringConfig(micro_batch_tokens=16384)
+    on_gpu = Pool(actors=2, cpus=1, gpus=1)
+    assert "scoring.micro_batch_tokens: 512" in plan.advice(on_gpu, small)
+    assert plan.advice(on_gpu, large) is plan.advice(Pool(actors=2, cpus=1, gpus=0), small) is None
 
 
 def test_nothing_to_score():
