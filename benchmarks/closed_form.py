@@ -18,13 +18,15 @@ from transformers import PreTrainedModel
 
 from benchmarks.common import PAPER_DRAWS, Batches, Raw, resident, stopwatch
 from benchmarks.figures import Figure, Results, ratios
-from mrd_ray import ScoreConfig
+from mrd_ray import ScoreConfig, ScoringConfig
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import draw_deltas
 from mrd_ray.mrd.perturb import Replica
+from mrd_ray.scoring.estimators import activation_bytes
 
-FROZEN, TRAINABLE, CLOSED = "plain, parameters frozen", "plain, parameters trainable", "closed form"
+FROZEN, TRAINABLE = "plain, parameters frozen", "plain, parameters trainable"
+RECOMPUTING, CLOSED = "closed form, layers recomputed", "closed form"
 
 
 def main(
@@ -46,7 +48,7 @@ def main(
         data: forget set, for example TOFU's ../shared/data/tofu/forget10.json.
         out: folder of the JSON file and the plot.
         max_samples: rows of the forget set.
-        repeats: passes over the samples in each of the three ways; the ways take turns.
+        repeats: passes over the samples in each of the ways, which take turns.
         draws: Monte Carlo draws that are really made; 200 cost so many times more.
         micro_batch_tokens: tokens per forward, padding included.
         sigma: standard deviation of the parameter noise.
@@ -70,8 +72,12 @@ def main(
 
 
 def ways(model: PreTrainedModel) -> dict[str, Callable[[MicroBatch], torch.Tensor | None]]:
-    """The three passes over a batch; the closed form's gives per-sample squared norms."""
-    norms = GradientNorms(model)
+    """Passes over a batch; the closed form's give per-sample squared norms."""
+    scoring = ScoringConfig(estimator="closed_form")
+    recomputing, norms = (
+        GradientNorms(model, activations=0.0),
+        GradientNorms(model, None, activation_bytes(model, scoring)),
+    )
 
     def plain(batch: MicroBatch) -> torch.Tensor:
         embedding: Any = model.get_input_embeddings()
@@ -91,7 +97,8 @@ def ways(model: PreTrainedModel) -> dict[str, Callable[[MicroBatch], torch.Tenso
         plain(batch)
         model.zero_grad(set_to_none=True)
 
-    return {FROZEN: frozen, TRAINABLE: trainable, CLOSED: lambda batch: norms(batch)[1]}
+    of_norms = {RECOMPUTING: lambda batch: recomputing(batch)[1], CLOSED: lambda batch: norms(batch)[1]}
+    return {FROZEN: frozen, TRAINABLE: trainable, **of_norms}
 
 
 def passes(work: Batches, repeats: int) -> tuple[dict[str, list[float]], np.ndarray]:
@@ -132,7 +139,8 @@ def peaks(config: ScoreConfig, device: str) -> dict[str, float]:
     """MiB that a pass over the largest batch adds to a loaded model, each way in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as process:
-        return {way: process.submit(_peak, config, way, device).result() for way in (FROZEN, TRAINABLE, CLOSED)}
+        names = (FROZEN, TRAINABLE, RECOMPUTING, CLOSED)
+        return {way: process.submit(_peak, config, way, device).result() for way in names}
 
 
 def _peak(config: ScoreConfig, way: str, device: str) -> float:
@@ -164,6 +172,12 @@ def figures(raw: Raw) -> list[Figure]:
         ours, theirs = raw["peak MiB"][CLOSED], raw["peak MiB"][way]
         detail = f"{ours:.0f} MiB over {theirs:.0f}, beyond the loaded model"
         found.append(Figure(f"closed form / {way}, peak memory", ours / theirs, detail=detail, at_most=1.0))
+    detail = "every layer's activations made again in the backward, none kept"
+    ratio = ratios(raw["seconds"][RECOMPUTING], raw["seconds"][CLOSED])
+    found.append(Figure.of(f"{RECOMPUTING} / kept, time", ratio, detail=detail))
+    ours, theirs = raw["peak MiB"][RECOMPUTING], raw["peak MiB"][CLOSED]
+    detail = f"{ours:.0f} MiB over {theirs:.0f}"
+    found.append(Figure(f"{RECOMPUTING} / kept, peak memory", ours / theirs, detail=detail))
     if (drawn := raw.get("monte carlo")) is None:
         return found
     whole = [drawn["theta seconds"] + PAPER_DRAWS * lap for lap in drawn["draw seconds"]]

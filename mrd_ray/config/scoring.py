@@ -72,9 +72,10 @@ class ScoringConfig(Frozen):
     )
     activation_gib: PositiveFloat | None = Field(
         None,
-        description="closed_form: GiB that a micro-batch's activations may take; layers for which there is no room are "
-        "recomputed in the backward (gradient checkpointing), to the same scores. None: 4 on a CPU, 0.6 of what the "
-        "GPU has free. In refreshes with ZeRO-3: all are recomputed if this is set, else none.",
+        description="closed_form: GiB that a micro-batch's activations may take, on each GPU of several; layers for "
+        "which there is no room are recomputed in the backward (gradient checkpointing), to the same scores. None: 4 "
+        "on a CPU, 0.6 of what a GPU has free, so set it where actors share one. In refreshes with ZeRO-3: all are "
+        "recomputed if this is set, else none.",
     )
     measures: tuple[Measure, ...] = Field(
         (),

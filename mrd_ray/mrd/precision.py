@@ -22,10 +22,10 @@ _SMALLER = 64.0  # the noise floor is looked for at sigma over this, where the s
 class Precision:
     """What becomes of noise of a given sigma.
 
-    share_moved: of the weights, those that differ from the base after theta + sigma z is rounded. cosine: between
-    sigma z and what the weights really moved by. noise_floor: root mean square of what rounding in the forward adds to
-    Delta (antithetic: to its even part), over that of Delta itself, for the sample that fares worst; infinite if the
-    noise changes nothing, or makes it infinite.
+    share_moved: of the weights (of large ones by the middle), those that differ from the base after theta + sigma z is
+    rounded. cosine: between sigma z and what the weights really moved by. noise_floor: root mean square of what
+    rounding in the forward adds to Delta (antithetic: to its even part), over that of Delta itself, for the sample that
+    fares worst; infinite if the noise changes nothing, or makes it infinite.
     """
 
     share_moved: float
@@ -95,4 +95,6 @@ def _realised(replica: Replica, sigma: float, seed: int) -> tuple[float, float]:
         of_part = torch.stack([torch.ones_like(z), (step != 0).double(), step * z, z * z, step * step]).sum(1).cpu()
         sums += of_part * (size / max(1, len(z)))
     count, changed, product, intended, realised = sums.tolist()
+    if not count:  # a process may hold no part of few weights; others answer for them
+        return 1.0, 1.0
     return changed / count, product / math.sqrt(intended * realised) if realised else 0.0

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,27 +13,37 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
+def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The layers that can be recomputed, by transformers' word."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 @contextlib.contextmanager
 def recomputing(model: PreTrainedModel, budget: float) -> Iterator[None]:
-    """Within this block, the activations that a forward's layers keep for its backward take up to `budget` bytes.
+    """Within this block, what a forward's layers keep for its backward takes up to `budget` bytes of each device.
 
-    The layers that keep theirs are the first ones, and one more is left room for, since recomputing a layer makes its
-    activations again; that one there is even if it does not fit. What embeddings and the output layer keep comes on
-    top. Recomputed activations have the same bits. (transformers' own switch knows all layers or none, and works in
-    training mode alone, which turns dropout on.)
+    The layers that keep their activations are the first ones of a device; of the others their inputs alone are kept,
+    which count too. One layer more is left room for, since recomputing one makes its activations again. The first one
+    is kept whatever it takes. What embeddings and the output layer keep comes on top. Recomputed activations have the
+    same bits. (transformers' own switch knows all layers or none, and works in training mode alone, which turns
+    dropout on.)
 
     Args:
         budget: zero recomputes every layer, and infinity none.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    forwards = [layer.forward for layer in layers]
+    layers = layers_of(model) if math.isfinite(budget) else []
+    own = {layer: layer.__dict__["forward"] for layer in layers if "forward" in layer.__dict__}
     activations = _Activations(model, budget)
-    for number, layer in enumerate(layers if math.isfinite(budget) else []):
-        layer.forward = functools.partial(activations.run, number == 0, layer.forward)
+    begins = model.base_model.register_forward_pre_hook(lambda *_: activations.begin())
+    for layer in layers:
+        layer.forward = functools.partial(activations.run, layer, layer.forward)
     try:
         yield
     finally:
-        for layer, forward in zip(layers, forwards, strict=True):
+        begins.remove()
+        for layer in layers:
+            del layer.forward
+        for layer, forward in own.items():
             layer.forward = forward
 
 
@@ -40,28 +51,34 @@ class _Activations:
     """What the layers of a forward have kept so far, by the memory that holds it: several tensors may share some."""
 
     def __init__(self, model: PreTrainedModel, budget: float) -> None:
-        self._budget = budget
-        self._weights = {_address(parameter) for parameter in model.parameters()}
-        self._held: set[tuple[torch.device, int]] = set()
-        self._bytes = self._largest = 0
+        self._model, self._budget = model, budget
+        self.begin()
 
-    def run(self, first: bool, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The layer's forward; `first` begins to count anew."""
-        if first:
-            self._held, self._bytes, self._largest = set(self._weights), 0, 0
-        if self._budget == 0 or self._bytes + 2 * self._largest > self._budget:
+    def begin(self) -> None:
+        """Count anew, for a forward."""
+        self._held = {_address(parameter) for parameter in self._model.parameters()}
+        self._bytes: Counter[torch.device] = Counter()
+        self._largest: Counter[torch.device] = Counter()  # of a layer
+
+    def run(self, layer: torch.nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward."""
+        device = next((parameter.device for parameter in layer.parameters()), torch.device("cpu"))
+        before = self._bytes[device]
+        if self._budget == 0 or before + 2 * self._largest[device] > self._budget:
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, torch.Tensor):
+                    self._keep(value)
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        before = self._bytes
         with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
             output = forward(*args, **kwargs)
-        self._largest = max(self._largest, self._bytes - before)
+        self._largest[device] = max(self._largest[device], self._bytes[device] - before)
         return output
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         if (address := _address(tensor)) not in self._held:
             self._held.add(address)
-            self._bytes += tensor.untyped_storage().nbytes()
-        return tensor
+            self._bytes[tensor.device] += tensor.untyped_storage().nbytes()
+        return tensor.detach()  # the tensor itself would hold the graph that holds it
 
 
 def _address(tensor: torch.Tensor) -> tuple[torch.device, int]:

@@ -20,6 +20,7 @@ from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures, sum_lo
 from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
 from mrd_ray.mrd.perturb import Replica, Shard
 from mrd_ray.mrd.precision import Precision, examine
+from mrd_ray.mrd.recompute import layers_of
 
 Sample = dict[str, Any]  # micro_batch, sample_id, token_ids, scored
 Result = dict[str, Any]  # of actor.RESULT
@@ -121,7 +122,7 @@ class ClosedForm:
         shards: as for `MonteCarlo`.
 
     Raises:
-        UserError: torch cannot differentiate the model twice.
+        UserError: torch cannot differentiate the model twice, or not recompute it.
     """
 
     precision = None
@@ -133,7 +134,7 @@ class ClosedForm:
         self._device = model.device
         self._halve = shards is None
         selected = models.select(dict(model.named_parameters()), scoring.parameters)
-        self._norms = GradientNorms(model, selected, _activations(model, scoring, shards is not None))
+        self._norms = GradientNorms(model, selected, activation_bytes(model, scoring, shards is not None))
         self._traces = TraceEstimator(model, selected)
         if scoring.curvature_probes:
             self._traces.aim(draw_seed(scoring.seed, 0))
@@ -190,11 +191,16 @@ def estimator_of(
     return kind(model, scoring, trial, shards)
 
 
-def _activations(model: PreTrainedModel, scoring: ScoringConfig, sharded: bool) -> float:
-    """Bytes that activations of a micro-batch may take.
+def activation_bytes(model: PreTrainedModel, scoring: ScoringConfig, sharded: bool = False) -> float:
+    """Bytes of each device that activations of a micro-batch may take (see `recomputing`).
 
     Where weights are gathered layer by layer, all processes must recompute the same ones: every layer or none.
+
+    Raises:
+        UserError: a budget is set, and the model has no layer that can be recomputed.
     """
+    if scoring.activation_gib is not None and not layers_of(model):
+        raise UserError("scoring.activation_gib: no layer of this model can be recomputed; leave it out")
     if sharded:
         return math.inf if scoring.activation_gib is None else 0.0
     if scoring.activation_gib is not None:
@@ -202,7 +208,13 @@ def _activations(model: PreTrainedModel, scoring: ScoringConfig, sharded: bool) 
     devices = {parameter.device for parameter in model.parameters()}
     if any(device.type != "cuda" for device in devices):
         return _CPU_ACTIVATIONS
-    return len(devices) * min(torch.cuda.mem_get_info(device)[0] for device in devices) * _FREE_SHARE
+    return min(map(_free, devices)) * _FREE_SHARE
+
+
+def _free(device: torch.device) -> int:
+    """Bytes, those included that torch has and does not use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 class _Part(NamedTuple):

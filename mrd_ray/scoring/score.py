@@ -184,7 +184,7 @@ class _Rounds:
         """Work off these rectangles; each unit's result is on disk before it counts as done."""
         config, scoring = self.config, self.config.scoring
         pool = pipeline.pool_of(config.ray, grows, self.journal)
-        if (say := plan.advice(pool, scoring)) is not None:
+        if number == 0 and (say := plan.advice(pool, scoring)) is not None:
             self.journal.event("advice", say)
         rate = plan.assumed_tflops(pool) * 1e12 / self.cost.flops_per_token / plan.forwards_per_token(scoring)
         units = plan.cut(layout, rectangles, pool.actors, rate)

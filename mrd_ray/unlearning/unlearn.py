@@ -120,7 +120,7 @@ def _identity(config: UnlearnConfig, tokenizer: str, of_run: Sets) -> dict[str, 
         "stopping": config.stopping.model_dump(include={"extraction_n", "extraction_stride", "retain_samples"}),
     }
     if config.unlearning.weighting != "uniform":
-        groups["scoring"] = config.scoring.model_dump(mode="json")
+        groups["scoring"] = config.scoring.model_dump(mode="json", exclude={"activation_gib"})
     settings = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
     return settings | {
         "model": model_files.files_digest(config.model),

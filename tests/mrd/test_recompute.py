@@ -1,7 +1,9 @@
 """A budget for activations decides what is recomputed, and nothing about the result."""
 
 import collections
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ def bytes_of_layers(model):
 
     def keep(tensor):
         held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model.model(input_ids=batch_of().token_ids, use_cache=False).last_hidden_state
@@ -55,6 +57,30 @@ def test_layers_are_recomputed_once_the_budget_is_used_up():
     assert layer_runs(model, 4.2 * layer) == [1, 1, 1, 2, 2, 2]
     assert layer_runs(model, 1.0) == [1, 2, 2, 2, 2, 2]
     assert layer_runs(model, 0) == [2] * 6
+
+
+def test_a_forward_that_fails_leaves_nothing_behind():
+    """As one that runs out of memory does, whose halves are tried again."""
+    model, made = deep(), []
+    model.model.layers[3].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    for layer in model.model.layers:
+        layer.input_layernorm.register_forward_hook(lambda layer, args, output: made.append(weakref.ref(output)))
+    with pytest.raises(ZeroDivisionError), recomputing(model, 1e12):
+        model.model(input_ids=batch_of().token_ids, use_cache=False)
+    gc.collect()
+    assert len(made) == 4
+    assert [output() for output in made] == [None] * 4
+
+
+def test_layers_are_left_as_they_were():
+    model = deep()
+    own = model.model.layers[1].forward
+    model.model.layers[1].forward = own  # as a library that hooks layers leaves them
+    with recomputing(model, 1.0):
+        pass
+    assert ["forward" in layer.__dict__ for layer in model.model.layers] == [False, True, False, False, False, False]
+    assert model.model.layers[1].forward is own
+    assert not model.model._forward_pre_hooks
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt"])

@@ -1,6 +1,7 @@
 """The closed form, adaptive draws, the precision guard and parameter selection through the whole main job."""
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -10,12 +11,13 @@ import peft
 import pytest
 import torch
 from runs_of import config, stamps
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, CTRLConfig, LlamaConfig, MixtralConfig
 
-from mrd_ray import UserError, score
+from mrd_ray import ScoringConfig, UserError, score
 from mrd_ray.cli import main
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.likelihood import MicroBatch
+from mrd_ray.scoring.estimators import activation_bytes
 
 CLOSED = {"scoring__estimator": "closed_form"}
 
@@ -54,6 +56,22 @@ def test_closed_form_through_the_main_job(tiny_model_dir, qa_file, tmp_path):
     recomputing = settings | {"scoring__activation_gib": 1e-6}
     two = score(config(tiny_model_dir, qa_file, tmp_path / "two", **recomputing, ray__actors=2))
     assert two.scores.equals(found.scores)
+
+
+def test_bytes_for_activations():
+    with torch.device("meta"):
+        llama, ctrl = (
+            AutoModelForCausalLM.from_config(kind(vocab_size=16, num_hidden_layers=1, n_layer=1))
+            for kind in (LlamaConfig, CTRLConfig)
+        )
+    unset, half = (ScoringConfig(estimator="closed_form", activation_gib=gib) for gib in (None, 0.5))
+    assert activation_bytes(llama, unset) == activation_bytes(ctrl, unset) == 4 * 2**30
+    assert activation_bytes(llama, half) == 2**29
+    # ranks that gather layers together must not differ in what they recompute
+    assert activation_bytes(llama, unset, sharded=True) == math.inf
+    assert activation_bytes(llama, half, sharded=True) == 0
+    with pytest.raises(UserError, match=r"scoring\.activation_gib: no layer of this model"):
+        activation_bytes(ctrl, half)
 
 
 @pytest.mark.gpu
