@@ -30,7 +30,7 @@ def main(model: str, data: str, out: str = "benchmarks/results", repeats: int = 
         model: directory of a small model.
         data: forget set, of which one sample is scored.
         out: folder of the JSON file.
-        repeats: of each way; the first score is timed twice.
+        repeats: of the first two; what takes seconds is timed twice.
     """
     results = Results("startup", locals(), out)
     _ended("--help")  # files come into the cache
