@@ -74,6 +74,8 @@ def main(
         each = found.weight_bytes_per_actor / 2**30 / way.gpus
         detail = f"on each of {way.gpus} GPU(s), on average; {gpu_gib - each:.0f} GiB are left"
         figures.append(Figure(f"{name}: weights", each, "GiB", detail, at_most=0.9 * gpu_gib))
-        detail = f"{found.device_hours:.3g} GPU-hours for {found.samples} samples of {found.tokens:,} tokens; no loading"
+        detail = (
+            f"{found.device_hours:.3g} GPU-hours for {found.samples} samples of {found.tokens:,} tokens; no loading"
+        )
         figures.append(Figure(f"{name}: time", found.seconds / 60, "min", detail))
     results.show(figures)
