@@ -13,11 +13,12 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.common import PAPER_DRAWS, Batches, stopwatch
 from benchmarks.figures import Figure, Results, ratios
-from mrd_ray import ScoreConfig
+from mrd_ray import ScoreConfig, ScoringConfig
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import delta, draw_seed
 from mrd_ray.mrd.perturb import Replica
+from mrd_ray.scoring.estimators import activation_bytes
 
 PROJECTIONS = "proj"  # in the names of the layers that Opacus has a rule for: it has none for a Llama's norms
 ALGORITHM_1, PERTURB_ONCE, MONTE_CARLO = "Algorithm 1, line by line", "perturb once, plain loop", "Monte Carlo"
@@ -101,7 +102,9 @@ class Ways:
         self._kept = {name: parameter.detach().clone() for name, parameter in work.model.named_parameters()}
         self._replica, self._likelihood = Replica(work.model), Likelihood(work.model)
         projections = [name for name, _ in work.model.named_parameters() if PROJECTIONS in name]
-        self._norms, self._norms_of_projections = GradientNorms(work.model), GradientNorms(work.model, projections)
+        budget = activation_bytes(work.model, ScoringConfig(estimator="closed_form"))  # as an actor has it
+        self._norms = GradientNorms(work.model, None, budget)
+        self._norms_of_projections = GradientNorms(work.model, projections, budget)
 
     @torch.no_grad()
     def algorithm_1(self, batches: Sequence[MicroBatch]) -> float:
