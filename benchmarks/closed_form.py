@@ -3,6 +3,7 @@
 Only ratios within one run mean anything, on a machine that does nothing else meanwhile. On Linux.
 """
 
+import ctypes
 import io
 import multiprocessing
 from collections.abc import Callable
@@ -154,6 +155,7 @@ def _peak(config: ScoreConfig, way: str, device: str) -> float:
         before = torch.cuda.memory_allocated()
         run(largest)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # what the small pass has freed would be used again unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of loading
     resident_before = resident("VmRSS")
     run(largest)
