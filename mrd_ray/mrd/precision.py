@@ -14,7 +14,7 @@ from mrd_ray.mrd.perturb import Replica
 _MAX_NOISE = 0.3
 _MIN_COSINE = 0.99
 _SLANT = math.tan(math.acos(_MIN_COSINE))
-_LOOKED_AT = 1 << 16  # elements of a weight, to see what rounding leaves of sigma z: a float64 copy costs no memory
+_LOOKED_AT = 1 << 16  # elements of a weight, to see what rounding leaves of sigma z: a float64 copy costs little
 _SMALLER = 64.0  # the noise floor is looked for at sigma over this, where the signal is so much smaller
 
 
