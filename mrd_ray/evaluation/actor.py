@@ -13,6 +13,7 @@ from mrd_ray.config import EvaluationConfig, ModelConfig
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation.measure import RECORD, Measurer
 from mrd_ray.scoring.actor import attempt, replica
+from mrd_ray.scoring.estimators import out_of_memory
 
 RESULT_SCHEMA = pa.schema(
     [
@@ -60,7 +61,9 @@ class EvaluationActor:
                 self._weights.check()
             except UserError as problem:
                 self._fatal = str(problem)
-            except torch.OutOfMemoryError as problem:  # of EL_n's generation
+            except RuntimeError as problem:  # of EL_n's generation
+                if not out_of_memory(problem):
+                    raise
                 self._fatal = f"the device ran out of memory; lower evaluation.generation_batch ({problem})"
         result |= {
             "worker": f"{os.uname().nodename}:{os.getpid()}",

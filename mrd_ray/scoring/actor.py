@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from mrd_ray import model_files, models
 from mrd_ray.config import ModelConfig, ScoringConfig
 from mrd_ray.errors import UserError
-from mrd_ray.scoring.estimators import ClosedForm, MonteCarlo, Sample, estimator_of, refuse_wrong_rules
+from mrd_ray.scoring.estimators import ClosedForm, MonteCarlo, Sample, estimator_of, out_of_memory, refuse_wrong_rules
 from mrd_ray.scoring.plan import Unit
 from mrd_ray.scoring.result import RESULT_SCHEMA
 
@@ -92,7 +92,9 @@ class ScoringActor:
                 self._weights.check()
             except UserError as problem:
                 self.fatal = str(problem)
-            except torch.OutOfMemoryError as problem:  # of samples that fitted before
+            except RuntimeError as problem:  # of a sample that fitted before
+                if not out_of_memory(problem):
+                    raise
                 self.fatal = f"the device ran out of memory; lower scoring.micro_batch_tokens ({problem})"
         result |= {
             "worker": f"{os.uname().nodename}:{os.getpid()}",

@@ -74,8 +74,17 @@ class MonteCarlo:
             raise UserError(_insufficient(precision, model.dtype, scoring))
 
     def __call__(self, samples: Sequence[Sample], draws: range) -> list[Result]:
-        """Results of these samples for these draws."""
-        block = self._block_of(samples)
+        """Results of these samples for these draws; of each half in turn where a perturbed forward lacks memory."""
+        try:
+            return self._results(self._block_of(samples), draws)
+        except RuntimeError as problem:
+            if len(samples) == 1 or not (self._halve and out_of_memory(problem)):
+                raise
+        _release(self._device)
+        middle = len(samples) // 2
+        return self(samples[:middle], draws) + self(samples[middle:], draws)
+
+    def _results(self, block: "_Block", draws: range) -> list[Result]:
         scoring = self._scoring
         deltas = draw_deltas(
             self._replica, self._likelihood, [part.batch for part in block.parts], [part.theta for part in block.parts],
@@ -270,13 +279,19 @@ def fitting(
             except RuntimeError as problem:
                 if not (halve and out_of_memory(problem)):
                     raise
-            if found is None and device.type == "cuda":
-                torch.cuda.empty_cache()  # here, since the exception held the failed forward's tensors
+            if found is None:
+                _release(device)
             if found is None and len(members) > 1:
                 middle = len(members) // 2
                 waiting += [members[middle:], members[:middle]]
             else:
                 yield members, found
+
+
+def _release(device: torch.device) -> None:
+    """To be called after an exception is forgotten, which held the failed forward's tensors."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def out_of_memory(problem: RuntimeError) -> bool:
