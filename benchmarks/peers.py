@@ -48,7 +48,7 @@ def main(
         data: forget set, for example TOFU's ../shared/data/tofu/forget10.json.
         out: folder of the JSON file.
         max_samples: rows of the forget set.
-        few: samples for the ways that take one at a time; with 24, ratios to them differed by a fifth from run to run.
+        few: samples for the ways that take one at a time; with 24, ratios to them differed by a sixth from run to run.
         repeats: parts of the samples; the ways take turns.
         draws: K that costs are for; each way is timed for one draw, and once unperturbed.
         micro_batch_tokens: tokens per forward of ours, padding included.

@@ -92,10 +92,10 @@ class ScoringActor:
                 self._weights.check()
             except UserError as problem:
                 self.fatal = str(problem)
-            except RuntimeError as problem:  # of a sample that fitted before
+            except RuntimeError as problem:  # of one sample alone, that fitted before
                 if not out_of_memory(problem):
                     raise
-                self.fatal = f"the device ran out of memory; lower scoring.micro_batch_tokens ({problem})"
+                self.fatal = f"the device ran out of memory for a single sample; give it fewer actors ({problem})"
         result |= {
             "worker": f"{os.uname().nodename}:{os.getpid()}",
             "seconds": time.perf_counter() - started,
