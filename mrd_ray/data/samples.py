@@ -21,7 +21,9 @@ _PEEK = 1000  # JSON rows need not name the same columns: the first so many toge
 SCHEMA = pa.schema(  # large types: all tokens or characters of a column may be over 2^31
     [
         pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("row", pa.int64(), nullable=False, metadata={"unit": "line or record of the source, from 1"}),
+        pa.field("index", pa.int64(), nullable=False, metadata={"unit": "place in the whole source, from 0"}),
+        pa.field("file", pa.string(), metadata={"unit": "the source file, null where there is only one"}),
+        pa.field("row", pa.int64(), nullable=False, metadata={"unit": "line or record of that file, from 1"}),
         pa.field("text", pa.large_string(), metadata={"unit": "the sample as the model sees it"}),
         pa.field("token_ids", pa.large_list(pa.int32())),
         pa.field("scored", pa.large_list(pa.bool_()), metadata={"unit": "per token, whether it counts"}),
@@ -78,13 +80,13 @@ def _rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int 
     if data.template == "chat" and columns.text is None and tokenizer.chat_template is None:
         raise UserError("data.template: chat, but the tokenizer has no chat template; give a format string")
     seen: Counter[str] = Counter()
-    for number, values in itertools.chain(peeked, rows):
+    for index, (number, values) in enumerate(itertools.chain(peeked, rows)):
         if not values.keys() <= present.keys():
             present |= dict.fromkeys(values)
             where = f"{data.path}, row {number}, which names columns that the first {_PEEK} do not"
             if (late := choose_columns(data, list(present), where).id) != columns.id:
                 raise UserError(f"{where}: among them {late!r}, an id; give every row one, or rename it")
-        sample: dict[str, Any] = {"row": number}
+        sample: dict[str, Any] = {"index": index, "row": number}
         try:
             rendered = render(values, columns, data, tokenizer)
             sample["text"] = rendered.text
@@ -116,7 +118,7 @@ def _windows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: i
         if data.max_samples is not None and number > data.max_samples:
             return
         token_ids = bos + stream[begin : begin + step]
-        sample: dict[str, Any] = {"row": number, "text": tokenizer.decode(token_ids, skip_special_tokens=True)}
+        sample: dict[str, Any] = {"index": number - 1, "row": number, "text": tokenizer.decode(token_ids, skip_special_tokens=True)}
         if len(token_ids) < 2:
             sample["error"] = "a last window of one token, which has no token before it"
         else:

@@ -126,7 +126,7 @@ def _refusals(
                 raise UserError(
                     f"unlearning.refusals: line {line} of {path}, with the prompt of row {number}: {problem}"
                 ) from None
-            found[i].append({"sample_id": f"{i}-{j}", "row": number, "text": rendered.text, **tokens._asdict()})
+            found[i].append({"sample_id": f"{i}-{j}", "index": i, "row": number, "text": rendered.text, **tokens._asdict()})
     return pa.Table.from_pylist([row for i in range(len(forget)) for row in found[i]], samples_table.SCHEMA)
 
 
