@@ -13,6 +13,7 @@ import torch
 
 from mrd_ray import ScoreConfig, models
 from mrd_ray.data import samples as samples_table
+from mrd_ray.data.tokens import Limits
 from mrd_ray.mrd.likelihood import MicroBatch
 from mrd_ray.scoring import plan
 from mrd_ray.scoring.score import lengths
@@ -25,8 +26,8 @@ class Batches:
     """A model and its samples: `rows` by sample_id, `order` of those that can be scored, `batches` of `layout`."""
 
     def __init__(self, config: ScoreConfig, device: str = "cpu") -> None:
-        limit = models.context_length(models.load_config(config.model))
-        table = samples_table.build(config.data, models.load_tokenizer(config.model), limit)
+        limits = Limits.of(models.skeleton(config.model))
+        table = samples_table.build(config.data, models.load_tokenizer(config.model), limits)
         self.layout = plan.layout(lengths(table), config.scoring.micro_batch_tokens)
         self.batches = micro_batches(table, config.scoring.micro_batch_tokens, device)
         self.rows = table.to_pylist()

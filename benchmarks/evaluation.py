@@ -12,6 +12,7 @@ from benchmarks.common import stopwatch
 from benchmarks.figures import Figure, Results, ratios
 from mrd_ray import ModelConfig, models
 from mrd_ray.config import EvaluationConfig
+from mrd_ray.data.tokens import Limits
 from mrd_ray.evaluation import sets
 from mrd_ray.evaluation.measure import Measurer
 
@@ -49,7 +50,7 @@ def main(
     for part, metric in {"likelihoods": "truth_ratio", "answers": "rouge_l"}.items():
         own = questions | {"metrics": [metric]} | ({} if metric == "truth_ratio" else {"wrong": None})
         evaluation = EvaluationConfig.model_validate({"sets": {part: own}, "max_new_tokens": max_new_tokens})
-        table = sets.build(part, evaluation.sets[part], evaluation, tokenizer, models.context_length(loaded.config))
+        table = sets.build(part, evaluation.sets[part], evaluation, tokenizer, Limits.of(loaded))
         units = [rows for _, rows in sets.units(part, table)]
         measurer = Measurer(loaded, tokenizer, evaluation)
         if part == "answers":  # their likelihood is the other part's

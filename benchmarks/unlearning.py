@@ -26,6 +26,7 @@ from benchmarks.common import Raw, micro_batches, resident, stopwatch
 from benchmarks.figures import Figure, Results, ratios
 from mrd_ray import models
 from mrd_ray.config import ScoringConfig, UnlearnConfig
+from mrd_ray.data.tokens import Limits
 from mrd_ray.mrd.likelihood import MicroBatch
 from mrd_ray.scoring.score import lengths
 from mrd_ray.unlearning import losses, refresh, sets
@@ -82,8 +83,8 @@ def main(
     tree |= {"retain": {"path": retain}, "stopping": {"extraction_n": 0, "retain_samples": 1}}
     tree |= {"unlearning": {"method": "npo", "weighting": "uniform", "batch_size": batch_size}}
     config = UnlearnConfig.model_validate(tree)
-    limit = models.context_length(models.load_config(config.model))
-    of_run = sets.build(config, models.load_tokenizer(config.model), limit, Console(quiet=True))
+    limits = Limits.of(models.skeleton(config.model))
+    of_run = sets.build(config, models.load_tokenizer(config.model), limits, Console(quiet=True))
     (fields,) = Job(config, of_run, 1, threads, steps).run(reference)
     initial = Evaluation(**fields)
     plain = Job(config, of_run, 1, threads, steps, initial, plain=True)

@@ -65,3 +65,34 @@ class Meter:
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+
+class Tally:
+    """Counts work whose total is unknown: live on a terminal; elsewhere a line every so often."""
+
+    def __init__(self, title: str, what: str, console: Console) -> None:
+        self._title, self._what, self._console, self._done = title, what, console, 0
+        self._started = self._last_line = time.monotonic()
+        self._status = console.status(title) if console.is_terminal else None
+
+    def __enter__(self) -> "Tally":
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def advance(self, count: int) -> None:
+        """Count so many more."""
+        self._done += count
+        now = time.monotonic()
+        text = f"{self._title}: {self._done:,} {self._what}, {now - self._started:.0f} s elapsed"
+        if self._status is not None:
+            self._status.update(text)
+        elif now - self._last_line >= _LOG_EVERY:
+            self._last_line = now
+            self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._status is not None:
+            self._status.stop()

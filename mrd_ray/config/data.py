@@ -1,37 +1,78 @@
 """Which samples, and what of them counts."""
 
-import string
+import codecs
+import re
 from typing import Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
+from mrd_ray.config import template as templates
 from mrd_ray.config.base import Frozen, Name
+
+Paths = Name | tuple[Name, ...]
+_PLAIN_TEXT = re.compile(r"\.txt(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
+
+
+def is_plain_text(path: Paths) -> bool:
+    """Whether the path names .txt files, compressed or not, by its ending."""
+    return all(_PLAIN_TEXT.search(one) for one in ([path] if isinstance(path, str) else path))
 
 
 class DataConfig(Frozen):
-    """The forget set, and what of each sample is scored."""
+    """The forget set, and what of each sample is scored. docs/your-data.md has an example of every format."""
 
-    path: Name = Field(
-        description="A .jsonl, .json, .csv, .parquet or .txt file (local path or fsspec URI), "
-        "or the id of a Hugging Face dataset."
+    path: Paths = Field(
+        description="A file, a folder, a pattern such as 'part-*.jsonl', or a list of these (local or fsspec URIs), or "
+        "the id of a Hugging Face dataset. Files: .jsonl, .json, .ndjson, .csv, .tsv, .txt, .parquet or .arrow, "
+        "also compressed (.gz, .zst, .bz2, .xz)."
     )
     name: str | None = Field(None, description="Configuration of a hub dataset, e.g. forget10 of locuslab/TOFU.")
-    split: str = Field("train", description="Split of a hub dataset.")
-    text: str | None = Field(None, description="Column that holds whole texts.")
-    prompt: str | None = Field(None, description="Column that holds prompts; goes with data.response.")
-    response: str | None = Field(None, description="Column that holds responses; goes with data.prompt.")
-    id: str | None = Field(
-        None,
-        description="Column with a unique id per sample. Unset: a column named sample_id or id where there is one, "
-        "else a digest of the columns that make the sample.",
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
+    split: str = Field(
+        "train",
+        description="Split of a hub dataset, a folder or a JSON object of lists; also a slice: 'train[:50%]'.",
     )
+    encoding: str | None = Field(
+        None, description="Encoding of text files, e.g. cp1252. Unset: UTF-8 or UTF-16, in CSV also cp1252, by content."
+    )
+    separator: str | None = Field(
+        None, min_length=1, max_length=1, description="Separator of .csv and .tsv files. Unset: found in the file."
+    )
+    text: str | None = Field(None, description="Column that holds whole texts.")
+    prompt: str | None = Field(
+        None,
+        description="Column that holds prompts, or a template of columns as in data.template; goes with data.response.",
+    )
+    response: str | None = Field(None, description="Column that holds responses; answers.text for nested ones.")
+    messages: str | None = Field(
+        None,
+        description="Column that holds conversations: lists of {role, content} or {from, value}. They are rendered by "
+        "the tokenizer's chat template.",
+    )
+    id: str | None = Field(
+        "auto",
+        description="Column with a unique id per sample. auto: sample_id or id where there is one, else as null. null: "
+        "a digest of the columns that make the sample.",
+    )
+    id_with_row: bool = Field(False, description="Make repeated ids unique by their row: doc-7#3.")
     template: str = Field(
         "Question: {prompt}\nAnswer: {response}",
-        description="How prompt and response are joined: a format string with {prompt} and {response}, "
-        "or 'chat' for the tokenizer's chat template (where that asks for today's date, it is 26 Jul 2024, always).",
+        description="How a sample is put together: a format string with {response}, {prompt} or any column in braces; "
+        "the same in Jinja ('{{ instruction }}{% if input %} ...'); 'alpaca'; or 'chat' for the tokenizer's chat "
+        "template (where that asks for today's date, it is 26 Jul 2024, always).",
     )
     score_on: Literal["all", "response"] = Field(
-        "all", description="Which tokens count: every one after the first, or the response alone."
+        "all",
+        description="Which tokens count: every one after the first, or the response only (of a conversation, every "
+        "assistant turn).",
+    )
+    numbers_as_text: bool = Field(False, description="Take numbers in prompts and responses as their digits: 1987.")
+    response_index: NonNegativeInt | None = Field(
+        None, description="Where a response is a list: which of it to take, from 0."
+    )
+    response_join: str | None = Field(None, description="Where a response is a list: take all of it, joined by this.")
+    list_separator: str | None = Field(
+        None, min_length=1, description="Where a list is expected and a text is found: what to split it at, e.g. '; '."
     )
     max_tokens: PositiveInt | None = Field(
         None, description="Longest sample in tokens; unset, the model's context length."
@@ -43,42 +84,78 @@ class DataConfig(Frozen):
     where: dict[str, bool | int | str] = Field(
         {}, description="Use only rows whose columns have these values: '{safe: false}'."
     )
-    max_samples: PositiveInt | None = Field(None, description="Use only the first so many rows.")
+    max_samples: PositiveInt | None = Field(
+        None, description="Use only the first so many rows, or as many drawn at random with data.sample_seed."
+    )
+    sample_seed: NonNegativeInt | None = Field(
+        None, lt=2**63, description="Draw data.max_samples rows at random, by this seed, instead of the first ones."
+    )
 
     @field_validator("template")
     @classmethod
-    def _template_has_both_fields(cls, template: str) -> str:
-        if template == "chat":
-            return template
+    def _template_holds_a_sample(cls, template: str) -> str:
         try:
-            pieces = [piece for piece in string.Formatter().parse(template) if piece[1] is not None]
+            if template != "chat":
+                templates.check(template)
         except ValueError as problem:
-            raise ValueError(f"data.template is not a format string: {problem}") from None
-        fields = [name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-                  for _, name, spec, conversion in pieces if name is not None]  # fmt: skip
-        if sorted(fields) != ["prompt", "response"]:
-            raise ValueError(
-                "data.template must hold {prompt} and {response} once each and no other field "
-                f"(write {{{{ and }}}} for literal braces), or be 'chat'; its fields are {fields}"
-            )
+            raise ValueError(f"data.template: {problem}; or set it to 'chat'") from None
         return template
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_is_a_column_or_template(cls, prompt: str | None) -> str | None:
+        try:
+            if prompt is not None and "{" in prompt:
+                templates.parse(prompt)
+        except ValueError as problem:
+            raise ValueError(f"data.prompt: {problem}") from None
+        return prompt
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_is_known(cls, encoding: str | None) -> str | None:
+        try:
+            if encoding is not None:
+                codecs.lookup(encoding)
+        except LookupError:
+            raise ValueError(f"data.encoding: {encoding!r} is no encoding; give e.g. utf-8, utf-16 or cp1252") from None
+        return encoding
 
     @model_validator(mode="after")
     def _columns_agree(self) -> "DataConfig":
-        if (self.prompt is None) != (self.response is None):
+        kinds = {"data.text": self.text, "data.prompt": self.prompt, "data.messages": self.messages}
+        if len(given := [name for name, column in kinds.items() if column is not None]) > 1:
+            raise ValueError(f"{' and '.join(given)}: set only one of them")
+        if self.prompt is not None and self.response is None:
             raise ValueError("data.prompt and data.response go together; set both or neither")
-        if self.text is not None and self.prompt is not None:
-            raise ValueError("set data.text, or data.prompt with data.response, not both")
+        if self.response is not None and self.prompt is None:
+            if self.text is not None or self.messages is not None:
+                raise ValueError("data.response goes with data.prompt, not with data.text or data.messages")
+            if self.template == "chat" or not templates.parse(self.template).own_columns:
+                raise ValueError(
+                    "data.prompt and data.response go together; set both, or a data.template that names columns"
+                )
         if self.text is not None and self.score_on == "response":
             raise ValueError("data.score_on: response needs data.prompt and data.response; data.text has no response")
+        if self.response_index is not None and self.response_join is not None:
+            raise ValueError("data.response_index takes one of a list, data.response_join all; set one of them")
+        if self.sample_seed is not None and self.max_samples is None:
+            raise ValueError("data.sample_seed draws data.max_samples rows; set that too")
         return self
 
 
 class RetainConfig(Frozen):
     """The samples whose knowledge is to stay. Read as `data` says (columns, template, limits), but for `where`."""
 
-    path: Name | None = Field(None, description="A file or hub dataset, as data.path. Unset: none.")
+    path: Paths | None = Field(None, description="Files or a hub dataset, as data.path. Unset: none.")
     name: str | None = Field(None, description="Configuration of a hub dataset, e.g. retain90 of locuslab/TOFU.")
-    split: str = Field("train", description="Split of a hub dataset.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
+    split: str = Field("train", description="Split, as data.split.")
     text: str | None = Field(None, description="Column of whole texts, where data has prompts and responses.")
-    max_samples: PositiveInt | None = Field(None, description="Use only the first so many rows.")
+    messages: str | None = Field(None, description="Column of conversations, where data has none.")
+    max_samples: PositiveInt | None = Field(
+        None, description="Use only the first so many rows, or as many drawn at random with retain.sample_seed."
+    )
+    sample_seed: NonNegativeInt | None = Field(
+        None, lt=2**63, description="Draw retain.max_samples rows at random, by this seed."
+    )

@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from mrd_ray.config.base import Frozen, ModelConfig, RayConfig, RunConfig
-from mrd_ray.config.data import DataConfig
+from mrd_ray.config.data import DataConfig, is_plain_text
 
 Metric = Literal[
     "probability",
@@ -50,10 +50,13 @@ class EvaluatedSet(DataConfig):
     paraphrase: str | None = Field(
         None, description="Column with the true answer in other words; unset, the response stands for it."
     )
-    wrong: str | None = Field(None, description="Column with a list of wrong answers.")
-    choices: str | None = Field(
+    wrong: str | None = Field(
+        None, description="Column with a list of wrong answers, or a text cut at `list_separator`."
+    )
+    choices: str | tuple[str, ...] | None = Field(
         None,
-        description="multiple_choice: column with a list of choices; the response is the index of the right one.",
+        description="multiple_choice: column with a list of choices (or with text and label, as ARC has), or a list of "
+        "columns, one for each; the response is the index, the letter or label, or the text of the right one.",
     )
     subject: str | None = Field(None, description="multiple_choice: column with a subject, accuracy is given by each.")
 
@@ -72,7 +75,7 @@ class EvaluatedSet(DataConfig):
             raise ValueError("metrics: multiple_choice needs `choices`, a column, and goes with no other metric")
         if self.choices is not None and "multiple_choice" not in metrics:
             raise ValueError(f"choices: serves multiple_choice alone, not {min(metrics)}")
-        texts = self.text is not None or self.path.lower().endswith(".txt")
+        texts = self.text is not None or is_plain_text(self.path)
         if texts and (of := metrics & OF_RESPONSES):
             raise ValueError(f"metrics: {min(of)} needs prompts with responses, not texts")
         if metrics >= {"perplexity", "extraction_likelihood"}:

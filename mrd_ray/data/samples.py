@@ -4,19 +4,28 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from mrd_ray.config import DataConfig
-from mrd_ray.data import read
-from mrd_ray.data.tokens import Tokens, Unscorable, choose_columns, is_id, render, tokenize
+from mrd_ray.data import columns as of_columns
+from mrd_ray.data import conversations, read
+from mrd_ray.data.cells import Unscorable, is_id, lookup
+from mrd_ray.data.columns import Columns
+from mrd_ray.data.conversations import is_conversation
+from mrd_ray.data.read import Row
+from mrd_ray.data.render import Rendered, render
+from mrd_ray.data.tokens import Encoder, Limits, Tokenized, tokenize
 from mrd_ray.errors import UserError
+from mrd_ray.progress import Tally
 
-_PEEK = 1000  # JSON rows need not name the same columns: the first so many together say which are there
+PEEKED = 1000  # rows need not name the same columns: the first so many together say which are there
+_BATCH = 4096
 
 SCHEMA = pa.schema(  # large types: all tokens or characters of a column may be over 2^31
     [
@@ -32,25 +41,28 @@ SCHEMA = pa.schema(  # large types: all tokens or characters of a column may be 
 )
 
 
-def build(data: DataConfig, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> pa.Table:
+def build(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console | None = None
+) -> pa.Table:
     """Read, render and tokenise `data`: one row per sample, sorted by sample_id, of SCHEMA.
 
     A sample that cannot be scored keeps its row, with the reason in `error` and null tokens.
+
+    Args:
+        console: told which columns are used and which left, how far reading is, and what is odd about the samples.
 
     Raises:
         UserError: the source as a whole is unusable, or two rows carry the same id.
     """
     if data.score_on == "response" and not tokenizer.is_fast:
         raise UserError("data.score_on: response needs a fast tokenizer, which knows each token's place in the text")
-    limits = [limit for limit in (data.max_tokens, context_length) if limit is not None]
-    max_tokens = min(limits, default=None)
-    if data.path.lower().endswith(".txt"):
-        samples = _windows(data, tokenizer, max_tokens)
-    else:
-        samples = _rows(data, tokenizer, max_tokens)
-    table = pa.Table.from_batches(_batches(samples), SCHEMA)
-    _refuse_duplicates(data.path, table)
-    return table.sort_by("sample_id")
+    console = console or Console(quiet=True)
+    builder = _Builder(data, tokenizer, limits.with_context(data.max_tokens), console)
+    console.print(f"Reading {read.described(data)}", markup=False, highlight=False, soft_wrap=True)
+    with Tally("Reading", "samples", console) as tally:
+        table = pa.Table.from_batches(builder.batches(tally), SCHEMA)
+    builder.say_what_is_odd()
+    return with_unique_ids(data, table).sort_by("sample_id")
 
 
 def digest(table: pa.Table) -> str:
@@ -62,69 +74,165 @@ def digest(table: pa.Table) -> str:
     return state.hexdigest()
 
 
-def _batches(samples: Iterable[dict[str, Any]], size: int = 4096) -> Iterator[pa.RecordBatch]:
-    pending: list[dict[str, Any]] = []
-    for sample in samples:
-        pending.append(sample)
-        if len(pending) == size:
-            yield pa.RecordBatch.from_pylist(pending, SCHEMA)
-            pending = []
-    yield pa.RecordBatch.from_pylist(pending, SCHEMA)
+class Peeked:
+    """The rows of a source, the columns that hold its samples, and a promise that later rows do not change these."""
+
+    def __init__(self, data: DataConfig, say: read.Say = read.quiet) -> None:
+        self._data = data
+        rows = read.rows(data, say)
+        first = list(itertools.islice(rows, PEEKED))
+        self.present = of_columns.kinds(row.values for row in first)
+        self.columns = of_columns.choose(data, self.present, read.described(data))
+        self._rows = itertools.chain(first, rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        """Raises UserError if a late row names a column that would have been chosen, had it been there before."""
+        for row in self._rows:
+            if not row.values.keys() <= self.present.keys():
+                self.present |= of_columns.kinds([row.values]) | self.present
+                where = f"{read.described(self._data)}, {row.place}, which names columns that the first {PEEKED} do not"
+                if (late := of_columns.choose(self._data, self.present, where).id) != self.columns.id:
+                    raise UserError(f"{where}: among them {late!r}, an id; give every row one, or rename it")
+            yield row
+
+    def refuse_chat_without_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises UserError if all samples need a chat template, and the tokenizer has none."""
+        columns = self.columns
+        chat = columns.messages is not None or (self._data.template == "chat" and columns.text is None)
+        chat |= "messages" in {self.present.get(str(column)) for column in (columns.prompt, columns.response)}
+        if chat and tokenizer.chat_template is None:
+            cause = "data.template: chat" if self._data.template == "chat" else f"{columns} holds conversations"
+            raise UserError(
+                f"{cause}, but the tokenizer has no chat template; name one that has in model.tokenizer, or give a "
+                "format string in data.template"
+            )
+
+    def say_columns(self, console: Console, more: Collection[str] = ()) -> None:
+        """Which are used, and which are left. more: used ones that no sample is made of."""
+        left = [name for name in of_columns.unused(self.columns, self.present) if name not in more]
+        text = f"Columns: {self.columns}" + (f"; not used: {', '.join(left)}" if left else "")
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> Iterator[dict[str, Any]]:
-    rows = read.rows(data)
-    peeked = list(itertools.islice(rows, _PEEK))
-    present = dict.fromkeys(name for _, values in peeked for name in values)  # in order
-    columns = choose_columns(data, list(present), data.path)
-    if data.template == "chat" and columns.text is None and tokenizer.chat_template is None:
-        raise UserError("data.template: chat, but the tokenizer has no chat template; give a format string")
-    seen: Counter[str] = Counter()
-    for index, (number, values) in enumerate(itertools.chain(peeked, rows)):
-        if not values.keys() <= present.keys():
-            present |= dict.fromkeys(values)
-            where = f"{data.path}, row {number}, which names columns that the first {_PEEK} do not"
-            if (late := choose_columns(data, list(present), where).id) != columns.id:
-                raise UserError(f"{where}: among them {late!r}, an id; give every row one, or rename it")
-        sample: dict[str, Any] = {"index": index, "row": number}
-        try:
-            rendered = render(values, columns, data, tokenizer)
-            sample["text"] = rendered.text
-            sample |= tokenize(rendered, data, tokenizer, max_tokens)._asdict()
-        except Unscorable as problem:
-            sample["error"] = str(problem)
-        if columns.id is None:
-            sample["sample_id"] = digest_id([values.get(column) for column in columns if column], seen)
-        elif is_id(own := values.get(columns.id)):
-            sample["sample_id"] = str(own)
-        else:
-            reason = f"column {columns.id!r}, the id, is {own!r:.40}; expected text or a whole number"
-            sample |= {"sample_id": f"row-{number}", "token_ids": None, "scored": None, "error": reason}
-        yield sample
+class _Builder:
+    def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console) -> None:
+        self._data, self._tokenizer, self._limits, self._console = data, tokenizer, limits, console
+        self._encoder = Encoder(tokenizer)
+        self._seen: Counter[str] = Counter()
+        self._own_special: Counter[tuple[int, ...]] = Counter()
+
+    def batches(self, tally: Tally) -> Iterator[pa.RecordBatch]:
+        texts = read.texts(self._data, self._say)
+        samples = self._of_rows() if texts is None else _by_batch(self._windows(texts))
+        empty = True
+        for batch in samples:
+            empty = False
+            yield pa.RecordBatch.from_pylist(batch, SCHEMA)
+            tally.advance(len(batch))
+        if empty:
+            yield pa.RecordBatch.from_pylist([], SCHEMA)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def say_what_is_odd(self) -> None:
+        """Of special tokens that samples bring along."""
+        for own, count in self._own_special.items():
+            names = " and ".join(map(str, self._tokenizer.convert_ids_to_tokens(list(own))))
+            self._say(f"{count} sample(s) have {names} in their text already; it is not added again")
+
+    def _of_rows(self) -> Iterator[list[dict[str, Any]]]:
+        source = Peeked(self._data, self._say)
+        source.refuse_chat_without_template(self._tokenizer)
+        source.say_columns(self._console)
+        for batch in _by_batch(source):
+            yield self._samples(batch, source.columns)
+
+    def _samples(self, rows: Sequence[Row], columns: Columns) -> list[dict[str, Any]]:
+        rendered: list[Rendered | Unscorable] = []
+        for row in rows:
+            try:
+                rendered.append(render(row.values, columns, self._data, self._tokenizer))
+            except Unscorable as problem:
+                rendered.append(problem)
+        good = [one for one in rendered if isinstance(one, Rendered)]
+        tokenized = iter(tokenize(good, self._data, self._encoder, self._limits))
+        samples = []
+        for row, one in zip(rows, rendered, strict=True):
+            sample: dict[str, Any] = {"index": row.index, "file": row.file, "row": row.number}
+            found: Tokenized | Unscorable
+            if isinstance(one, Rendered):
+                sample["text"] = one.text
+                found = next(tokenized)
+            else:
+                found = one
+            if isinstance(found, Unscorable):
+                sample["error"] = str(found)
+            else:
+                sample |= found.tokens._asdict()
+                if found.own_special:
+                    self._own_special[found.own_special] += 1
+            name_sample(sample, row, columns, self._data, self._seen)
+            samples.append(sample)
+        return samples
+
+    def _windows(self, texts: Sequence[tuple[str | None, str]]) -> Iterator[dict[str, Any]]:
+        """Text files cut into windows of `window_tokens`, each with the special tokens a text starts with."""
+        data = self._data
+        if data.score_on == "response":
+            raise UserError(f"data.score_on: response, but {read.described(data)} is plain text and has no responses")
+        size = data.window_tokens
+        if self._limits.context is not None and size > self._limits.context:
+            raise UserError(f"data.window_tokens: {size} is over the model's limit of {self._limits.context} tokens")
+        windows = self._all_windows(texts, size)
+        kept = read.drawn(data, windows, lambda window: int(window["index"]))
+        yield from kept
+
+    def _all_windows(self, texts: Sequence[tuple[str | None, str]], size: int) -> Iterator[dict[str, Any]]:
+        before, index = self._encoder.before, 0
+        step = size - len(before)
+        for file, text in texts:
+            ((stream, _),) = self._encoder.encode([text], offsets=False)
+            if before and stream[: len(before)] == before:  # each window gets them
+                stream = stream[len(before) :]
+            for number, begin in enumerate(range(0, len(stream), step), 1):
+                token_ids = before + stream[begin : begin + step]
+                sample: dict[str, Any] = {"index": index, "file": file, "row": number}
+                sample["text"] = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+                top = max(token_ids)
+                if len(token_ids) < 2:
+                    sample["error"] = "a last window of one token, which has no token before it"
+                elif self._limits.vocabulary is not None and top >= self._limits.vocabulary:
+                    sample["error"] = self._encoder.outside(top, self._limits.vocabulary)
+                else:
+                    sample |= {"token_ids": token_ids, "scored": [False] + [True] * (len(token_ids) - 1)}
+                sample["sample_id"] = digest_id([sample["text"]], self._seen)
+                index += 1
+                yield sample
 
 
-def _windows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> Iterator[dict[str, Any]]:
-    """A text file cut into windows of `window_tokens`, each with the special tokens a text starts with."""
-    if data.score_on == "response":
-        raise UserError(f"data.score_on: response, but {data.path} is plain text and has no responses")
-    size = data.window_tokens
-    if max_tokens is not None and size > max_tokens:
-        raise UserError(f"data.window_tokens: {size} is over the model's limit of {max_tokens} tokens")
-    stream = tokenizer(read.text(data.path), add_special_tokens=False, verbose=False)["input_ids"]
-    bos = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
-    step = size - len(bos)
-    seen: Counter[str] = Counter()
-    for number, begin in enumerate(range(0, len(stream), step), 1):
-        if data.max_samples is not None and number > data.max_samples:
-            return
-        token_ids = bos + stream[begin : begin + step]
-        sample: dict[str, Any] = {"index": number - 1, "row": number, "text": tokenizer.decode(token_ids, skip_special_tokens=True)}
-        if len(token_ids) < 2:
-            sample["error"] = "a last window of one token, which has no token before it"
-        else:
-            sample |= Tokens(token_ids, [False] + [True] * (len(token_ids) - 1))._asdict()
-        sample["sample_id"] = digest_id([sample["text"]], seen)
-        yield sample
+def _by_batch(items: Iterable[Any]) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, _BATCH)):
+        yield batch
+
+
+def name_sample(sample: dict[str, Any], row: Row, columns: Columns, data: DataConfig, seen: Counter[str]) -> None:
+    """Give a sample its id; one that is not an id makes the sample an error.
+
+    seen: how often each digest has come before.
+    """
+    if columns.id is None:
+        made_of = [_canonical(lookup(row.values, column)) for column in columns.used]
+        sample["sample_id"] = digest_id(made_of, seen)
+        return
+    own = lookup(row.values, columns.id)
+    if is_id(own):
+        sample["sample_id"] = str(own)
+        return
+    reason = f"column {columns.id!r}, the id, is {own!r:.40}; expected text or a whole number"
+    place = f"row-{row.number}" if row.file is None else f"{row.file}-row-{row.number}"
+    sample |= {"sample_id": place, "token_ids": None, "scored": None, "error": reason}
 
 
 def digest_id(cells: list[Any], seen: Counter[str]) -> str:
@@ -134,16 +242,50 @@ def digest_id(cells: list[Any], seen: Counter[str]) -> str:
     return stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"
 
 
-def _refuse_duplicates(path: str, table: pa.Table) -> None:
-    counts = pc.value_counts(table["sample_id"])
-    repeated = (
-        [entry["values"] for entry in counts.to_pylist() if entry["counts"] > 1] if len(counts) < len(table) else []
-    )
-    if not repeated:
-        return
-    first = repeated[0]
+def _canonical(value: Any) -> Any:
+    """A cell as every format holds it: CSV has no numbers, nulls or lists."""
+    if value is None:
+        return ""
+    if is_conversation(value):
+        try:
+            return conversations.messages(value, "")
+        except Unscorable:
+            return value
+    return str(value) if type(value) in (int, float) else value
+
+
+def with_unique_ids(data: DataConfig, table: pa.Table) -> pa.Table:
+    """The table, its repeated ids made unique by data.id_with_row.
+
+    Args:
+        table: with columns sample_id, file and row.
+
+    Raises:
+        UserError: ids repeat, and the settings do not say what to do.
+    """
+    if not (repeated := _repeated(table)):
+        return table
+    if data.id_with_row:
+        places = zip(*(table[name].to_pylist() for name in ("sample_id", "file", "row")), strict=True)
+        numbered = [
+            name if name not in repeated else f"{name}#{row}" if file is None else f"{name}#{file}#{row}"
+            for name, file, row in places
+        ]
+        table = table.set_column(0, table.schema.field("sample_id"), pa.array(numbered, pa.string()))
+        if not (repeated := _repeated(table)):
+            return table
+    first = min(repeated)
     where = table.filter(pc.equal(table["sample_id"], first))["row"].to_pylist()
+    rows = ", ".join(map(str, where[:5])) + (", ..." if len(where) > 5 else "")
     raise UserError(
-        f"{path}: {len(repeated)} id(s) stand more than once; {first!r} in rows {', '.join(map(str, where))}. "
-        "Make ids unique, or name another column with data.id"
+        f"{read.described(data)}: {len(repeated)} id(s) stand more than once; {first!r} in rows {rows}. Where it is a "
+        f"document's, set data.id_with_row: true for ids such as {first}#{where[0]}, or data.id: null for digests of "
+        "the samples; else make ids unique, or name another column with data.id"
     )
+
+
+def _repeated(table: pa.Table) -> set[str]:
+    counts = pc.value_counts(table["sample_id"])
+    if len(counts) == len(table):
+        return set()
+    return {entry["values"] for entry in counts.filter(pc.greater(counts.field("counts"), 1)).to_pylist()}

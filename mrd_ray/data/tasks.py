@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any
 
 from huggingface_hub import HfApi
@@ -12,7 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_v
 from mrd_ray import storage
 from mrd_ray.config import EvaluationConfig, document
 from mrd_ray.config.base import Frozen
-from mrd_ray.data.read import FILE_SUFFIXES
+from mrd_ray.data.formats import ending
 from mrd_ray.errors import UserError
 
 _HUB_SECONDS = 5.0
@@ -128,7 +128,7 @@ def sources(task: str, copies: Mapping[str, str]) -> tuple[str, list[Source]]:
 
 
 def _problem(path: str) -> str | None:
-    if PurePosixPath(path).suffix.lower() in FILE_SUFFIXES:
+    if ending(path) is not None:
         filesystem, name = storage.filesystem(os.path.expanduser(path))
         return None if filesystem.exists(name) else "no such file"
     if Path(path).expanduser().is_dir():
@@ -170,4 +170,14 @@ def _use_copy(source: dict[str, Any], patterns: Mapping[str, str], copies: Mappi
     if (folder := copies.get(source["path"])) is None:
         return
     pattern = patterns[source["path"]]
-    source["path"] = str(Path(folder) / pattern.format(name=source.pop("name", ""), split=source.pop("split", "train")))
+    file = Path(folder) / pattern.format(name=source.get("name", ""), split=source.get("split", "train"))
+    source["path"] = str(folder)
+    if file.exists() or not Path(folder).expanduser().is_dir() or not _is_laid_out(Path(folder).expanduser()):
+        source["path"] = str(file)  # of that one split, under the name that the task knows
+        source.pop("name", None)
+        source.pop("split", None)
+
+
+def _is_laid_out(folder: Path) -> bool:
+    """Whether a folder is a clone from the hub, which says itself where its parts are."""
+    return (folder / "README.md").is_file()

@@ -1,18 +1,34 @@
-"""One row -> its tokens and which of them count."""
+"""Samples as text -> their tokens, and which of them count."""
 
-import datetime
-import string
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jinja2
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mrd_ray import models
 from mrd_ray.config import DataConfig
-from mrd_ray.errors import UserError
+from mrd_ray.data.cells import Unscorable
+from mrd_ray.data.render import Rendered
+
+_TRIED = 16  # texts on which the quick way to tokens must give what the tokenizer itself does
 
 
-class Unscorable(Exception):
-    """This sample has no score; the message is the reason that its row carries."""
+class Limits(NamedTuple):
+    """What a model takes: the longest sample in tokens, and how many different tokens; None where there is no limit."""
+
+    context: int | None = None
+    vocabulary: int | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Limits":
+        """Those of a model, or of one without storage for weights."""
+        embeddings: Any = model.get_input_embeddings().weight
+        return cls(models.context_length(model.config), len(embeddings))
+
+    def with_context(self, max_tokens: int | None) -> "Limits":
+        """The same, for samples of so many tokens at most."""
+        known = [limit for limit in (max_tokens, self.context) if limit is not None]
+        return Limits(min(known, default=None), self.vocabulary)
 
 
 class Tokens(NamedTuple):
@@ -22,165 +38,129 @@ class Tokens(NamedTuple):
     scored: list[bool]
 
 
-class Columns(NamedTuple):
-    """Which columns hold what; see DataConfig."""
+class Tokenized(NamedTuple):
+    """Tokens of a sample, and how many of the tokenizer's special tokens its text has brought along."""
 
-    text: str | None
-    prompt: str | None
-    response: str | None
-    id: str | None
+    tokens: Tokens
+    own_special: tuple[int, ...]
 
 
-_KNOWN_PAIRS = (("prompt", "response"), ("question", "answer"))
+class Encoder:
+    """Texts to tokens, many at once, with the special tokens that the tokenizer puts around a text put there once."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        whole, plain = (self._ids("a", special) for special in (True, False))
+        at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), None)
+        if at is None:
+            raise ValueError("the tokenizer changes a text to which it adds special tokens")
+        self.before, self.after = whole[:at], whole[at + len(plain) :]
+        self._quick: bool | None = None
 
-def choose_columns(data: DataConfig, present: list[str], where: str) -> Columns:
-    """The configured columns, or the well-known ones if exactly one choice is present. Raises UserError."""
+    def _ids(self, text: str, special: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
-    def require(setting: str, name: str) -> str:
-        if name not in present:
-            raise UserError(f"{where}: no column {name!r} (data.{setting}); its columns are {', '.join(present)}")
-        return name
+    def encode(self, texts: Sequence[str], offsets: bool) -> list[tuple[list[int], list[tuple[int, int]] | None]]:
+        """Token ids of each, without special tokens but its own, and each token's place in the text if asked for."""
+        if not texts:
+            return []
+        if self._quick is None:
+            self._quick = self.tokenizer.is_fast and self._agrees(texts[:_TRIED])
+        if self._quick:
+            backend = self._backend()
+            if offsets:
+                return [(one.ids, one.offsets) for one in backend.encode_batch(list(texts), add_special_tokens=False)]
+            return [(one.ids, None) for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=offsets, verbose=False)
+        places = encoded["offset_mapping"] if offsets else [None] * len(texts)
+        return [(list(ids), at) for ids, at in zip(encoded["input_ids"], places, strict=True)]
 
-    id_column = require("id", data.id) if data.id else next((c for c in ("sample_id", "id") if c in present), None)
-    if data.text is not None:
-        return Columns(require("text", data.text), None, None, id_column)
-    if data.prompt is not None and data.response is not None:
-        return Columns(None, require("prompt", data.prompt), require("response", data.response), id_column)
-    found = [Columns(None, p, r, id_column) for p, r in _KNOWN_PAIRS if p in present and r in present]
-    if "text" in present and data.score_on == "all":
-        found.append(Columns("text", None, None, id_column))
-    if len(found) != 1:
-        raise UserError(
-            f"{where}: cannot tell which columns to score; set data.text, or data.prompt and data.response. "
-            f"Its columns are {', '.join(present)}"
+    def framed(self, text: str) -> list[int]:
+        """A text with the tokenizer's special tokens around, none twice."""
+        ((token_ids, _),) = self.encode([text], offsets=False)
+        return _framed(token_ids, [], True, self)[0]
+
+    def outside(self, token_id: int, vocabulary: int) -> str:
+        """What is said of a token that a model of so many embeddings does not have."""
+        token = self.tokenizer.convert_ids_to_tokens(token_id)
+        return (
+            f"token {token_id} {token!r} is not among the model's {vocabulary} embeddings (was the model resized for "
+            "this tokenizer?)"
         )
-    return found[0]
 
+    def _backend(self) -> Any:
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()  # some files bring these along; each call of the tokenizer sets them anew
+        backend.no_padding()
+        backend.encode_special_tokens = False
+        return backend
 
-def is_id(value: Any) -> bool:
-    """Whether a cell can be a sample's id."""
-    return type(value) in (str, int) and value != "" and _is_unicode(str(value))
-
-
-def _is_unicode(value: str) -> bool:
-    """Whether UTF-8 can write it; JSON escapes can also say half of a surrogate pair."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def cell(values: dict[str, Any], column: str) -> str:
-    """The text in a row's column. Raises Unscorable."""
-    value = values.get(column)
-    if value is None:
-        raise Unscorable(f"column {column!r} is missing or null")
-    if not isinstance(value, str):
-        raise Unscorable(f"column {column!r} is not text but {type(value).__name__}: {value!r:.40}")
-    if not value.strip():
-        raise Unscorable(f"column {column!r} is empty")
-    if not _is_unicode(value):
-        raise Unscorable(f"column {column!r} is not text: it holds half of a surrogate pair")
-    return value
-
-
-class Rendered(NamedTuple):
-    """A sample as text, start..stop of its response (of all, if it has none), and whether to add special tokens."""
-
-    text: str
-    start: int
-    stop: int
-    add_special_tokens: bool
-
-
-def render(values: dict[str, Any], columns: Columns, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """A row's columns put together. Raises Unscorable."""
-    if columns.text is not None:
-        text = cell(values, columns.text)
-        return Rendered(text, 0, len(text), True)
-    assert columns.prompt is not None
-    assert columns.response is not None
-    prompt, response = cell(values, columns.prompt), cell(values, columns.response)
-    if data.template == "chat":
-        text, start, stop = _render_chat(prompt, response, tokenizer)
-    else:
-        text, start, stop = _render_template(data.template, prompt, response)
-    return Rendered(text, start, stop, data.template != "chat")  # a chat template writes its special tokens itself
-
-
-def _render_template(template: str, prompt: str, response: str) -> tuple[str, int, int]:
-    text, start = "", 0
-    for literal, field, _, _ in string.Formatter().parse(template):
-        text += literal
-        if field == "prompt":
-            text += prompt
-        elif field == "response":  # its place is known from here alone: its words may occur in the prompt too
-            start = len(text)
-            text += response
-    return text, start, start + len(response)
-
-
-_PLACEHOLDER = "The response 5c0e7d stands here."  # mixed case and bare ends, to notice templates that change them
-# Goes before every chat template, since some write today's date, and a run begun today must be resumable tomorrow.
-# The day is the one that Llama's template takes where it has no clock.
-_CLOCK = "".join(
-    ["{% macro strftime_now(form) %}{{ form"]
-    + [f" | replace('%{code}', '{datetime.datetime(2024, 7, 26).strftime(f'%{code}')}')" for code in "aAbBdjmyYHIMpS"]
-    + [" }}{% endmacro %}\n"]
-)
-
-
-def _render_chat(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int, int]:
-    def chat(answer: str) -> str:
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        template = _CLOCK + tokenizer.get_chat_template()
-        return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
-
-    try:
-        text, marked = chat(response), chat(_PLACEHOLDER)
-    except (jinja2.TemplateError, TypeError, ValueError) as problem:  # a template is a program, and can fail as one
-        raise Unscorable(f"the chat template refuses it: {problem}") from None
-    # What follows the response is the same for any response, so the response ends where that begins. What goes before
-    # is not: templates write thoughts of their own there, or leave those that the response brings.
-    _, *endings = marked.split(_PLACEHOLDER)
-    response = response.strip()  # templates may trim it
-    before_ending = text.removesuffix(endings[0]).rstrip() if len(endings) == 1 and text.endswith(endings[0]) else ""
-    if not before_ending.endswith(response):
-        raise Unscorable("the chat template changes the response, repeats it or leaves it out: its place is not known")
-    return text, len(before_ending) - len(response), len(before_ending)
+    def _agrees(self, texts: Sequence[str]) -> bool:
+        """Whether the Rust tokenizer alone does what the whole does, which code of a model's own may change."""
+        quick = [one.ids for one in self._backend().encode_batch_fast(list(texts), add_special_tokens=False)]
+        return quick == [self._ids(text, False) for text in texts]
 
 
 def tokenize(
-    rendered: Rendered, data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
-) -> Tokens:
-    """Tokens of a sample; all are scored, or those that overlap the response. Raises Unscorable."""
+    rendered: Sequence[Rendered], data: DataConfig, encoder: Encoder, limits: Limits
+) -> list[Tokenized | Unscorable]:
+    """Tokens of samples; all are scored, or those that overlap the responses."""
     everything = data.score_on == "all"
-    encoded = tokenizer(
-        rendered.text,
-        add_special_tokens=rendered.add_special_tokens,
-        return_offsets_mapping=not everything,
-        verbose=False,
-    )
-    token_ids = list(encoded["input_ids"])
-    if everything:
-        scored = [True] * len(token_ids)
-    else:
-        scored = [
-            first < rendered.stop and last > rendered.start and last > first  # special tokens are empty
-            for first, last in encoded["offset_mapping"]
-        ]
-    if max_tokens is not None and len(token_ids) > max_tokens:
+    encoded = encoder.encode([one.text for one in rendered], not everything)
+    return [_one(*pair, everything, data, encoder, limits) for pair in zip(rendered, encoded, strict=True)]
+
+
+def tokens_of(rendered: Rendered, data: DataConfig, encoder: Encoder, limits: Limits) -> Tokens:
+    """Tokens of one sample. Raises Unscorable."""
+    (found,) = tokenize([rendered], data, encoder, limits)
+    if isinstance(found, Unscorable):
+        raise found
+    return found.tokens
+
+
+def _one(
+    rendered: Rendered,
+    encoded: tuple[list[int], list[tuple[int, int]] | None],
+    everything: bool,
+    data: DataConfig,
+    encoder: Encoder,
+    limits: Limits,
+) -> Tokenized | Unscorable:
+    token_ids, places = encoded
+    scored = [True] * len(token_ids) if places is None else _overlapping(places, rendered.spans)
+    own: list[int] = []
+    if rendered.add_special_tokens:
+        token_ids, scored, own = _framed(token_ids, scored, everything, encoder)
+    whole = len(token_ids)
+    if limits.context is not None and whole > limits.context:
         if not data.truncate:
-            raise Unscorable(
-                f"{len(token_ids)} tokens, over the limit of {max_tokens}; shorten it or set data.truncate"
-            )
-        token_ids, scored = token_ids[:max_tokens], scored[:max_tokens]
+            return Unscorable(f"{whole} tokens, over the limit of {limits.context}; shorten it or set data.truncate")
+        token_ids, scored = token_ids[: limits.context], scored[: limits.context]
     if token_ids:
+        if limits.vocabulary is not None and (top := max(token_ids)) >= limits.vocabulary:
+            return Unscorable(encoder.outside(top, limits.vocabulary))
         scored[0] = False
     if not any(scored):
-        if len(token_ids) < len(encoded["input_ids"]):
-            raise Unscorable(f"nothing to score in its first {max_tokens} tokens, all that data.truncate leaves")
-        raise Unscorable(f"{len(token_ids)} token(s), none of which can be scored: each needs at least one before it")
-    return Tokens(token_ids, scored)
+        if len(token_ids) < whole:
+            return Unscorable(f"nothing to score in its first {limits.context} tokens, all that data.truncate leaves")
+        return Unscorable(f"{len(token_ids)} token(s), none of which can be scored: each needs at least one before it")
+    return Tokenized(Tokens(token_ids, scored), tuple(own))
+
+
+def _framed(
+    token_ids: list[int], scored: list[bool], everything: bool, encoder: Encoder
+) -> tuple[list[int], list[bool], list[int]]:
+    """With the tokenizer's special tokens around, but for those that the text has there already; which it has."""
+    before, after = encoder.before, encoder.after
+    own: list[int] = []
+    if before and token_ids[: len(before)] == before:
+        own, before = own + before, []
+    if after and token_ids[-len(after) :] == after and len(token_ids) >= len(after):
+        own, after = own + after, []
+    framed = [everything] * len(before) + scored + [everything] * len(after)
+    return before + token_ids + after, framed, own
+
+
+def _overlapping(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether each token shares a character with a span; special tokens have none."""
+    return [any(first < stop and last > start and last > first for start, stop in spans) for first, last in places]

@@ -28,6 +28,7 @@ from mrd_ray.config import (
 )
 from mrd_ray.config.pipeline import StagesRayConfig
 from mrd_ray.data import samples
+from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -116,7 +117,7 @@ def memorise(pretrained: Path, folder: Path, sets: Sequence[Path]) -> None:
     token_ids = [
         ids
         for path in sets
-        for ids in samples.build(DataConfig(path=str(path)), tokenizer, None)["token_ids"].to_pylist()
+        for ids in samples.build(DataConfig(path=str(path)), tokenizer, Limits())["token_ids"].to_pylist()
     ]
     fine_tune.memorise(
         model, folder, token_ids, "Memorising the authors (once, cached)", _EPOCHS, _BATCH, _LEARNING_RATE

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from mrd_ray import model_files, models
 from mrd_ray.config import EvaluateConfig, EvaluationConfig
+from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import judges, sets, table, zero_shot
 from mrd_ray.evaluation.actor import RESULT_SCHEMA, EvaluationActor, Task
@@ -75,7 +76,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
         zero_shot.require(config)
         tokenizer = models.load_tokenizer(config.model)
         skeleton = models.skeleton(config.model)
-        tables = sets.build_all(config.evaluation, tokenizer, models.context_length(skeleton.config))
+        tables = sets.build_all(config.evaluation, tokenizer, Limits.of(skeleton))
         of_sets = {f"evaluation.sets.{name}": sets.digest(rows) for name, rows in tables.items()}
         reference = None
         if config.evaluation.reference is not None:

@@ -7,6 +7,7 @@ import pyarrow as pa
 from mrd_ray import models
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.config.paths import with_absolute_paths
+from mrd_ray.data.tokens import Limits
 from mrd_ray.evaluation import sets, table
 from mrd_ray.evaluation.measure import Measurer
 from mrd_ray.unlearning import unlearn as training
@@ -22,8 +23,8 @@ def unlearn(config: UnlearnConfig) -> training.UnlearnRun:
         return training.unlearn(config)
     config = with_absolute_paths(config)
     tokenizer = models.load_tokenizer(config.model)
-    limit = models.context_length(models.load_config(config.model))
-    return training.unlearn(config, InTraining(config, sets.build_all(config.evaluation, tokenizer, limit)))
+    limits = Limits.of(models.skeleton(config.model))
+    return training.unlearn(config, InTraining(config, sets.build_all(config.evaluation, tokenizer, limits)))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import hashlib
 import string
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from mrd_ray.config import EvaluatedSet, EvaluationConfig
 from mrd_ray.config.evaluation import OF_ANSWERS, OF_RESPONSES
-from mrd_ray.data import read
+from mrd_ray.data import conversations, read
 from mrd_ray.data import samples as samples_table
-from mrd_ray.data.tokens import Columns, Tokens, Unscorable, cell, choose_columns, is_id, render, tokenize
+from mrd_ray.data.cells import Unscorable, cell, list_of_texts, lookup, response_text
+from mrd_ray.data.columns import Columns
+from mrd_ray.data.read import Row as Record
+from mrd_ray.data.render import conversation, prompt_text, render, with_response
+from mrd_ray.data.tokens import Encoder, Limits, Tokens, tokens_of
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import metrics
 from mrd_ray.scoring import plan
@@ -37,7 +41,9 @@ ROW = pa.struct(
 SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("row", pa.int64(), nullable=False, metadata={"unit": "line or record of the source, from 1"}),
+        pa.field("index", pa.int64(), nullable=False, metadata={"unit": "place in the whole source, from 0"}),
+        pa.field("file", pa.string(), metadata={"unit": "the source file, null where there is only one"}),
+        pa.field("row", pa.int64(), nullable=False, metadata={"unit": "line or record of that file, from 1"}),
         pa.field("prompt", pa.string()),
         pa.field("response", pa.string(), metadata={"unit": "the true answer, or the whole text"}),
         pa.field("subject", pa.string()),
@@ -52,20 +58,18 @@ _NOTHING: Row = {"prompt_ids": None, "new_tokens": 0, "extract": False, "alterna
 ANSWER, PARAPHRASE, WRONG, CHOICE, WINDOW = "answer", "paraphrase", "wrong", "choice", "window"
 
 
-def build_all(
-    evaluation: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, context_length: int | None
-) -> dict[str, pa.Table]:
+def build_all(evaluation: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> dict[str, pa.Table]:
     """Every set, by its name. Raises UserError as `build` does, and for a `stop` that no answer can hold."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     if held := [token for token in special if token in (evaluation.stop or "")]:
         raise UserError(
             f"evaluation.stop: {held[0]} is a special token, and no answer's text holds those; EOS ends answers anyway"
         )
-    tables = {}
-    for name, evaluated in evaluation.sets.items():
-        Console(stderr=True).print(f"Reading {evaluated.path} ({name})", markup=False)
-        tables[name] = build(name, evaluated, evaluation, tokenizer, context_length)
-    return tables
+    console = Console(stderr=True)
+    return {
+        name: build(name, evaluated, evaluation, tokenizer, limits, console)
+        for name, evaluated in evaluation.sets.items()
+    }
 
 
 def build(
@@ -73,25 +77,29 @@ def build(
     evaluated: EvaluatedSet,
     evaluation: EvaluationConfig,
     tokenizer: PreTrainedTokenizerBase,
-    context_length: int | None,
+    limits: Limits,
+    console: Console | None = None,
 ) -> pa.Table:
     """Rows of SCHEMA, sorted by sample_id. One that cannot be evaluated has its reason in `error`.
+
+    Args:
+        console: told what is read, which columns are used and which left.
 
     Raises:
         UserError: the set is missing, has other columns than its settings say, or holds an id twice.
     """
+    console = console or Console(quiet=True)
+    console.print(f"Reading {read.described(evaluated)} ({name})", markup=False, highlight=False, soft_wrap=True)
     try:
-        reader = _Reader(evaluated, evaluation, tokenizer, context_length)
-        table = pa.Table.from_pylist(list(reader.rows()), SCHEMA).sort_by("sample_id")
+        reader = _Reader(evaluated, evaluation, tokenizer, limits, console)
+        table = samples_table.with_unique_ids(evaluated, pa.Table.from_pylist(list(reader.rows()), SCHEMA))
+        rows = table.to_pylist()
+        for row in rows:
+            if row["asked"] is not None:
+                row["asked"]["sample_id"] = row["sample_id"]
+        return pa.Table.from_pylist(rows, SCHEMA).sort_by("sample_id")
     except UserError as problem:
-        raise UserError(f"evaluation.sets.{name}, read with its settings as data: {problem}") from None
-    counts = Counter(table["sample_id"].to_pylist())
-    if repeated := [sample_id for sample_id, count in counts.items() if count > 1]:
-        raise UserError(
-            f"evaluation.sets.{name}: {len(repeated)} id(s) stand more than once in {evaluated.path}, first "
-            f"{repeated[0]!r}; make them unique, or name another column with `id`"
-        )
-    return table
+        raise UserError(f"evaluation.sets.{name}, read with its settings as data: {problem}") from problem
 
 
 def digest(table: pa.Table) -> str:
@@ -131,48 +139,66 @@ class _Reader:
         evaluated: EvaluatedSet,
         evaluation: EvaluationConfig,
         tokenizer: PreTrainedTokenizerBase,
-        context_length: int | None,
+        limits: Limits,
+        console: Console,
     ) -> None:
-        self._set, self._evaluation, self._tokenizer, self._context = evaluated, evaluation, tokenizer, context_length
+        self._set, self._evaluation, self._tokenizer, self._console = evaluated, evaluation, tokenizer, console
         self._metrics = set(evaluated.metrics)
-        self._max_tokens = min((x for x in (evaluated.max_tokens, context_length) if x is not None), default=None)
+        self._limits = limits.with_context(evaluated.max_tokens)
+        self._max_tokens = self._limits.context
         if "perplexity" in self._metrics and self._max_tokens is not None and self._max_tokens < 2:
             raise UserError(
                 f"max_tokens: windows of {self._max_tokens} token(s) leave perplexity nothing to score; the first of a "
                 "window has none before it"
             )
-        if evaluated.template == "chat" and evaluated.text is None and tokenizer.chat_template is None:
-            raise UserError("data.template: chat, but the tokenizer has no chat template; give a format string")
         if not tokenizer.is_fast:
             raise UserError("model.tokenizer: evaluation needs a fast one, which knows each token's place in the text")
+        self._encoder = Encoder(tokenizer)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        if self._set.path.lower().endswith(".txt") and "perplexity" not in self._metrics:
+        texts = read.texts(self._set, self._say)
+        if texts is not None and "perplexity" not in self._metrics:
             yield from self._windows()
             return
-        if self._set.path.lower().endswith(".txt"):
-            text = read.text(self._set.path)
-            yield self._row(1, {"text": text}, Columns("text", None, None, None), Counter())
+        seen: Counter[str] = Counter()
+        if texts is not None:
+            whole = Columns("text", None, None, None, None, ("text",))
+            for index, (file, text) in enumerate(texts):
+                yield self._row(Record(index, file, 1, {"text": text}), whole, seen)
             return
-        rows = list(read.rows(self._set))
-        present = list(dict.fromkeys(name for _, values in rows for name in values))
-        columns = choose_columns(self._set, present, self._set.path)
+        source = samples_table.Peeked(self._set, self._say)
+        source.refuse_chat_without_template(self._tokenizer)
+        columns = source.columns
         if columns.text is not None and (of := self._metrics & OF_RESPONSES):  # the file alone says that it has texts
             raise UserError(f"metrics: {min(of)} needs prompts with responses, not texts (column {columns.text!r})")
-        for setting in ("paraphrase", "wrong", "choices", "subject"):
-            if (column := getattr(self._set, setting)) is not None and column not in present:
-                raise UserError(
-                    f"{self._set.path}: no column {column!r} ({setting}); its columns are {', '.join(present)}"
-                )
-        seen: Counter[str] = Counter()
-        for number, values in rows:
-            yield self._row(number, values, columns, seen)
+        records = list(source)
+        own = self._own_columns(source.present)
+        source.say_columns(self._console, own)
+        for record in records:
+            yield self._row(record, columns, seen)
+
+    def _own_columns(self, present: Collection[str]) -> list[str]:
+        """The columns of evaluation alone. Raises UserError if one is not there."""
+        names = {setting: getattr(self._set, setting) for setting in ("paraphrase", "wrong", "choices", "subject")}
+        found = []
+        for setting, value in names.items():
+            for column in [value] if isinstance(value, str) else value or ():
+                if column not in present and column.split(".")[0] not in present:
+                    raise UserError(
+                        f"{read.described(self._set)}: no column {column!r} ({setting}); its columns are "
+                        f"{', '.join(present)}"
+                    )
+                found.append(column.split(".")[0] if column not in present else column)
+        return found
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _windows(self) -> Iterator[dict[str, Any]]:
         """A text file cut into samples, as scoring cuts it."""
         whole = self._set.model_copy(update={"score_on": "all"})
-        for sample in samples_table.build(whole, self._tokenizer, self._context).to_pylist():
-            row = {"sample_id": sample["sample_id"], "row": sample["row"], "response": sample["text"]}
+        for sample in samples_table.build(whole, self._tokenizer, self._limits).to_pylist():
+            row = {name: sample[name] for name in ("sample_id", "index", "file", "row")} | {"response": sample["text"]}
             if sample["error"] is not None:
                 yield row | {"error": sample["error"]}
                 continue
@@ -180,17 +206,13 @@ class _Reader:
             asked = {"sequences": [sequence], "extract": "extraction_likelihood" in self._metrics}
             yield row | {"asked": _NOTHING | {"sample_id": sample["sample_id"]} | asked}
 
-    def _row(self, number: int, values: dict[str, Any], columns: Columns, seen: Counter[str]) -> dict[str, Any]:
-        row: dict[str, Any] = {"row": number}
-        own = None if columns.id is None else values.get(columns.id)
-        if columns.id is None:
-            made_of = [columns.text, columns.prompt, columns.response]
-            row["sample_id"] = samples_table.digest_id([values.get(column) for column in made_of if column], seen)
-        else:
-            row["sample_id"] = str(own) if is_id(own) else f"row-{number}"
+    def _row(self, record: Record, columns: Columns, seen: Counter[str]) -> dict[str, Any]:
+        row: dict[str, Any] = {"index": record.index, "file": record.file, "row": record.number}
+        values = record.values
+        samples_table.name_sample(row, record, columns, self._set, seen)
+        if row.get("error") is not None:
+            return {name: value for name, value in row.items() if name not in ("token_ids", "scored")}
         try:
-            if columns.id is not None and not is_id(own):
-                raise Unscorable(f"column {columns.id!r}, the id, is {own!r:.40}; expected text or a whole number")
             if columns.text is not None:
                 row["response"] = cell(values, columns.text)
                 asked = self._text(row["response"])
@@ -204,10 +226,8 @@ class _Reader:
         return row
 
     def _question(self, values: dict[str, Any], columns: Columns, row: dict[str, Any]) -> dict[str, Any]:
-        assert columns.prompt is not None
-        assert columns.response is not None
-        response_column = columns.response
-        row["prompt"], row["response"] = cell(values, columns.prompt), cell(values, response_column)
+        row["prompt"], row["response"] = self._asked_and_answered(values, columns)
+        response_column = columns.response or columns.messages
         if self._set.subject is not None:
             row["subject"] = cell(values, self._set.subject)
         if "rouge_l" in self._metrics and not metrics.words(row["response"]):
@@ -215,8 +235,10 @@ class _Reader:
 
         def sequence(role: str, response: str) -> dict[str, Any]:
             try:
-                rendered = render(values | {response_column: response}, columns, self._set, self._tokenizer)
-                return {"role": role, **tokenize(rendered, self._set, self._tokenizer, self._max_tokens)._asdict()}
+                rendered = render(with_response(values, columns, response), columns, self._plain, self._tokenizer)
+                if len(rendered.spans) > 1:  # of a conversation the last turn is the response
+                    rendered = rendered._replace(spans=rendered.spans[-1:])
+                return {"role": role, **tokens_of(rendered, self._set, self._encoder, self._limits)._asdict()}
             except Unscorable as problem:
                 raise Unscorable(f"its {role}: {problem}" if role != ANSWER else str(problem)) from None
 
@@ -226,20 +248,21 @@ class _Reader:
             if self._set.paraphrase is not None:
                 truth = cell(values, self._set.paraphrase)
                 sequences.append(sequence(PARAPHRASE, truth))
-            wrong = _texts(values, self._set.wrong)
+            wrong = list_of_texts(values, self._set.wrong, self._set)
             sequences += [sequence(f"{WRONG}-{i}", text) for i, text in enumerate(wrong)]
         asked: dict[str, Any] = {"sequences": sequences, "extract": "extraction_likelihood" in self._metrics}
         if self._metrics & OF_ANSWERS:
-            asked |= self._prompt(values, columns)
+            asked |= self._prompt(with_response(values, columns, row["response"]), columns)
         if "embedding_accuracy" in self._metrics:
             asked["alternatives"] = [truth, *wrong]
         return asked | {"classify": "toxicity" in self._metrics}
 
     def _prompt(self, values: dict[str, Any], columns: Columns) -> dict[str, Any]:
         """The tokens that go before the response, as the model met them in a sample with this response."""
-        on_response = self._set.model_copy(update={"score_on": "response", "truncate": False})
-        rendered = render(values, columns, self._set, self._tokenizer)
-        tokens = tokenize(rendered, on_response, self._tokenizer, None)
+        on_response = self._plain.model_copy(update={"score_on": "response", "truncate": False})
+        rendered = render(values, columns, on_response, self._tokenizer)
+        rendered = rendered._replace(spans=rendered.spans[-1:])
+        tokens = tokens_of(rendered, on_response, self._encoder, Limits(None, self._limits.vocabulary))
         prompt = tokens.token_ids[: tokens.scored.index(True)]
         room = self._evaluation.max_new_tokens
         if self._max_tokens is not None:
@@ -250,29 +273,29 @@ class _Reader:
 
     def _choice(self, values: dict[str, Any], columns: Columns, row: dict[str, Any]) -> dict[str, Any]:
         """One sequence for each choice; they differ in the letter at their end alone, which is what counts."""
-        assert columns.prompt is not None
-        assert columns.response is not None
-        assert self._set.choices is not None
-        choices = _texts(values, self._set.choices)
-        right = values.get(columns.response)
-        if type(right) is not int or not 0 <= right < len(choices) or len(choices) > len(string.ascii_uppercase):
-            raise Unscorable(f"column {columns.response!r} is {right!r:.40}; expected the index of one of its choices")
+        if columns.prompt is None or columns.response is None:
+            raise UserError("metrics: multiple_choice needs `prompt` and `response`, the right choice")
+        choices = self._choices(values)
+        right = self._right(values, columns.response, choices)
         lettered = zip(string.ascii_uppercase, choices, strict=False)
-        question = "\n".join([cell(values, columns.prompt), *(f"{letter}. {choice}" for letter, choice in lettered)])
+        asked = prompt_text(values, columns, self._set)
+        question = "\n".join([asked, *(f"{letter}. {choice}" for letter, choice in lettered)])
         row |= {"prompt": question, "response": string.ascii_uppercase[right], "right": right}
         if self._set.subject is not None:
             row["subject"] = cell(values, self._set.subject)
         sequences = []
         for i in range(len(choices)):
-            letter = {columns.prompt: question, columns.response: string.ascii_uppercase[i]}
-            rendered = render(letter, columns, self._set, self._tokenizer)
-            tokens = tokenize(rendered, self._set, self._tokenizer, self._max_tokens)
+            letter = values | {columns.prompt: question, columns.response: string.ascii_uppercase[i]}
+            rendered = render(letter, columns, self._plain, self._tokenizer)
+            tokens = tokens_of(rendered, self._set, self._encoder, self._limits)
             sequences.append({"role": f"{CHOICE}-{i}", **tokens._asdict()})
         return {"sequences": sequences}
 
     def _text(self, text: str) -> dict[str, Any]:
         """A text whole, or for perplexity in windows that overlap, each token being scored in the first that has it."""
-        token_ids = list(self._tokenizer(text, verbose=False)["input_ids"])
+        token_ids = self._encoder.framed(text)
+        if self._limits.vocabulary is not None and max(token_ids, default=0) >= self._limits.vocabulary:
+            raise Unscorable(self._encoder.outside(max(token_ids), self._limits.vocabulary))
         if "perplexity" not in self._metrics:
             if self._max_tokens is not None and len(token_ids) > self._max_tokens:
                 if not self._set.truncate:
@@ -297,9 +320,52 @@ class _Reader:
             reached = stop
         return {"sequences": sequences, "extract": "extraction_likelihood" in self._metrics}
 
+    @property
+    def _plain(self) -> EvaluatedSet:
+        """The settings for rows whose response is text by now."""
+        return self._set.model_copy(update={"response_index": None, "response_join": None})
 
-def _texts(values: dict[str, Any], column: str) -> list[str]:
-    found = values.get(column)
-    if not isinstance(found, list) or not found or not all(isinstance(text, str) and text.strip() for text in found):
-        raise Unscorable(f"column {column!r} is {found!r:.60}; expected a list of texts")
-    return [cell({column: text}, column) for text in found]
+    def _asked_and_answered(self, values: dict[str, Any], columns: Columns) -> tuple[str, str]:
+        """A row's prompt and response, for people and judges; of a conversation, what its last turn answers."""
+        if (chat := conversation(values, columns, self._set)) is not None:
+            at = conversations.last_answer(chat.messages)
+            asked = [turn["content"] for turn in chat.messages[:at] if turn["role"] != "system"]
+            if not (answer := chat.messages[at]["content"]).strip():
+                raise Unscorable("its last assistant turn is empty")
+            return "\n".join(asked), answer
+        if columns.response is None:
+            raise UserError("metrics: answers are compared with a response; say which column that is with `response`")
+        prompt = "" if columns.prompt is None else prompt_text(values, columns, self._set)
+        return prompt, response_text(values, columns.response, self._set)
+
+    def _choices(self, values: dict[str, Any]) -> list[str]:
+        """The texts of the choices: of a column with a list, of ARC's {text, label}, or of a column for each."""
+        assert self._set.choices is not None
+        if not isinstance(self._set.choices, str):
+            return [cell(values, column, self._set.numbers_as_text) for column in self._set.choices]
+        name, found = self._set.choices, lookup(values, self._set.choices)
+        if isinstance(found, dict) and "text" in found:
+            name = f"{name}.text"
+        return list_of_texts(values, name, self._set)
+
+    def _right(self, values: dict[str, Any], column: str, choices: list[str]) -> int:
+        """The index of the right choice: given as that, as its letter or label, or as its text."""
+        right = lookup(values, column)
+        labels = list(string.ascii_uppercase[: len(choices)])
+        if not isinstance(self._set.choices, str):
+            labels = list(self._set.choices or ())
+        elif isinstance(found := lookup(values, self._set.choices), dict) and isinstance(found.get("label"), list):
+            labels = [str(label) for label in found["label"]]
+        if len(choices) <= len(string.ascii_uppercase) and type(right) in (int, str):
+            readings = {right} if type(right) is int and 0 <= right < len(choices) else set()
+            if isinstance(right, str):
+                text = right.strip()
+                readings = {i for i, label in enumerate(labels) if label == text}
+                readings = readings or {i for i, choice in enumerate(choices) if choice.strip() == text}
+                if not readings and text.isdecimal() and int(text) < len(choices):
+                    readings = {int(text)}
+            if len(readings) == 1:
+                return int(readings.pop())
+        raise Unscorable(
+            f"column {column!r} is {right!r:.40}; expected the index of one of its choices, its letter, label or text"
+        )

@@ -10,6 +10,7 @@ import numpy as np
 import scipy.stats
 
 from mrd_ray.config import DataConfig
+from mrd_ray.config.data import is_plain_text
 from mrd_ray.config.paper import Fig2Config
 from mrd_ray.data import read
 from mrd_ray.errors import UserError
@@ -70,7 +71,7 @@ def experiment(config: Fig2Config) -> tuple[Findings, Subject]:
 
 def selections(config: Fig2Config, run: RunDirectory) -> list[DataConfig]:
     """Forget sets drawn from data, each a file of the run. Another selection more changes none of the others."""
-    if config.data.path.lower().endswith(".txt"):
+    if is_plain_text(config.data.path):
         raise UserError("data.path: a selection needs rows; give a .jsonl file, not plain text")
     rows = [row.values for row in read.rows(config.data)]
     if config.size > len(rows):
@@ -80,7 +81,14 @@ def selections(config: Fig2Config, run: RunDirectory) -> list[DataConfig]:
         chosen = random.Random(f"{config.selection_seed} {i}").sample(range(len(rows)), config.size)
         name = f"selections/{i}.jsonl"
         run.write(name, "".join(json.dumps(rows[j], default=str) + "\n" for j in sorted(chosen)).encode())
-        update: dict[str, Any] = {"path": run.path(name), "name": None, "where": {}, "max_samples": None}
+        update: dict[str, Any] = {
+            "path": run.path(name),
+            "name": None,
+            "split": "train",
+            "where": {},
+            "max_samples": None,
+        }
+        update["sample_seed"] = None
         found.append(config.data.model_copy(update=update))
     return found
 

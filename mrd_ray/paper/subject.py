@@ -15,6 +15,7 @@ from mrd_ray.config import ModelConfig, RunConfig, ScoreConfig
 from mrd_ray.config.base import RayConfig
 from mrd_ray.config.paper import ExperimentConfig
 from mrd_ray.data import samples as samples_table
+from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring.score import ScoreRun, score
@@ -57,17 +58,15 @@ def prepare(config: ExperimentConfig, identity: dict[str, Any]) -> Subject:
     console = Console(stderr=True)
     run = RunDirectory(config.run.dir)
     tokenizer = models.load_tokenizer(config.model)
-    limit = models.context_length(models.load_config(config.model))
-    console.print(f"Reading {config.data.path}", markup=False)
-    samples = samples_table.build(config.data, tokenizer, limit)
+    limits = Limits.of(models.skeleton(config.model))
+    samples = samples_table.build(config.data, tokenizer, limits, console)
     if errors := samples["error"].drop_null().to_pylist():
         raise UserError(f"data.path: {len(errors)} samples of {config.data.path} cannot be scored: {errors[0]}")
     if len(samples) < _FEWEST:
         raise UserError(f"data.path: {config.data.path} holds {len(samples)} samples; expected at least {_FEWEST}")
     retained = None
     if config.retain.path is not None:
-        console.print(f"Reading {config.retain.path}", markup=False)
-        retained = samples_table.build(retain_data(config.data, config.retain), tokenizer, limit)
+        retained = samples_table.build(retain_data(config.data, config.retain), tokenizer, limits, console)
         retained = retained.filter(pc.is_null(retained["error"]))
     known = {"forget set": samples, "retain set": retained}
     sets = {name: samples_table.digest(table) for name, table in known.items() if table is not None}

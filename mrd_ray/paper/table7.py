@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import matplotlib.figure
 import numpy as np
 
+from mrd_ray.config import DataConfig
+from mrd_ray.config.data import is_plain_text
 from mrd_ray.config.paper import Table7Config
 from mrd_ray.data import read
 from mrd_ray.errors import UserError
@@ -82,9 +84,11 @@ def _grams(text: str, n: int) -> set[tuple[str, ...]]:
 
 def _common(config: Table7Config, texts: Iterable[str]) -> set[str]:
     """The most frequent words of the corpus."""
-    if config.corpus is not None and not config.corpus.lower().endswith(".txt"):
-        raise UserError(f"corpus: {config.corpus} is no .txt file")
-    corpus = [read.text(config.corpus)] if config.corpus is not None else texts
+    corpus = texts
+    if config.corpus is not None:
+        if not is_plain_text(config.corpus):
+            raise UserError(f"corpus: {config.corpus} is no .txt file")
+        corpus = [text for _, text in read.texts(DataConfig(path=config.corpus)) or []]
     count = Counter(word for text in corpus for word in words(text))
     return {word for word, _ in count.most_common(config.common_words)}
 

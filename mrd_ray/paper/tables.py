@@ -9,6 +9,7 @@ import matplotlib.figure
 from mrd_ray import model_files, models
 from mrd_ray.config import UnlearningConfig
 from mrd_ray.config.paper import Method, TablesConfig
+from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import judges, sets, zero_shot
 from mrd_ray.evaluation.aggregate import title
@@ -62,10 +63,10 @@ def experiment(config: TablesConfig) -> tuple[Findings, Subject]:
 def _contents(config: TablesConfig) -> dict[str, Any]:
     """Digests of what the settings name by path."""
     tokenizer = models.load_tokenizer(config.model)
-    limit = models.context_length(models.load_config(config.model))
+    limits = Limits.of(models.skeleton(config.model))
     evaluation = config.evaluation
     found: dict[str, str | None] = {
-        name: sets.digest(rows) for name, rows in sets.build_all(evaluation, tokenizer, limit).items()
+        name: sets.digest(rows) for name, rows in sets.build_all(evaluation, tokenizer, limits).items()
     }
     for name in ("embedding_model", "toxicity_model"):
         found[name] = judges.identity(getattr(evaluation, name))

@@ -12,11 +12,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 from transformers import PreTrainedModel
 
 from mrd_ray import model_files, models
 from mrd_ray.config import PlanConfig, ScoringConfig
 from mrd_ray.data import samples as samples_table
+from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.journal import Journal
 from mrd_ray.runs import RunDirectory
@@ -157,7 +159,7 @@ class _Job:
         skeleton = models.skeleton(config.model)
         planning.refuse_uncovered(skeleton, config.scoring)
         tokenizer = models.load_tokenizer(config.model)
-        samples = samples_table.build(config.data, tokenizer, models.context_length(skeleton.config))
+        samples = samples_table.build(config.data, tokenizer, Limits.of(skeleton), Console(stderr=True))
         pool = Pool(config.ray.actors or 1, config.ray.cpus_per_actor, config.ray.gpus_per_actor or 0.0)
         digest = model_files.files_digest(config.model) if config.probe else ""
         return cls(config, skeleton, samples, pool, planning.ModelCost.of(skeleton), digest)

@@ -16,6 +16,7 @@ from rich.console import Console
 from mrd_ray import model_files, models
 from mrd_ray.config import ScoreConfig, ScoringConfig
 from mrd_ray.data import samples as samples_table
+from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.journal import Journal, held
 from mrd_ray.mrd.noise import NOISE_VERSION
@@ -57,8 +58,7 @@ def score(config: ScoreConfig) -> ScoreRun:
         skeleton = models.skeleton(config.model)
         plan.refuse_uncovered(skeleton, config.scoring)
         tokenizer = models.load_tokenizer(config.model)
-        console.print(f"Reading {config.data.path}", markup=False, highlight=False, soft_wrap=True)
-        samples = samples_table.build(config.data, tokenizer, models.context_length(skeleton.config))
+        samples = samples_table.build(config.data, tokenizer, Limits.of(skeleton), console)
         run.claim(
             {
                 "model": files_digest,

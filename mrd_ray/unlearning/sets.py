@@ -1,6 +1,5 @@
 """The forget, retain and refusal sets, tokenised once by the driver."""
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from mrd_ray.config import DataConfig, RetainConfig, UnlearnConfig
 from mrd_ray.data import read
 from mrd_ray.data import samples as samples_table
-from mrd_ray.data.tokens import Unscorable, choose_columns, render, tokenize
+from mrd_ray.data.cells import Unscorable
+from mrd_ray.data.render import render, with_response
+from mrd_ray.data.tokens import Encoder, Limits, tokens_of
 from mrd_ray.errors import UserError
 from mrd_ray.unlearning.loop import Sets
 from mrd_ray.unlearning.sampling import ShuffledStream
@@ -21,27 +22,23 @@ _REFUSALS = 8  # for each forget sample
 _WATCHED_SEED = 1  # whatever the run's, so that runs of several seeds are measured on the same samples
 
 
-def build(
-    config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, context_length: int | None, console: Console
-) -> Sets:
+def build(config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console) -> Sets:
     """Read and tokenise. Says on the console what is left out of the retain set, and what stands in both sets.
 
     Raises:
         UserError: a set is empty or unusable, a forget sample cannot be unlearned, or refusals do not fit.
     """
-    console.print(f"Reading {config.data.path}", markup=False)
-    forget = samples_table.build(config.data, tokenizer, context_length)
-    _refuse_unusable(config.data.path, forget)
+    forget = samples_table.build(config.data, tokenizer, limits, console)
+    _refuse_unusable(read.described(config.data), forget)
     retain, watched = None, np.zeros(0, np.int64)
     if config.retain.path is not None:
-        console.print(f"Reading {config.retain.path}", markup=False)
-        retain = _retain(config, tokenizer, context_length, console)
+        retain = _retain(config, tokenizer, limits, console)
         _warn_of_overlap(forget, retain, console)
         count = min(config.stopping.retain_samples, len(retain))
         watched = np.sort(ShuffledStream(len(retain), _WATCHED_SEED).at(0, count))
     refusals = None
     if config.unlearning.refusals is not None:
-        refusals = _refusals(config, Path(config.unlearning.refusals), forget, tokenizer, context_length)
+        refusals = _refusals(config, Path(config.unlearning.refusals), forget, tokenizer, limits)
     return Sets(forget, retain, refusals, watched)
 
 
@@ -57,18 +54,19 @@ def _refuse_unusable(path: str, forget: pa.Table) -> None:
 
 def retain_data(data: DataConfig, retain: RetainConfig) -> DataConfig:
     """How the retain set is read: as `data` says, but for what `retain` says."""
-    own = retain.model_dump(exclude={"text"}) | {"where": {}}
+    own = retain.model_dump(exclude={"text", "messages"}) | {"where": {}}
+    unlike = {"text": None, "prompt": None, "response": None, "messages": None, "id": "auto"}
     if retain.text is not None:
-        own |= {"text": retain.text, "prompt": None, "response": None, "id": None, "score_on": "all"}
+        own |= unlike | {"text": retain.text, "score_on": "all"}
+    elif retain.messages is not None:
+        own |= unlike | {"messages": retain.messages}
     return DataConfig(**(data.model_dump() | own))
 
 
-def _retain(
-    config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, context_length: int | None, console: Console
-) -> pa.Table:
+def _retain(config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console) -> pa.Table:
     data = retain_data(config.data, config.retain)
     try:
-        retain = samples_table.build(data, tokenizer, context_length)
+        retain = samples_table.build(data, tokenizer, limits, console)
     except UserError as problem:
         raise UserError(f"retain.path, read with the settings of data: {problem}") from None
     usable = retain.filter(pc.is_null(retain["error"]))
@@ -95,42 +93,43 @@ def _refusals(
     path: Path,
     forget: pa.Table,
     tokenizer: PreTrainedTokenizerBase,
-    context_length: int | None,
+    limits: Limits,
 ) -> pa.Table:
     """Each forget sample's prompt with a few refusals for a response, which alone counts."""
     lines = _lines(path)
-    if config.data.path.lower().endswith(".txt"):
+    if read.texts(config.data) is not None:
         raise UserError(_NO_PROMPTS)
     if not tokenizer.is_fast:
         raise UserError("unlearning.method: po needs a fast tokenizer, which knows each token's place in the text")
-    rows = read.rows(config.data)
-    first = next(rows)
-    columns = choose_columns(config.data, list(first[1]), config.data.path)
-    if columns.response is None:
+    source = samples_table.Peeked(config.data)
+    columns = source.columns
+    if columns.response is None and columns.messages is None:
         raise UserError(_NO_PROMPTS)
-    on_response = config.data.model_copy(update={"score_on": "response"})
-    limit = min((x for x in (config.data.max_tokens, context_length) if x is not None), default=None)
+    # a refusal is text, whatever the responses are
+    on_response = config.data.model_copy(update={"score_on": "response", "response_index": None, "response_join": None})
+    encoder, limits = Encoder(tokenizer), limits.with_context(config.data.max_tokens)
     each = min(_REFUSALS, len(lines))
-    places = dict(zip(forget["row"].to_pylist(), range(len(forget)), strict=True))
+    places = dict(zip(forget["index"].to_pylist(), range(len(forget)), strict=True))
     found: dict[int, list[dict[str, object]]] = {}
-    for number, values in itertools.chain([first], rows):
-        if (i := places.get(number)) is None:
+    for row in source:
+        if (i := places.get(row.index)) is None:
             continue
         found[i] = []
         for j in np.sort(ShuffledStream(len(lines), config.unlearning.seed + i).at(0, each)).tolist():
             line, refusal = lines[j]
             try:
-                rendered = render(values | {columns.response: refusal}, columns, on_response, tokenizer)
-                tokens = tokenize(rendered, on_response, tokenizer, limit)
+                rendered = render(with_response(row.values, columns, refusal), columns, on_response, tokenizer)
+                tokens = tokens_of(rendered, on_response, encoder, limits)
             except Unscorable as problem:
                 raise UserError(
-                    f"unlearning.refusals: line {line} of {path}, with the prompt of row {number}: {problem}"
+                    f"unlearning.refusals: line {line} of {path}, with the prompt of {row.place}: {problem}"
                 ) from None
-            found[i].append({"sample_id": f"{i}-{j}", "index": i, "row": number, "text": rendered.text, **tokens._asdict()})
+            sample = {"sample_id": f"{i}-{j}", "index": row.index, "file": row.file, "row": row.number}
+            found[i].append(sample | {"text": rendered.text, **tokens._asdict()})
     return pa.Table.from_pylist([row for i in range(len(forget)) for row in found[i]], samples_table.SCHEMA)
 
 
-_NO_PROMPTS = "unlearning.method: po needs prompts and responses (data.prompt, data.response), not texts"
+_NO_PROMPTS = "unlearning.method: po needs prompts and responses, or conversations, not texts"
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

@@ -20,6 +20,7 @@ from mrd_ray import model_files, models, storage
 from mrd_ray.config import RayConfig, RunConfig, ScoreConfig, UnlearnConfig
 from mrd_ray.config.paths import with_absolute_paths
 from mrd_ray.data import samples as samples_table
+from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.journal import Journal, held
 from mrd_ray.mrd.noise import NOISE_VERSION
@@ -87,7 +88,7 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
             plan.refuse_uncovered(skeleton, config.scoring)
         log.require(config.tracking, config.run.dir)
         tokenizer = models.load_tokenizer(config.model)
-        of_run = sets.build(config, tokenizer, models.context_length(skeleton.config), console)
+        of_run = sets.build(config, tokenizer, Limits.of(skeleton), console)
         if of_run.retain is None:
             console.print("Without a retain set nothing watches what else the model loses (retain.path)", style="red")
         run.claim(_identity(config, models.tokenizer_digest(tokenizer), of_run), config, _OWNS)

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from mrd_ray.config import DataConfig
 from mrd_ray.data import samples
+from mrd_ray.data.tokens import Limits
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +31,6 @@ def build(tmp_path, tokenizer):
     def build(rows, context=128, tokenizer=tokenizer, **settings):
         path = tmp_path / "d.jsonl"
         path.write_text("\n".join(map(json.dumps, rows)))
-        return samples.build(DataConfig(path=str(path), **settings), tokenizer, context)
+        return samples.build(DataConfig(path=str(path), **settings), tokenizer, Limits(context))
 
     return build

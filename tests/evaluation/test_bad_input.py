@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from mrd_ray import UserError, evaluate
 from mrd_ray.cli import LINE
 from mrd_ray.config import EvaluatedSet, EvaluationConfig
+from mrd_ray.data.tokens import Limits
 from mrd_ray.evaluation import sets
 
 
@@ -65,13 +66,15 @@ def test_what_the_data_or_the_tokenizer_rules_out_is_refused(stories_dir, tmp_pa
     (tmp_path / "texts.jsonl").write_text('{"text": "Once there was a dog."}')
     evaluation = EvaluationConfig(sets={"a": {"path": str(tmp_path / "texts.jsonl")} | of_set}, **settings)
     with pytest.raises(UserError, match=message):
-        sets.build_all(evaluation, AutoTokenizer.from_pretrained(stories_dir), context)
+        sets.build_all(evaluation, AutoTokenizer.from_pretrained(stories_dir), Limits(context))
 
 
 def test_half_a_surrogate_pair_in_a_choice_is_its_rows_error(stories_dir, tmp_path):
     (tmp_path / "choices.jsonl").write_text('{"question": "Which?", "choices": ["red\\ud800", "blue"], "answer": 1}')
     of_set = {"path": str(tmp_path / "choices.jsonl"), "choices": "choices", "metrics": ["multiple_choice"]}
-    tables = sets.build_all(EvaluationConfig(sets={"a": of_set}), AutoTokenizer.from_pretrained(stories_dir), 512)
+    tables = sets.build_all(
+        EvaluationConfig(sets={"a": of_set}), AutoTokenizer.from_pretrained(stories_dir), Limits(512)
+    )
     assert tables["a"]["error"].to_pylist() == ["column 'choices' is not text: it holds half of a surrogate pair"]
 
 

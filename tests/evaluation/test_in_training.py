@@ -10,6 +10,7 @@ import pytest
 from evaluations import config
 
 from mrd_ray import evaluate, models, unlearn
+from mrd_ray.data.tokens import Limits
 from mrd_ray.evaluation import sets
 from mrd_ray.evaluation.in_training import InTraining
 
@@ -39,7 +40,9 @@ def of_training(files, model, run, **settings):
 def train(ranks, made):
     tables = {}
     tokenizer = models.load_tokenizer(made.model)
-    built = {name: sets.build(name, of, made.evaluation, tokenizer, 128) for name, of in made.evaluation.sets.items()}
+    built = {
+        name: sets.build(name, of, made.evaluation, tokenizer, Limits(128)) for name, of in made.evaluation.sets.items()
+    }
     measure = InTraining(made, built)
 
     def keep(step, engine):

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from mrd_ray.config import DataConfig
 from mrd_ray.data import samples
+from mrd_ray.data.tokens import Limits
 
 ROWS = [{"id": i, "prompt": "Who sells plums? é", "response": f"The baker, {i} a day.\n"} for i in range(5)]
 
@@ -45,7 +46,7 @@ def test_data_files(suffix, times, tokenizer, tmp_path):
     def check(mangled: bytes, columns: dict[str, str]) -> None:
         file.write_bytes(mangled)
         table, refusal = attempt(
-            lambda: samples.build(DataConfig(path=str(file), window_tokens=64, **columns), tokenizer, 128)
+            lambda: samples.build(DataConfig(path=str(file), window_tokens=64, **columns), tokenizer, Limits(128))
         )
         if table is None:
             assert str(file) in refusal
@@ -66,5 +67,5 @@ def test_data_files(suffix, times, tokenizer, tmp_path):
 def test_huge_lines(tokenizer, tmp_path):
     for suffix, line in {"jsonl": '{"text": "%s"}', "csv": 'text\n"%s"', "json": '[{"text": "%s"}]'}.items():
         (tmp_path / f"d.{suffix}").write_text(line % ("word " * 100_000))
-        (row,) = samples.build(DataConfig(path=str(tmp_path / f"d.{suffix}")), tokenizer, 128).to_pylist()
+        (row,) = samples.build(DataConfig(path=str(tmp_path / f"d.{suffix}")), tokenizer, Limits(128)).to_pylist()
         assert "tokens" in row["error"]

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from mrd_ray import models
 from mrd_ray.config import UnlearnConfig
+from mrd_ray.data.tokens import Limits
 from mrd_ray.unlearning import engine as engines
 from mrd_ray.unlearning import model as trained
 from mrd_ray.unlearning import sets
@@ -32,7 +33,7 @@ def config(model: Path, data: Path, retain: Path | None, run: Path, **settings: 
 
 
 def sets_of(config: UnlearnConfig) -> sets.Sets:
-    return sets.build(config, models.load_tokenizer(config.model), None, Console(quiet=True))
+    return sets.build(config, models.load_tokenizer(config.model), Limits(), Console(quiet=True))
 
 
 def train(

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.data import samples
+from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.unlearning import sets
 from mrd_ray.unlearning.sampling import ShuffledStream
@@ -46,7 +47,9 @@ def build(tmp_path, tokenizer):
             group, setting = key.split("__")
             tree.setdefault(group, {})[setting] = value
         shown = io.StringIO()
-        found = sets.build(UnlearnConfig.model_validate(tree), tokenizer, context, Console(file=shown, width=1000))
+        found = sets.build(
+            UnlearnConfig.model_validate(tree), tokenizer, Limits(context), Console(file=shown, width=1000)
+        )
         return found, shown.getvalue().replace(str(tmp_path), "")
 
     return build

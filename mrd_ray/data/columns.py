@@ -1,0 +1,180 @@
+"""Which columns of a source hold what: as set, or the well-known ones where only one reading is possible."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mrd_ray.config import DataConfig
+from mrd_ray.config import template as templates
+from mrd_ray.data.conversations import is_conversation
+from mrd_ray.errors import UserError
+
+_PAIRS = (
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+)
+_PROMPTS = ("prompt", "question", "instruction", "query", "input", "context", "passage", "problem")
+_RESPONSES = (
+    "response", "answer", "completion", "output", "answers", "labels", "label", "target", "targets", "gt",
+    "ground_truth", "solution", "reply", "chosen", "rejected",
+)  # fmt: skip
+_MESSAGES = ("messages", "conversations", "conversation", "dialogue")
+# A column of text so called is part of a sample: one that is left out by a guess would be missed.
+ROLES = {"text", *_PROMPTS, *_RESPONSES, *_MESSAGES}
+_SHOWN = 4  # readings that a message offers
+
+
+class Columns(NamedTuple):
+    """Which columns hold what; see DataConfig. `prompt` may be a template, `used` are all that a sample is made of."""
+
+    text: str | None
+    prompt: str | None
+    response: str | None
+    messages: str | None
+    id: str | None
+    used: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = {"text": self.text, "prompt": self.prompt, "response": self.response, "messages": self.messages}
+        named = [f"{role} {column}" for role, column in parts.items() if column is not None]
+        others = [column for column in self.used if column not in parts.values()]
+        return ", ".join([*named, *others, *([f"id {self.id}"] if self.id is not None else [])])
+
+
+def kinds(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """What the columns of these rows hold, in their order: "messages", "text", "other", or "nothing"."""
+    found: dict[str, str] = {}
+    for values in rows:
+        for name, value in values.items():
+            if found.setdefault(name, "nothing") == "nothing" and value not in (None, "", [], {}):
+                is_text = isinstance(value, str) and bool(value.strip())
+                found[name] = "messages" if is_conversation(value) else "text" if is_text else "other"
+    return found
+
+
+def choose(data: DataConfig, present: Mapping[str, str], where: str) -> Columns:
+    """The configured columns, or the well-known ones if exactly one choice is present.
+
+    Args:
+        present: of `kinds`.
+        where: what a message begins with.
+
+    Raises:
+        UserError: a configured column is not there, or more than one reading is possible; the flags for each are shown.
+    """
+
+    def require(setting: str, name: str) -> str:
+        if name not in present and not ("." in name and name.split(".")[0] in present):
+            raise UserError(f"{where}: no column {name!r} ({setting}); its columns are {', '.join(present)}")
+        return name
+
+    id_column = data.id
+    if data.id == "auto" and "auto" not in present:
+        id_column = next((name for name in ("sample_id", "id") if name in present), None)
+    elif data.id is not None:
+        require("data.id", data.id)
+
+    def columns(text: str | None = None, prompt: str | None = None, response: str | None = None,
+                messages: str | None = None, others: Sequence[str] = ()) -> Columns:  # fmt: skip
+        plain: list[str | None] = [text, prompt, response, messages, *others]
+        if prompt is not None and prompt not in present and "{" in prompt:
+            parts = [require("data.prompt", name) for name in templates.parse(prompt).columns]
+            plain = [*parts, response, *others]
+        if (messages is not None or present.get(str(prompt)) == "messages") and "system" in present:
+            plain.append("system")
+        used = tuple(dict.fromkeys(name for name in plain if name is not None))
+        return Columns(text, prompt, response, messages, id_column, used)
+
+    if data.text is not None:
+        return columns(text=require("data.text", data.text))
+    if data.messages is not None:
+        return columns(messages=require("data.messages", data.messages))
+    own = () if data.template == "chat" else templates.parse(data.template).own_columns
+    response = data.response or ("output" if data.template == "alpaca" else None)
+    if own:
+        if data.template == "alpaca" and "input" not in present:
+            own = tuple(name for name in own if name != "input")
+        names = [require("data.template", name) for name in own]
+        response = None if response is None else require("data.response", response)
+        if "response" in templates.parse(data.template).columns and response is None:
+            raise UserError(f"{where}: data.template holds {{response}}; say which column that is with data.response")
+        if response is None and data.score_on == "response":
+            raise UserError(
+                f"{where}: data.score_on: response, but which of {', '.join(names)} (data.template) is the response? "
+                "Say so with data.response"
+            )
+        prompt = data.prompt
+        if "prompt" in templates.parse(data.template).columns and prompt is None:
+            raise UserError(f"{where}: data.template holds {{prompt}}; say which column that is with data.prompt")
+        return columns(prompt=prompt, response=response, others=names)
+    if data.prompt is not None:
+        prompt = data.prompt if "{" in data.prompt else require("data.prompt", data.prompt)
+        return columns(prompt=prompt, response=require("data.response", str(data.response)))
+    return columns(**_guess(data, present, where))
+
+
+def _guess(data: DataConfig, present: Mapping[str, str], where: str) -> dict[str, str]:
+    """The only reading of the well-known columns. Raises UserError if there is none, or another may be meant."""
+    named = {name.casefold(): name for name in present}
+    readable = {name for name, kind in present.items() if kind in ("text", "messages") or kind == "nothing"}
+
+    def there(role: str) -> str | None:
+        name = role if role in present else named.get(role)
+        return name if name is not None and (present[name] != "other" or role not in _MESSAGES) else None
+
+    found: list[dict[str, str]] = []
+    for roles in _PAIRS:
+        prompt, response = map(there, roles)
+        if prompt is not None and response is not None:
+            found.append({"prompt": prompt, "response": response})
+    if (text := there("text")) is not None and data.score_on == "all":
+        found.append({"text": text})
+    for role in _MESSAGES:
+        if (name := there(role)) is not None and present[name] == "messages":
+            found.append({"messages": name})
+    left = [
+        name for name in present
+        if name.casefold() in ROLES and present[name] in ("text", "messages")
+        and not (found and name in found[0].values())
+    ]  # fmt: skip
+    if len(found) == 1 and not left:
+        return found[0]
+    readings = _readings(present, readable)
+    flags = "".join(f"\n  {reading}" for reading in readings[:_SHOWN])
+    if len(found) == 1:
+        taken = " and ".join(found[0].values())
+        raise UserError(
+            f"{where}: {taken} would be scored, and {', '.join(left)} left out, which may be part of the sample; say "
+            f"which columns to use:{flags}"
+        )
+    raise UserError(
+        f"{where}: cannot tell which columns to score; set data.text, data.messages, or data.prompt and data.response. "
+        f"Its columns are {', '.join(present)}{flags and '. For example:'}{flags}"
+    )
+
+
+def _readings(present: Mapping[str, str], readable: set[str]) -> list[str]:
+    """Flags for what the columns may mean."""
+    roles = {name.casefold(): name for name in present if name in readable and present[name] != "nothing"}
+    prompts = [roles[role] for role in (*_PROMPTS, "text") if role in roles]
+    responses = [roles[role] for role in _RESPONSES if role in roles]
+    readings = []
+    if {"instruction", "input", "output"} <= roles.keys():
+        readings.append("--data.template alpaca")
+    readings += [f"--data.messages {name}" for name, kind in present.items() if kind == "messages" and not prompts]
+    readings += [f"--data.messages {roles[role]}" for role in _MESSAGES if role in roles and prompts]
+    readings += [f"--data.prompt {prompt} --data.response {response}" for prompt in prompts for response in responses]
+    readings += [f"--data.text {roles['text']}"] if "text" in roles else []
+    if len(prompts) > 1 and responses and not readings[0].endswith("alpaca"):
+        parts = "\\n".join(f"{{{prompt}}}" for prompt in prompts)
+        readings.insert(1, f"--data.template '{parts}\\n{{{responses[0]}}}' --data.response {responses[0]}")
+    pairs, rest = readings[: _SHOWN - 1], readings[_SHOWN - 1 :]
+    return pairs + rest[-1:]
+
+
+def unused(columns: Columns, present: Mapping[str, str]) -> list[str]:
+    """Columns that no sample is made of, the id left out."""
+    used = {name if name in present else name.split(".")[0] for name in columns.used}
+    return [name for name in present if name not in used and name != columns.id]

@@ -1,0 +1,111 @@
+"""A JSON document -> rows: a list of rows or texts, columns as pandas writes them, or an object of such lists."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mrd_ray.data.columns import ROLES
+from mrd_ray.data.conversations import is_conversation
+from mrd_ray.errors import UserError
+
+Say = Callable[[str], None]
+Numbered = Iterator[tuple[int, dict[str, Any]]]
+
+
+def rows_of(path: str, document: Any, split: str, say: Say) -> Numbered:
+    """The rows of a JSON document, numbered from 1.
+
+    Args:
+        split: which list of an object of lists.
+        say: told which list is taken.
+
+    Raises:
+        UserError: it holds no rows, or several lists and none called `split`.
+    """
+    if isinstance(document, list) and len(document) == 1 and _is_of_lists(document[0]):
+        document = document[0]  # how the hub stores such an object: one row, whose cells are lists of rows
+    if isinstance(document, list):
+        refuse_split(path, split)
+        rows = document
+    else:
+        rows = _of_object(path, document, split, say)
+    for number, value in enumerate(rows, 1):
+        if isinstance(value, str):
+            value = {"text": value}
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{path}, row {number}: expected an object with named columns, or a text, found {value!r:.60}"
+            )
+        yield number, value
+
+
+def refuse_split(path: str, split: str) -> None:
+    """Raises UserError if a split is asked of what has none."""
+    if split != "train":
+        raise UserError(f"data.split: {split}, but {path} has no splits; leave it out, or slice it: train[:100]")
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether it is a list of rows, and not one cell of a row, as a conversation is."""
+    of_objects = isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+    return of_objects and not is_conversation(value)
+
+
+def _is_of_lists(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(map(_is_rows, value.values()))
+
+
+def _of_object(path: str, document: Any, split: str, say: Say) -> list[Any]:
+    if not isinstance(document, dict) or not document:
+        raise UserError(f"{path}: expected a list of rows or texts, or an object of lists, found {document!r:.60}")
+    cells = list(document.values())
+    if document.keys() >= {"columns", "data"} and isinstance(document["columns"], list):  # pandas' orient="split"
+        return [_record(path, number, document["columns"], row) for number, row in enumerate(document["data"], 1)]
+    if any(map(is_conversation, cells)):
+        return [document]
+    if all(isinstance(cell, dict) for cell in cells):
+        return _of_objects(path, document)
+    if all(isinstance(cell, list) for cell in cells):
+        alike = len({len(cell) for cell in cells}) == 1
+        if alike and split not in document and not _is_of_lists(document):
+            return [dict(zip(document, record, strict=True)) for record in zip(*cells, strict=True)]
+        return _picked(path, document, [name for name, cell in document.items() if cell], split, say)
+    lists = [name for name, cell in document.items() if _is_rows(cell)]
+    if lists and not any(isinstance(cell, str) and name.casefold() in ROLES for name, cell in document.items()):
+        return _picked(path, document, lists, split, say)
+    return [document]
+
+
+def _record(path: str, number: int, columns: list[str], cells: Any) -> dict[str, Any]:
+    if not isinstance(cells, list) or len(cells) != len(columns):
+        raise UserError(f"{path}, row {number}: expected {len(columns)} cells, one for each of its columns")
+    return dict(zip(columns, cells, strict=True))
+
+
+def _of_objects(path: str, document: dict[str, dict[str, Any]]) -> list[Any]:
+    """Columns by row label, as pandas writes by default; rows by their label; or one row of nested cells."""
+    labels = list(next(iter(document.values())))
+    if labels and all(label.isdecimal() for label in labels):
+        if any(cells.keys() != set(labels) for cells in document.values()):
+            raise UserError(
+                f"{path}: its columns are of different rows; expected each of {', '.join(document)} to have all"
+            )
+        return [{name: cells[label] for name, cells in document.items()} for label in labels]
+    if all(label.isdecimal() for label in document):
+        return list(document.values())
+    if len(document) > 1:
+        return [{"id": label} | row for label, row in document.items()]
+    return [document]
+
+
+def _picked(path: str, document: dict[str, Any], names: list[str], split: str, say: Say) -> list[Any]:
+    """The list called `split`, or the only one."""
+    if not names:
+        return []
+    if split not in names and len(names) > 1:
+        each = ", ".join(f"{name} ({len(document[name])} rows)" for name in names)
+        raise UserError(f"{path} holds several lists: {each}; choose one with data.split, e.g. data.split: {names[0]}")
+    name = split if split in names else names[0]
+    if len(names) > 1 or name != split:
+        say(f"Rows under {name!r} of {path}")
+    found: list[Any] = document[name]
+    return found

@@ -1,0 +1,132 @@
+"""One file as bytes or text: compression by its content, encoding by its content where it is not set."""
+
+import bz2
+import codecs
+import contextlib
+import gzip
+import io
+import lzma
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TextIO
+
+import pyarrow as pa
+
+from mrd_ray import storage
+from mrd_ray.errors import UserError
+
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_CHUNK = 1 << 20
+_BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+_BOMS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # after UTF-32, whose mark begins alike
+_OF_WINDOWS = "cp1252"
+
+
+def _zstd(file: BinaryIO) -> BinaryIO:
+    opened: BinaryIO = pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
+    return opened
+
+
+_MAGIC: dict[bytes, Callable[[BinaryIO], BinaryIO]] = {
+    b"\x1f\x8b": gzip.open,  # type: ignore[dict-item]
+    b"\x28\xb5\x2f\xfd": _zstd,
+    b"BZh": bz2.open,  # type: ignore[dict-item]
+    b"\xfd7zXZ\x00": lzma.open,  # type: ignore[dict-item]
+}
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Whatever goes wrong while the file is read becomes a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as problem:
+        raise UserError(f"data.path: cannot read {path}: {problem.strerror or problem}") from problem
+    except Exception as problem:  # each file system, compression and format fails in ways of its own
+        raise UserError(f"data.path: cannot read {path}: {problem}") from problem
+
+
+@contextlib.contextmanager
+def open_bytes(path: str) -> Iterator[BinaryIO]:
+    """What the file holds, decompressed, from its begin. Raises UserError; reads are to be within `reading`."""
+    with contextlib.ExitStack() as stack:
+        with reading(path):
+            file = stack.enter_context(storage.open_file(path))
+            start = file.read(max(map(len, _MAGIC)))
+            file.seek(0)
+            for magic, opener in _MAGIC.items():
+                if start.startswith(magic):
+                    file = stack.enter_context(opener(file))
+        yield file
+
+
+@contextlib.contextmanager
+def open_text(path: str, encoding: str | None, guess: bool, say: Callable[[str], None]) -> Iterator[TextIO]:
+    """What the file holds as text, newlines as they are.
+
+    Args:
+        encoding: as set; None to find it by the content.
+        guess: whether a file that is not Unicode may be in Windows' encoding of western languages.
+        say: told if it is.
+    """
+    if encoding is None:
+        encoding = _encoding(path, guess)
+        if encoding == _OF_WINDOWS:
+            say(f"{path} is not UTF-8; read as {_OF_WINDOWS} (data.encoding sets another)")
+    elif encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
+        encoding = "utf-8-sig"
+    with open_bytes(path) as file:
+        readable: Any = _Readable(file)
+        yield io.TextIOWrapper(readable, encoding=encoding, newline="")
+
+
+class _Readable(io.RawIOBase):
+    """Any opened file as what TextIOWrapper wants, closed by who has opened it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return bytes(self._file.read(size))
+
+    def read1(self, size: int = -1) -> bytes:
+        return bytes(self._file.read(_CHUNK if size < 0 else size))
+
+
+def _encoding(path: str, guess: bool) -> str:
+    with open_bytes(path) as file, reading(path):
+        start = file.read(4)
+        for mark, encoding in _BOMS.items():
+            if start.startswith(mark):
+                return encoding
+        if b"\0" in start[:2]:  # ASCII, as a header or JSON begins, in two bytes
+            return "utf-16-be" if start[:1] == b"\0" else "utf-16-le"
+        return "utf-8" if not guess or _is_utf8(path, start, file) else _OF_WINDOWS
+
+
+def _is_utf8(path: str, start: bytes, file: BinaryIO) -> bool:
+    """Whether the rest of the file is; raises UserError if only parts are, since no encoding is right for all of it."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # bytes that are not UTF-8 become \udc80..\udcff
+    lines, bad_line, of_unicode = 1, 0, False
+    chunk = start
+    while chunk:
+        text = decoder.decode(chunk)
+        if not text.isascii():
+            of_unicode = of_unicode or re.search("[^\x00-\x7f\udc80-\udcff]", text) is not None
+            if not bad_line and (bad := re.search("[\udc80-\udcff]", text)):
+                bad_line = lines + text.count("\n", 0, bad.start())
+        lines += text.count("\n")
+        chunk = file.read(_CHUNK)
+    if decoder.decode(b"", True):  # cut off within a character
+        bad_line = bad_line or lines
+    if bad_line and of_unicode:
+        raise UserError(
+            f"{path}, line {bad_line}: not UTF-8, though other parts of the file are; fix that line, or set "
+            "data.encoding"
+        )
+    return not bad_line

@@ -1,0 +1,244 @@
+"""One file of each format -> its rows, each with its number: the line of JSON lines, else the record, from 1."""
+
+import csv
+import io
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import PurePosixPath
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mrd_ray.config import DataConfig
+from mrd_ray.data.containers import refuse_split, rows_of
+from mrd_ray.data.files import COMPRESSED, open_bytes, open_text, reading
+from mrd_ray.errors import UserError
+
+Numbered = Iterator[tuple[int, dict[str, Any]]]
+JSON = (".jsonl", ".json", ".ndjson")
+SEPARATED = (".csv", ".tsv")
+TEXT = ".txt"
+ENDINGS = (*JSON, *SEPARATED, TEXT, ".parquet", ".arrow")
+_SEPARATORS = ",;\t|"
+_LOOKED_AT = 100  # records that tell a CSV file's separator
+
+
+def ending(path: str) -> str | None:
+    """What a file's name says of its format, compression left out: one of ENDINGS, or None."""
+    name = PurePosixPath(path.lower())
+    if name.suffix in COMPRESSED:
+        name = name.with_suffix("")
+    return name.suffix if name.suffix in ENDINGS else None
+
+
+def rows(path: str, data: DataConfig, split: str, say: Callable[[str], None]) -> Numbered:
+    """The rows of a file, but for .txt (see `text`). Raises UserError, which names file, row and cause.
+
+    Args:
+        split: which list of a JSON object of lists.
+        say: told what a person may want to know of how the file is read.
+    """
+    kind = ending(path)
+    if kind in JSON:
+        with open_text(path, data.encoding, False, say) as file:
+            yield from _json(path, file, split, say)
+        return
+    refuse_split(path, split)
+    if kind in SEPARATED:
+        with open_text(path, data.encoding, True, say) as file:
+            yield from _separated(path, file, data.separator or ("\t" if kind == ".tsv" else None))
+    elif kind == ".parquet":
+        yield from _parquet(path)
+    else:
+        yield from _arrow(path)
+
+
+def text(path: str, data: DataConfig, say: Callable[[str], None]) -> str:
+    """The whole of a plain text file. Raises UserError."""
+    with open_text(path, data.encoding, True, say) as file:
+        content = "".join(line for _, line in _numbered(path, file))
+    if not content.strip():
+        raise UserError(f"data.path: {path} is empty")
+    return content
+
+
+def _numbered(path: str, file: TextIO) -> Iterator[tuple[int, str]]:
+    """Lines, numbered from 1; one that cannot be decoded is an error that names it."""
+    number = 0
+    while True:
+        number += 1
+        try:
+            with reading(path):
+                line = file.readline()
+        except UserError as problem:
+            if not isinstance(problem.__cause__, UnicodeError):
+                raise
+            raise UserError(
+                f"{path}, at or after line {number}: not {file.encoding.removesuffix('-sig').upper()} text; set "
+                "data.encoding to what it is in, e.g. cp1252"
+            ) from problem
+        if not line:
+            return
+        yield number, line
+
+
+# --- JSON
+
+
+def _json(path: str, file: TextIO, split: str, say: Callable[[str], None]) -> Numbered:
+    """JSON lines, or one JSON document, whatever the file is called."""
+    lines = ((number, line) for number, line in _numbered(path, file) if line.strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    number, line = first
+    second = next(lines, None)
+    if second is None:
+        yield from rows_of(path, _parsed(path, line, number), split, say)
+    elif _is_whole(line):
+        refuse_split(path, split)
+        for at, each in itertools.chain([first, second], lines):
+            yield at, _row(path, at, _parsed(path, each.rstrip(), at))
+    else:
+        rest = "".join(each for _, each in itertools.chain([second], lines))
+        yield from rows_of(path, _parsed(path, line + rest, number), split, say)
+
+
+def _is_whole(line: str) -> bool:
+    """Whether a first line is a row by itself, be it broken, and not the begin of a document."""
+    stripped = line.strip()
+    if stripped[0] in "[{":
+        return stripped[-1] == "}" and stripped[0] == "{"
+    return True
+
+
+def _row(path: str, number: int, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, str):
+        return {"text": value}
+    raise UserError(f"{path}, row {number}: expected a JSON object with named columns, or a text, found {value!r:.60}")
+
+
+def _parsed(path: str, content: str, line: int) -> Any:
+    """The value of JSON that begins on `line` of the file."""
+    try:
+        return json.loads(content, object_pairs_hook=_without_repeats)
+    except json.JSONDecodeError as problem:
+        raise UserError(
+            f"{path}, line {line + problem.lineno - 1}: broken JSON: {problem.msg} at column {problem.colno} "
+            "(expected an object per line, or one document: a list of objects or texts, or an object of lists)"
+        ) from problem
+    except (ValueError, RecursionError) as problem:  # a repeated name, a number of thousands of digits, deep nesting
+        raise UserError(f"{path}, at or after line {line}: cannot read this JSON: {problem}") from problem
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):  # Python keeps the last and drops the others
+        raise ValueError(f"an object names {_repeated([name for name, _ in pairs])} more than once; rename one")
+    return values
+
+
+def _repeated(names: Sequence[str]) -> str:
+    return ", ".join(sorted(name for name, count in Counter(names).items() if count > 1))
+
+
+# --- separated values
+
+
+def _separated(path: str, file: TextIO, separator: str | None) -> Numbered:
+    csv.field_size_limit(2**31 - 1)  # a sample over the default of 128 KiB is for data.max_tokens to judge
+    lines = (line for _, line in _numbered(path, file))
+    peeked, skipped = list(itertools.islice(lines, _LOOKED_AT)), 0
+    if peeked and (named := peeked[0].strip()).lower().startswith("sep=") and len(named) == 5:  # of Excel
+        separator, skipped = separator or named[4], 1
+        peeked = peeked[1:]
+    if separator is None:
+        separator = _separator(peeked)
+    reader = csv.DictReader(itertools.chain(peeked, lines), strict=True, delimiter=separator)
+    try:
+        header = list(reader.fieldnames or ())
+        if reader.fieldnames == []:
+            raise UserError(f"{path}, line {1 + skipped}: blank, where the header should be; delete the line")
+        if repeated := _repeated(header):
+            raise UserError(f"{path}, line {1 + skipped}: the header names {repeated} more than once; rename one")
+        for number, values in enumerate(reader, 1):
+            if None in values or None in values.values():
+                raise UserError(
+                    f"{path}, row {number} (line {reader.line_num + skipped}): expected {len(header)} fields, as in "
+                    f"the header; quote fields that hold {_named(separator)}, or set data.separator if "
+                    f"{_named(separator)} does not separate them"
+                )
+            yield number, values
+    except csv.Error as problem:
+        raise UserError(
+            f"{path}, line {reader.line_num + skipped}: broken CSV, separated by {_named(separator)}: {problem}; "
+            "data.separator sets another"
+        ) from problem
+
+
+def _separator(lines: list[str]) -> str:
+    """The one that cuts all records into the same number of fields, and into most; a comma where none does."""
+
+    def fields(separator: str) -> int:
+        try:
+            records = [record for record in csv.reader(lines, delimiter=separator, strict=True) if record]
+        except csv.Error:  # the last may be cut off within a quoted field
+            records = []
+            reader = csv.reader(lines, delimiter=separator)
+            records = [record for record in reader if record][:-1]
+        widths = {len(record) for record in records}
+        return widths.pop() if len(widths) == 1 else 1
+
+    best = max(_SEPARATORS, key=fields)  # the first of equals
+    return best if fields(best) > 1 else ","
+
+
+def _named(separator: str) -> str:
+    return {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}.get(separator, repr(separator))
+
+
+# --- Arrow
+
+
+def _parquet(path: str) -> Numbered:
+    with open_bytes(path) as file:
+        with reading(path):
+            table = pq.ParquetFile(file if file.seekable() else io.BytesIO(file.read()))
+        yield from _batches(path, table.schema_arrow, table.iter_batches())
+
+
+def _arrow(path: str) -> Numbered:
+    """Of Arrow's file format, and of its stream format, which `datasets` writes."""
+    with open_bytes(path) as file:
+        with reading(path):
+            whole = file if file.seekable() else io.BytesIO(file.read())
+            is_file = whole.read(6) == b"ARROW1"
+            whole.seek(0)
+            if is_file:
+                opened = pa.ipc.open_file(whole)
+                batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
+            else:
+                opened = pa.ipc.open_stream(whole)
+                batches = iter(opened)
+        yield from _batches(path, opened.schema, batches)
+
+
+def _batches(path: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Numbered:
+    if repeated := _repeated(schema.names):
+        raise UserError(f"{path}: the schema names {repeated} more than once; rename one")
+    number = 0
+    while True:
+        try:
+            if (batch := next(batches, None)) is None:
+                return
+            records = batch.to_pylist()
+        except Exception as problem:  # damaged pages, bad UTF-8
+            raise UserError(f"{path}, after row {number}: cannot read it: {problem}") from problem
+        for values in records:
+            number += 1
+            yield number, values

@@ -1,0 +1,148 @@
+"""A row's columns put together: the sample as text, with the places of what is its response."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from mrd_ray.config import DataConfig
+from mrd_ray.config import template as templates
+from mrd_ray.config.template import Template
+from mrd_ray.data import conversations
+from mrd_ray.data.cells import Unscorable, as_text, cell, lookup, response_text
+from mrd_ray.data.columns import Columns
+from mrd_ray.data.conversations import Message, Span, is_conversation
+
+# Around a response while Jinja puts a sample together, to find it again. Of the plane for private use.
+_BEGIN, _END = "\U000f5c0e", "\U000f7d01"
+
+
+class Rendered(NamedTuple):
+    """A sample as text, start..stop of its responses in it (a whole text is one), and whether to add special tokens."""
+
+    text: str
+    spans: tuple[Span, ...]
+    add_special_tokens: bool
+
+
+def render(
+    values: Mapping[str, Any], columns: Columns, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> Rendered:
+    """A row's columns put together. Raises Unscorable."""
+    if columns.text is not None:
+        text = cell(values, columns.text)
+        return Rendered(text, ((0, len(text)),), True)
+    if (turns := conversation(values, columns, data)) is not None:
+        chat = conversations.render(turns.messages, turns.first, data.score_on == "response", tokenizer, turns.tools)
+        return Rendered(chat.text, chat.spans, False)  # a chat template writes its special tokens itself
+    text, span = _from_template(templates.parse(data.template), values, columns, data)
+    return Rendered(text, () if span is None else (span,), True)
+
+
+def prompt_text(values: Mapping[str, Any], columns: Columns, data: DataConfig) -> str:
+    """The prompt in a row, of prompts and responses. Raises Unscorable."""
+    assert columns.prompt is not None
+    if lookup(values, columns.prompt) is None and "{" in columns.prompt:
+        text, _ = _from_template(templates.parse(columns.prompt), values, columns, data)
+        return as_text(text, columns.prompt)
+    return cell(values, columns.prompt, data.numbers_as_text)
+
+
+def with_response(values: Mapping[str, Any], columns: Columns, response: str) -> dict[str, Any]:
+    """The row with another response: of a conversation, its last assistant turn. Raises Unscorable."""
+    if columns.messages is None:
+        assert columns.response is not None
+        return {**values, columns.response: response}
+    turns = conversations.messages(lookup(values, columns.messages), columns.messages)
+    asked = turns[: conversations.last_answer(turns)]
+    return {**values, columns.messages: [*asked, {"role": "assistant", "content": response}]}
+
+
+class Turns(NamedTuple):
+    """A conversation, from which turn on its assistant's count, and the tools that it may name."""
+
+    messages: list[Message]
+    first: int
+    tools: Any
+
+
+def conversation(values: Mapping[str, Any], columns: Columns, data: DataConfig) -> Turns | None:
+    """The turns of a row that is chat data, or that data.template: chat makes one. Raises Unscorable."""
+    if columns.messages is not None:
+        turns, first = conversations.messages(lookup(values, columns.messages), columns.messages), 0
+    elif columns.prompt is None or columns.response is None:
+        return None
+    else:
+        asked, answered = lookup(values, columns.prompt), lookup(values, columns.response)
+        of_chat = is_conversation(asked), is_conversation(answered)
+        if not any(of_chat) and data.template != "chat":
+            return None
+        if of_chat[0]:
+            turns = conversations.messages(asked, columns.prompt)
+        else:
+            turns = [{"role": "user", "content": prompt_text(values, columns, data)}]
+        first = len(turns)
+        if of_chat[1]:
+            response = conversations.messages(answered, columns.response)
+            turns = response if response[: len(turns)] == turns else turns + response  # some bring the prompt along
+        else:
+            turns = [*turns, {"role": "assistant", "content": response_text(values, columns.response, data)}]
+    system = values.get("system") if "system" in columns.used else None
+    if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
+        turns, first = [{"role": "system", "content": system}, *turns], first + 1
+    tools = values.get("tools")
+    return Turns(turns, first, tools if isinstance(tools, list) and tools else None)
+
+
+def _from_template(
+    template: Template, values: Mapping[str, Any], columns: Columns, data: DataConfig
+) -> tuple[str, Span | None]:
+    """The text, and where the response is in it; None if the template has none. Raises Unscorable."""
+    if template.jinja:
+        return _from_jinja(template, values, columns, data)
+    text, span = "", None
+    for literal, field in template.pieces():
+        text += literal
+        if field is None:
+            continue
+        part = _field(field, values, columns, data)
+        if field in ("response", columns.response):  # its place is known from here: its words may be in the prompt too
+            span = (len(text), len(text) + len(part))
+        text += part
+    return text, span
+
+
+def _field(field: str, values: Mapping[str, Any], columns: Columns, data: DataConfig) -> str:
+    if columns.response is not None and field in ("response", columns.response):
+        return response_text(values, columns.response, data)
+    if field == "prompt" and columns.prompt is not None:
+        return prompt_text(values, columns, data)
+    if lookup(values, field) in (None, "") and field != columns.prompt:
+        raise Unscorable(f"column {field!r} is empty; where it may be, write '{{% if {field} %}}...{{% endif %}}'")
+    return cell(values, field, data.numbers_as_text)
+
+
+def _from_jinja(
+    template: Template, values: Mapping[str, Any], columns: Columns, data: DataConfig
+) -> tuple[str, Span | None]:
+    given = {name: value for name, value in values.items() if value is not None}
+    if "prompt" in template.columns and columns.prompt is not None:
+        given["prompt"] = prompt_text(values, columns, data)
+    try:
+        if columns.response is None:
+            return template.rendered(given), None
+        response = response_text(values, columns.response, data)
+        names = [columns.response, "response"]
+        text = template.rendered(given | dict.fromkeys(names, response))
+        core = response.strip()  # within its ends, which a template may trim
+        before, _, after = response.partition(core)
+        marked = template.rendered(given | dict.fromkeys(names, f"{before}{_BEGIN}{core}{_END}{after}"))
+    except (jinja2.TemplateError, TypeError, ValueError) as problem:
+        raise Unscorable(f"data.template refuses it: {problem}") from problem
+    start, stop = marked.find(_BEGIN), marked.find(_END) - len(_BEGIN)
+    if marked.replace(_BEGIN, "").replace(_END, "") != text or marked.count(_BEGIN) != 1:
+        if not set(names) & set(template.columns):
+            return text, None
+        raise Unscorable("data.template changes the response, repeats it or leaves it out: its place is not known")
+    return text, (start, stop)

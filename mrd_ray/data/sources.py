@@ -1,0 +1,199 @@
+"""What data.path names: files, also by folder or pattern, a folder of save_to_disk, or a dataset of the hub."""
+
+import contextlib
+import os
+import re
+import urllib.parse
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import datasets
+
+from mrd_ray import storage
+from mrd_ray.config import DataConfig
+from mrd_ray.data.formats import ENDINGS, TEXT, ending
+from mrd_ray.errors import UserError
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_ENDS = f"a file ending in {', '.join(ENDINGS)} (or one of these with .gz, .zst, .bz2 or .xz after it)"
+
+
+@dataclass(frozen=True)
+class File:
+    """A file, what it is called beside others, and the columns that its folders name (`year=2024/`)."""
+
+    path: str
+    name: str
+    columns: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is plain text, not a table."""
+        return ending(self.path) == TEXT
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A folder of `datasets.Dataset.save_to_disk`."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A dataset of the Hugging Face hub."""
+
+    path: str
+
+
+def find(data: DataConfig, split: str) -> tuple[list[File] | Saved | Hub, bool]:
+    """What to read, files in the order of their rows, and whether `split` has been looked up already.
+
+    Raises:
+        UserError: there is no such file, or a folder without such a split.
+    """
+    paths = [data.path] if isinstance(data.path, str) else list(data.path)
+    if len(paths) == 1:
+        found, settled = _find(paths[0], data, split)
+        if not isinstance(found, list):
+            return found, settled
+    else:
+        several = [_find(path, data, split) for path in paths]
+        if other := [path for path, (one, _) in zip(paths, several, strict=True) if not isinstance(one, list)]:
+            raise UserError(
+                f"data.path: {other[0]} cannot be one of several; expected files, folders of files or patterns"
+            )
+        found = [file for one, _ in several if isinstance(one, list) for file in one]
+        settled = any(settled for _, settled in several)
+    if len({file.is_text for file in found}) > 1:
+        raise UserError(f"data.path: {data.path} names .txt files and tables; give one kind, e.g. by a pattern")
+    return _with_names(found), settled
+
+
+def _find(path: str, data: DataConfig, split: str) -> tuple[list[File] | Saved | Hub, bool]:
+    path = os.path.expanduser(path)
+    try:
+        fs, inner = storage.filesystem(path)
+        is_file, is_folder = fs.isfile(inner), fs.isdir(inner)
+        matching = [] if is_file or is_folder or not re.search(r"[*?\[]", path) else sorted(fs.glob(inner))
+    except Exception as problem:  # an unknown protocol, its package missing, no access: each has errors of its own
+        raise UserError(f"data.path: cannot open {path}: {problem}") from problem
+    if is_file:
+        return [_file(path)], False
+    if is_folder:
+        return _folder(path, fs, inner, data, split)
+    prefix = path.split("://")[0] + "://" if "://" in path else ""
+    if matching:
+        files = [name for name in matching if fs.isfile(name) and ending(name)]
+        if not files:
+            raise UserError(f"data.path: {path} matches {matching[0]}, but no {_ENDS}")
+        return [File(prefix + name, name) for name in files], False
+    if re.search(r"[*?\[]", path):
+        raise UserError(f"data.path: no file matches {path}")
+    if prefix or ending(path) or path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
+        raise UserError(f"data.path: no such file or folder: {path}")
+    return Hub(path), True
+
+
+def _file(path: str) -> File:
+    if ending(path) is None:
+        raise UserError(f"data.path: {path} exists, but its name does not say what it is; expected {_ENDS}")
+    return File(path, path)
+
+
+def _folder(path: str, fs: Any, inner: str, data: DataConfig, split: str) -> tuple[list[File] | Saved, bool]:
+    names = {PurePosixPath(name).name for name in fs.ls(inner, detail=False)}
+    if "dataset_dict.json" in names:
+        splits = sorted(name for name in names if fs.isfile(f"{inner}/{name}/state.json"))
+        _require(path, split, splits)
+        return Saved(f"{path.rstrip('/')}/{split}"), True
+    if {"state.json", "dataset_info.json"} <= names:
+        return Saved(path), False
+    prefix = path.split("://")[0] + "://" if "://" in path else ""
+    inside = [name for name in sorted(fs.find(inner)) if not _is_hidden(os.path.relpath(name, inner))]
+    ours = [name for name in inside if ending(name)]
+    if not ours:
+        raise UserError(f"data.path: the folder {path} holds no {_ENDS}")
+    of_writer = ending(path) is not None or any("=" in os.path.relpath(name, inner) for name in ours)
+    if prefix or of_writer:
+        files = [File(prefix + name, name, _of_folders(os.path.relpath(name, inner))) for name in ours]
+        return _of_one_format(path, files), False
+    splits_of = _laid_out(path, data.name, ours)
+    _require(path, split, list(splits_of))
+    return _of_one_format(path, [_file(name) for name in splits_of[split]]), True
+
+
+def _is_hidden(name: str) -> bool:
+    """What writers leave beside data: _SUCCESS, .part-0.crc, .git/."""
+    return any(part.startswith((".", "_")) and "=" not in part for part in PurePosixPath(name).parts)
+
+
+def _of_folders(name: str) -> dict[str, str | None]:
+    """The columns of a table that is partitioned as Hive does it."""
+    pairs = [part.split("=", 1) for part in PurePosixPath(name).parts[:-1] if "=" in part]
+    return {
+        column: None if value == "__HIVE_DEFAULT_PARTITION__" else urllib.parse.unquote(value)
+        for column, value in pairs
+    }
+
+
+def _of_one_format(path: str, files: list[File]) -> list[File]:
+    kinds = sorted({str(ending(file.path)) for file in files})
+    if len(kinds) > 1 and not set(kinds) <= {".jsonl", ".json", ".ndjson"}:
+        raise UserError(
+            f"data.path: {path} holds files of several formats ({', '.join(kinds)}); give a pattern for one"
+        )
+    return files
+
+
+def _laid_out(path: str, name: str | None, ours: list[str]) -> dict[str, list[str]]:
+    """The files of each split of a local folder, as `datasets` reads its README and file names."""
+    subfolder = Path(path) / name if name is not None else None
+    try:
+        with _quiet():
+            builder = datasets.load_dataset_builder(path, name)
+    except Exception as problem:
+        if subfolder is not None and subfolder.is_dir():  # a copy without its README
+            inside = [file for file in ours if Path(file).is_relative_to(subfolder.absolute())]
+            return _laid_out(str(subfolder), None, inside)
+        reason = " ".join(str(problem).split("Example of usage")[0].split())
+        raise UserError(f"data.path: cannot tell the parts of {path} (data.name={name}): {reason}") from problem
+    found = {str(split): [str(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
+    if unread := [file for files in found.values() for file in files if ending(file) is None]:
+        raise UserError(f"data.path: {path} holds {unread[0]}; expected {_ENDS}")
+    listed = {str(Path(file).absolute()) for files in found.values() for file in files}
+    if builder.config.name == "default" and (beside := [file for file in ours if file not in listed]):
+        raise UserError(
+            f"data.path: {path} holds files of several formats, among them {sorted(listed)[0]} and {beside[0]}; give a "
+            "pattern for one"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _require(path: str, split: str, splits: Iterable[str]) -> None:
+    if split not in (splits := list(splits)):
+        raise UserError(f"data.split: {split}, but {path} holds {', '.join(splits) or 'nothing'}; choose one of these")
+
+
+def _with_names(files: list[File]) -> list[File]:
+    """Each called by its path from the folder that they have in common."""
+    if len(files) < 2 or any("://" in file.path for file in files):
+        return files
+    places = [Path(file.path).absolute() for file in files]
+    common = os.path.commonpath([place.parent for place in places])
+    return [
+        File(file.path, str(place.relative_to(common)), file.columns) for file, place in zip(files, places, strict=True)
+    ]
