@@ -26,7 +26,12 @@ def test_defaults_are_the_documented_ones():
     "setting",
     [
         {"template": "{prompt}"},
-        {"template": "{prompt} {response} {other}"},
+        {"template": "{response} {other} {response}"},
+        {"template": "{% if %}"},
+        {"template": "{other:>10}"},
+        {"sample_seed": 1},
+        {"encoding": "klingon"},
+        {"response_index": 0, "response_join": ", "},
         {"template": "{prompt!r} {response}"},
         {"template": "{prompt"},
         {"prompt": "q"},

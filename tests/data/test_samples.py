@@ -87,7 +87,7 @@ def test_column_that_appears_late(build, late, message):
         ("", "is empty"),
         (" \n", "is empty"),
         (None, "missing or null"),
-        (7, "not text but int"),
+        (7, "not text but a number: 7"),
         (["a"], "not text but list"),
         ("\ud800", "not text: it holds half of a surrogate pair"),
         ("a", "none of which can be scored"),

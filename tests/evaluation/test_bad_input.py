@@ -81,7 +81,7 @@ def test_half_a_surrogate_pair_in_a_choice_is_its_rows_error(stories_dir, tmp_pa
 @pytest.mark.parametrize(
     ("of_set", "message"),
     [
-        ({"path": "nowhere.jsonl"}, r"evaluation.sets.forget, .*cannot read nowhere.jsonl"),
+        ({"path": "nowhere.jsonl"}, r"evaluation.sets.forget, .*no such file or folder: nowhere.jsonl"),
         ({"wrong": "wrong_answers"}, r"no column 'wrong_answers' \(wrong\); its columns are question, answer"),
         ({"template": "chat"}, "no chat template"),
     ],

@@ -71,11 +71,11 @@ def test_forget_and_retain_set(build):
     assert alone.forget["row"].to_pylist() == [4, 2, 5, 1, 3]
     assert alone.forget.schema.equals(samples.SCHEMA)
     assert (alone.retain, alone.refusals, alone.watched.tolist()) == (None, None, [])
-    assert shown == "Reading /f.jsonl\n"
+    assert shown == "Reading /f.jsonl\nColumns: prompt prompt, response response, id id\n"
     found, shown = build(retain=RETAIN, name="[b]f.jsonl")
     assert found.forget.equals(alone.forget)
     assert sorted(found.retain["text"].to_pylist()) == [f"Question: {r['prompt']}\nAnswer: In Orlen." for r in RETAIN]
-    assert shown == "Reading /[b]f.jsonl\nReading /retain.jsonl\n"
+    assert shown.splitlines()[:3:2] == ["Reading /[b]f.jsonl", "Reading /retain.jsonl"]
 
 
 def test_a_retain_set_may_be_of_texts_beside_a_forget_set_of_prompts(build, tokenizer):
@@ -119,7 +119,7 @@ def test_overlap(build):
     also = [{"prompt": row["prompt"], "response": row["response"]} for row in FORGET[:3]]
     found, shown = build(retain=RETAIN + also + [{"prompt": "Who keeps the a?", "response": "Nobody."}])
     expected = "3 of 5 forget samples stand in the retain set too, which is meant to stay known"
-    assert shown.splitlines()[2:] == [expected]
+    assert shown.splitlines()[4:] == [expected]
     assert len(found.retain) == 9
 
 
@@ -151,7 +151,7 @@ def test_unusable_retain_samples_are_counted(build, cell, reason):
     bad = [{"id": name, "prompt": cell, "response": "x"} for name in "ab"]
     found, shown = build(retain=bad + [row | {"id": row["prompt"]} for row in RETAIN])
     assert len(found.retain) == found.retain["error"].null_count == 5
-    assert re.fullmatch(f"2 of 7 retain samples are left out; the first: {reason}", shown.splitlines()[2])
+    assert re.fullmatch(f"2 of 7 retain samples are left out; the first: {reason}", shown.splitlines()[4])
     with pytest.raises(UserError, match=r"^retain\.path: .*retain\.jsonl holds no usable samples$"):
         build(retain=bad)
 
@@ -202,7 +202,9 @@ def test_refusals_are_a_function_of_the_seed(build):
 def test_refusals_with_what_data_leaves_out(build):
     """The rows after data.max_samples, and a column of texts beside."""
     forget = [row | {"text": "beside"} for row in FORGET]
-    found, _ = build(forget, refusals=REFUSALS[:2], data__max_samples=3, data__score_on="response")
+    chosen = {"data__prompt": "prompt", "data__response": "response", "data__id": "id"}
+    limits = {"data__max_samples": 3, "data__score_on": "response"}
+    found, _ = build(forget, refusals=REFUSALS[:2], **chosen, **limits)
     assert found.forget["sample_id"].to_pylist() == ["b", "d", "e"]
     assert [text.split("\n")[0][-2:-1] for text in found.refusals["text"].to_pylist()] == list("bbddee")
 
@@ -234,7 +236,7 @@ TEXTS = {"forget": [{"text": "The baker of Orlen sold rye bread."}], "refusals":
         ({"retain": b'{"prompt": '}, f"{NO_RETAIN}.*line 1: broken JSON"),
         ({"retain": [{"id": "k", **row} for row in RETAIN]}, f"{NO_RETAIN}.*stand more than once; 'k' in rows 1, 2"),
         ({"retain": RETAIN, "data__id": "id"}, rf"{NO_RETAIN}: no column 'id' \(data\.id\)"),
-        ({"retain__path": "/absent/retain.jsonl"}, f"{NO_RETAIN}: No such file"),
+        ({"retain__path": "/absent/retain.jsonl"}, "retain\\.path, read with the settings of data: .*no such file or folder: /absent/retain\\.jsonl"),
         ({"refusals": "\ufeff\n \n\t\n".encode()}, r"unlearning\.refusals: .*refusals\.txt holds no lines"),
         ({"refusals": b"No \xff idea."}, r"unlearning\.refusals: cannot read .*refusals\.txt: "),
         ({"refusals": [], "unlearning__refusals": "/absent.txt"}, r"unlearning\.refusals: cannot read /absent\.txt: "),
