@@ -54,7 +54,7 @@ def as_text(value: Any, column: str, numbers: bool = False) -> str:
     if type(value) in (int, float) and math.isfinite(value):
         if not numbers:
             raise Unscorable(
-                f"column {column!r} is not text but a number: {value!r:.40} (data.numbers_as_text takes it)"
+                f"column {column!r} is not text but a number: {value!r:.40} (data.numbers_as_text: true takes it)"
             )
         value = str(value)
     if not isinstance(value, str):

@@ -44,14 +44,25 @@ class Columns(NamedTuple):
 
 
 def kinds(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """What the columns of these rows hold, in their order: "messages", "text", "other", or "nothing"."""
+    """What the columns of these rows hold, in their order: messages, text, texts, nested texts, other, or nothing."""
     found: dict[str, str] = {}
     for values in rows:
         for name, value in values.items():
             if found.setdefault(name, "nothing") == "nothing" and value not in (None, "", [], {}):
-                is_text = isinstance(value, str) and bool(value.strip())
-                found[name] = "messages" if is_conversation(value) else "text" if is_text else "other"
+                found[name] = _kind(value)
     return found
+
+
+def _kind(value: Any) -> str:
+    if is_conversation(value):
+        return "messages"
+    if isinstance(value, str):
+        return "text" if value.strip() else "nothing"
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return "texts"
+    if isinstance(value, dict) and _kind(value.get("text")) == "texts":
+        return "nested texts"
+    return "other"
 
 
 def choose(data: DataConfig, present: Mapping[str, str], where: str) -> Columns:
@@ -160,6 +171,10 @@ def _readings(present: Mapping[str, str], readable: set[str]) -> list[str]:
     roles = {name.casefold(): name for name in present if name in readable and present[name] != "nothing"}
     prompts = [roles[role] for role in (*_PROMPTS, "text") if role in roles]
     responses = [roles[role] for role in _RESPONSES if role in roles]
+    of_lists = {"texts": " --data.response_index 0", "nested texts": ".text --data.response_index 0"}
+    responses += [
+        name + of_lists[kind] for name, kind in present.items() if kind in of_lists and name.casefold() in _RESPONSES
+    ]
     readings = []
     if {"instruction", "input", "output"} <= roles.keys():
         readings.append("--data.template alpaca")
@@ -169,7 +184,7 @@ def _readings(present: Mapping[str, str], readable: set[str]) -> list[str]:
     readings += [f"--data.text {roles['text']}"] if "text" in roles else []
     if len(prompts) > 1 and responses and not readings[0].endswith("alpaca"):
         parts = "\\n".join(f"{{{prompt}}}" for prompt in prompts)
-        readings.insert(1, f"--data.template '{parts}\\n{{{responses[0]}}}' --data.response {responses[0]}")
+        readings.insert(1, f"--data.template '{parts}\\n{{response}}' --data.response {responses[0]}")
     pairs, rest = readings[: _SHOWN - 1], readings[_SHOWN - 1 :]
     return pairs + rest[-1:]
 

@@ -65,7 +65,7 @@ def texts(data: DataConfig, say: Say = quiet) -> list[tuple[str | None, str]] | 
     """Plain texts with their files' names (None where there is only one), or None if the source is a table."""
     if "[" in data.split or "+" in data.split:
         return None
-    found, settled = sources.find(data, data.split)
+    found, settled = sources.find(data, data.split, quiet)
     if not isinstance(found, list) or not found[0].is_text:
         return None
     if not settled:
@@ -87,7 +87,7 @@ def _all(data: DataConfig, say: Say) -> Iterator[Row]:
     spec = data.split
     if "[" not in spec and "+" not in spec:
         numbered = _of_split(data, spec, say)
-    elif isinstance(sources.find(data, _names(spec)[0])[0], Hub):
+    elif isinstance(sources.find(data, _names(spec)[0], quiet)[0], Hub):
         numbered = _of_hub(data, spec)
     else:
         of = {name: list(_of_split(data, name, say)) for name in dict.fromkeys(_names(spec))}
@@ -110,7 +110,7 @@ _Numbered = Iterator[tuple[str | None, int, dict[str, Any]]]
 
 
 def _of_split(data: DataConfig, split: str, say: Say) -> _Numbered:
-    found, settled = sources.find(data, split)
+    found, settled = sources.find(data, split, say)
     if isinstance(found, Hub):
         yield from _of_hub(data, split)
     elif isinstance(found, Saved):

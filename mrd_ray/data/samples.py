@@ -101,7 +101,8 @@ class Peeked:
         chat = columns.messages is not None or (self._data.template == "chat" and columns.text is None)
         chat |= "messages" in {self.present.get(str(column)) for column in (columns.prompt, columns.response)}
         if chat and tokenizer.chat_template is None:
-            cause = "data.template: chat" if self._data.template == "chat" else f"{columns} holds conversations"
+            named = columns.messages or f"{columns.prompt} or {columns.response}"
+            cause = "data.template: chat" if self._data.template == "chat" else f"column {named} holds conversations"
             raise UserError(
                 f"{cause}, but the tokenizer has no chat template; name one that has in model.tokenizer, or give a "
                 "format string in data.template"

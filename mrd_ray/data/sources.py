@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +13,7 @@ import datasets
 
 from mrd_ray import storage
 from mrd_ray.config import DataConfig
-from mrd_ray.data.formats import ENDINGS, TEXT, ending
+from mrd_ray.data.formats import ENDINGS, JSON, TEXT, ending
 from mrd_ray.errors import UserError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -48,19 +48,22 @@ class Hub:
     path: str
 
 
-def find(data: DataConfig, split: str) -> tuple[list[File] | Saved | Hub, bool]:
+def find(data: DataConfig, split: str, say: Callable[[str], None]) -> tuple[list[File] | Saved | Hub, bool]:
     """What to read, files in the order of their rows, and whether `split` has been looked up already.
+
+    Args:
+        say: told what is beside the files and not read.
 
     Raises:
         UserError: there is no such file, or a folder without such a split.
     """
     paths = [data.path] if isinstance(data.path, str) else list(data.path)
     if len(paths) == 1:
-        found, settled = _find(paths[0], data, split)
+        found, settled = _find(paths[0], data, split, say)
         if not isinstance(found, list):
             return found, settled
     else:
-        several = [_find(path, data, split) for path in paths]
+        several = [_find(path, data, split, say) for path in paths]
         if other := [path for path, (one, _) in zip(paths, several, strict=True) if not isinstance(one, list)]:
             raise UserError(
                 f"data.path: {other[0]} cannot be one of several; expected files, folders of files or patterns"
@@ -72,7 +75,7 @@ def find(data: DataConfig, split: str) -> tuple[list[File] | Saved | Hub, bool]:
     return _with_names(found), settled
 
 
-def _find(path: str, data: DataConfig, split: str) -> tuple[list[File] | Saved | Hub, bool]:
+def _find(path: str, data: DataConfig, split: str, say: Callable[[str], None]) -> tuple[list[File] | Saved | Hub, bool]:
     path = os.path.expanduser(path)
     try:
         fs, inner = storage.filesystem(path)
@@ -83,7 +86,7 @@ def _find(path: str, data: DataConfig, split: str) -> tuple[list[File] | Saved |
     if is_file:
         return [_file(path)], False
     if is_folder:
-        return _folder(path, fs, inner, data, split)
+        return _folder(path, fs, inner, data, split, say)
     prefix = path.split("://")[0] + "://" if "://" in path else ""
     if matching:
         files = [name for name in matching if fs.isfile(name) and ending(name)]
@@ -103,7 +106,9 @@ def _file(path: str) -> File:
     return File(path, path)
 
 
-def _folder(path: str, fs: Any, inner: str, data: DataConfig, split: str) -> tuple[list[File] | Saved, bool]:
+def _folder(
+    path: str, fs: Any, inner: str, data: DataConfig, split: str, say: Callable[[str], None]
+) -> tuple[list[File] | Saved, bool]:
     names = {PurePosixPath(name).name for name in fs.ls(inner, detail=False)}
     if "dataset_dict.json" in names:
         splits = sorted(name for name in names if fs.isfile(f"{inner}/{name}/state.json"))
@@ -120,8 +125,10 @@ def _folder(path: str, fs: Any, inner: str, data: DataConfig, split: str) -> tup
     if prefix or of_writer:
         files = [File(prefix + name, name, _of_folders(os.path.relpath(name, inner))) for name in ours]
         return _of_one_format(path, files), False
-    splits_of = _laid_out(path, data.name, ours)
+    splits_of, left = _laid_out(path, data.name, ours)
     _require(path, split, list(splits_of))
+    if left:
+        say(f"Not read: {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}, of no split by the names of files")
     return _of_one_format(path, [_file(name) for name in splits_of[split]]), True
 
 
@@ -140,16 +147,16 @@ def _of_folders(name: str) -> dict[str, str | None]:
 
 
 def _of_one_format(path: str, files: list[File]) -> list[File]:
-    kinds = sorted({str(ending(file.path)) for file in files})
-    if len(kinds) > 1 and not set(kinds) <= {".jsonl", ".json", ".ndjson"}:
+    kinds = sorted({str(_family(file.path)) for file in files})
+    if len(kinds) > 1:
         raise UserError(
             f"data.path: {path} holds files of several formats ({', '.join(kinds)}); give a pattern for one"
         )
     return files
 
 
-def _laid_out(path: str, name: str | None, ours: list[str]) -> dict[str, list[str]]:
-    """The files of each split of a local folder, as `datasets` reads its README and file names."""
+def _laid_out(path: str, name: str | None, ours: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The files of each split of a local folder, as `datasets` reads its README and file names, and those of none."""
     subfolder = Path(path) / name if name is not None else None
     try:
         with _quiet():
@@ -164,12 +171,22 @@ def _laid_out(path: str, name: str | None, ours: list[str]) -> dict[str, list[st
     if unread := [file for files in found.values() for file in files if ending(file) is None]:
         raise UserError(f"data.path: {path} holds {unread[0]}; expected {_ENDS}")
     listed = {str(Path(file).absolute()) for files in found.values() for file in files}
-    if builder.config.name == "default" and (beside := [file for file in ours if file not in listed]):
+    left = [] if _has_configs(path) else [file for file in ours if file not in listed]
+    if odd := [file for file in left if _family(file) != _family(next(iter(listed)))]:
         raise UserError(
-            f"data.path: {path} holds files of several formats, among them {sorted(listed)[0]} and {beside[0]}; give a "
-            "pattern for one"
+            f"data.path: {path} holds several formats, such as {sorted(listed)[0]} and {odd[0]}; give a pattern for one"
         )
-    return found
+    return found, left
+
+
+def _has_configs(path: str) -> bool:
+    readme = Path(path) / "README.md"
+    return readme.is_file() and "configs:" in readme.read_text(encoding="utf-8", errors="replace")
+
+
+def _family(path: str) -> str | None:
+    """The format, all kinds of JSON being one."""
+    return JSON[0] if ending(path) in JSON else ending(path)
 
 
 @contextlib.contextmanager

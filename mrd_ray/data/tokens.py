@@ -78,7 +78,17 @@ class Encoder:
     def framed(self, text: str) -> list[int]:
         """A text with the tokenizer's special tokens around, none twice."""
         ((token_ids, _),) = self.encode([text], offsets=False)
-        return _framed(token_ids, [], True, self)[0]
+        before, after, _ = self.around(token_ids)
+        return [*before, *token_ids, *after]
+
+    def around(self, token_ids: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """The special tokens to put before and after a text's own, and those that it brings along instead."""
+        before, after, own = self.before, self.after, list[int]()
+        if before and token_ids[: len(before)] == before:
+            own, before = own + before, []
+        if after and token_ids[-len(after) :] == after:
+            own, after = own + after, []
+        return before, after, own
 
     def outside(self, token_id: int, vocabulary: int) -> str:
         """What is said of a token that a model of so many embeddings does not have."""
@@ -105,9 +115,8 @@ def tokenize(
     rendered: Sequence[Rendered], data: DataConfig, encoder: Encoder, limits: Limits
 ) -> list[Tokenized | Unscorable]:
     """Tokens of samples; all are scored, or those that overlap the responses."""
-    everything = data.score_on == "all"
-    encoded = encoder.encode([one.text for one in rendered], not everything)
-    return [_one(*pair, everything, data, encoder, limits) for pair in zip(rendered, encoded, strict=True)]
+    encoded = encoder.encode([one.text for one in rendered], offsets=data.score_on != "all")
+    return [_one(*pair, data, encoder, limits) for pair in zip(rendered, encoded, strict=True)]
 
 
 def tokens_of(rendered: Rendered, data: DataConfig, encoder: Encoder, limits: Limits) -> Tokens:
@@ -121,16 +130,17 @@ def tokens_of(rendered: Rendered, data: DataConfig, encoder: Encoder, limits: Li
 def _one(
     rendered: Rendered,
     encoded: tuple[list[int], list[tuple[int, int]] | None],
-    everything: bool,
     data: DataConfig,
     encoder: Encoder,
     limits: Limits,
 ) -> Tokenized | Unscorable:
     token_ids, places = encoded
-    scored = [True] * len(token_ids) if places is None else _overlapping(places, rendered.spans)
-    own: list[int] = []
-    if rendered.add_special_tokens:
-        token_ids, scored, own = _framed(token_ids, scored, everything, encoder)
+    before, after, own = encoder.around(token_ids) if rendered.add_special_tokens else ([], [], [])
+    scored = None if places is None else _overlapping(places, rendered.spans)
+    if before or after:
+        token_ids = [*before, *token_ids, *after]
+        scored = None if scored is None else [False] * len(before) + scored + [False] * len(after)
+    scored = [True] * len(token_ids) if scored is None else scored
     whole = len(token_ids)
     if limits.context is not None and whole > limits.context:
         if not data.truncate:
@@ -145,20 +155,6 @@ def _one(
             return Unscorable(f"nothing to score in its first {limits.context} tokens, all that data.truncate leaves")
         return Unscorable(f"{len(token_ids)} token(s), none of which can be scored: each needs at least one before it")
     return Tokenized(Tokens(token_ids, scored), tuple(own))
-
-
-def _framed(
-    token_ids: list[int], scored: list[bool], everything: bool, encoder: Encoder
-) -> tuple[list[int], list[bool], list[int]]:
-    """With the tokenizer's special tokens around, but for those that the text has there already; which it has."""
-    before, after = encoder.before, encoder.after
-    own: list[int] = []
-    if before and token_ids[: len(before)] == before:
-        own, before = own + before, []
-    if after and token_ids[-len(after) :] == after and len(token_ids) >= len(after):
-        own, after = own + after, []
-    framed = [everything] * len(before) + scored + [everything] * len(after)
-    return before + token_ids + after, framed, own
 
 
 def _overlapping(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
