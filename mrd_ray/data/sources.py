@@ -91,7 +91,7 @@ def _find(path: str, data: DataConfig, split: str, say: Callable[[str], None]) -
     if matching:
         files = [name for name in matching if fs.isfile(name) and ending(name)]
         if not files:
-            raise UserError(f"data.path: {path} matches {matching[0]}, but no {_ENDS}")
+            raise UserError(f"data.path: {path} matches {matching[0]}; expected {_ENDS}")
         return [File(prefix + name, name) for name in files], False
     if re.search(r"[*?\[]", path):
         raise UserError(f"data.path: no file matches {path}")
@@ -120,7 +120,7 @@ def _folder(
     inside = [name for name in sorted(fs.find(inner)) if not _is_hidden(os.path.relpath(name, inner))]
     ours = [name for name in inside if ending(name)]
     if not ours:
-        raise UserError(f"data.path: the folder {path} holds no {_ENDS}")
+        raise UserError(f"data.path: the folder {path} holds no data: expected {_ENDS}")
     of_writer = ending(path) is not None or any("=" in os.path.relpath(name, inner) for name in ours)
     if prefix or of_writer:
         files = [File(prefix + name, name, _of_folders(os.path.relpath(name, inner))) for name in ours]

@@ -34,3 +34,17 @@ def build(tmp_path, tokenizer):
         return samples.build(DataConfig(path=str(path), **settings), tokenizer, Limits(context))
 
     return build
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer(tiny_model_dir):
+    """With ChatML."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = CHATML
+    return tokenizer

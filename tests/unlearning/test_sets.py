@@ -236,7 +236,10 @@ TEXTS = {"forget": [{"text": "The baker of Orlen sold rye bread."}], "refusals":
         ({"retain": b'{"prompt": '}, f"{NO_RETAIN}.*line 1: broken JSON"),
         ({"retain": [{"id": "k", **row} for row in RETAIN]}, f"{NO_RETAIN}.*stand more than once; 'k' in rows 1, 2"),
         ({"retain": RETAIN, "data__id": "id"}, rf"{NO_RETAIN}: no column 'id' \(data\.id\)"),
-        ({"retain__path": "/absent/retain.jsonl"}, "retain\\.path, read with the settings of data: .*no such file or folder: /absent/retain\\.jsonl"),
+        (
+            {"retain__path": "/absent/retain.jsonl"},
+            "retain\\.path, read with the settings of data: .*no such file or folder: /absent/retain\\.jsonl",
+        ),
         ({"refusals": "\ufeff\n \n\t\n".encode()}, r"unlearning\.refusals: .*refusals\.txt holds no lines"),
         ({"refusals": b"No \xff idea."}, r"unlearning\.refusals: cannot read .*refusals\.txt: "),
         ({"refusals": [], "unlearning__refusals": "/absent.txt"}, r"unlearning\.refusals: cannot read /absent\.txt: "),
