@@ -361,9 +361,9 @@ class _Reader:
             if isinstance(right, str):
                 text = right.strip()
                 readings = {i for i, label in enumerate(labels) if label == text}
-                readings = readings or {i for i, choice in enumerate(choices) if choice.strip() == text}
-                if not readings and text.isdecimal() and int(text) < len(choices):
-                    readings = {int(text)}
+                if not readings:  # a number may be an index or a choice: not where these differ
+                    readings = {i for i, choice in enumerate(choices) if choice.strip() == text}
+                    readings |= {int(text)} if text.isdecimal() and int(text) < len(choices) else set()
             if len(readings) == 1:
                 return int(readings.pop())
         raise Unscorable(
