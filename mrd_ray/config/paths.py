@@ -16,6 +16,8 @@ def with_absolute_paths(config: C) -> C:
     def absolute(value: Any, name: str = "") -> Any:
         if isinstance(value, dict):
             return {key: absolute(of, str(key)) for key, of in value.items()}
+        if isinstance(value, list | tuple):
+            return [absolute(of, name) for of in value]
         if isinstance(value, str) and name in _PATHS and "://" not in value:
             there = Path(value).expanduser()
             return str(there.absolute()) if there.exists() or name == "dir" else value

@@ -23,6 +23,9 @@ _NO_UNIT = "dimensionless"
 SCHEMA = pa.schema(
     [
         _field("sample_id", pa.string(), "identifier", nullable=False),
+        _field("index", pa.int64(), "place in the whole source, from 0: dataset[index]"),
+        _field("file", pa.string(), "name of the source file; null where there is only one"),
+        _field("row", pa.int64(), "line or record of that file, from 1"),
         _field("mrd", pa.float64(), f"{_NO_UNIT}; the statistic chosen with scoring.statistic"),
         _field("mrd_se", pa.float64(), f"{_NO_UNIT}; standard error of mrd; 0 if exact, null if unknown (one draw)"),
         _field("mean_abs", pa.float64(), f"{_NO_UNIT}; E|Delta|, Algorithm 1"),
@@ -103,13 +106,13 @@ def _in_turn(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(parts, key=operator.itemgetter("unit_id"))
 
 
-_NEEDED = ["sample_id", "scored", "error"]
+_NEEDED = ["sample_id", "index", "file", "row", "scored", "error"]
 _BATCH = 4096  # rows
 
 
 def _row(sample: dict[str, Any], parts: list[dict[str, Any]], scoring: ScoringConfig) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "sample_id": sample["sample_id"],
+        **{name: sample[name] for name in ("sample_id", "index", "file", "row")},
         "sigma": scoring.sigma,
         "estimator": scoring.estimator,
         "num_tokens": sum(sample["scored"] or []),

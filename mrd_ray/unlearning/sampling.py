@@ -132,7 +132,7 @@ def _generator(purpose: str, seed: int, step: int) -> np.random.Generator:
 class MRDSampler(torch.utils.data.Sampler[int]):
     """Draws the indices of a forget set with replacement, weighted by MRD: for the DataLoader of any unlearning code.
 
-        DataLoader(forget_set, batch_size=8, sampler=MRDSampler("run/scores.parquet", forget_set_ids))
+        DataLoader(forget_set, batch_size=8, sampler=MRDSampler("run/scores.parquet", length=len(forget_set)))
 
     Like torch's DistributedSampler it gives every epoch other draws if `set_epoch` is called before it; unlike it, it
     gives the same to all ranks. Epoch e of a seed always has the same draws; more of them begin with the same ones.
@@ -145,31 +145,40 @@ class MRDSampler(torch.utils.data.Sampler[int]):
         weighting: Weighting = "mrd",
         num_samples: int | None = None,
         seed: int = 0,
+        length: int | None = None,
     ) -> None:
         """Match the scores with the data set, in numpy and Arrow alone: ten million samples take seconds.
 
         Args:
-            scores: a scores.parquet (local path or fsspec URI), or its table. Of its columns, sample_id and mrd count.
+            scores: a scores.parquet (local path or fsspec URI), or its table. Of its columns, sample_id and mrd count,
+                and without sample_ids also index (or else row), a sample's place in its source.
             sample_ids: which sample stands at each index of the data set; scores of others are ignored. Whole
-                numbers count as text, as in scoring. An Arrow column is faster than a list. None: all samples of the
-                table, sorted by sample_id.
+                numbers count as text, as in scoring. An Arrow column is faster than a list. None: the data set is the
+                source that was scored, in its order.
             weighting: see `sampling_probabilities`.
             num_samples: draws per epoch; None for the length of the data set.
             seed: 0 <= seed < 2**64.
+            length: of the data set, to be checked. Without it and sample_ids, the whole source must have been scored.
 
         Raises:
-            UserError: the scores cannot be read, ids occur twice or have no row there, scores cannot serve as weights,
-                or a number is out of its range.
+            UserError: the scores cannot be read, they are not of as many samples as the data set has, ids or places
+                occur twice or have no row there, scores cannot serve as weights, or a number is out of its range.
         """
         super().__init__()
         if not 0 <= seed < 2**64:
             raise UserError(f"seed: {seed}; expected 0 <= seed < 2**64")
         if num_samples is not None and num_samples < 1:
             raise UserError(f"num_samples: {num_samples}; expected at least 1, or None")
-        ids, mrd = _scores(scores)
+        name, table = _table(scores)
+        ids, mrd = _scores(name, table)
         if sample_ids is not None:
             known, ids = ids, _strings(sample_ids, "sample_ids")
             mrd = mrd[_rows(ids, known)]
+            if length is not None and length != len(ids):
+                raise UserError(f"length: {length}, but there are {len(ids)} sample_ids; give one for each sample")
+        else:
+            order = _source_order(name, table, length)
+            ids, mrd = ids.take(pa.array(order)), mrd[order]
         probabilities = sampling_probabilities(ids, mrd, weighting)
         self._stream = ForgetStream(probabilities, seed)
         self._num_samples = len(ids) if num_samples is None else num_samples
@@ -191,8 +200,8 @@ class MRDSampler(torch.utils.data.Sampler[int]):
         )
 
 
-def _scores(scores: pa.Table | str | os.PathLike[str]) -> tuple[pa.Array, np.ndarray]:
-    """Ids in ascending order, and their MRD: float64 [n], nan where there is none. Raises UserError."""
+def _table(scores: pa.Table | str | os.PathLike[str]) -> tuple[str, pa.Table]:
+    """What messages call it, and its columns that count, in ascending order of sample_id. Raises UserError."""
     if isinstance(scores, pa.Table):
         name, table = "scores", scores
     else:
@@ -201,7 +210,7 @@ def _scores(scores: pa.Table | str | os.PathLike[str]) -> tuple[pa.Array, np.nda
         try:
             with storage.open_file(name) as opened:
                 file = pq.ParquetFile(opened)
-                table = file.read([column for column in ("sample_id", "mrd") if column in file.schema_arrow.names])
+                table = file.read([column for column in _COUNTING if column in file.schema_arrow.names])
         except (OSError, ValueError, ImportError, pa.ArrowException) as problem:  # ImportError: no such file system
             raise UserError(f"{name}: cannot read it ({problem}); expected a scores.parquet") from None
     if absent := {"sample_id", "mrd"} - set(table.column_names):
@@ -209,17 +218,56 @@ def _scores(scores: pa.Table | str | os.PathLike[str]) -> tuple[pa.Array, np.nda
     if len(table.column_names) > len(set(table.column_names)):
         raise UserError(f"{name}: not a table of scores; some of its columns stand there twice")
     ids = _strings(table["sample_id"], f"{name}, column sample_id")
+    if not pc.all(pc.less(ids[:-1], ids[1:])).as_py():  # scores.parquet is sorted; to sort takes long
+        order = pc.sort_indices(ids)
+        table, ids = table.take(order), ids.take(order)
+        twice = pc.unique(ids[1:].filter(pc.equal(ids[:-1], ids[1:])))
+        if len(twice):
+            raise UserError(f"{name}: {len(twice)} sample ids occur more than once: {_named(twice)}; keep one row each")
+    return name, table
+
+
+def _scores(name: str, table: pa.Table) -> tuple[pa.Array, np.ndarray]:
+    """Ids, and their MRD: float64 [n], nan where there is none. Raises UserError."""
     try:
         mrd = table["mrd"].cast(pa.float64()).to_numpy()
     except pa.ArrowException as problem:
         raise UserError(f"{name}, column mrd: expected numbers ({problem})") from None
-    if not pc.all(pc.less(ids[:-1], ids[1:])).as_py():  # scores.parquet is sorted; to sort takes long
-        order = pc.sort_indices(ids)
-        ids, mrd = ids.take(order), mrd[order.to_numpy()]
-        twice = pc.unique(ids[1:].filter(pc.equal(ids[:-1], ids[1:])))
-        if len(twice):
-            raise UserError(f"{name}: {len(twice)} sample ids occur more than once: {_named(twice)}; keep one row each")
-    return ids, mrd
+    return _strings(table["sample_id"], f"{name}, column sample_id"), mrd
+
+
+_COUNTING = ("sample_id", "mrd", "index", "file", "row")
+_WAYS_OUT = "give sample_ids, the id of the sample at each index of the data set"
+
+
+def _source_order(name: str, table: pa.Table, length: int | None) -> np.ndarray:
+    """Which row of the table is of each sample of the source, in its order: int64 [n]. Raises UserError."""
+    column = "index"
+    if column not in table.column_names:
+        column = "row"  # of a table by hand, of one file
+        if column not in table.column_names or ("file" in table.column_names and table["file"].null_count < len(table)):
+            raise UserError(f"{name} does not say where in its source each sample was (column index); {_WAYS_OUT}")
+    try:
+        places = table[column].cast(pa.int64())
+    except pa.ArrowException as problem:
+        raise UserError(f"{name}, column {column}: expected whole numbers ({problem}); {_WAYS_OUT}") from None
+    if places.null_count:
+        raise UserError(f"{name}, column {column}: {places.null_count} samples without a place; {_WAYS_OUT}")
+    order = np.argsort(places.to_numpy(), kind="stable")
+    in_order = places.to_numpy()[order]
+    if twice := int(np.count_nonzero(in_order[1:] == in_order[:-1])):
+        raise UserError(f"{name}, column {column}: {twice} places stand there twice; {_WAYS_OUT}")
+    if length is not None and length != len(order):
+        raise UserError(
+            f"length: the data set has {length} samples, the scores are of {len(order)}; score it as it is, or "
+            f"{_WAYS_OUT}"
+        )
+    if length is None and column == "index" and len(order) and in_order[-1] != len(order) - 1:
+        raise UserError(
+            f"{name}: the scores are of {len(order)} samples of a source of at least {in_order[-1] + 1}; {_WAYS_OUT}, "
+            "or its length, if the data set holds these samples only, in this order"
+        )
+    return order
 
 
 def _strings(ids: Sequence[str] | pa.Array | pa.ChunkedArray, name: str) -> pa.Array:

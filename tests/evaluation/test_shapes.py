@@ -72,7 +72,7 @@ def test_truthfulqa_and_arc_from_the_field(shared, stories_dir):
     of_sets = {
         name: {"path": str(folder / f"{name}.jsonl"), "prompt": "question", "choices": "choices", "response": response,
                "metrics": ["multiple_choice"]}
-        for name, response in [("arc", "answerKey"), ("letter", "answer"), ("index_text", "answer"), ("index", "answer")]
+        for name, response in {"arc": "answerKey", **dict.fromkeys(("letter", "index_text", "index"), "answer")}.items()
     }  # fmt: skip
     of_sets["columns_abcd"] = of_sets["arc"] | {
         "path": str(folder / "columns_abcd.jsonl"), "choices": list("ABCD"), "response": "target"

@@ -78,6 +78,7 @@ def score_run(run: Path, like: Path, n: int, words: int) -> None:
     mrd = np.where(failed, np.nan, rng.lognormal(-5, 0.5, n))
     columns = {
         "sample_id": [f"s-{i:06d}" for i in range(n)],
+        "index": np.arange(n), "file": [None] * n, "row": np.arange(1, n + 1),
         "mrd": mrd, "mrd_se": mrd * 0.05, "mean_abs": mrd, "abs_mean": mrd / 9,
         "delta_mean": mrd / 9, "delta_std": mrd * 1.25, "nonlinearity": np.full(n, np.nan),
         "num_draws": np.where(failed, 0, 200), "sigma": np.full(n, 1e-5), "estimator": ["monte_carlo"] * n,

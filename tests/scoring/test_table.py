@@ -18,8 +18,9 @@ SCORING = ScoringConfig(num_draws=5)
 
 def sample(i: int) -> dict:
     if not TOKENS[i]:
-        return {"sample_id": f"s{i:03d}", "row": i + 1, "text": "", "error": "no tokens"}
-    return {"sample_id": f"s{i:03d}", "row": i + 1, "text": "t", "token_ids": [1] * TOKENS[i],
+        return {"sample_id": f"s{i:03d}", "index": 299 - i, "file": "a", "row": i + 1, "text": "", "error": "no tokens"}
+    return {"sample_id": f"s{i:03d}", "index": 299 - i, "file": "a", "row": i + 1, "text": "t",
+            "token_ids": [1] * TOKENS[i],
             "scored": [False] + [True] * (TOKENS[i] - 1)}  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Draws have the frequencies that were asked for, and are pure functions of what they are asked with."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -189,6 +190,7 @@ def test_choices():
 
 
 def table(ids=IDS, mrd=MRD, **columns):
+    columns = {"index": np.arange(len(ids))} | columns
     return pa.table({"sample_id": pa.array(ids), "mrd": pa.array(mrd)} | columns)
 
 
@@ -219,10 +221,58 @@ def test_sampler_in_a_data_loader(tmp_path, weighting, source):
     assert agrees([Texts.ids.index(one) for one in drawn], probabilities / probabilities.sum())
 
 
-def test_sampler_without_ids_takes_the_tables_order():
+def test_sampler_without_ids_takes_the_order_of_the_source():
     sampler = MRDSampler(table(), num_samples=50_000)
-    assert agrees(list(sampler), MRD[np.argsort(IDS)] / MRD.sum())
-    assert list(sampler) == list(MRDSampler(table(), sorted(IDS), num_samples=50_000))
+    assert agrees(list(sampler), MRD / MRD.sum())
+    assert list(sampler) == list(MRDSampler(table(), IDS, num_samples=50_000))
+    assert list(sampler) == list(MRDSampler(table(), num_samples=50_000, length=len(IDS)))
+
+
+def test_weights_stay_with_their_samples():
+    """However the source is ordered, and the table sorted."""
+    for order in itertools.permutations(range(5)):
+        places = [order.index(i) for i in range(5)]
+        mixed = table(index=places).take(pa.array(order[::-1]))
+        expected = list(MRDSampler(table(), [IDS[i] for i in order], num_samples=30))
+        assert list(MRDSampler(mixed, num_samples=30)) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "length", "message"),
+    [
+        ({}, 6, "length: the data set has 6 samples, the scores are of 5"),
+        ({"index": [0, 1, 2, 3, 7]}, None, "are of 5 samples of a source of at least 8; give sample_ids.*or its len"),
+            {"index": [0, 1, 2, 3, 7]},
+            None,
+            "are of 5 samples of a source of at least 8; give sample_ids.*or its length",
+        ),
+        ({"index": [0, 1, 2, 3, 3]}, 5, "column index: 1 places stand there twice; give sample_ids"),
+        ({"index": [0, 1, 2, 3, None]}, 5, "column index: 1 samples without a place"),
+        ({"index": list("abcde")}, 5, "column index: expected whole numbers"),
+    ],
+)
+def test_a_source_that_does_not_fit_is_refused(columns, length, message):
+    with pytest.raises(UserError, match=message):
+        MRDSampler(table(**columns), length=length)
+
+
+def test_a_selection_is_taken_in_its_order_if_the_data_set_is_as_long():
+    sampler = MRDSampler(table(index=[9, 7, 5, 3, 1]), num_samples=500, length=5)
+    assert list(sampler) == list(MRDSampler(table(), IDS[::-1], num_samples=500))
+
+
+def test_tables_without_a_place():
+    bare = table().drop_columns("index")
+    by_row = bare.append_column("row", pa.array([3, 2, 1, 5, 4]))
+    assert list(MRDSampler(by_row, num_samples=90)) == list(
+        MRDSampler(bare, [IDS[i] for i in (2, 1, 0, 4, 3)], num_samples=90)
+    )
+    of_files = by_row.append_column("file", pa.array(list("aabbb")))
+    for scores in (bare, of_files):
+        with pytest.raises(UserError, match=r"does not say where in its source.*give sample_ids"):
+            MRDSampler(scores)
+    with pytest.raises(UserError, match="length: 4, but there are 5 sample_ids"):
+        MRDSampler(bare, IDS, length=4)
 
 
 def test_epochs_of_a_sampler(monkeypatch):
