@@ -242,10 +242,6 @@ def test_weights_stay_with_their_samples():
     [
         ({}, 6, "length: the data set has 6 samples, the scores are of 5"),
         ({"index": [0, 1, 2, 3, 7]}, None, "are of 5 samples of a source of at least 8; give sample_ids.*or its len"),
-            {"index": [0, 1, 2, 3, 7]},
-            None,
-            "are of 5 samples of a source of at least 8; give sample_ids.*or its length",
-        ),
         ({"index": [0, 1, 2, 3, 3]}, 5, "column index: 1 places stand there twice; give sample_ids"),
         ({"index": [0, 1, 2, 3, None]}, 5, "column index: 1 samples without a place"),
         ({"index": list("abcde")}, 5, "column index: expected whole numbers"),
