@@ -216,12 +216,13 @@ def _report(config: ReportConfig) -> int:
 
 
 def _plan(config: PlanConfig) -> int:
+    from mrd_ray.scoring import summary
     from mrd_ray.scoring.estimate import plan
 
     found = plan(config)
     console = Console() if sys.stdout.isatty() else Console(width=120)
     table = Table(show_header=False)
-    table.add_row("samples", f"{found.samples:,} ({found.unscorable:,} cannot be scored)")
+    table.add_row("samples", f"{found.samples:,} ({found.reasons.total():,} cannot be scored)")
     waste = 1 - found.tokens / found.padded_tokens if found.padded_tokens else 0.0
     padding = f"{found.padded_tokens:,} ({waste:.1%} padding) in {found.micro_batches:,} micro-batches"
     table.add_row("tokens", padding)
@@ -239,7 +240,8 @@ def _plan(config: PlanConfig) -> int:
     table.add_row("duration", f"{whole}{around}, {found.device_hours:.3g} device-hours")
     console.print(table)
     _show_fleets(console, config, found)
-    return DONE
+    summary.show_errors(console, found.reasons)
+    return _SOME_WITHOUT_SCORE if found.reasons else DONE
 
 
 def _show_fleets(console: Console, config: PlanConfig, found: Any) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import io
 import signal
 import sys
 import threading
@@ -94,6 +95,9 @@ class CommandLine:
 
     def run(self, arguments: Sequence[str], call: Callable[[Any], int]) -> int:
         """Parse, call, and give the exit code; a UserError is printed, and is exit code 1, of the settings 2."""
+        for stream in (sys.stdout, sys.stderr):  # never fail after success for want of a glyph
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         try:
             refuse_credentials("command line", arguments)
             line = self.parser(task_of(arguments), arguments[:1])

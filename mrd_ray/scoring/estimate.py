@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.journal import Journal
 from mrd_ray.runs import RunDirectory
-from mrd_ray.scoring import pipeline
+from mrd_ray.scoring import pipeline, summary
 from mrd_ray.scoring import plan as planning
 from mrd_ray.scoring.actor import Task
 from mrd_ray.scoring.pool import Pool
@@ -64,7 +65,7 @@ class Estimate:
     """
 
     samples: int
-    unscorable: int
+    reasons: Counter[str]
     tokens: int
     padded_tokens: int
     micro_batches: int
@@ -119,7 +120,7 @@ def _estimate(job: "_Job") -> Estimate:
     course = job.course(scoring, rates, Fleet(job.pool.actors))
     return Estimate(
         samples=len(job.samples),
-        unscorable=len(job.samples) - job.samples["error"].null_count,
+        reasons=summary.errors(job.samples),
         tokens=int(lengths(job.samples).sum()),
         padded_tokens=padded,
         micro_batches=len(layout),

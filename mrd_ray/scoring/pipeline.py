@@ -4,6 +4,8 @@ import contextlib
 import logging
 import os
 import signal
+import socket
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -17,6 +19,8 @@ from mrd_ray.errors import UserError
 from mrd_ray.journal import Journal
 from mrd_ray.scoring.lookout import Lookout, Noted
 from mrd_ray.scoring.pool import Pool
+
+_KNOCK_SECONDS = 10.0
 
 
 @contextlib.contextmanager
@@ -33,18 +37,40 @@ def cluster(log_to_driver: bool = True) -> Iterator[bool]:
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
+        _knock(os.environ.get("RAY_ADDRESS", ""))
         ray.init(log_to_driver=log_to_driver, include_dashboard=False, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as problem:
-        where = os.environ.get("RAY_ADDRESS", "that of `ray start` here, or a local one")
-        raise UserError(
-            f"cannot join or start the Ray cluster ({where}): {problem}; set RAY_ADDRESS to HOST:6379, or unset it"
-        ) from None
+    except Exception as problem:  # it fails in many ways, plain OSError and Exception among them
+        raise UserError(_why_no_cluster(problem)) from problem
     try:
         if on_sigterm is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints a stack
         yield not any(child.name() == "gcs_server" for child in psutil.Process().children())  # it would be our own
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError at once if nobody listens at HOST:PORT, which takes Ray minutes to find."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
+
+
+def _why_no_cluster(problem: Exception) -> str:
+    """What Ray's failure means, and the way out."""
+    reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+    if address := os.environ.get("RAY_ADDRESS"):
+        return (
+            f"cannot join the Ray cluster at RAY_ADDRESS={address}: {reason}. If that cluster has ended, unset "
+            "RAY_ADDRESS to start a local one; else set it to HOST:6379"
+        )
+    if "AF_UNIX" in reason:  # names of sockets end at 107 bytes
+        folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+        return f"cannot start Ray: the path of its folder, {folder}, is too long for its sockets; set RAY_TMPDIR=/tmp"
+    return (
+        f"cannot start Ray on this machine: {reason}. If it was slow to start, start the same command again; its logs "
+        "are in /tmp/ray/session_latest/logs; a cluster of `ray start` that has ended is forgotten by `ray stop`"
+    )
 
 
 def living_nodes() -> list[dict[str, float]]:

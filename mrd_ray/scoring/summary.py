@@ -57,7 +57,7 @@ def histogram_edges(mrd: np.ndarray) -> list[float]:
 
 
 def errors(scores: pa.Table) -> Counter[str]:
-    """How many samples have no score, by reason."""
+    """How many samples have no score, by reason. scores: or samples, before they are scored."""
     return Counter(
         {entry["values"]: entry["counts"] for entry in pc.value_counts(scores["error"].drop_null()).to_pylist()}
     )
@@ -105,13 +105,19 @@ def show(console: Console, scores: pa.Table, samples: pa.Table, config: ScoreCon
         console.print(f"{bent} sample(s) have a nonlinearity over {NONLINEAR:g}: sigma is not small for them")
     if len(order) and scores["low_precision"][int(order[0])].as_py():
         console.print("[red]These scores are marked low_precision: rounding is not small beside the signal")
-    if reasons := errors(scores):
-        table = Table("samples", "reason", title="Without a score", title_justify="left")
-        for reason, count in reasons.most_common(_SHOWN):
-            table.add_row(str(count), escape(reason))
-        console.print(table)
-        if len(reasons) > _SHOWN:
-            console.print(f"... and {len(reasons) - _SHOWN} more reasons, in the error column of scores.parquet")
+    show_errors(console, errors(scores))
+
+
+def show_errors(console: Console, reasons: Counter[str]) -> None:
+    """Print why samples have no score, if any has none."""
+    if not reasons:
+        return
+    table = Table("samples", "reason", title="Without a score", title_justify="left")
+    for reason, count in reasons.most_common(_SHOWN):
+        table.add_row(str(count), escape(reason))
+    console.print(table)
+    if len(reasons) > _SHOWN:
+        console.print(f"... and {len(reasons) - _SHOWN} more reasons, in the error column of a run's scores.parquet")
 
 
 def _samples(title: str, rows: Sequence[dict[str, Any]]) -> Table:

@@ -31,7 +31,7 @@ def test_counts_are_those_of_the_run(without_weights, qa_file, reference_dir):
     samples = pq.read_table(reference_dir / "samples.parquet")
     assert found.units == len(units)
     assert found.samples == len(samples)
-    assert found.unscorable == 0
+    assert found.reasons.total() == 0
     assert found.micro_batches == max(unit.stop_micro_batch for unit in units)
     tokens = sum(len(ids) for ids in samples["token_ids"].to_pylist())
     assert tokens <= found.padded_tokens <= 1.5 * tokens
