@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import io
+import os
 import signal
 import sys
 import threading
@@ -17,11 +18,12 @@ from rich.console import Console
 
 from mrd_ray.config import document
 from mrd_ray.config.credentials import refuse_credentials
-from mrd_ray.errors import UserError
+from mrd_ray.errors import UserError, whole_traceback
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130  # exit codes; argparse too ends with 2 on a bad command line
 # jsonargparse has numbers as people write them, 1e-5 among them
 set_loader("yaml", functools.partial(document.load, construct=get_loader("yaml")), exceptions=(ValueError,))
+_DEBUG = "--debug"
 _TASK_DATA = "Local copies of the task's hub datasets: '{locuslab/TOFU: FOLDER}'."
 
 
@@ -55,6 +57,7 @@ class CommandLine:
 
     def _add_flags(self, command: ArgumentParser, name: str, task: Mapping[str, Any]) -> None:
         config = self.commands[name]
+        command.add_argument(_DEBUG, action="store_true", help="After an error print the whole traceback.")
         command.add_argument("--config", action="config", help="YAML file of these settings; flags go over it.")
         if name in self.of_tasks:
             command.add_argument("--task", type=str, help="A task of `mrd-ray tasks`, or a YAML file of your own.")
@@ -87,7 +90,7 @@ class CommandLine:
             ):  # `scoring:` with nothing under it, in YAML
                 raise UserError(f"{name}: {given!r:.40}; expected settings, or leave it out")
         values = line.instantiate(parsed)[parsed.command]
-        others = {"config", "__path__"}
+        others = {"config", "__path__", _DEBUG.strip("-")}
         if parsed.command in self.of_tasks:  # their settings have become defaults
             others |= {"task", "task_data"}
         ours = {key: value for key, value in values.items() if key not in others}
@@ -98,6 +101,8 @@ class CommandLine:
         for stream in (sys.stdout, sys.stderr):  # never fail after success for want of a glyph
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
+        debug = _DEBUG in arguments  # of no command, and anywhere on the line
+        arguments = [argument for argument in arguments if argument != _DEBUG]
         try:
             refuse_credentials("command line", arguments)
             line = self.parser(task_of(arguments), arguments[:1])
@@ -115,7 +120,12 @@ class CommandLine:
             with _terminable():
                 return call(config)
         except UserError as problem:
-            return _failed(problem)
+            return _failed(problem, debug=debug)
+        except BrokenPipeError:  # of `mrd-ray status RUN | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+            return FAILED
+        except Exception as problem:  # a defect, or what a library did not foresee
+            return _failed(_unforeseen(arguments[0], problem), debug=debug)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             return INTERRUPTED
@@ -137,7 +147,24 @@ def _terminable() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _failed(problem: UserError, code: int = FAILED) -> int:
+def _unforeseen(command: str, problem: Exception) -> UserError:
+    """An exception that is not ours, as a sentence."""
+    inner: BaseException = problem
+    while type(inner).__module__.startswith("ray.") and (of := getattr(inner, "cause", None) or inner.__cause__):
+        inner = of  # what a worker raised
+    reason = (str(inner).strip().splitlines() or ["no reason given"])[0].rstrip(".")
+    where = "".join(f" {note}." for note in getattr(problem, "__notes__", []))
+    found = UserError(
+        f"`{command}` was stopped by {type(inner).__name__}: {reason}. This is no setting of yours that mrd_ray knows "
+        f"to be wrong.{where} {_DEBUG} prints the traceback; with it, please report this"
+    )
+    found.__cause__ = problem
+    return found
+
+
+def _failed(problem: UserError, code: int = FAILED, debug: bool = False) -> int:
+    if debug:
+        print(whole_traceback(problem), file=sys.stderr, end="")
     Console(stderr=True).print(f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
     return code
 

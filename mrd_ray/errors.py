@@ -1,8 +1,19 @@
 """The one exception that means "you can fix this", as opposed to a defect of ours."""
 
+import traceback
+
 
 class UserError(Exception):
     """Bad input or setting. The message names it, says what was expected and what to do.
 
     The command line prints it without a traceback and exits with 1.
     """
+
+
+def whole_traceback(problem: BaseException) -> str:
+    """The traceback with all that led to it, also where a UserError hides a library's exception from its reader."""
+    seen: BaseException | None = problem
+    while seen is not None:
+        seen.__suppress_context__ = seen.__cause__ is not None
+        seen = seen.__cause__ or seen.__context__
+    return "".join(traceback.format_exception(problem))

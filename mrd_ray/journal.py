@@ -12,8 +12,8 @@ import ray.util.metrics
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 
-from mrd_ray.errors import UserError
-from mrd_ray.runs import EVENTS, PROGRESS, RunDirectory
+from mrd_ray.errors import UserError, whole_traceback
+from mrd_ray.runs import EVENTS, PROGRESS, TRACEBACK, RunDirectory
 
 BEAT = 10.0  # seconds between two signs of life
 SILENT = 6 * BEAT  # seconds without one after which a run is taken for dead
@@ -115,6 +115,8 @@ class Journal:
             message = str(problem) if isinstance(problem, UserError) else type(problem).__name__
         self._over.set()
         self._beating.join()
+        if isinstance(problem, Exception):
+            self._keep_traceback(problem)
         self._progress = self._progress.model_copy(update={"state": state, "message": message})
         self.event(state, reason=message)
         self._due = 0.0
@@ -123,6 +125,12 @@ class Journal:
         except UserError:
             if problem is None:
                 raise  # else the disk may be what the problem is about
+
+    def _keep_traceback(self, problem: Exception) -> None:
+        """Write it beside the log, and say so in a note of the exception."""
+        with contextlib.suppress(UserError):  # the disk may be what the problem is about
+            self._run.write(TRACEBACK, whole_traceback(problem).encode(errors="replace"))
+            problem.add_note(f"The traceback is in {self._run.path(TRACEBACK)}")
 
     def tell(self, **figures: float) -> None:
         """Figures of Progress, into progress.json and, those named in _GAUGES, Ray's metrics."""

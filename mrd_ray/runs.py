@@ -57,7 +57,7 @@ class Manifest(Identified):
     invocations: list[dict[str, Any]]
 
 
-PROGRESS, EVENTS = "progress.json", "events.jsonl"
+PROGRESS, EVENTS, TRACEBACK = "progress.json", "events.jsonl", "traceback.txt"
 _OF_JOB = "/runtime_resources/working_dir_files/"  # in the path of a job's working directory
 REMAKE = "delete it and start the same command again"
 
@@ -320,7 +320,7 @@ class RunDirectory:
         """
         manifest: dict[str, Any] = {"run_id": uuid.uuid4().hex[:12], "identity": identity, "invocations": []}
         if not self.exists("manifest.json"):
-            for name in ("config.yaml", PROGRESS, EVENTS, *owns):
+            for name in ("config.yaml", PROGRESS, EVENTS, TRACEBACK, *owns):
                 if self.exists(name):
                     raise UserError(
                         f"run.dir: {self.uri} holds {name} but no manifest.json to say what it is of; use another "

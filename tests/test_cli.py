@@ -1,5 +1,7 @@
 """The command line is the config tree: flags go over a YAML file, and a typo ends with 2 and its name."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mrd_ray import __main__, cli
+from mrd_ray import UserError, __main__, cli
 from mrd_ray.config import DemoConfig, PlanConfig, ReportConfig, ScoreConfig, UnlearnConfig
 
 ROOT = Path(__file__).parents[1]
@@ -182,3 +184,90 @@ def test_user_error_ends_with_1_and_no_traceback(tmp_path, capsys):
 def test_shipped_configs(file):
     """The first word of the file's name is its command."""
     parse(file.stem.split("_")[0], "--config", file)
+
+
+def a_defect(_config):
+    try:
+        raise KeyError("layer")
+    except KeyError as problem:
+        raise IndexError("index out of range in self\nand more") from problem
+
+
+def a_refusal(_config):
+    try:
+        json.loads("{")
+    except ValueError:
+        raise UserError("d.json: broken") from None
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+@pytest.mark.parametrize(
+    ("call", "sentence", "causes"),
+    [
+        (
+            a_defect,
+            "error: `status` was stopped by IndexError: index out of range in self. ",
+            ["KeyError: 'layer'", "IndexError: index out"],
+        ),
+        (a_refusal, "error: d.json: broken\n", ["JSONDecodeError", "UserError: d.json: broken"]),
+    ],
+)
+def test_an_exception_is_one_sentence_and_debug_shows_it_whole(call, sentence, causes, debug, capsys):
+    assert cli.LINE.run([*debug, "status", "r"], call) == 1
+    assert cli.LINE.run(["status", "r", *debug], call) == 1
+    shown = capsys.readouterr().err
+    assert shown.count(sentence) == 2
+    assert shown.count("Traceback") == (4 if debug else 0)
+    assert all((cause in shown) >= bool(debug) for cause in causes)
+    if not debug:
+        assert len(shown.splitlines()) == 2
+
+
+def test_help_names_debug(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["score", "--help"])
+    assert "--debug" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_without_the_glyphs(encoding, tmp_path, stories_dir, qa_file):
+    """Printed figures hold Greek and frames; the run is done, and so its exit code is 0."""
+    command = [sys.executable, "-m", "mrd_ray", "plan", "--model.path", str(stories_dir), "--data.path", str(qa_file)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True)
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
+    assert b"duration" in done.stdout
+
+
+def test_a_reader_that_has_gone(stories_dir, qa_file):
+    command = f"{sys.executable} -m mrd_ray plan --model.path {stories_dir} --data.path {qa_file} | true"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_plan_says_why_rows_cannot_be_scored(stories_dir, tmp_path, capsys):
+    (tmp_path / "d.jsonl").write_text('{"question": "Who?", "answer": ""}\n{"question": "Who?", "answer": "He."}\n')
+    code = cli.main(["plan", "--model.path", str(stories_dir), "--data.path", str(tmp_path / "d.jsonl")])
+    assert code == 3
+    assert "column 'answer' is empty" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"RAY_ADDRESS": "127.0.0.1:1"}, "cannot join the Ray cluster at RAY_ADDRESS=127.0.0.1:1: "),
+        ({"RAY_ADDRESS": "http://127.0.0.1:8265"}, "else set it to HOST:6379"),
+        ({"RAY_ADDRESS": "", "TMPDIR": "long"}, "is too long for its sockets; set RAY_TMPDIR=/tmp"),
+        ({"RAY_ADDRESS": "", "RAY_TMPDIR": "long"}, "is too long for its sockets; set RAY_TMPDIR=/tmp"),
+    ],
+)
+def test_a_ray_that_cannot_start_is_a_sentence(environment, sentence, stories_dir, qa_file, tmp_path):
+    long = tmp_path / ("a_user_of_the_cluster/" * 5)
+    long.mkdir(parents=True)
+    given = {name: str(long) if value == "long" else value for name, value in environment.items()}
+    command = [sys.executable, "-m", "mrd_ray", "score", "--model.path", str(stories_dir), "--data.path", str(qa_file)]
+    command += ["--run.dir", str(tmp_path / "run")]
+    done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert sentence in done.stderr.splitlines()[-1]
