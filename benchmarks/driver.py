@@ -132,6 +132,8 @@ def _samples(n: int) -> pa.Table:
     tokens, scored = np.zeros(lengths.sum(), np.int32), np.ones(lengths.sum(), bool)
     columns = {
         "sample_id": pa.array(np.char.mod("%016x", np.arange(n))),
+        "index": pa.array(np.arange(n)),
+        "file": pa.nulls(n, pa.string()),
         "row": pa.array(np.arange(1, n + 1)),
         "text": pa.array([_TEXT * 6] * n, pa.large_string()),
         "token_ids": pa.LargeListArray.from_arrays(offsets, pa.array(tokens)),

@@ -20,6 +20,7 @@ from mrd_ray.data.tokens import Columns, Tokens, Unscorable, cell, choose_column
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import metrics
 from mrd_ray.scoring import plan
+from mrd_ray.scoring.table import PLACE
 
 _UNIT_TOKENS = 8192  # read and generated: half a minute of a small model on a core
 _SEQUENCE = pa.struct([("role", pa.string()), ("token_ids", pa.list_(pa.int32())), ("scored", pa.list_(pa.bool_()))])
@@ -37,7 +38,7 @@ ROW = pa.struct(
 SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("row", pa.int64(), nullable=False, metadata={"unit": "line or record of the source, from 1"}),
+        *(samples_table.SCHEMA.field(name) for name in PLACE),
         pa.field("prompt", pa.string()),
         pa.field("response", pa.string(), metadata={"unit": "the true answer, or the whole text"}),
         pa.field("subject", pa.string()),
@@ -152,7 +153,7 @@ class _Reader:
             return
         if self._set.path.lower().endswith(".txt"):
             text = read.text(self._set.path)
-            yield self._row(1, {"text": text}, Columns("text", None, None, None), Counter())
+            yield self._row(0, 1, {"text": text}, Columns("text", None, None, None), Counter())
             return
         rows = list(read.rows(self._set))
         present = list(dict.fromkeys(name for _, values in rows for name in values))
@@ -165,14 +166,14 @@ class _Reader:
                     f"{self._set.path}: no column {column!r} ({setting}); its columns are {', '.join(present)}"
                 )
         seen: Counter[str] = Counter()
-        for number, values in rows:
-            yield self._row(number, values, columns, seen)
+        for index, (number, values) in enumerate(rows):
+            yield self._row(index, number, values, columns, seen)
 
     def _windows(self) -> Iterator[dict[str, Any]]:
         """A text file cut into samples, as scoring cuts it."""
         whole = self._set.model_copy(update={"score_on": "all"})
         for sample in samples_table.build(whole, self._tokenizer, self._context).to_pylist():
-            row = {"sample_id": sample["sample_id"], "row": sample["row"], "response": sample["text"]}
+            row = {name: sample[name] for name in ("sample_id", *PLACE)} | {"response": sample["text"]}
             if sample["error"] is not None:
                 yield row | {"error": sample["error"]}
                 continue
@@ -180,8 +181,10 @@ class _Reader:
             asked = {"sequences": [sequence], "extract": "extraction_likelihood" in self._metrics}
             yield row | {"asked": _NOTHING | {"sample_id": sample["sample_id"]} | asked}
 
-    def _row(self, number: int, values: dict[str, Any], columns: Columns, seen: Counter[str]) -> dict[str, Any]:
-        row: dict[str, Any] = {"row": number}
+    def _row(
+        self, index: int, number: int, values: dict[str, Any], columns: Columns, seen: Counter[str]
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = {"index": index, "row": number}
         own = None if columns.id is None else values.get(columns.id)
         if columns.id is None:
             made_of = [columns.text, columns.prompt, columns.response]

@@ -1,6 +1,6 @@
 """The forget, retain and refusal sets, tokenised once by the driver."""
 
-import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from mrd_ray.data import read
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.tokens import Unscorable, choose_columns, render, tokenize
 from mrd_ray.errors import UserError
+from mrd_ray.scoring.table import PLACE
 from mrd_ray.unlearning.loop import Sets
 from mrd_ray.unlearning.sampling import ShuffledStream
 
@@ -46,13 +47,18 @@ def build(
 
 
 def _refuse_unusable(path: str, forget: pa.Table) -> None:
-    bad = forget.filter(pc.is_valid(forget["error"])).select(["sample_id", "error"]).to_pylist()
+    bad = forget.filter(pc.is_valid(forget["error"])).select(["sample_id", *PLACE, "error"]).to_pylist()
     if bad:
-        named = "; ".join(f"{row['sample_id']}: {row['error']}" for row in bad[:5])
+        named = "; ".join(f"{row['sample_id']}, {_where(row)}: {row['error']}" for row in bad[:5])
         raise UserError(
             f"data.path: {len(bad)} of {len(forget)} samples of {path} cannot be unlearned ({named}"
             f"{'; ...' if len(bad) > 5 else ''}). Mend or remove them; data.truncate cuts long ones"
         )
+
+
+def _where(sample: dict[str, object]) -> str:
+    of_file = "" if sample["file"] is None else f" of {sample['file']}"
+    return f"row {sample['row']}{of_file}"
 
 
 def retain_data(data: DataConfig, retain: RetainConfig) -> DataConfig:
@@ -103,20 +109,16 @@ def _refusals(
         raise UserError(_NO_PROMPTS)
     if not tokenizer.is_fast:
         raise UserError("unlearning.method: po needs a fast tokenizer, which knows each token's place in the text")
-    rows = read.rows(config.data)
-    first = next(rows)
-    columns = choose_columns(config.data, list(first[1]), config.data.path)
+    rows = list(read.rows(config.data))
+    columns = choose_columns(config.data, list(rows[0].values), config.data.path)
     if columns.response is None:
         raise UserError(_NO_PROMPTS)
     on_response = config.data.model_copy(update={"score_on": "response"})
     limit = min((x for x in (config.data.max_tokens, context_length) if x is not None), default=None)
     each = min(_REFUSALS, len(lines))
-    places = dict(zip(forget["row"].to_pylist(), range(len(forget)), strict=True))
-    found: dict[int, list[dict[str, object]]] = {}
-    for number, values in itertools.chain([first], rows):
-        if (i := places.get(number)) is None:
-            continue
-        found[i] = []
+    samples = forget.select(PLACE).to_pylist()
+    found: list[list[dict[str, object]]] = [[] for _ in samples]
+    for i, (_, values) in _with_places(config.data.path, forget, rows):
         for j in np.sort(ShuffledStream(len(lines), config.unlearning.seed + i).at(0, each)).tolist():
             line, refusal = lines[j]
             try:
@@ -124,10 +126,18 @@ def _refusals(
                 tokens = tokenize(rendered, on_response, tokenizer, limit)
             except Unscorable as problem:
                 raise UserError(
-                    f"unlearning.refusals: line {line} of {path}, with the prompt of row {number}: {problem}"
+                    f"unlearning.refusals: line {line} of {path}, with the prompt of {_where(samples[i])}: {problem}"
                 ) from None
-            found[i].append({"sample_id": f"{i}-{j}", "index": i, "row": number, "text": rendered.text, **tokens._asdict()})
-    return pa.Table.from_pylist([row for i in range(len(forget)) for row in found[i]], samples_table.SCHEMA)
+            found[i].append({"sample_id": f"{i}-{j}", **samples[i], "text": rendered.text, **tokens._asdict()})
+    return pa.Table.from_pylist([refusal for of_one in found for refusal in of_one], samples_table.SCHEMA)
+
+
+def _with_places(path: str, forget: pa.Table, rows: Sequence[read.Row]) -> Iterator[tuple[int, read.Row]]:
+    """Each row of the source, read once more, with where its sample is in `forget`."""
+    order = pc.sort_indices(forget["index"])  # in which rows are read; their numbers repeat over several files
+    if [row.number for row in rows] != forget["row"].take(order).to_pylist():
+        raise UserError(f"data.path: {path} has changed while it was read; start again once nothing writes to it")
+    return zip(order.to_pylist(), rows, strict=True)
 
 
 _NO_PROMPTS = "unlearning.method: po needs prompts and responses (data.prompt, data.response), not texts"

@@ -78,6 +78,7 @@ def score_run(run: Path, like: Path, n: int, words: int) -> None:
     mrd = np.where(failed, np.nan, rng.lognormal(-5, 0.5, n))
     columns = {
         "sample_id": [f"s-{i:06d}" for i in range(n)],
+        "index": np.arange(n), "file": [None] * n, "row": np.arange(1, n + 1),
         "mrd": mrd, "mrd_se": mrd * 0.05, "mean_abs": mrd, "abs_mean": mrd / 9,
         "delta_mean": mrd / 9, "delta_std": mrd * 1.25, "nonlinearity": np.full(n, np.nan),
         "num_draws": np.where(failed, 0, 200), "sigma": np.full(n, 1e-5), "estimator": ["monte_carlo"] * n,
@@ -89,6 +90,5 @@ def score_run(run: Path, like: Path, n: int, words: int) -> None:
     pq.write_table(pa.Table.from_arrays(arrays, schema=table.SCHEMA), run / "scores.parquet")
     vocabulary = np.array([f"word{i}" for i in range(5000)])
     columns["text"] = [" ".join(vocabulary[row]) for row in rng.integers(0, 5000, (n, words))]
-    columns["row"] = np.arange(1, n + 1)
     arrays = [pa.array(columns.get(field.name, [None] * n), field.type) for field in samples.SCHEMA]
     pq.write_table(pa.Table.from_arrays(arrays, schema=samples.SCHEMA), run / "samples.parquet")
