@@ -116,7 +116,7 @@ def _reference(uri: str, forget: str, run: RunDirectory, of_sets: Mapping[str, s
             f"evaluation.reference: {uri} was asked something else of {forget!r}, so that the two cannot be compared; "
             "evaluate the reference model with this tokenizer and these settings, in another directory"
         )
-    lines = reference.read_table("evaluation.parquet", table.SCHEMA)
+    lines = reference.read_table("evaluation.parquet", table.SCHEMA, table.REQUIRED)
     if not table.Lines(lines).values(forget, "truth_ratio"):
         raise UserError(f"evaluation.reference: {uri} has no truth_ratio of a set named {forget!r}")
     return lines

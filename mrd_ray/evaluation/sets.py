@@ -24,6 +24,7 @@ from mrd_ray.data.tokens import Encoder, Limits, Tokens, tokens_of
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import metrics
 from mrd_ray.scoring import plan
+from mrd_ray.scoring.table import PLACE
 
 _UNIT_TOKENS = 8192  # read and generated: half a minute of a small model on a core
 _SEQUENCE = pa.struct([("role", pa.string()), ("token_ids", pa.list_(pa.int32())), ("scored", pa.list_(pa.bool_()))])
@@ -41,9 +42,7 @@ ROW = pa.struct(
 SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("index", pa.int64(), nullable=False, metadata={"unit": "place in the whole source, from 0"}),
-        pa.field("file", pa.string(), metadata={"unit": "the source file, null where there is only one"}),
-        pa.field("row", pa.int64(), nullable=False, metadata={"unit": "line or record of that file, from 1"}),
+        *(samples_table.SCHEMA.field(name) for name in PLACE),
         pa.field("prompt", pa.string()),
         pa.field("response", pa.string(), metadata={"unit": "the true answer, or the whole text"}),
         pa.field("subject", pa.string()),
@@ -198,7 +197,7 @@ class _Reader:
         """A text file cut into samples, as scoring cuts it."""
         whole = self._set.model_copy(update={"score_on": "all"})
         for sample in samples_table.build(whole, self._tokenizer, self._limits).to_pylist():
-            row = {name: sample[name] for name in ("sample_id", "index", "file", "row")} | {"response": sample["text"]}
+            row = {name: sample[name] for name in ("sample_id", *PLACE)} | {"response": sample["text"]}
             if sample["error"] is not None:
                 yield row | {"error": sample["error"]}
                 continue

@@ -9,15 +9,18 @@ from typing import Any
 import pyarrow as pa
 
 from mrd_ray.config import EvaluatedSet, EvaluationConfig
+from mrd_ray.data import samples as samples_table
 from mrd_ray.evaluation import aggregate, metrics
 from mrd_ray.evaluation.aggregate import Figure
 from mrd_ray.evaluation.measure import Record
 from mrd_ray.evaluation.sets import ANSWER, CHOICE, PARAPHRASE, WINDOW, WRONG
+from mrd_ray.scoring.table import PLACE
 
 SCHEMA = pa.schema(
     [
         pa.field("set", pa.string(), nullable=False),
         pa.field("sample_id", pa.string(), nullable=False),
+        *(samples_table.SCHEMA.field(name) for name in PLACE),
         pa.field("subject", pa.string()),
         pa.field("metric", pa.string()),
         pa.field("value", pa.float64(), metadata={"unit": "as the metric's definition says; null where undefined"}),
@@ -25,6 +28,7 @@ SCHEMA = pa.schema(
         pa.field("error", pa.string(), metadata={"unit": "null, or why the row could not be evaluated"}),
     ]
 )
+REQUIRED = set(SCHEMA.names) - set(PLACE)  # which tables of earlier versions lack
 FIGURES = pa.schema(
     [
         pa.field("set", pa.string(), metadata={"unit": "null: of the model as a whole"}),
@@ -50,8 +54,9 @@ def lines(
         records: by sample_id.
     """
     found = []
-    for row in rows.select(["sample_id", "subject", "response", "right", "error"]).to_pylist():
-        line = {"set": name, "sample_id": row["sample_id"], "subject": row["subject"]}
+    of_row = ["sample_id", *PLACE, "subject"]
+    for row in rows.select([*of_row, "response", "right", "error"]).to_pylist():
+        line = {"set": name} | {column: row[column] for column in of_row}
         record = records.get(row["sample_id"])
         error = row["error"] or (record and record["error"])
         if record is not None and error is None and not all(math.isfinite(p) for ps in record["log_probs"] for p in ps):

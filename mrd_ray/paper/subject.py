@@ -42,6 +42,7 @@ class Subject:
         scoring = config.scoring.model_copy(update={"measures": _MEASURES})
         run = RunConfig(dir=self.run.path("scores"))
         finished = score(ScoreConfig(model=self.model, data=config.data, run=run, scoring=scoring, ray=ray))
+        finished.refuse_other_samples(self.samples)
         if errors := finished.scores["error"].drop_null().to_pylist():
             raise UserError(f"data.path: {len(errors)} samples of {config.data.path} have no score: {errors[0]}")
         return finished

@@ -151,14 +151,16 @@ def _read(uri: str, name: str) -> Run:
     if run.exists("metrics.jsonl"):
         about = _about(run, name, "unlearn")
         refreshes = _by_step(run, "scores", _SCORES, _SCORE_COLUMNS)
-        evaluations = _by_step(run, "evaluations", evaluation.SCHEMA)
+        evaluations = _by_step(run, "evaluations", evaluation.SCHEMA, evaluation.REQUIRED)
         for step, lines in evaluations.items():
             _refuse_impossible(run.path(f"evaluations/step-{step:06d}.parquet"), lines)
         return Unlearning(about, log.read(run), refreshes, evaluations)
     if run.exists("figures.parquet"):
         about = _about(run, name, "evaluate")
-        files = {"figures": evaluation.FIGURES, "answers": ANSWERS, "evaluation": evaluation.SCHEMA}
-        return Evaluation(about, *(run.read_table(f"{file}.parquet", of).to_pylist() for file, of in files.items()))
+        figures = run.read_table("figures.parquet", evaluation.FIGURES)
+        answers = run.read_table("answers.parquet", ANSWERS)
+        lines = run.read_table("evaluation.parquet", evaluation.SCHEMA, evaluation.REQUIRED)
+        return Evaluation(about, *(of_run.to_pylist() for of_run in (figures, answers, lines)))
     if run.exists("scores.parquet"):
         about = _about(run, name, "score")
         of_samples = run.read_table("samples.parquet", samples.SCHEMA, {"sample_id", "text"})

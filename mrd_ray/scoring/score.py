@@ -27,6 +27,7 @@ from mrd_ray.scoring.actor import ScoringActor, Task
 from mrd_ray.scoring.result import RESULT_SCHEMA, flaw
 from mrd_ray.scoring.table import scores_table, unsettled
 
+_OF_SAMPLE = ["sample_id", "token_ids", "scored"]
 _OWNS = ("units", "samples.parquet", "scores.parquet", "summary.png")
 
 
@@ -43,6 +44,14 @@ class ScoreRun:
     def num_errors(self) -> int:
         """Samples without a score."""
         return len(self.scores) - self.scores["error"].null_count
+
+    def refuse_other_samples(self, samples: pa.Table) -> None:
+        """Raises UserError unless the samples that were scored are these, read before, row by row."""
+        if not self.samples.select(_OF_SAMPLE).equals(samples.select(_OF_SAMPLE)):
+            raise UserError(
+                f"data.path: {self.config.data.path} has changed since this run read it, so these scores are of other "
+                "samples. Restore it and run the same command again, or start anew in another run.dir"
+            )
 
 
 def score(config: ScoreConfig) -> ScoreRun:
@@ -100,9 +109,6 @@ def lengths(samples: pa.Table) -> np.ndarray:
     """Tokens of each sample, zero for those that cannot be scored: int64 [n]."""
     found: np.ndarray = pc.fill_null(pc.list_value_length(samples["token_ids"]), 0).to_numpy().astype(np.int64)
     return found
-
-
-_OF_SAMPLE = ["sample_id", "token_ids", "scored"]
 
 
 def unit_samples(samples: pa.Table, layout: plan.Layout, micro_batches: range) -> pa.Table:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from mrd_ray.config import ScoringConfig
+from mrd_ray.data import samples as samples_table
 from mrd_ray.mrd.monte_carlo import Moments
 from mrd_ray.mrd.scores import Score, closed_form_score, monte_carlo_score, sampling_weights
 
@@ -20,12 +21,11 @@ def _field(name: str, kind: pa.DataType, unit: str, nullable: bool = True) -> pa
 
 
 _NO_UNIT = "dimensionless"
+PLACE = ("index", "file", "row")  # of a sample in its source: people index a data set by position, not by our ids
 SCHEMA = pa.schema(
     [
         _field("sample_id", pa.string(), "identifier", nullable=False),
-        _field("index", pa.int64(), "place in the whole source, from 0: dataset[index]"),
-        _field("file", pa.string(), "name of the source file; null where there is only one"),
-        _field("row", pa.int64(), "line or record of that file, from 1"),
+        *(samples_table.SCHEMA.field(name) for name in PLACE),
         _field("mrd", pa.float64(), f"{_NO_UNIT}; the statistic chosen with scoring.statistic"),
         _field("mrd_se", pa.float64(), f"{_NO_UNIT}; standard error of mrd; 0 if exact, null if unknown (one draw)"),
         _field("mean_abs", pa.float64(), f"{_NO_UNIT}; E|Delta|, Algorithm 1"),
@@ -49,6 +49,7 @@ SCHEMA = pa.schema(
         _field("error", pa.string(), "null, or why there is no score"),
     ]
 )
+REQUIRED = set(SCHEMA.names) - set(PLACE)  # which tables of earlier versions lack
 # columns of scoring.measures
 MEASURES = {
     "mean_log_prob": _field("mean_log_prob", pa.float64(), "nats per scored token"),
@@ -106,13 +107,12 @@ def _in_turn(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(parts, key=operator.itemgetter("unit_id"))
 
 
-_NEEDED = ["sample_id", "index", "file", "row", "scored", "error"]
+_NEEDED = ["sample_id", *PLACE, "scored", "error"]
 _BATCH = 4096  # rows
 
 
 def _row(sample: dict[str, Any], parts: list[dict[str, Any]], scoring: ScoringConfig) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        **{name: sample[name] for name in ("sample_id", "index", "file", "row")},
+    row: dict[str, Any] = {name: sample[name] for name in ("sample_id", *PLACE)} | {
         "sigma": scoring.sigma,
         "estimator": scoring.estimator,
         "num_tokens": sum(sample["scored"] or []),

@@ -21,7 +21,7 @@ from pydantic import BaseModel, NonNegativeInt
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.mrd.likelihood import MicroBatch
 from mrd_ray.runs import parsed_json, parsed_table
-from mrd_ray.scoring.table import SCHEMA
+from mrd_ray.scoring.table import REQUIRED, SCHEMA
 from mrd_ray.unlearning import losses, refresh
 from mrd_ray.unlearning.engine import Engine, share_of_batch, with_retain
 from mrd_ray.unlearning.extraction import extraction_likelihoods
@@ -85,7 +85,9 @@ class State:
         """Read what `save` wrote. Raises UserError if it is damaged."""
         file, table = folder / "state.json", folder / "scores.parquet"
         saved = _Saved.model_validate(parsed_json(str(file), file.read_bytes(), _Saved, _ELSEWHERE))
-        scores = parsed_table(str(table), table.read_bytes(), SCHEMA, remedy=_ELSEWHERE) if table.exists() else None
+        scores = None
+        if table.exists():
+            scores = parsed_table(str(table), table.read_bytes(), SCHEMA, REQUIRED, _ELSEWHERE)
         return cls(saved.step, saved.initial, saved.latest, scores, saved.scored_at, saved.log)
 
 

@@ -15,6 +15,7 @@ from mrd_ray.data.cells import Unscorable
 from mrd_ray.data.render import render, with_response
 from mrd_ray.data.tokens import Encoder, Limits, tokens_of
 from mrd_ray.errors import UserError
+from mrd_ray.scoring.table import PLACE
 from mrd_ray.unlearning.loop import Sets
 from mrd_ray.unlearning.sampling import ShuffledStream
 
@@ -43,13 +44,18 @@ def build(config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, limits: Lim
 
 
 def _refuse_unusable(path: str, forget: pa.Table) -> None:
-    bad = forget.filter(pc.is_valid(forget["error"])).select(["sample_id", "error"]).to_pylist()
+    bad = forget.filter(pc.is_valid(forget["error"])).select(["sample_id", *PLACE, "error"]).to_pylist()
     if bad:
-        named = "; ".join(f"{row['sample_id']}: {row['error']}" for row in bad[:5])
+        named = "; ".join(f"{row['sample_id']}, {_where(row)}: {row['error']}" for row in bad[:5])
         raise UserError(
             f"data.path: {len(bad)} of {len(forget)} samples of {path} cannot be unlearned ({named}"
             f"{'; ...' if len(bad) > 5 else ''}). Mend or remove them; data.truncate cuts long ones"
         )
+
+
+def _where(sample: dict[str, object]) -> str:
+    of_file = "" if sample["file"] is None else f" of {sample['file']}"
+    return f"row {sample['row']}{of_file}"
 
 
 def retain_data(data: DataConfig, retain: RetainConfig) -> DataConfig:
@@ -126,6 +132,11 @@ def _refusals(
                 ) from None
             sample = {"sample_id": f"{i}-{j}", "index": row.index, "file": row.file, "row": row.number}
             found[i].append(sample | {"text": rendered.text, **tokens._asdict()})
+    if len(found) < len(forget):
+        raise UserError(
+            f"data.path: {read.described(config.data)} has changed while it was read; start again once nothing writes "
+            "to it"
+        )
     return pa.Table.from_pylist([row for i in range(len(forget)) for row in found[i]], samples_table.SCHEMA)
 
 

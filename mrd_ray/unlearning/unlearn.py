@@ -238,6 +238,7 @@ class _Rounds:
                 ),
             )
         )
+        finished.refuse_other_samples(self.sets.forget)  # whose weights they become, by place
         self.run.write_table(f"scores/step-{step:06d}.parquet", finished.scores)
         return until, (step, finished.scores, time.monotonic() - started)
 

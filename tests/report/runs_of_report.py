@@ -90,6 +90,5 @@ def score_run(run: Path, like: Path, n: int, words: int) -> None:
     pq.write_table(pa.Table.from_arrays(arrays, schema=table.SCHEMA), run / "scores.parquet")
     vocabulary = np.array([f"word{i}" for i in range(5000)])
     columns["text"] = [" ".join(vocabulary[row]) for row in rng.integers(0, 5000, (n, words))]
-    columns["row"] = np.arange(1, n + 1)
     arrays = [pa.array(columns.get(field.name, [None] * n), field.type) for field in samples.SCHEMA]
     pq.write_table(pa.Table.from_arrays(arrays, schema=samples.SCHEMA), run / "samples.parquet")

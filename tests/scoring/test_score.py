@@ -21,12 +21,24 @@ import torch
 from runs_of import config, stamps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mrd_ray import ModelConfig, ScoringConfig, UserError, model_files, score
+from mrd_ray import (
+    CompareConfig,
+    ModelConfig,
+    MRDSampler,
+    ReportConfig,
+    ScoringConfig,
+    UserError,
+    compare,
+    model_files,
+    score,
+    write_report,
+)
 from mrd_ray.cli import main
 from mrd_ray.mrd.monte_carlo import draw_seed
 from mrd_ray.mrd.noise import standard_normal
 from mrd_ray.scoring.actor import ScoringActor, Task
 from mrd_ray.scoring.plan import Unit
+from mrd_ray.scoring.table import PLACE
 
 
 @torch.no_grad()
@@ -74,7 +86,59 @@ def test_neither_actors_nor_order_of_rows_change_a_bit(tiny_model_dir, qa_file, 
     random.Random(actors).shuffle(lines)
     shuffled = tmp_path / "shuffled.jsonl"
     shuffled.write_text("\n".join(lines))
-    assert score(config(tiny_model_dir, shuffled, tmp_path / "run", ray__actors=actors)).scores.equals(reference)
+    found = score(config(tiny_model_dir, shuffled, tmp_path / "run", ray__actors=actors))
+    assert found.scores.drop_columns(PLACE).equals(reference.drop_columns(PLACE))
+    written = [json.loads(lines[index])["id"] for index in found.scores["index"].to_pylist()]
+    assert written == found.scores["sample_id"].to_pylist()
+    assert found.scores.select(PLACE).equals(found.samples.select(PLACE))
+
+
+def test_a_run_of_an_earlier_version(tiny_model_dir, qa_file, tmp_path, reference, reference_dir):
+    """Without places it can be read, but for a sampler without ids; started again, it has them and computes nothing."""
+    run = tmp_path / "run"
+    shutil.copytree(reference_dir, run)
+    for name in ("scores.parquet", "samples.parquet"):
+        pq.write_table(pq.read_table(run / name).drop_columns(["index", "file"]), run / name)
+    pq.write_table(pq.read_table(run / "scores.parquet").drop_columns("row"), run / "scores.parquet")
+    compared = compare(CompareConfig(run_a=str(run), run_b=str(reference_dir)))
+    assert (compared.compared, compared.spearman) == (len(reference), 1.0)
+    write_report(ReportConfig(runs=[str(run)], out=str(tmp_path / "report.html")))
+    ids = reference["sample_id"]
+    expected = list(MRDSampler(reference_dir / "scores.parquet"))
+    assert list(MRDSampler(run / "scores.parquet", ids.take(pc.sort_indices(reference["index"])))) == expected
+    with pytest.raises(UserError, match=r"scores\.parquet: no column index or row.* again on the same directory"):
+        MRDSampler(run / "scores.parquet")
+    before = stamps(run)
+    assert score(config(tiny_model_dir, qa_file, run)).scores.equals(reference)
+    assert stamps(run) == before
+    assert pq.read_table(run / "scores.parquet").equals(reference)
+    assert list(MRDSampler(run / "scores.parquet")) == expected
+
+
+def test_a_finished_run_on_reordered_rows(tiny_model_dir, qa_file, tmp_path, reference, reference_dir):
+    """The samples are the same, so it goes on; both tables say where they are now."""
+    run, data = tmp_path / "run", tmp_path / "reversed.jsonl"
+    shutil.copytree(reference_dir, run)
+    data.write_text("\n".join(qa_file.read_text().splitlines()[::-1]))
+    found, before = score(config(tiny_model_dir, data, run)), stamps(run)
+    assert stamps(run) == before == stamps(reference_dir)
+    for table in (pq.read_table(run / "scores.parquet"), pq.read_table(run / "samples.parquet"), found.scores):
+        assert table["index"].to_pylist() == [11 - index for index in reference["index"].to_pylist()]
+
+
+def test_scores_of_other_samples_are_refused(tiny_model_dir, qa_file, tmp_path, reference_dir):
+    """Where they are matched with samples by place: those of a file that was changed meanwhile."""
+    run, data = tmp_path / "run", tmp_path / "data.jsonl"
+    shutil.copytree(reference_dir, run)
+    data.write_text(qa_file.read_text())
+    found = score(config(tiny_model_dir, data, run))
+    found.refuse_other_samples(pq.read_table(reference_dir / "samples.parquet"))
+    for column in ("sample_id", "token_ids", "scored"):
+        i, field = found.samples.schema.get_field_index(column), found.samples.schema.field(column)
+        values = found.samples[column].to_pylist()
+        other = found.samples.set_column(i, field, pa.array([*values[:-1], values[0]], field.type))
+        with pytest.raises(UserError, match=r"^data\.path: .*data\.jsonl has changed since this run read it"):
+            found.refuse_other_samples(other)
 
 
 def test_more_draws_later_change_no_bit_and_repeat_nothing(tiny_model_dir, qa_file, tmp_path, reference):

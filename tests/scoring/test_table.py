@@ -18,10 +18,15 @@ SCORING = ScoringConfig(num_draws=5)
 
 def sample(i: int) -> dict:
     if not TOKENS[i]:
-        return {"sample_id": f"s{i:03d}", "index": 299 - i, "file": "a", "row": i + 1, "text": "", "error": "no tokens"}
-    return {"sample_id": f"s{i:03d}", "index": 299 - i, "file": "a", "row": i + 1, "text": "t",
-            "token_ids": [1] * TOKENS[i],
+        return {"sample_id": f"s{i:03d}", **place(i), "text": "", "error": "no tokens"}
+    return {"sample_id": f"s{i:03d}", **place(i), "text": "t", "token_ids": [1] * TOKENS[i],
             "scored": [False] + [True] * (TOKENS[i] - 1)}  # fmt: skip
+
+
+def place(i: int) -> dict:
+    """The other way round than the ids, in three files."""
+    at = 299 - i
+    return {"index": at, "file": f"{at // 100}.jsonl", "row": at % 100 + 1}
 
 
 SAMPLES = pa.Table.from_pylist([sample(i) for i in range(300)], samples_table.SCHEMA)
@@ -63,6 +68,7 @@ def test_every_sample_gets_its_own_draws_and_nothing_else(monkeypatch, batch):
     assert one.equals(eight)
     assert one.schema.field("weight").metadata == table.SCHEMA.field("weight").metadata
     assert one["sample_id"].to_pylist() == SAMPLES["sample_id"].to_pylist()
+    assert one.select(table.PLACE).equals(SAMPLES.select(table.PLACE))
     for i, row in enumerate(one.to_pylist()):
         if not TOKENS[i]:
             assert (row["error"], row["mrd"], row["weight"]) == ("no tokens", None, None)

@@ -1,17 +1,21 @@
 """Draws have the frequencies that were asked for, and are pure functions of what they are asked with."""
 
-import itertools
 import os
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from torch.utils.data import DataLoader, Dataset
 
+from mrd_ray import ScoreConfig, score
 from mrd_ray.errors import UserError
 from mrd_ray.unlearning import sampling
 from mrd_ray.unlearning.sampling import ForgetStream, MRDSampler, ShuffledStream, choices, sampling_probabilities
@@ -190,8 +194,8 @@ def test_choices():
 
 
 def table(ids=IDS, mrd=MRD, **columns):
-    columns = {"index": np.arange(len(ids))} | columns
-    return pa.table({"sample_id": pa.array(ids), "mrd": pa.array(mrd)} | columns)
+    """Scores in the source's order."""
+    return pa.table({"sample_id": pa.array(ids), "index": pa.array(range(len(ids))), "mrd": pa.array(mrd)} | columns)
 
 
 class Texts(Dataset):
@@ -221,54 +225,150 @@ def test_sampler_in_a_data_loader(tmp_path, weighting, source):
     assert agrees([Texts.ids.index(one) for one in drawn], probabilities / probabilities.sum())
 
 
-def test_sampler_without_ids_takes_the_order_of_the_source():
-    sampler = MRDSampler(table(), num_samples=50_000)
-    assert agrees(list(sampler), MRD / MRD.sum())
-    assert list(sampler) == list(MRDSampler(table(), IDS, num_samples=50_000))
-    assert list(sampler) == list(MRDSampler(table(), num_samples=50_000, length=len(IDS)))
+def weights(sampler) -> np.ndarray:
+    """What it draws by, exactly."""
+    return np.diff(sampler._stream._cdf, prepend=0)
 
 
-def test_weights_stay_with_their_samples():
-    """However the source is ordered, and the table sorted."""
-    for order in itertools.permutations(range(5)):
-        places = [order.index(i) for i in range(5)]
-        mixed = table(index=places).take(pa.array(order[::-1]))
-        expected = list(MRDSampler(table(), [IDS[i] for i in order], num_samples=30))
-        assert list(MRDSampler(mixed, num_samples=30)) == expected
+@WEIGHTINGS
+def test_without_ids_an_index_is_a_place_in_the_source(weighting):
+    sampler = MRDSampler(table().sort_by("sample_id"), weighting=weighting, num_samples=50_000)
+    assert agrees(list(sampler), EXPECTED[weighting])
+    by_ids = MRDSampler(table().sort_by("sample_id"), IDS, weighting, num_samples=50_000)
+    assert list(sampler) == list(by_ids)
+
+
+@settings(max_examples=100, derandomize=True, database=None)
+@given(st.data())
+def test_weights_stay_with_their_rows_in_whatever_order_the_file_has_them(data):
+    """By index, by row and by id; with digests for ids, whose order says nothing; in several chunks."""
+    mrd = np.array(data.draw(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40)))
+    n = len(mrd)
+    ids = [f"{i * 2654435761 % 2**32:08x}" for i in range(n)]
+    by = data.draw(st.sampled_from(["index", "row", "sample_ids"]))
+    place = {"index": np.arange(n), "row": np.arange(n) + 1, "sample_ids": np.zeros(n)}[by]
+    source = pa.table({"sample_id": ids, by: place, "mrd": mrd})
+    permuted = source.take(pa.array(data.draw(st.permutations(range(n)))))
+    cut = data.draw(st.integers(0, n))
+    scores = pa.concat_tables([permuted[:cut], permuted[cut:]])
+    length = data.draw(st.sampled_from([None, n]))
+    sampler = MRDSampler(scores, ids if by == "sample_ids" else None, length=length)
+    np.testing.assert_allclose(weights(sampler), mrd / mrd.sum(), rtol=1e-9, atol=1e-15)
+
+
+def test_rows_of_several_files_are_told_apart_by_index():
+    """Row 1 of two files: only their places in the whole tell which is which."""
+    files = {"file": pa.array(["b", "b", "a", "a", "a"]), "row": pa.array([1, 2, 1, 2, 3])}
+    sampler = MRDSampler(table(**files).sort_by("row"))
+    np.testing.assert_allclose(weights(sampler), MRD / MRD.sum())
+    with pytest.raises(UserError, match="numbered in each of several files, and it has no column index"):
+        MRDSampler(table(**files).drop_columns("index"))
+    one_file = table(file=pa.nulls(5, pa.string()), row=pa.array([5, 4, 3, 2, 1])).drop_columns("index")
+    np.testing.assert_allclose(weights(MRDSampler(one_file)), MRD[::-1] / MRD.sum())
+
+
+PART = r"5 scores are of a part of the source: column index goes from 0 to 9, expected 0 to 4\. Give sample_ids; or len"
 
 
 @pytest.mark.parametrize(
     ("columns", "length", "message"),
     [
-        ({}, 6, "length: the data set has 6 samples, the scores are of 5"),
-        ({"index": [0, 1, 2, 3, 7]}, None, "are of 5 samples of a source of at least 8; give sample_ids.*or its len"),
-        ({"index": [0, 1, 2, 3, 3]}, 5, "column index: 1 places stand there twice; give sample_ids"),
-        ({"index": [0, 1, 2, 3, None]}, 5, "column index: 1 samples without a place"),
-        ({"index": list("abcde")}, 5, "column index: expected whole numbers"),
+        ({}, 6, r"length: 6, but scores has scores of 5 samples\. Score the whole data set, cut it"),
+        ({}, 4, r"length: 4, but scores has scores of 5 samples"),
+        ({"index": [0, 1, 2, 3, 9]}, None, PART),
+        ({"index": [1, 2, 3, 4, 5]}, None, r"column index goes from 1 to 5, expected 0 to 4"),
+        ({"index": None, "row": [1, 2, 3, 4, 6]}, None, r"column row goes from 1 to 6, expected 1 to 5"),
+        ({"index": [0, 1, 1, 3, 3]}, None, r"column index: 2 place\(s\) occur more than once: 1, 3\. Were"),
+        ({"index": [0, 1, 1, 3, 3]}, 5, r"column index: 2 place\(s\) occur more than once: 1, 3\. Were"),
+        ({"index": [0, 1, None, 3, 4]}, 5, r"column index: 1 of 5 are null"),
+        ({"index": [0.5, 1, 2, 3, 4]}, 5, r"column index: expected whole numbers"),
+        ({"index": ["a", "b", "c", "d", "e"]}, 5, r"column index: expected whole numbers"),
+        ({"index": [[0], [1], [2], [3], [4]]}, 5, r"column index: expected whole numbers"),
+        ({"index": None}, 5, r"no column index or row, .*Start its score command again .*; or give sample_ids"),
     ],
 )
-def test_a_source_that_does_not_fit_is_refused(columns, length, message):
-    with pytest.raises(UserError, match=message):
-        MRDSampler(table(**columns), length=length)
+def test_what_cannot_be_matched_without_ids(columns, length, message):
+    replaced = {name: pa.array(values) for name, values in columns.items() if values is not None}
+    scores = table(**replaced).drop_columns([name for name, values in columns.items() if values is None])
+    for weighting in ("mrd", "uniform"):
+        with pytest.raises(UserError, match=message):
+            MRDSampler(scores, weighting=weighting, length=length)
+    assert list(MRDSampler(scores, IDS, length=5)) == list(MRDSampler(table()))  # ids always do
 
 
-def test_a_selection_is_taken_in_its_order_if_the_data_set_is_as_long():
-    sampler = MRDSampler(table(index=[9, 7, 5, 3, 1]), num_samples=500, length=5)
-    assert list(sampler) == list(MRDSampler(table(), IDS[::-1], num_samples=500))
+def test_scores_of_a_part_fit_a_data_set_that_was_cut_alike():
+    part = table(index=pa.array([30, 10, 7, 99, 12]))
+    ordered = MRD[[2, 1, 4, 0, 3]]
+    np.testing.assert_allclose(weights(MRDSampler(part, length=5)), ordered / ordered.sum())
 
 
-def test_tables_without_a_place():
-    bare = table().drop_columns("index")
-    by_row = bare.append_column("row", pa.array([3, 2, 1, 5, 4]))
-    assert list(MRDSampler(by_row, num_samples=90)) == list(
-        MRDSampler(bare, [IDS[i] for i in (2, 1, 0, 4, 3)], num_samples=90)
-    )
-    of_files = by_row.append_column("file", pa.array(list("aabbb")))
-    for scores in (bare, of_files):
-        with pytest.raises(UserError, match=r"does not say where in its source.*give sample_ids"):
-            MRDSampler(scores)
-    with pytest.raises(UserError, match="length: 4, but there are 5 sample_ids"):
-        MRDSampler(bare, IDS, length=4)
+def test_the_length_of_a_data_set_with_ids():
+    assert list(MRDSampler(table(), ["e", "a"], length=2)) == list(MRDSampler(table(), ["e", "a"]))
+    with pytest.raises(UserError, match="length: 5, but sample_ids holds 2 ids; expected one for each sample"):
+        MRDSampler(table(), ["e", "a"], length=5)
+
+
+# A data set as people have it: TOFU, with columns question and answer and no ids
+
+
+@pytest.fixture(scope="module")
+def scored_tofu(ray_cluster, stories_dir, tofu_dir, tmp_path_factory):
+    """Closed-form scores of forget01, and the data set."""
+    run = tmp_path_factory.mktemp("tofu")
+    file = str(tofu_dir / "forget01.json")
+    tree = {"model": {"path": str(stories_dir)}, "data": {"path": file}, "run": {"dir": str(run)}}
+    score(ScoreConfig.model_validate(tree | {"scoring": {"estimator": "closed_form"}, "ray": {"actors": 1}}))
+    cache = str(tmp_path_factory.mktemp("cache"))
+    dataset = datasets.load_dataset("json", data_files=file, split="train", cache_dir=cache)
+    assert dataset.column_names == ["question", "answer"]
+    return run, dataset
+
+
+def own_mrd(run, questions) -> np.ndarray:
+    """The MRD of each question, found by its text in samples.parquet."""
+    mrd = {row["sample_id"]: row["mrd"] for row in pq.read_table(run / "scores.parquet").to_pylist()}
+    samples = pq.read_table(run / "samples.parquet").to_pylist()
+    of_text = {row["text"].split("\n")[0]: mrd[row["sample_id"]] for row in samples}
+    return np.array([of_text[f"Question: {question}"] for question in questions])
+
+
+def test_drawn_shares_are_each_questions_own_weight(scored_tofu):
+    run, dataset = scored_tofu
+    right = own_mrd(run, dataset["question"])
+    assert len(set(right)) == len(dataset) == 40
+    for more in ({}, {"length": len(dataset)}):
+        sampler = MRDSampler(run / "scores.parquet", num_samples=400_000, **more)
+        shares = np.bincount(list(sampler), minlength=40) / 400_000
+        assert np.corrcoef(shares, right)[0, 1] > 0.99
+        np.testing.assert_allclose(weights(sampler), right / right.sum(), rtol=1e-9)
+    scores = pq.read_table(run / "scores.parquet").sort_by("index")
+    assert scores["index"].to_pylist() == list(range(40))
+    assert scores["row"].to_pylist() == list(range(1, 41))
+    assert scores["sample_id"].to_pylist() != sorted(scores["sample_id"].to_pylist())
+
+
+def test_ids_from_the_scores_go_with_a_data_set_that_is_shuffled_and_cut(scored_tofu):
+    """As README has it."""
+    run, dataset = scored_tofu
+    ids = pq.read_table(run / "scores.parquet").sort_by("index")["sample_id"].to_pylist()
+    dataset = dataset.add_column("sample_id", ids).shuffle(seed=1).select(range(25))
+    right = own_mrd(run, dataset["question"])
+    for sample_ids in (dataset["sample_id"], list(dataset["sample_id"])):
+        sampler = MRDSampler(run / "scores.parquet", sample_ids=sample_ids, length=len(dataset))
+        np.testing.assert_allclose(weights(sampler), right / right.sum(), rtol=1e-9)
+    with pytest.raises(UserError, match=r"length: 25, but .* has scores of 40 samples"):
+        MRDSampler(run / "scores.parquet", length=len(dataset))
+
+
+def test_a_data_set_that_is_cut_as_the_scores_are(scored_tofu):
+    run, dataset = scored_tofu
+    scores = pq.read_table(run / "scores.parquet")
+    part = scores.filter(pc.greater(scores["mrd"], np.median(scores["mrd"])))
+    dataset = dataset.select(sorted(part["index"].to_pylist()))
+    right = own_mrd(run, dataset["question"])
+    np.testing.assert_allclose(weights(MRDSampler(part, length=20)), right / right.sum(), rtol=1e-9)
+    with pytest.raises(UserError, match="20 scores are of a part of the source: column index"):
+        MRDSampler(part)
 
 
 def test_epochs_of_a_sampler(monkeypatch):
@@ -309,7 +409,7 @@ def test_whole_numbers_count_as_text():
             ["a", *"uvwxyz"],
             r"6 of 7 sample ids .* no row in the scores: 'u', 'v', 'w', 'x', 'y', \.\.\.; score",
         ),
-        (table(), ["a", "b", "a", "e", "e"], r"2 sample ids occur more than once in the data set: 'a', 'e'; remove"),
+        (table(), ["a", "b", "a", "e", "e"], r"2 sample ids occur more than once in the data set: 'e', 'a'; remove"),
         (table(["b", "a", "b", "a", "a"]), ["a"], r"scores: 2 sample ids occur more than once: 'a', 'b'; keep"),
         (table(mrd=[1.0, None, -1.0, 2.0, 1.0]), None, r"2 of 5 samples have none: 'b' = nan, 'd' = -1\.0 "),
         (table(mrd=[1.0, None, -1.0, 2.0, 1.0]), ["e", "d", "a"], r"1 of 3 samples have none: 'd' = -1\.0 "),
@@ -365,10 +465,13 @@ n = 10_000_000
 ids = pa.array(np.arange(10**8, 10**8 + n)).cast(pa.string())
 mrd = np.random.default_rng(0).lognormal(size=n)
 order = np.random.default_rng(1).permutation(n)
-scores, dataset = pa.table({"sample_id": ids, "mrd": mrd}), ids.take(pa.array(order))
+places = pa.array(np.argsort(order))
+scores, dataset = pa.table({"sample_id": ids, "index": places, "mrd": mrd}), ids.take(pa.array(order))
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 sampler = MRDSampler(scores, dataset)
 drawn = np.fromiter(sampler, np.int64, n)
+by_place = MRDSampler(scores, length=n)
+assert (by_place._stream._cdf == sampler._stream._cdf).all()
 seconds, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert len(sampler) == n and drawn.max() < n
 weighed = (mrd[order] ** 2).sum() / mrd.sum()

@@ -130,7 +130,7 @@ def test_unusable_forget_samples_are_named(build):
     """The first five, by id."""
     bad = [{"id": "a-long", "prompt": "x " * 80, "response": "y"}]
     bad += [{"id": f"bad-{i}", "prompt": "", "response": "x"} for i in range(6)]
-    named = [f"a-long: {LIMIT}"] + [f"bad-{i}: column 'prompt' is empty" for i in range(4)]
+    named = [f"a-long, row 6: {LIMIT}"] + [f"bad-{i}, row {7 + i}: column 'prompt' is empty" for i in range(4)]
     for count, which in [(2, "; ".join(named[:2])), (7, "; ".join(named) + r"; \.\.\.")]:
         expected = (
             rf"{count} of {count + 5} samples of .*f\.jsonl cannot be unlearned \({which}\)\. Mend or remove them; "
@@ -168,7 +168,7 @@ def test_refusals_answer_the_forget_sets_prompts(build, tokenizer):
             assert rows[j]["text"] == f"Question: {prompts[sample['sample_id']]}\nAnswer: {answer[j]}"
             assert scored(rows[j], tokenizer) == answer[j]
             assert tokenizer.decode(rows[j]["token_ids"]) == rows[j]["text"]
-            assert (rows[j]["row"], rows[j]["error"]) == (sample["row"], None)
+            assert (rows[j]["index"], rows[j]["row"], rows[j]["error"]) == (sample["index"], sample["row"], None)
         assert len(set(answer[i * 8 : i * 8 + 8]) & set(REFUSALS)) == 8
     assert len(set(found.refusals["sample_id"].to_pylist())) == 40
 
