@@ -13,6 +13,7 @@ import datasets
 
 from mrd_ray import storage
 from mrd_ray.config import DataConfig
+from mrd_ray.data.files import open_bytes
 from mrd_ray.data.formats import ENDINGS, JSON, TEXT, ending
 from mrd_ray.errors import UserError
 
@@ -95,6 +96,9 @@ def _find(path: str, data: DataConfig, split: str, say: Callable[[str], None]) -
         return [File(prefix + name, name) for name in files], False
     if re.search(r"[*?\[]", path):
         raise UserError(f"data.path: no file matches {path}")
+    if prefix:
+        with open_bytes(path):  # its own words for why not: no such bucket, no access
+            pass
     if prefix or ending(path) or path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
         raise UserError(f"data.path: no such file or folder: {path}")
     return Hub(path), True

@@ -69,7 +69,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     [
         BOMB, BOMB.replace("a: &a", "data: &a", 1), "data: &a {path: *a}", "data: " + "[" * 10_000, "- 1\n- 2", "5", "",
         "data: {1: 2}", "{a: 1}: 4", "1: 2", "data: {<<: 5}", "data: !!python/object/apply:os.getcwd []", "data: x",
-        "scoring: {sigma: 1" + "0" * 5000 + "}", "data: \0", b"data: \xff\xfe", "data: {path: [a]}", "data: []",
+        "scoring: {sigma: 1" + "0" * 5000 + "}", "data: \0", b"data: \xff\xfe", "data: {path: {a: b}}", "data: []",
         "a: b\n---\na: b", "data: {path: d.jsonl}\nscoring:\n",
     ],
 )  # fmt: skip

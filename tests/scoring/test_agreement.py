@@ -10,6 +10,7 @@ import torch
 
 from mrd_ray import DataConfig, ModelConfig, models
 from mrd_ray.data import samples as samples_table
+from mrd_ray.data.tokens import Limits
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.curvature import TraceEstimator
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
@@ -25,7 +26,7 @@ class Scored:
 
     def __init__(self, model_dir: Path, data: Path, count: int, dtype: str = "float32") -> None:
         data_config = DataConfig(path=str(data), max_samples=count)
-        table = samples_table.build(data_config, models.load_tokenizer(ModelConfig(path=str(model_dir))), 512)
+        table = samples_table.build(data_config, models.load_tokenizer(ModelConfig(path=str(model_dir))), Limits(512))
         layout = plan.layout(lengths(table), 1024)
         rows = table.to_pylist()
         self.model = models.load_model(ModelConfig(path=str(model_dir), dtype=dtype), torch.device("cpu"))

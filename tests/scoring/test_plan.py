@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from mrd_ray import models
 from mrd_ray.config import DataConfig, ModelConfig, RayConfig, ScoringConfig
 from mrd_ray.data import samples as samples_table
+from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.scoring import plan
 from mrd_ray.scoring.plan import Unit
@@ -52,7 +53,7 @@ def test_padding_stays_small_whatever_the_budget(budget):
 def test_padding_of_real_data(shared, stories_dir, path):
     """Questions with answers of many lengths, and a text in windows of one, as they are when scored by default."""
     data, model = DataConfig(path=str(shared / "data" / path)), ModelConfig(path=str(stories_dir))
-    samples = samples_table.build(data, models.load_tokenizer(model), None)
+    samples = samples_table.build(data, models.load_tokenizer(model), Limits())
     tokens = lengths(samples)
     assert len(tokens) >= 400
     for budget in (512, 16384):

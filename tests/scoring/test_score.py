@@ -272,7 +272,7 @@ def test_bad_samples_keep_a_row_and_stop_nobody(tiny_model_dir, qa_file, tmp_pat
     table = pq.read_table(tmp_path / "run" / "scores.parquet")
     errors = {row["sample_id"]: row["error"] for row in table.to_pylist() if row["error"]}
     assert errors.keys() == {"bad-empty", "bad-number", "bad-long"}
-    assert "not text but int" in errors["bad-number"]
+    assert "not text but a number: 7" in errors["bad-number"]
     assert "over the limit" in errors["bad-long"]
     good = table.filter(pc.is_null(table["error"]))
     assert good["mrd"].to_pylist() == reference["mrd"].to_pylist()
