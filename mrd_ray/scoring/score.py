@@ -64,6 +64,7 @@ def score(config: ScoreConfig) -> ScoreRun:
     run = RunDirectory(config.run.dir)
     with held(run):
         files_digest = model_files.files_digest(config.model)
+        unused = models.unused_weights(config.model)
         skeleton = models.skeleton(config.model)
         plan.refuse_uncovered(skeleton, config.scoring)
         tokenizer = models.load_tokenizer(config.model)
@@ -81,6 +82,7 @@ def score(config: ScoreConfig) -> ScoreRun:
             config,
             _OWNS,
         )
+        run.record("unused_weights", unused)
         run.write_table("samples.parquet", samples)
         with Journal(run, "score") as journal:
             rounds = _Rounds(config, run, samples, plan.ModelCost.of(skeleton), files_digest, journal)

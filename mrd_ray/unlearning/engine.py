@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from mrd_ray import saving
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.config.credentials import secret_names
 from mrd_ray.errors import UserError
@@ -146,6 +147,7 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, config: UnlearnConfig, deepspeed: dict[str, Any], ranks: Ranks) -> None:
         self.ranks = ranks
+        self._source = config.model
         self.stage = config.deepspeed.zero_stage
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -218,7 +220,10 @@ class Engine:
         return weights_digest({name: shard.tensor for name, shard in self.shards().items()})
 
     def save_model(self, folder: Path) -> None:
-        """Write a Hugging Face directory, of the adapter alone if there is one. Weights are gathered one by one."""
+        """Write a Hugging Face directory, of the adapter alone if there is one: see `saving.save`.
+
+        Weights are gathered one by one.
+        """
         adapter = any("lora_" in name for name, _ in self.model.named_parameters())
         weights: dict[str, torch.Tensor] = {}
         for name, parameter in self.model.named_parameters():
@@ -230,7 +235,7 @@ class Engine:
         if self.ranks.rank == 0:
             buffers = dict(self.model.named_buffers())
             weights |= {name: x for name, x in self.model.state_dict().items() if name in buffers}
-            self.model.save_pretrained(folder, state_dict=weights)
+            saving.save(self.model, weights, self._source, folder)
         self.settle()
 
     def _gathered(self, parameter: torch.nn.Parameter) -> Any:

@@ -81,7 +81,9 @@ def greedy(
     """
     eos = _token_id(model, "eos_token_id")
     ends = [eos] if isinstance(eos, int) else list(eos or [])
-    pad = max(0, _token_id(model, "pad_token_id") or 0)  # some configs say -1
+    pad = _token_id(model, "pad_token_id") or 0
+    if not 0 <= pad < model.config.get_text_config().vocab_size:  # some settings say -1, or one beyond the last
+        pad = 0
     width = max(map(len, prefixes))
     tokens = torch.full((len(prefixes), width), pad, dtype=torch.int64)
     mask = torch.zeros_like(tokens)

@@ -3,34 +3,41 @@
 import torch
 from transformers import PreTrainedModel
 
-from mrd_ray import model_files, models
+from mrd_ray import adapters, model_files, models
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.errors import UserError
 
 
 def load(config: UnlearnConfig, device: torch.device) -> PreTrainedModel:
     """The same on every rank. Raises UserError."""
-    path = model_files.directory(config.model)
+    refuse(config)
     model = models.load_model(config.model, device)
-    adapter = model_files.base_directory(path) != path
     if config.lora.rank:
-        if adapter:
-            raise UserError(f"lora.rank: model.path {path} holds an adapter already, which is trained with rank: 0")
         add_lora(model, config)
-    if adapter or config.lora.rank:
-        names = [name for name, _ in model.named_parameters()]
-        if more := [name for name in names if "modules_to_save" in name]:
-            raise UserError(f"model.path: the adapter in {path} trains whole layers too ({more[0]}); merge it first")
-        if not any("lora_" in name for name in names):
-            raise UserError(f"model.path: the adapter in {path} has no LoRA factors; merge it first")
+    if config.lora.rank or model_files.parts(config.model).adapter is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
     return model.eval()
 
 
+def refuse(config: UnlearnConfig) -> None:
+    """Raises UserError if the adapter that model.path may be cannot be trained. Reads its settings alone."""
+    if (adapter := model_files.parts(config.model).adapter) is None:
+        return
+    if config.lora.rank:
+        raise UserError(
+            f"lora.rank: model.path {adapter} holds an adapter already; set lora.rank: 0, which trains that one"
+        )
+    if (more := adapters.more_than_factors(adapter)) is not None:
+        raise UserError(
+            f"model.path: the adapter in {adapter} changes more than LoRA factors ({more}), and unlearning trains "
+            f"those alone; {adapters.MERGE}"
+        )
+
+
 def add_lora(model: PreTrainedModel, config: UnlearnConfig) -> None:
     """Put new factors in. Raises UserError."""
-    peft = models.require_peft("lora.rank")
+    peft = adapters.require_peft("lora.rank")
     torch.manual_seed(config.unlearning.seed)  # of the factors; all ranks draw the same
     try:
         model.add_adapter(

@@ -16,7 +16,7 @@ from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
-from mrd_ray import model_files, models, storage
+from mrd_ray import model_files, models, saving, storage
 from mrd_ray.config import RayConfig, RunConfig, ScoreConfig, UnlearnConfig
 from mrd_ray.config.paths import with_absolute_paths
 from mrd_ray.data import samples as samples_table
@@ -81,6 +81,8 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
     config = with_absolute_paths(config)
     run = RunDirectory(config.run.dir)
     with held(run):
+        trained.refuse(config)
+        saving.refuse_loss(config.model, unused := models.unused_weights(config.model))
         skeleton = models.skeleton(config.model)
         if config.lora.rank:
             trained.add_lora(skeleton, config)
@@ -92,6 +94,7 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
         if of_run.retain is None:
             console.print("Without a retain set nothing watches what else the model loses (retain.path)", style="red")
         run.claim(_identity(config, models.tokenizer_digest(tokenizer), of_run), config, _OWNS)
+        run.record("unused_weights", unused)
         done = _outcome(run)
         if done is None or done.config != config.model_dump(mode="json"):
             # what matters is in the log; the rest is libraries' chatter

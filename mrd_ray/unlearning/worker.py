@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from mrd_ray import model_files, models
+from mrd_ray import model_files
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.errors import UserError
 from mrd_ray.runs import RunDirectory
@@ -152,8 +152,6 @@ def _report(metrics: dict[str, Any], write: Callable[[Path], None], config: Unle
     """Write this rank's part of a checkpoint, and let Ray Train bring it to the run directory meanwhile."""
     folder = Path(tempfile.mkdtemp(prefix=_prefix(config, ranks)))
     write(folder)
-    if ranks.rank == 0:
-        models.load_tokenizer(config.model).save_pretrained(folder / "model")
     ray.train.report(
         metrics | {"workers": ranks.size, RANKED_BY: _rank_of(metrics, config)},
         checkpoint=ray.train.Checkpoint.from_directory(folder),

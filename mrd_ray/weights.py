@@ -1,0 +1,179 @@
+"""The tensors in weight files, and what a model makes of them: none missing, none unused, every shape its own."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from mrd_ray.errors import UserError
+
+Shape = tuple[int, ...]
+_SHOWN = 3  # names in a message
+_PREFIXES = {"_orig_mod.": "torch.compile", "module.": "DataParallel", "_fsdp_wrapped_module.": "FSDP"}
+
+
+def shapes(files: Iterable[Path]) -> dict[str, Shape]:
+    """The shape of every tensor in these files, by name. Raises UserError if a file cannot be read."""
+    return {name: tuple(tensor.get_shape()) for file in files for name, tensor in _slices(file, "meta").items()}
+
+
+def read(files: Iterable[Path], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """These tensors, of those that are there. Raises UserError if a file cannot be read."""
+    wanted = set(names)
+    return {name: tensor[...] for file in files for name, tensor in _slices(file, "cpu").items() if name in wanted}
+
+
+class _Pickled:
+    """A tensor with the methods of a safetensors slice."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> Shape:
+        return tuple(self._tensor.shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._tensor[index]
+
+
+def _slices(file: Path, device: str) -> dict[str, Any]:
+    try:
+        if file.suffix == ".safetensors":
+            opened = safe_open(file, framework="pt")
+            return {name: opened.get_slice(name) for name in opened.offset_keys()}
+        found = torch.load(file, map_location=device, weights_only=True)
+        return {name: _Pickled(tensor) for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+    except Exception as problem:  # safetensors, zip and pickle each have exceptions of their own
+        raise UserError(f"model.path: cannot load {file}: {problem}; copy the file again") from problem
+
+
+def refuse_empty(files: Iterable[Path]) -> None:
+    """Raises UserError if a file holds tensors without elements."""
+    for file in files:
+        if empty := sorted(name for name, shape in shapes([file]).items() if math.prod(shape) == 0):
+            raise UserError(
+                f"model.path: {file} holds {len(empty)} empty tensor(s), first {empty[0]}. DeepSpeed's ZeRO-3 saves "
+                "such files when the weights are not gathered first. Save the model again with "
+                "stage3_gather_16bit_weights_on_model_save: true, or rebuild it from the training checkpoint with "
+                "DeepSpeed's zero_to_fp32.py"
+            )
+
+
+@dataclass
+class Fit:
+    """How tensors of files fit a model: names that the model lacks a value of, names that it does not use, and
+    (name, shape in the file, shape in the model)."""
+
+    missing: set[str] = field(default_factory=set)
+    unused: set[str] = field(default_factory=set)
+    mismatched: set[tuple[str, Shape, Shape]] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, loading: Mapping[str, Any]) -> "Fit":
+        """From what transformers tells of a model's loading."""
+        mismatched = {(name, tuple(found), tuple(own)) for name, found, own in loading["mismatched_keys"]}
+        return cls(set(loading["missing_keys"]), set(loading["unexpected_keys"]), mismatched)
+
+    def refuse(self, path: Path, allow_unused: bool) -> None:
+        """Raises UserError, which names `path`, for any misfit; with `allow_unused`, unused tensors are none."""
+        if self.mismatched:
+            told = [
+                f"{name} is {_shown(found)} in the file and {_shown(own)} in the model"
+                for name, found, own in sorted(self.mismatched)[:_SHOWN]
+            ]
+            more = f" (and {len(self.mismatched) - _SHOWN} more)" if len(self.mismatched) > _SHOWN else ""
+            raise UserError(
+                f"model.path: cannot load {path}: {len(self.mismatched)} tensor(s) of its weights have another shape "
+                f"than its configuration says: {'; '.join(told)}{more}. Give weights and configuration of one model"
+            )
+        unused = f"{len(self.unused)} tensor(s) that it does not use, first {', '.join(sorted(self.unused)[:_SHOWN])}"
+        if self.missing:
+            also = f", and hold {unused}{self._prefixed()}" if self.unused else ""
+            raise UserError(
+                f"model.path: the weights in {path} lack {len(self.missing)} parameter(s) of its configuration, "
+                f"first {min(self.missing)}{also}"
+            )
+        if self.unused and not allow_unused:
+            raise UserError(
+                f"model.path: the weights in {path} hold {unused}. Scores would be those of another model than the "
+                "file holds, if config.json says the wrong thing (attention_bias: false for a model with biases, or "
+                "too few layers). Correct config.json; if the model is meant to do without these tensors, set "
+                "model.allow_unused_weights: true"
+            )
+
+    def _prefixed(self) -> str:
+        for prefix, maker in _PREFIXES.items():
+            if all(name.startswith(prefix) for name in self.unused):
+                return f". Every name begins with {prefix}, as {maker} leaves it; save the model inside that wrapper"
+        return ""
+
+
+def _shown(shape: Shape) -> str:
+    return " x ".join(map(str, shape)) or "one number"
+
+
+def _square(shape: Shape) -> bool:
+    return len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+
+
+def _one_number(shape: Shape) -> bool:
+    return math.prod(shape) == 1
+
+
+def _row(shape: Shape) -> bool:
+    return len(shape) == 1 or (len(shape) == 2 and shape[0] == 1)
+
+
+# What earlier versions of transformers saved though it follows from the configuration: the end of the name, and the
+# shape, since a layer may have a true parameter of the same name.
+_DERIVED = [
+    (re.compile(r"(^|\.)inv_freq$"), _row),
+    (re.compile(r"(^|\.)rotary_emb\.(cos|sin)_cached$"), lambda shape: len(shape) in (2, 3, 4)),
+    (re.compile(r"(^|\.)position_ids$"), _row),
+    (re.compile(r"(^|\.)(attn|attention|crossattention|self_attn)\.bias$"), _square),  # a causal mask
+    (re.compile(r"(^|\.)causal_mask$"), _square),
+    (re.compile(r"(^|\.)masked_bias$"), _one_number),
+]
+
+
+def unused(model: PreTrainedModel, unexpected: Iterable[str], found: Mapping[str, Shape]) -> set[str]:
+    """The tensors of files that the model would need and does not use; what follows from its configuration is none.
+
+    Args:
+        unexpected: names that transformers reports. It keeps quiet about some, by name alone.
+        found: the shapes of all tensors in the files.
+    """
+    known = model.state_dict()
+    quiet = {
+        name
+        for name in found
+        if _named_as_derived(name)
+        and _ignored(model, name)
+        and not {name, f"{model.base_model_prefix}.{name}"} & known.keys()
+    }
+    return {name for name in {*unexpected, *quiet} if name not in found or not _derived(name, found[name])}
+
+
+def _named_as_derived(name: str) -> bool:
+    return any(end.search(name) for end, _ in _DERIVED)
+
+
+def _derived(name: str, shape: Shape) -> bool:
+    return any(end.search(name) and is_one(shape) for end, is_one in _DERIVED)
+
+
+def _ignored(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers would not report that a file holds this tensor and the model does not."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
+
+
+def set_aside(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Of these tensors, those that the architecture declares to have no use for, such as heads that guess ahead."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return {name for name in names if name not in tied and not _named_as_derived(name) and _ignored(model, name)}
