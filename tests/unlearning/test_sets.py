@@ -4,12 +4,13 @@ import io
 import json
 import re
 
+import pyarrow as pa
 import pytest
 from rich.console import Console
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from mrd_ray.config import UnlearnConfig
-from mrd_ray.data import samples
+from mrd_ray.data import read, samples
 from mrd_ray.errors import UserError
 from mrd_ray.unlearning import sets
 from mrd_ray.unlearning.sampling import ShuffledStream
@@ -168,6 +169,17 @@ def test_refusals_answer_the_forget_sets_prompts(build, tokenizer):
             assert (rows[j]["index"], rows[j]["row"], rows[j]["error"]) == (sample["index"], sample["row"], None)
         assert len(set(answer[i * 8 : i * 8 + 8]) & set(REFUSALS)) == 8
     assert len(set(found.refusals["sample_id"].to_pylist())) == 40
+
+
+def test_rows_of_several_files_are_paired_with_their_own_samples():
+    """Whose numbers repeat, and whose ids are in no order."""
+    forget = pa.table({"sample_id": list("abcde"), "index": [3, 0, 4, 2, 1], "row": [1, 1, 2, 3, 2]})
+    rows = [read.Row(number, {"of": name}) for number, name in zip([1, 2, 3, 1, 2], "bedac", strict=True)]
+    for i, row in sets._with_places("f*.jsonl", forget, rows):
+        assert forget["sample_id"][i].as_py() == row.values["of"]
+    for changed in (rows[:-1], [*rows, rows[0]], rows[::-1]):
+        with pytest.raises(UserError, match=r"^data\.path: f\*\.jsonl has changed while it was read; start again"):
+            sets._with_places("f*.jsonl", forget, changed)
 
 
 def test_refusals_of_a_chat(build, tokenizer):
