@@ -152,10 +152,8 @@ def _samples(rows: pa.Table, scored: int, number: int, name: str, include_text: 
         if of in rows.column_names and rows[of].null_count < len(rows)
     ]
     columns.append(Column("sample", rows["sample_id"].to_pylist(), "name"))
-    if "file" in rows.column_names and rows["file"].null_count < len(rows):
-        columns.append(Column("file", rows["file"].to_pylist(), "name"))
-    if "row" in rows.column_names:
-        columns.append(column("row", "row"))
+    if "index" in rows.column_names:
+        columns.append(column("index", "index"))
     if scored < len(rows):
         errors = [
             None if error is None else error if include_text else _WITHHELD for error in rows["error"].to_pylist()

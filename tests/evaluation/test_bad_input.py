@@ -111,5 +111,7 @@ def test_rows_that_cannot_be_evaluated_keep_their_reason(stories_dir, tmp_path):
     run = evaluate(config(stories_dir, {"sets": {"forget": forget}, "max_new_tokens": 4}, tmp_path / "run"))
     found = {line["sample_id"]: line["error"] for line in run.lines.to_pylist() if line["error"] is not None}
     assert run.num_errors == len(found)
+    places = {(line["sample_id"], line["index"], line["file"], line["row"]) for line in run.lines.to_pylist()}
+    assert places == {(name, index, None, index + 1) for index, name in enumerate(rows)}
     assert found.keys() == reasons.keys()
     assert all(reasons[name] in found[name] for name in reasons)

@@ -20,6 +20,7 @@ from mrd_ray import CompareConfig, ReportConfig, UserError, cli, compare, write_
 from mrd_ray.report import tables
 from mrd_ray.report.words import number
 from mrd_ray.scoring import summary
+from mrd_ray.scoring.table import PLACE
 
 
 class Page(HTMLParser):
@@ -89,7 +90,12 @@ def test_table_holds_the_scores(runs, report, run, name, pairs):
     for label, column in {"MRD": "mrd", "± s.e.": "mrd_se", "log p": "log_prob", "weight": "weight"}.items():
         expected, found = (np.array(values, float) for values in (scores[column].to_pylist(), shown[label]))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
-    for label, column in {"draws": "num_draws", "tokens": "num_tokens", "sample": "sample_id"}.items():
+    for label, column in {
+        "draws": "num_draws",
+        "tokens": "num_tokens",
+        "sample": "sample_id",
+        "index": "index",
+    }.items():
         assert shown[label] == scores[column].to_pylist()
     errors = dict(zip(scores["sample_id"].to_pylist(), scores["error"].to_pylist(), strict=True))
     assert dict(zip(shown["sample"], shown["error"], strict=True)) == errors
@@ -425,6 +431,18 @@ class TestRefuses:
         scores = pq.read_table(tmp_path / "run" / "scores.parquet")
         pq.write_table(scores.drop_columns(["mrd"]), tmp_path / "run" / "scores.parquet")
         assert "no column mrd" in self.refused(tmp_path / "run")
+
+
+def test_runs_of_an_earlier_version(runs, tmp_path):
+    """Whose tables do not say where the samples are."""
+    names = ("exact", "unlearned", "after")
+    for name in names:
+        shutil.copytree(runs[name], tmp_path / name)
+        for file in (tmp_path / name).rglob("*.parquet"):
+            table = pq.read_table(file)
+            pq.write_table(table.drop_columns([column for column in PLACE if column in table.column_names]), file)
+    old, new = (write(tmp_path, *(folder / name for name in names)) for folder in (tmp_path, runs["exact"].parent))
+    assert old.data("samples-1") == {name: of for name, of in new.data("samples-1").items() if name != "index"}
 
 
 def test_texts_share_a_budget(monkeypatch):

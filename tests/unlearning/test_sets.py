@@ -173,6 +173,19 @@ def test_refusals_answer_the_forget_sets_prompts(build, tokenizer):
     assert len(set(found.refusals["sample_id"].to_pylist())) == 40
 
 
+def test_refusals_of_several_files_answer_their_own_prompts(build, tmp_path):
+    """Whose row numbers repeat, and whose ids are in no order."""
+    files = [tmp_path / name for name in ("b.jsonl", "a.jsonl")]
+    for file, part in zip(files, (FORGET[:3], FORGET[3:]), strict=True):
+        file.write_text("\n".join(map(json.dumps, part)))
+    found, _ = build(refusals=REFUSALS, data__path=[str(file) for file in files])
+    prompts = {row["id"]: row["prompt"] for row in FORGET}
+    for i, sample in enumerate(found.forget.to_pylist()):
+        for refusal in found.refusals.to_pylist()[i * 8 : i * 8 + 8]:
+            assert refusal["text"].startswith(f"Question: {prompts[sample['sample_id']]}\nAnswer: ")
+            assert (refusal["file"], refusal["row"]) == (sample["file"], sample["row"])
+
+
 def test_refusals_of_a_chat(build, tokenizer):
     chatty = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     chatty.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"

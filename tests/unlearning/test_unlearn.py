@@ -18,6 +18,8 @@ import pytest
 import yaml
 
 from mrd_ray import ScoreConfig, UnlearnConfig, UserError, score, unlearn
+from mrd_ray.scoring.table import PLACE
+from mrd_ray.unlearning.loop import State
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -102,6 +104,16 @@ def test_what_a_run_did_not_make_is_left_alone(files, tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(UserError, match=r"holds model but no manifest\.json"):
         unlearn(config(files, tmp_path))
+
+
+def test_a_checkpoint_of_an_earlier_version(finished, tmp_path):
+    """Whose scores do not say where the samples are: they are in the order of ids, as the forget set is."""
+    _, run = finished
+    (folder, *_) = sorted(file.parent for file in (run / "checkpoints").rglob("state.json"))
+    shutil.copytree(folder, tmp_path / "old")
+    file = tmp_path / "old" / "scores.parquet"
+    pq.write_table(pq.read_table(file).drop_columns(PLACE), file)
+    assert State.load(tmp_path / "old").scores.equals(State.load(folder).scores.drop_columns(PLACE))
 
 
 @pytest.mark.slow
