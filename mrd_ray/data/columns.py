@@ -1,10 +1,12 @@
 """Which columns of a source hold what: as set, or the well-known ones where only one reading is possible."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from shlex import quote
 from typing import Any, NamedTuple
 
 from mrd_ray.config import DataConfig
 from mrd_ray.config import template as templates
+from mrd_ray.config.template import Template
 from mrd_ray.data.conversations import is_conversation
 from mrd_ray.errors import UserError
 
@@ -102,28 +104,33 @@ def choose(data: DataConfig, present: Mapping[str, str], where: str) -> Columns:
         return columns(text=require("data.text", data.text))
     if data.messages is not None:
         return columns(messages=require("data.messages", data.messages))
-    own = () if data.template == "chat" else templates.parse(data.template).own_columns
-    response = data.response or ("output" if data.template == "alpaca" else None)
-    if own:
-        if data.template == "alpaca" and "input" not in present:
-            own = tuple(name for name in own if name != "input")
-        names = [require("data.template", name) for name in own]
+    if data.template != "chat" and (template := templates.parse(data.template)).own_columns:
+        names = [require("data.template", name) for name in template.own_columns if not _may_lack(data, name, present)]
+        response = _of_template(data, template, names, where)
         response = None if response is None else require("data.response", response)
-        if "response" in templates.parse(data.template).columns and response is None:
-            raise UserError(f"{where}: data.template holds {{response}}; say which column that is with data.response")
-        if response is None and data.score_on == "response":
-            raise UserError(
-                f"{where}: data.score_on: response, but which of {', '.join(names)} (data.template) is the response? "
-                "Say so with data.response"
-            )
-        prompt = data.prompt
-        if "prompt" in templates.parse(data.template).columns and prompt is None:
-            raise UserError(f"{where}: data.template holds {{prompt}}; say which column that is with data.prompt")
-        return columns(prompt=prompt, response=response, others=names)
+        return columns(prompt=data.prompt, response=response, others=names)
     if data.prompt is not None:
         prompt = data.prompt if "{" in data.prompt else require("data.prompt", data.prompt)
         return columns(prompt=prompt, response=require("data.response", str(data.response)))
     return columns(**_guess(data, present, where))
+
+
+def _may_lack(data: DataConfig, name: str, present: Mapping[str, str]) -> bool:
+    return data.template == "alpaca" and name == "input" and name not in present
+
+
+def _of_template(data: DataConfig, template: Template, names: Sequence[str], where: str) -> str | None:
+    """The response of a template that names other columns too. Raises UserError if that must be said, and is not."""
+    response = data.response or ("output" if data.template == "alpaca" else None)
+    for setting, column in {"prompt": data.prompt, "response": response}.items():
+        if setting in template.columns and column is None:
+            raise UserError(f"{where}: data.template holds {{{setting}}}; say which column that is with data.{setting}")
+    if response is None and data.score_on == "response":
+        raise UserError(
+            f"{where}: data.score_on: response, but which of {', '.join(names)} (data.template) is the response? "
+            "Say so with data.response"
+        )
+    return response
 
 
 def _guess(data: DataConfig, present: Mapping[str, str], where: str) -> dict[str, str]:
@@ -168,22 +175,26 @@ def _guess(data: DataConfig, present: Mapping[str, str], where: str) -> dict[str
 
 def _readings(present: Mapping[str, str], readable: set[str]) -> list[str]:
     """Flags for what the columns may mean."""
-    roles = {name.casefold(): name for name in present if name in readable and present[name] != "nothing"}
+    roles = {name.casefold(): quote(name) for name in present if name in readable and present[name] != "nothing"}
     prompts = [roles[role] for role in (*_PROMPTS, "text") if role in roles]
     responses = [roles[role] for role in _RESPONSES if role in roles]
     of_lists = {"texts": " --data.response_index 0", "nested texts": ".text --data.response_index 0"}
     responses += [
-        name + of_lists[kind] for name, kind in present.items() if kind in of_lists and name.casefold() in _RESPONSES
+        quote(name) + of_lists[kind]
+        for name, kind in present.items()
+        if kind in of_lists and name.casefold() in _RESPONSES
     ]
     readings = []
     if {"instruction", "input", "output"} <= roles.keys():
         readings.append("--data.template alpaca")
-    readings += [f"--data.messages {name}" for name, kind in present.items() if kind == "messages" and not prompts]
+    readings += [
+        f"--data.messages {quote(name)}" for name, kind in present.items() if kind == "messages" and not prompts
+    ]
     readings += [f"--data.messages {roles[role]}" for role in _MESSAGES if role in roles and prompts]
     readings += [f"--data.prompt {prompt} --data.response {response}" for prompt in prompts for response in responses]
     readings += [f"--data.text {roles['text']}"] if "text" in roles else []
     if len(prompts) > 1 and responses and not readings[0].endswith("alpaca"):
-        parts = "\\n".join(f"{{{prompt}}}" for prompt in prompts)
+        parts = "\\n".join(f"{{{name}}}" for name in (*_PROMPTS, "text") if name in roles)
         readings.insert(1, f"--data.template '{parts}\\n{{response}}' --data.response {responses[0]}")
     pairs, rest = readings[: _SHOWN - 1], readings[_SHOWN - 1 :]
     return pairs + rest[-1:]
