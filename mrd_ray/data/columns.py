@@ -175,7 +175,8 @@ def _guess(data: DataConfig, present: Mapping[str, str], where: str) -> dict[str
 
 def _readings(present: Mapping[str, str], readable: set[str]) -> list[str]:
     """Flags for what the columns may mean."""
-    roles = {name.casefold(): quote(name) for name in present if name in readable and present[name] != "nothing"}
+    names = {name.casefold(): name for name in present if name in readable and present[name] != "nothing"}
+    roles = {role: quote(name) for role, name in names.items()}
     prompts = [roles[role] for role in (*_PROMPTS, "text") if role in roles]
     responses = [roles[role] for role in _RESPONSES if role in roles]
     of_lists = {"texts": " --data.response_index 0", "nested texts": ".text --data.response_index 0"}
@@ -194,7 +195,7 @@ def _readings(present: Mapping[str, str], readable: set[str]) -> list[str]:
     readings += [f"--data.prompt {prompt} --data.response {response}" for prompt in prompts for response in responses]
     readings += [f"--data.text {roles['text']}"] if "text" in roles else []
     if len(prompts) > 1 and responses and not readings[0].endswith("alpaca"):
-        parts = "\\n".join(f"{{{name}}}" for name in (*_PROMPTS, "text") if name in roles)
+        parts = "\\n".join(f"{{{names[role]}}}" for role in (*_PROMPTS, "text") if role in names)
         readings.insert(1, f"--data.template '{parts}\\n{{response}}' --data.response {responses[0]}")
     pairs, rest = readings[: _SHOWN - 1], readings[_SHOWN - 1 :]
     return pairs + rest[-1:]
