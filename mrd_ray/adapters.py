@@ -82,6 +82,7 @@ def shape(model: PreTrainedModel, folder: Path, found: Mapping[str, Shape]) -> N
             model.add_adapter(adapter)
     except Exception as problem:
         raise _does_not_fit(folder, adapter, problem) from problem
+    _put_tokens_in(model)
 
 
 def put_on(model: PreTrainedModel, folder: Path, files: list[Path]) -> Fit:
@@ -112,6 +113,7 @@ def put_on(model: PreTrainedModel, folder: Path, files: list[Path]) -> Fit:
         if tied:
             _tie_again(model, adapter, given)
         _refuse_random_rows(model, adapter, given, range(before, rows), folder)
+        _put_tokens_in(model)
     return fit
 
 
@@ -221,6 +223,18 @@ def _tie_again(model: PreTrainedModel, adapter: Any, given: set[int]) -> None:
         inputs.weight = outputs.weight
     elif inputs.weight.is_meta or torch.equal(inputs.weight, outputs.weight):
         outputs.weight = inputs.weight
+
+
+def _put_tokens_in(model: PreTrainedModel) -> None:
+    """Put rows that the adapter holds for single tokens into the embeddings, in place of the layers that would.
+
+    It is the same function with the same gradients, of layers that have a rule in `mrd.gradient_rules`.
+    """
+    for name, module in [(name, module) for name, module in model.named_modules() if hasattr(module, "token_adapter")]:
+        layer = module.token_adapter
+        with torch.no_grad():
+            layer.base_layer.weight.data = layer.get_merged_weights(layer.active_adapters)
+        model.set_submodule(name, layer.base_layer)
 
 
 def _refuse_random_rows(model: PreTrainedModel, adapter: Any, given: set[int], new: range, folder: Path) -> None:
