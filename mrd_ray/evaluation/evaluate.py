@@ -75,8 +75,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
         files_digest = model_files.files_digest(config.model)
         zero_shot.require(config)
         tokenizer = models.load_tokenizer(config.model)
-        unused = models.unused_weights(config.model)
         skeleton = models.skeleton(config.model)
+        unused = models.unused_weights(config.model)
         tables = sets.build_all(config.evaluation, tokenizer, Limits.of(skeleton))
         of_sets = {f"evaluation.sets.{name}": sets.digest(rows) for name, rows in tables.items()}
         reference = None

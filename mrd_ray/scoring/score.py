@@ -64,8 +64,8 @@ def score(config: ScoreConfig) -> ScoreRun:
     run = RunDirectory(config.run.dir)
     with held(run):
         files_digest = model_files.files_digest(config.model)
-        unused = models.unused_weights(config.model)
         skeleton = models.skeleton(config.model)
+        unused = models.unused_weights(config.model)
         plan.refuse_uncovered(skeleton, config.scoring)
         tokenizer = models.load_tokenizer(config.model)
         samples = samples_table.build(config.data, tokenizer, Limits.of(skeleton), console)

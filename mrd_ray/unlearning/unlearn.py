@@ -82,8 +82,8 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
     run = RunDirectory(config.run.dir)
     with held(run):
         trained.refuse(config)
-        saving.refuse_loss(config.model, unused := models.unused_weights(config.model))
         skeleton = models.skeleton(config.model)
+        saving.refuse_loss(config.model, unused := models.unused_weights(config.model))
         if config.lora.rank:
             trained.add_lora(skeleton, config)
         if config.unlearning.weighting != "uniform":

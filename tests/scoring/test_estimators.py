@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from runs_of import config, stamps
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CTRLConfig, LlamaConfig, MixtralConfig
 
 from mrd_ray import ScoringConfig, UserError, score
@@ -166,6 +167,7 @@ def test_adapters_that_cannot_be_scored(tiny_model_dir, qa_file, tmp_path, adapt
         file.parent
     )
     file.write_text(json.dumps(json.loads(file.read_text()) | adapter))
+    save_file({"lora": torch.zeros(1)}, file.with_name("adapter_model.safetensors"))
     with pytest.raises(UserError, match=message):
         score(config(file.parent, qa_file, tmp_path / "run"))
 
