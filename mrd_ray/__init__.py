@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mrd_ray.scoring.compare import Comparison, compare
     from mrd_ray.scoring.estimate import Estimate, plan
     from mrd_ray.scoring.score import ScoreRun, score
-    from mrd_ray.unlearning.sampling import MRDSampler
+    from mrd_ray.unlearning.sampler import MRDSampler
     from mrd_ray.unlearning.unlearn import UnlearnRun
 
 __all__ = [
@@ -66,7 +66,7 @@ _LAZY = {  # but for settings, which are in mrd_ray.config
     "write_report": "mrd_ray.report.report",
     "ScoreRun": "mrd_ray.scoring.score",
     "score": "mrd_ray.scoring.score",
-    "MRDSampler": "mrd_ray.unlearning.sampling",
+    "MRDSampler": "mrd_ray.unlearning.sampler",
     "UnlearnRun": "mrd_ray.unlearning.unlearn",
     "unlearn": "mrd_ray.evaluation.in_training",
 }

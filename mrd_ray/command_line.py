@@ -121,10 +121,9 @@ class CommandLine:
                 return call(config)
         except UserError as problem:
             return _failed(problem, debug=debug)
-        except BrokenPipeError:  # of `mrd-ray status RUN | head -1`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
-            return FAILED
         except Exception as problem:  # a defect, or what a library did not foresee
+            if isinstance(problem, BrokenPipeError) and _nobody_reads():
+                return FAILED
             return _failed(_unforeseen(arguments[0], problem), debug=debug)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -145,6 +144,16 @@ def _terminable() -> Iterator[None]:
     finally:
         if of_main:
             signal.signal(signal.SIGTERM, before)
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of stdout has gone, as of `mrd-ray status RUN | head -1`: other pipes break too."""
+    try:
+        sys.stdout.flush()
+        return False
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        return True
 
 
 def _unforeseen(command: str, problem: Exception) -> UserError:

@@ -12,6 +12,7 @@ import ray.util.metrics
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 
+from mrd_ray.config.credentials import recordable
 from mrd_ray.errors import UserError, whole_traceback
 from mrd_ray.runs import EVENTS, PROGRESS, TRACEBACK, RunDirectory
 
@@ -129,7 +130,9 @@ class Journal:
     def _keep_traceback(self, problem: Exception) -> None:
         """Write it beside the log, and say so in a note of the exception."""
         with contextlib.suppress(UserError):  # the disk may be what the problem is about
-            self._run.write(TRACEBACK, whole_traceback(problem).encode(errors="replace"))
+            lines = whole_traceback(problem).split("\n")  # which may quote a URI with credentials
+            kept = "\n".join(" ".join(recordable(line.split(" "))) for line in lines)
+            self._run.write(TRACEBACK, kept.encode(errors="replace"))
             problem.add_note(f"The traceback is in {self._run.path(TRACEBACK)}")
 
     def tell(self, **figures: float) -> None:

@@ -271,3 +271,11 @@ def test_a_ray_that_cannot_start_is_a_sentence(environment, sentence, stories_di
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert sentence in done.stderr.splitlines()[-1]
+
+
+def test_a_broken_pipe_that_is_not_the_readers_is_told(capsys):
+    def call(_config):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert cli.LINE.run(["status", "r"], call) == 1
+    assert "`status` was stopped by BrokenPipeError: [Errno 32] Broken pipe" in capsys.readouterr().err

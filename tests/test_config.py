@@ -30,6 +30,7 @@ def test_defaults_are_the_documented_ones():
         {"template": "{% if %}"},
         {"template": "{other:>10}"},
         {"sample_seed": 1},
+        {"path": []},
         {"encoding": "klingon"},
         {"response_index": 0, "response_join": ", "},
         {"template": "{prompt!r} {response}"},
@@ -43,7 +44,7 @@ def test_defaults_are_the_documented_ones():
 )
 def test_data_settings_refused(setting):
     with pytest.raises(ValidationError):
-        DataConfig(path="d", **setting)
+        DataConfig(**{"path": "d"} | setting)
 
 
 @pytest.mark.parametrize(

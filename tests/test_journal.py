@@ -280,3 +280,22 @@ def test_a_run_whose_actors_end_again_and_again_ends(ray_cluster, tmp_path, acto
     units = {"first": 0, "second": 0, "third": 0}
     with Journal(run, "score") as journal, pytest.raises(UserError, match=words):
         list(results(units, [pa.table({"x": [1]})], actor, None, Pool(1, 1.0, 0.0), journal, 600.0))
+
+
+def test_a_failed_run_keeps_its_traceback_without_credentials(tmp_path):
+    """And a run that had no failure has none."""
+    run = RunDirectory(str(tmp_path))
+    run.claim({}, ModelConfig(path="m"))
+    with Journal(run, "score"):
+        pass
+    assert not (tmp_path / "traceback.txt").exists()
+    with pytest.raises(OSError, match="secret") as failed, Journal(run, "score"):
+        try:
+            raise KeyError("layer")
+        except KeyError:
+            raise OSError("cannot read https://bucket/x?X-Amz-Signature=secret today") from None
+    kept = (tmp_path / "traceback.txt").read_text()
+    assert "KeyError: 'layer'" in kept
+    assert "OSError: cannot read https://bucket/x?X-Amz-Signature=*** today" in kept
+    assert "secret" not in kept
+    assert f"The traceback is in {tmp_path / 'traceback.txt'}" in failed.value.__notes__

@@ -2,14 +2,14 @@
 
 import codecs
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from mrd_ray.config import template as templates
 from mrd_ray.config.base import Frozen, Name
 
-Paths = Name | tuple[Name, ...]
+Paths = Name | Annotated[tuple[Name, ...], Field(min_length=1)]
 _PLAIN_TEXT = re.compile(r"\.txt(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
 
 

@@ -42,19 +42,17 @@ class Template:
 def parse(text: str) -> Template:
     """A template from a setting. Raises ValueError, which says what is wrong with it."""
     text = PRESETS.get(text, text)
-    if "{%" in text or ("{{" in text and not _fields(re.sub(r"\{\{.*?\}\}", "", text))):
+    if "{%" in text:
         return _parse_jinja(text)
     try:
         pieces = [piece for piece in string.Formatter().parse(text) if piece[1] is not None]
     except ValueError as problem:
         raise ValueError(f"it is not a format string: {problem} (write {{{{ and }}}} for literal braces)") from None
+    if not pieces and "{{" in text:  # of a format string these would be literal braces, and all of it fixed text
+        return _parse_jinja(text)
     if odd := [name for _, name, spec, conversion in pieces if conversion or spec or not name]:
         raise ValueError(f"its field {odd[0]!r} must be the name of a column in braces, and nothing else")
     return Template(text, False, tuple(name for _, name, _, _ in pieces if name))
-
-
-def _fields(text: str) -> list[str]:
-    return re.findall(r"\{[^{}]+\}", text)
 
 
 def _parse_jinja(text: str) -> Template:
@@ -66,7 +64,7 @@ def _parse_jinja(text: str) -> Template:
     except jinja2.TemplateError as problem:
         raise ValueError(f"it is not a Jinja template: {problem}") from None
     first = {name: found.start() if (found := re.search(rf"\b{name}\b", text)) else 0 for name in names}
-    return Template(text, True, tuple(sorted(names, key=first.__getitem__)))
+    return Template(text, True, tuple(sorted(names, key=lambda name: (first[name], name))))
 
 
 @functools.lru_cache

@@ -29,7 +29,11 @@ _SHOWN = 4  # readings that a message offers
 
 
 class Columns(NamedTuple):
-    """Which columns hold what; see DataConfig. `prompt` may be a template, `used` are all that a sample is made of."""
+    """Which columns hold what; see DataConfig.
+
+    prompt: may be a template. used: all that a sample is made of. chats: those of prompt and response that hold
+    conversations, in every row or in none, so that no text is taken for one.
+    """
 
     text: str | None
     prompt: str | None
@@ -37,6 +41,7 @@ class Columns(NamedTuple):
     messages: str | None
     id: str | None
     used: tuple[str, ...]
+    chats: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = {"text": self.text, "prompt": self.prompt, "response": self.response, "messages": self.messages}
@@ -95,10 +100,11 @@ def choose(data: DataConfig, present: Mapping[str, str], where: str) -> Columns:
         if prompt is not None and prompt not in present and "{" in prompt:
             parts = [require("data.prompt", name) for name in templates.parse(prompt).columns]
             plain = [*parts, response, *others]
-        if (messages is not None or present.get(str(prompt)) == "messages") and "system" in present:
-            plain.append("system")
+        chats = tuple(name for name in (prompt, response) if name is not None and present.get(name) == "messages")
+        if messages is not None or chats:
+            plain += [name for name in ("system", "tools") if name in present]
         used = tuple(dict.fromkeys(name for name in plain if name is not None))
-        return Columns(text, prompt, response, messages, id_column, used)
+        return Columns(text, prompt, response, messages, id_column, used, chats)
 
     if data.text is not None:
         return columns(text=require("data.text", data.text))
@@ -106,9 +112,9 @@ def choose(data: DataConfig, present: Mapping[str, str], where: str) -> Columns:
         return columns(messages=require("data.messages", data.messages))
     if data.template != "chat" and (template := templates.parse(data.template)).own_columns:
         names = [require("data.template", name) for name in template.own_columns if not _may_lack(data, name, present)]
-        response = _of_template(data, template, names, where)
+        prompt, response = _of_template(data, template, present, where)
         response = None if response is None else require("data.response", response)
-        return columns(prompt=data.prompt, response=response, others=names)
+        return columns(prompt=prompt, response=response, others=names)
     if data.prompt is not None:
         prompt = data.prompt if "{" in data.prompt else require("data.prompt", data.prompt)
         return columns(prompt=prompt, response=require("data.response", str(data.response)))
@@ -119,18 +125,25 @@ def _may_lack(data: DataConfig, name: str, present: Mapping[str, str]) -> bool:
     return data.template == "alpaca" and name == "input" and name not in present
 
 
-def _of_template(data: DataConfig, template: Template, names: Sequence[str], where: str) -> str | None:
-    """The response of a template that names other columns too. Raises UserError if that must be said, and is not."""
-    response = data.response or ("output" if data.template == "alpaca" else None)
-    for setting, column in {"prompt": data.prompt, "response": response}.items():
-        if setting in template.columns and column is None:
-            raise UserError(f"{where}: data.template holds {{{setting}}}; say which column that is with data.{setting}")
-    if response is None and data.score_on == "response":
+def _of_template(
+    data: DataConfig, template: Template, present: Mapping[str, str], where: str
+) -> tuple[str | None, str | None]:
+    """Prompt and response of a template that names other columns too.
+
+    Without a setting {prompt} and {response} are the columns of these names. Raises UserError where there are none.
+    """
+    set_to = {"prompt": data.prompt, "response": data.response or ("output" if data.template == "alpaca" else None)}
+    for role in set_to:
+        if role in template.columns and set_to[role] is None:
+            if role not in present:
+                raise UserError(f"{where}: data.template holds {{{role}}}; say which column that is with data.{role}")
+            set_to[role] = role
+    if set_to["response"] is None and data.score_on == "response":
         raise UserError(
-            f"{where}: data.score_on: response, but which of {', '.join(names)} (data.template) is the response? "
-            "Say so with data.response"
+            f"{where}: data.score_on: response, but which of {', '.join(template.own_columns)} (data.template) is the "
+            "response? Say so with data.response"
         )
-    return response
+    return set_to["prompt"], set_to["response"]
 
 
 def _guess(data: DataConfig, present: Mapping[str, str], where: str) -> dict[str, str]:

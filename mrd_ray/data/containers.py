@@ -1,13 +1,13 @@
 """A JSON document -> rows: a list of rows or texts, columns as pandas writes them, or an object of such lists."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from mrd_ray.data.columns import ROLES
 from mrd_ray.data.conversations import is_conversation
+from mrd_ray.data.files import Say
 from mrd_ray.errors import UserError
 
-Say = Callable[[str], None]
 Numbered = Iterator[tuple[int, dict[str, Any]]]
 
 
@@ -29,13 +29,18 @@ def rows_of(path: str, document: Any, split: str, say: Say) -> Numbered:
     else:
         rows = _of_object(path, document, split, say)
     for number, value in enumerate(rows, 1):
-        if isinstance(value, str):
-            value = {"text": value}
-        if not isinstance(value, dict):
-            raise UserError(
-                f"{path}, row {number}: expected an object with named columns, or a text, found {value!r:.60}"
-            )
-        yield number, value
+        yield number, row_of(path, number, value)
+
+
+def row_of(path: str, number: int, value: Any) -> dict[str, Any]:
+    """A JSON value as a row; a text is its only column. Raises UserError."""
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{path}, row {number}: expected a JSON object with named columns, or a text, found {value!r:.60}"
+        )
+    return value
 
 
 def refuse_split(path: str, split: str) -> None:

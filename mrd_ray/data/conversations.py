@@ -76,6 +76,19 @@ def messages(value: Any, column: str) -> list[Message]:
     return found
 
 
+def tools(value: Any) -> list[Any] | None:
+    """What a template is told of tools: a list, also as JSON text. None without any. Raises Unscorable."""
+    try:
+        found = json.loads(value) if isinstance(value, str) and value.strip() else value
+    except (ValueError, RecursionError):
+        found = value
+    if not found:
+        return None
+    if not isinstance(found, list):
+        raise Unscorable(f"column 'tools' is no list of tools: {value!r:.40}")
+    return found
+
+
 def last_answer(turns: Sequence[Message]) -> int:
     """The index of the last assistant turn. Raises Unscorable if there is none."""
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]

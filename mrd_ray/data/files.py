@@ -16,6 +16,7 @@ from mrd_ray import storage
 from mrd_ray.errors import UserError
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+Say = Callable[[str], None]  # told what a person may want to know of how a source is read
 _CHUNK = 1 << 20
 _BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 _BOMS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # after UTF-32, whose mark begins alike
@@ -27,11 +28,11 @@ def _zstd(file: BinaryIO) -> BinaryIO:
     return opened
 
 
-_MAGIC: dict[bytes, Callable[[BinaryIO], BinaryIO]] = {
-    b"\x1f\x8b": gzip.open,  # type: ignore[dict-item]
+_MAGIC: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": gzip.open,
     b"\x28\xb5\x2f\xfd": _zstd,
-    b"BZh": bz2.open,  # type: ignore[dict-item]
-    b"\xfd7zXZ\x00": lzma.open,  # type: ignore[dict-item]
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
 }
 
 
@@ -63,7 +64,7 @@ def open_bytes(path: str) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def open_text(path: str, encoding: str | None, guess: bool, say: Callable[[str], None]) -> Iterator[TextIO]:
+def open_text(path: str, encoding: str | None, guess: bool, say: Say) -> Iterator[TextIO]:
     """What the file holds as text, newlines as they are.
 
     Args:
@@ -78,24 +79,11 @@ def open_text(path: str, encoding: str | None, guess: bool, say: Callable[[str],
     elif encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
         encoding = "utf-8-sig"
     with open_bytes(path) as file:
-        readable: Any = _Readable(file)
-        yield io.TextIOWrapper(readable, encoding=encoding, newline="")
-
-
-class _Readable(io.RawIOBase):
-    """Any opened file as what TextIOWrapper wants, closed by who has opened it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        return bytes(self._file.read(size))
-
-    def read1(self, size: int = -1) -> bytes:
-        return bytes(self._file.read(_CHUNK if size < 0 else size))
+        text = io.TextIOWrapper(file, encoding=encoding, newline="")
+        try:
+            yield text
+        finally:
+            text.detach()  # closed by who has opened it
 
 
 def _encoding(path: str, guess: bool) -> str:

@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, TextIO
 
@@ -13,11 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mrd_ray.config import DataConfig
-from mrd_ray.data.containers import refuse_split, rows_of
-from mrd_ray.data.files import COMPRESSED, open_bytes, open_text, reading
+from mrd_ray.data.containers import Numbered, refuse_split, row_of, rows_of
+from mrd_ray.data.files import COMPRESSED, Say, open_bytes, open_text, reading
 from mrd_ray.errors import UserError
 
-Numbered = Iterator[tuple[int, dict[str, Any]]]
 JSON = (".jsonl", ".json", ".ndjson")
 SEPARATED = (".csv", ".tsv")
 TEXT = ".txt"
@@ -34,7 +33,7 @@ def ending(path: str) -> str | None:
     return name.suffix if name.suffix in ENDINGS else None
 
 
-def rows(path: str, data: DataConfig, split: str, say: Callable[[str], None]) -> Numbered:
+def rows(path: str, data: DataConfig, split: str, say: Say) -> Numbered:
     """The rows of a file, but for .txt (see `text`). Raises UserError, which names file, row and cause.
 
     Args:
@@ -56,7 +55,7 @@ def rows(path: str, data: DataConfig, split: str, say: Callable[[str], None]) ->
         yield from _arrow(path)
 
 
-def text(path: str, data: DataConfig, say: Callable[[str], None]) -> str:
+def text(path: str, data: DataConfig, say: Say) -> str:
     """The whole of a plain text file. Raises UserError."""
     with open_text(path, data.encoding, True, say) as file:
         content = "".join(line for _, line in _numbered(path, file))
@@ -88,7 +87,7 @@ def _numbered(path: str, file: TextIO) -> Iterator[tuple[int, str]]:
 # --- JSON
 
 
-def _json(path: str, file: TextIO, split: str, say: Callable[[str], None]) -> Numbered:
+def _json(path: str, file: TextIO, split: str, say: Say) -> Numbered:
     """JSON lines, or one JSON document, whatever the file is called."""
     lines = ((number, line) for number, line in _numbered(path, file) if line.strip())
     first = next(lines, None)
@@ -101,26 +100,16 @@ def _json(path: str, file: TextIO, split: str, say: Callable[[str], None]) -> Nu
     elif _is_whole(line):
         refuse_split(path, split)
         for at, each in itertools.chain([first, second], lines):
-            yield at, _row(path, at, _parsed(path, each.rstrip(), at))
+            yield at, row_of(path, at, _parsed(path, each.rstrip(), at))
     else:
         rest = "".join(each for _, each in itertools.chain([second], lines))
         yield from rows_of(path, _parsed(path, line + rest, number), split, say)
 
 
 def _is_whole(line: str) -> bool:
-    """Whether a first line is a row by itself, be it broken, and not the begin of a document."""
+    """Whether a first line is a row by itself, be it broken, and not the beginning of a document."""
     stripped = line.strip()
-    if stripped[0] in "[{":
-        return stripped[-1] == "}" and stripped[0] == "{"
-    return True
-
-
-def _row(path: str, number: int, value: Any) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, str):
-        return {"text": value}
-    raise UserError(f"{path}, row {number}: expected a JSON object with named columns, or a text, found {value!r:.60}")
+    return stripped[0] not in "[{" or (stripped[0], stripped[-1]) == ("{", "}")
 
 
 def _parsed(path: str, content: str, line: int) -> Any:
@@ -188,7 +177,6 @@ def _separator(lines: list[str]) -> str:
         try:
             records = [record for record in csv.reader(lines, delimiter=separator, strict=True) if record]
         except csv.Error:  # the last may be cut off within a quoted field
-            records = []
             reader = csv.reader(lines, delimiter=separator)
             records = [record for record in reader if record][:-1]
         widths = {len(record) for record in records}

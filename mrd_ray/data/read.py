@@ -14,10 +14,10 @@ from mrd_ray.config import DataConfig
 from mrd_ray.data import formats, sources
 from mrd_ray.data.cells import lookup
 from mrd_ray.data.containers import refuse_split
+from mrd_ray.data.files import Say
 from mrd_ray.data.sources import File, Hub, Saved
 from mrd_ray.errors import UserError
 
-Say = Callable[[str], None]
 R = TypeVar("R")
 _BATCH = 1000
 

@@ -12,7 +12,7 @@ from mrd_ray.config.template import Template
 from mrd_ray.data import conversations
 from mrd_ray.data.cells import Unscorable, as_text, cell, lookup, response_text
 from mrd_ray.data.columns import Columns
-from mrd_ray.data.conversations import Message, Span, is_conversation
+from mrd_ray.data.conversations import Message, Span
 
 # Around a response while Jinja puts a sample together, to find it again. Of the plane for private use.
 _BEGIN, _END = "\U000f5c0e", "\U000f7d01"
@@ -53,7 +53,8 @@ def with_response(values: Mapping[str, Any], columns: Columns, response: str) ->
     """The row with another response: of a conversation, its last assistant turn. Raises Unscorable."""
     if columns.messages is None:
         assert columns.response is not None
-        return {**values, columns.response: response}
+        in_chat = columns.response in columns.chats
+        return {**values, columns.response: [{"role": "assistant", "content": response}] if in_chat else response}
     turns = conversations.messages(lookup(values, columns.messages), columns.messages)
     asked = turns[: conversations.last_answer(turns)]
     return {**values, columns.messages: [*asked, {"role": "assistant", "content": response}]}
@@ -71,28 +72,23 @@ def conversation(values: Mapping[str, Any], columns: Columns, data: DataConfig) 
     """The turns of a row that is chat data, or that data.template: chat makes one. Raises Unscorable."""
     if columns.messages is not None:
         turns, first = conversations.messages(lookup(values, columns.messages), columns.messages), 0
-    elif columns.prompt is None or columns.response is None:
+    elif columns.prompt is None or columns.response is None or (not columns.chats and data.template != "chat"):
         return None
     else:
-        asked, answered = lookup(values, columns.prompt), lookup(values, columns.response)
-        of_chat = is_conversation(asked), is_conversation(answered)
-        if not any(of_chat) and data.template != "chat":
-            return None
-        if of_chat[0]:
-            turns = conversations.messages(asked, columns.prompt)
+        if columns.prompt in columns.chats:
+            turns = conversations.messages(lookup(values, columns.prompt), columns.prompt)
         else:
             turns = [{"role": "user", "content": prompt_text(values, columns, data)}]
         first = len(turns)
-        if of_chat[1]:
-            response = conversations.messages(answered, columns.response)
+        if columns.response in columns.chats:
+            response = conversations.messages(lookup(values, columns.response), columns.response)
             turns = response if response[: len(turns)] == turns else turns + response  # some bring the prompt along
         else:
             turns = [*turns, {"role": "assistant", "content": response_text(values, columns.response, data)}]
     system = values.get("system") if "system" in columns.used else None
     if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
         turns, first = [{"role": "system", "content": system}, *turns], first + 1
-    tools = values.get("tools")
-    return Turns(turns, first, tools if isinstance(tools, list) and tools else None)
+    return Turns(turns, first, conversations.tools(values.get("tools")) if "tools" in columns.used else None)
 
 
 def _from_template(

@@ -18,6 +18,7 @@ from mrd_ray.data import conversations, read
 from mrd_ray.data.cells import Unscorable, is_id, lookup
 from mrd_ray.data.columns import Columns
 from mrd_ray.data.conversations import is_conversation
+from mrd_ray.data.files import Say
 from mrd_ray.data.read import Row
 from mrd_ray.data.render import Rendered, render
 from mrd_ray.data.tokens import Encoder, Limits, Tokenized, tokenize
@@ -77,7 +78,7 @@ def digest(table: pa.Table) -> str:
 class Peeked:
     """The rows of a source, the columns that hold its samples, and a promise that later rows do not change these."""
 
-    def __init__(self, data: DataConfig, say: read.Say = read.quiet) -> None:
+    def __init__(self, data: DataConfig, say: Say = read.quiet) -> None:
         self._data = data
         rows = read.rows(data, say)
         first = list(itertools.islice(rows, PEEKED))
@@ -98,10 +99,9 @@ class Peeked:
     def refuse_chat_without_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UserError if all samples need a chat template, and the tokenizer has none."""
         columns = self.columns
-        chat = columns.messages is not None or (self._data.template == "chat" and columns.text is None)
-        chat |= "messages" in {self.present.get(str(column)) for column in (columns.prompt, columns.response)}
+        named = columns.messages or ", ".join(columns.chats)
+        chat = bool(named) or (self._data.template == "chat" and columns.text is None)
         if chat and tokenizer.chat_template is None:
-            named = columns.messages or f"{columns.prompt} or {columns.response}"
             cause = "data.template: chat" if self._data.template == "chat" else f"column {named} holds conversations"
             raise UserError(
                 f"{cause}, but the tokenizer has no chat template; name one that has in model.tokenizer, or give a "
@@ -124,14 +124,9 @@ class _Builder:
 
     def batches(self, tally: Tally) -> Iterator[pa.RecordBatch]:
         texts = read.texts(self._data, self._say)
-        samples = self._of_rows() if texts is None else _by_batch(self._windows(texts))
-        empty = True
-        for batch in samples:
-            empty = False
+        for batch in self._of_rows() if texts is None else _by_batch(self._windows(texts)):
             yield pa.RecordBatch.from_pylist(batch, SCHEMA)
             tally.advance(len(batch))
-        if empty:
-            yield pa.RecordBatch.from_pylist([], SCHEMA)
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -185,9 +180,7 @@ class _Builder:
         size = data.window_tokens
         if self._limits.context is not None and size > self._limits.context:
             raise UserError(f"data.window_tokens: {size} is over the model's limit of {self._limits.context} tokens")
-        windows = self._all_windows(texts, size)
-        kept = read.drawn(data, windows, lambda window: int(window["index"]))
-        yield from kept
+        return read.drawn(data, self._all_windows(texts, size), lambda window: int(window["index"]))
 
     def _all_windows(self, texts: Sequence[tuple[str | None, str]], size: int) -> Iterator[dict[str, Any]]:
         before, index = self._encoder.before, 0

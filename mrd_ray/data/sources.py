@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +13,7 @@ import datasets
 
 from mrd_ray import storage
 from mrd_ray.config import DataConfig
-from mrd_ray.data.files import open_bytes
+from mrd_ray.data.files import Say, open_bytes
 from mrd_ray.data.formats import ENDINGS, JSON, TEXT, ending
 from mrd_ray.errors import UserError
 
@@ -49,7 +49,7 @@ class Hub:
     path: str
 
 
-def find(data: DataConfig, split: str, say: Callable[[str], None]) -> tuple[list[File] | Saved | Hub, bool]:
+def find(data: DataConfig, split: str, say: Say) -> tuple[list[File] | Saved | Hub, bool]:
     """What to read, files in the order of their rows, and whether `split` has been looked up already.
 
     Args:
@@ -76,7 +76,7 @@ def find(data: DataConfig, split: str, say: Callable[[str], None]) -> tuple[list
     return _with_names(found), settled
 
 
-def _find(path: str, data: DataConfig, split: str, say: Callable[[str], None]) -> tuple[list[File] | Saved | Hub, bool]:
+def _find(path: str, data: DataConfig, split: str, say: Say) -> tuple[list[File] | Saved | Hub, bool]:
     path = os.path.expanduser(path)
     try:
         fs, inner = storage.filesystem(path)
@@ -88,11 +88,13 @@ def _find(path: str, data: DataConfig, split: str, say: Callable[[str], None]) -
         return [_file(path)], False
     if is_folder:
         return _folder(path, fs, inner, data, split, say)
-    prefix = path.split("://")[0] + "://" if "://" in path else ""
+    prefix = _scheme(path)
     if matching:
         files = [name for name in matching if fs.isfile(name) and ending(name)]
         if not files:
             raise UserError(f"data.path: {path} matches {matching[0]}; expected {_ENDS}")
+        if left := [name for name in matching if name not in files]:
+            say(f"Not read: {_some(left)}; expected {_ENDS}")
         return [File(prefix + name, name) for name in files], False
     if re.search(r"[*?\[]", path):
         raise UserError(f"data.path: no file matches {path}")
@@ -104,15 +106,22 @@ def _find(path: str, data: DataConfig, split: str, say: Callable[[str], None]) -
     return Hub(path), True
 
 
+def _scheme(path: str) -> str:
+    """What a URI begins with, which file systems leave out of the names that they give."""
+    return path.split("://")[0] + "://" if "://" in path else ""
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
 def _file(path: str) -> File:
     if ending(path) is None:
         raise UserError(f"data.path: {path} exists, but its name does not say what it is; expected {_ENDS}")
     return File(path, path)
 
 
-def _folder(
-    path: str, fs: Any, inner: str, data: DataConfig, split: str, say: Callable[[str], None]
-) -> tuple[list[File] | Saved, bool]:
+def _folder(path: str, fs: Any, inner: str, data: DataConfig, split: str, say: Say) -> tuple[list[File] | Saved, bool]:
     names = {PurePosixPath(name).name for name in fs.ls(inner, detail=False)}
     if "dataset_dict.json" in names:
         splits = sorted(name for name in names if fs.isfile(f"{inner}/{name}/state.json"))
@@ -120,7 +129,7 @@ def _folder(
         return Saved(f"{path.rstrip('/')}/{split}"), True
     if {"state.json", "dataset_info.json"} <= names:
         return Saved(path), False
-    prefix = path.split("://")[0] + "://" if "://" in path else ""
+    prefix = _scheme(path)
     inside = [name for name in sorted(fs.find(inner)) if not _is_hidden(os.path.relpath(name, inner))]
     ours = [name for name in inside if ending(name)]
     if not ours:
@@ -132,7 +141,7 @@ def _folder(
     splits_of, left = _laid_out(path, data.name, ours)
     _require(path, split, list(splits_of))
     if left:
-        say(f"Not read: {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}, of no split by the names of files")
+        say(f"Not read: {_some(left)}, of no split by the names of files")
     return _of_one_format(path, [_file(name) for name in splits_of[split]]), True
 
 

@@ -170,14 +170,10 @@ def _use_copy(source: dict[str, Any], patterns: Mapping[str, str], copies: Mappi
     if (folder := copies.get(source["path"])) is None:
         return
     pattern = patterns[source["path"]]
-    file = Path(folder) / pattern.format(name=source.get("name", ""), split=source.get("split", "train"))
-    source["path"] = str(folder)
-    if file.exists() or not Path(folder).expanduser().is_dir() or not _is_laid_out(Path(folder).expanduser()):
-        source["path"] = str(file)  # of that one split, under the name that the task knows
-        source.pop("name", None)
-        source.pop("split", None)
-
-
-def _is_laid_out(folder: Path) -> bool:
-    """Whether a folder is a clone from the hub, which says itself where its parts are."""
-    return (folder / "README.md").is_file()
+    file = Path(folder).expanduser() / pattern.format(name=source.get("name", ""), split=source.get("split", "train"))
+    if not file.exists() and (Path(folder).expanduser() / "README.md").is_file():  # a clone, which says where parts are
+        source["path"] = folder
+        return
+    source["path"] = str(file)
+    source.pop("name", None)
+    source.pop("split", None)

@@ -9,6 +9,7 @@ from mrd_ray import models
 from mrd_ray.config import DataConfig
 from mrd_ray.data.cells import Unscorable
 from mrd_ray.data.render import Rendered
+from mrd_ray.errors import UserError
 
 _TRIED = 16  # texts on which the quick way to tokens must give what the tokenizer itself does
 
@@ -39,7 +40,7 @@ class Tokens(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """Tokens of a sample, and how many of the tokenizer's special tokens its text has brought along."""
+    """Tokens of a sample, and those of the tokenizer's special tokens that its text has brought along."""
 
     tokens: Tokens
     own_special: tuple[int, ...]
@@ -50,12 +51,20 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        whole, plain = (self._ids("a", special) for special in (True, False))
-        at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), None)
-        if at is None:
-            raise ValueError("the tokenizer changes a text to which it adds special tokens")
-        self.before, self.after = whole[:at], whole[at + len(plain) :]
+        self.before, self.after = self._special()
         self._quick: bool | None = None
+
+    def _special(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after a text, of one where that can be told from the text's own tokens."""
+        for text in ("a", "The end.", "\u0391\u03c9 1 \u5b57"):
+            whole, plain = (self._ids(text, special) for special in (True, False))
+            places = [i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain]
+            if len(places) == 1:
+                return whole[: places[0]], whole[places[0] + len(plain) :]
+        raise UserError(
+            "model.tokenizer: cannot tell which special tokens it puts around a text; expected the text's own tokens "
+            "in one piece between them. Give another tokenizer"
+        )
 
     def _ids(self, text: str, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])

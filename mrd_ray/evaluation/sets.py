@@ -16,13 +16,14 @@ from mrd_ray.config import EvaluatedSet, EvaluationConfig
 from mrd_ray.config.evaluation import OF_ANSWERS, OF_RESPONSES
 from mrd_ray.data import conversations, read
 from mrd_ray.data import samples as samples_table
-from mrd_ray.data.cells import Unscorable, cell, list_of_texts, lookup, response_text
+from mrd_ray.data.cells import Unscorable, cell, list_of_texts, response_text
 from mrd_ray.data.columns import Columns
 from mrd_ray.data.read import Row as Record
 from mrd_ray.data.render import conversation, prompt_text, render, with_response
 from mrd_ray.data.tokens import Encoder, Limits, Tokens, tokens_of
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import metrics
+from mrd_ray.evaluation.choices import right_one, texts_of
 from mrd_ray.scoring import plan
 from mrd_ray.scoring.table import PLACE
 
@@ -274,8 +275,8 @@ class _Reader:
         """One sequence for each choice; they differ in the letter at their end alone, which is what counts."""
         if columns.prompt is None or columns.response is None:
             raise UserError("metrics: multiple_choice needs `prompt` and `response`, the right choice")
-        choices = self._choices(values)
-        right = self._right(values, columns.response, choices)
+        choices = texts_of(values, self._set)
+        right = right_one(values, columns.response, choices, self._set)
         lettered = zip(string.ascii_uppercase, choices, strict=False)
         asked = prompt_text(values, columns, self._set)
         question = "\n".join([asked, *(f"{letter}. {choice}" for letter, choice in lettered)])
@@ -336,35 +337,3 @@ class _Reader:
             raise UserError("metrics: answers are compared with a response; say which column that is with `response`")
         prompt = "" if columns.prompt is None else prompt_text(values, columns, self._set)
         return prompt, response_text(values, columns.response, self._set)
-
-    def _choices(self, values: dict[str, Any]) -> list[str]:
-        """The texts of the choices: of a column with a list, of ARC's {text, label}, or of a column for each."""
-        assert self._set.choices is not None
-        if not isinstance(self._set.choices, str):
-            return [cell(values, column, self._set.numbers_as_text) for column in self._set.choices]
-        name, found = self._set.choices, lookup(values, self._set.choices)
-        if isinstance(found, dict) and "text" in found:
-            name = f"{name}.text"
-        return list_of_texts(values, name, self._set)
-
-    def _right(self, values: dict[str, Any], column: str, choices: list[str]) -> int:
-        """The index of the right choice: given as that, as its letter or label, or as its text."""
-        right = lookup(values, column)
-        labels = list(string.ascii_uppercase[: len(choices)])
-        if not isinstance(self._set.choices, str):
-            labels = list(self._set.choices or ())
-        elif isinstance(found := lookup(values, self._set.choices), dict) and isinstance(found.get("label"), list):
-            labels = [str(label) for label in found["label"]]
-        if len(choices) <= len(string.ascii_uppercase) and type(right) in (int, str):
-            readings = {right} if type(right) is int and 0 <= right < len(choices) else set()
-            if isinstance(right, str):
-                text = right.strip()
-                readings = {i for i, label in enumerate(labels) if label == text}
-                if not readings:  # a number may be an index or a choice: not where these differ
-                    readings = {i for i, choice in enumerate(choices) if choice.strip() == text}
-                    readings |= {int(text)} if text.isdecimal() and int(text) < len(choices) else set()
-            if len(readings) == 1:
-                return int(readings.pop())
-        raise Unscorable(
-            f"column {column!r} is {right!r:.40}; expected the index of one of its choices, its letter, label or text"
-        )

@@ -134,3 +134,17 @@ def test_ids(build):
     clash = [*rows, {"id": "d#1", "text": "six seven"}]
     with pytest.raises(UserError, match="'d#1' in rows 1, 4"):
         build(clash, id_with_row=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ('{{"q": "{prompt}", "a": "{response}"}}', '{"q": "one", "a": "two"}'),  # braces of JSON are literal
+        ("{prompt} {context} {response}", "one ctx two"),
+        ("{{ context }} {{ response }}", "ctx two"),
+    ],
+)
+def test_prompt_and_response_are_columns_of_these_names_too(build, template, text):
+    row = {"prompt": "one", "context": "ctx", "response": "two"}
+    settings = {} if "context" in template else {"prompt": "prompt", "response": "response"}
+    assert build([row], template=template, **settings)["text"].to_pylist() == [text]

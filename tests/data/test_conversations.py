@@ -135,5 +135,20 @@ def test_without_a_chat_template_the_way_out_is_said(build, tokenizer):
 def test_tools_reach_the_template(build, chat_tokenizer):
     chat_tokenizer.chat_template = "{% if tools %}{{ tools | length }} tools{% endif %}" + chat_tokenizer.chat_template
     tool = {"type": "function", "function": {"name": "ring", "parameters": {}}}
-    (sample,) = build([{"messages": TURNS, "tools": [tool]}], 512, chat_tokenizer).to_pylist()
-    assert sample["text"].startswith("1 tools")
+    for tools in ([tool], json.dumps([tool])):
+        (sample,) = build([{"messages": TURNS, "tools": tools}], 512, chat_tokenizer).to_pylist()
+        assert sample["text"].startswith("1 tools")
+
+
+def test_a_text_that_reads_like_a_conversation_stays_a_text(build, tokenizer):
+    """Columns hold conversations or texts, not now these and now those."""
+    rows = [{"question": "a b", "answer": "c d"}, {"question": "a b", "answer": json.dumps(TURNS)}]
+    plain, like = build(rows, 512).sort_by("index").to_pylist()
+    assert like["text"] == f"Question: a b\nAnswer: {json.dumps(TURNS)}"
+    assert (plain["error"], like["error"]) == (None, None)
+
+
+@pytest.mark.parametrize(("tools", "reason"), [("{}{", "is no list of tools"), ({"a": 1}, "is no list of tools")])
+def test_tools_that_are_none(build, chat_tokenizer, tools, reason):
+    (sample,) = build([{"messages": TURNS, "tools": tools}], 512, chat_tokenizer).to_pylist()
+    assert reason in sample["error"]

@@ -54,7 +54,7 @@ def test_formats(tmp_path, name):
         ("d.csv", b"q\n\xc3\xa9\n\xff\n", r"d\.csv, line 3: not UTF-8, though other parts of the file are"),
         ("d.csv", b"q\n\x81\n", r"d\.csv, at or after line 1: not CP1252 text; set data\.encoding"),
         ("d.parquet", b"", r"cannot read .*d\.parquet: "),
-        ("d.json", b"[{}, 3]", r"d\.json, row 2: expected an object with named columns"),
+        ("d.json", b"[{}, 3]", r"d\.json, row 2: expected a JSON object"),
         ("d.json", b'[{"q": 1},\n oops]', r"d\.json, line 2: broken JSON"),
         ("d.json", b"", r"d\.json holds no rows"),
         ("d.csv", b"q,a\n1,2\n1,2,3\n", r"d\.csv, row 2 \(line 3\): expected 2 fields"),

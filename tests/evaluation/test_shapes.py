@@ -107,3 +107,10 @@ def test_rouge_needs_a_response(build):
     rows = [{"a": "x", "b": "y"}]
     with pytest.raises(UserError, match="say which column that is with `response`"):
         build(rows, template="{a} {b}", score_on="all", metrics=["rouge_l"])
+
+
+def test_a_letter_stands_for_a_column_of_another_name(build):
+    row = {"question": QUESTION, "opa": "Tom", "opb": "Lily", "answer": "B"}
+    (found,) = build([row], **PICK | {"choices": ["opa", "opb"]})
+    assert (found["error"], found["right"]) == (None, 1)
+    assert build([row | {"answer": "opb"}], **PICK | {"choices": ["opa", "opb"]})[0]["right"] == 1
