@@ -289,11 +289,15 @@ def test_a_failed_run_keeps_its_traceback_without_credentials(tmp_path):
     with Journal(run, "score"):
         pass
     assert not (tmp_path / "traceback.txt").exists()
-    with pytest.raises(OSError, match="secret") as failed, Journal(run, "score"):
+
+    def fail() -> None:
         try:
             raise KeyError("layer")
         except KeyError:
             raise OSError("cannot read https://bucket/x?X-Amz-Signature=secret today") from None
+
+    with pytest.raises(OSError, match="secret") as failed, Journal(run, "score"):
+        fail()
     kept = (tmp_path / "traceback.txt").read_text()
     assert "KeyError: 'layer'" in kept
     assert "OSError: cannot read https://bucket/x?X-Amz-Signature=*** today" in kept
