@@ -156,7 +156,7 @@ def _peak(config: ScoreConfig, way: str, device: str) -> float:
         run(largest)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     ctypes.CDLL(None).malloc_trim(0)  # what the small pass has freed would be used again unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of loading
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak so far was that of loading
     resident_before = resident("VmRSS")
     run(largest)
     return resident("VmHWM") - resident_before

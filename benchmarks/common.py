@@ -66,7 +66,11 @@ def stopwatch() -> Callable[[], float]:
 
 def machine() -> Raw:
     """The hardware, how busy it was before we began, and the packages that matter."""
-    cpus = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    cpus = [
+        line.split(": ")[1]
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if "model name" in line
+    ]
     packages = ("mrd-ray", "ray", "torch", "deepspeed", "transformers", "numpy", "pyarrow")
     return {
         "cpu": (cpus or [platform.machine()])[0],
@@ -82,5 +86,7 @@ def machine() -> Raw:
 
 def resident(field: Literal["VmRSS", "VmHWM", "RssAnon"]) -> float:
     """MiB now, at most so far, or now without mapped files. Not getrusage, whose ru_maxrss starts at the parent's."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(field)
+    )
     return int(line.split()[1]) / 1024

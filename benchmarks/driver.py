@@ -121,7 +121,7 @@ _lap = stopwatch()
 def _phase() -> Raw:
     """What has passed since the last one: seconds, and the peak of resident memory (Ray's shared memory included)."""
     peak = resident("VmHWM")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
     return {"seconds": round(_lap(), 1), "peak MiB": round(peak)}
 
 

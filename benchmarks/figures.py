@@ -100,10 +100,10 @@ class Results:
         self.console.print(f"Measurements and settings: {self.file}", soft_wrap=True)
 
     def _write(self) -> None:
-        self.file.write_text(json.dumps(self._content, indent=1) + "\n")
+        self.file.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
 
 
 def read(path: str) -> tuple[Raw, dict[str, Figure]]:
     """A result file, and its figures by name."""
-    content: Raw = json.loads(Path(path).read_text())
+    content: Raw = json.loads(Path(path).read_text(encoding="utf-8"))
     return content, {figure["what"]: Figure(**figure) for figure in content["figures"]}

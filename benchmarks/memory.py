@@ -77,7 +77,7 @@ def _case(folder: str, vocabulary: int, estimator: Estimator, draws: int, tokens
     _touch_libraries(samples, scoring)
     before = _resting()
     actor = ScoringActor(Task(model, scoring, model_files.files_digest(model), 1, False, samples[:1]))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of loading
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak so far was that of loading
     (result,) = actor(plan.Unit(0, 0, 1, 0, draws).unit_id, pa.Table.from_pylist(samples)).to_pylist()
     if result["fatal"] or any(sample["error"] for sample in result["samples"]):
         raise RuntimeError(f"the unit failed: {result}")

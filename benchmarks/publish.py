@@ -15,9 +15,9 @@ def main(results: str = "benchmarks/results") -> None:
     Args:
         results: folder of the JSON files.
     """
-    before, _, rest = README.read_text().partition(BEGIN)
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    README.write_text(before + BEGIN + section(Path(results)) + END + after)
+    README.write_text(before + BEGIN + section(Path(results)) + END + after, encoding="utf-8")
 
 
 def section(results: Path) -> str:

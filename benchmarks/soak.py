@@ -75,7 +75,9 @@ def _figures(found: Raw, seconds: float) -> list[Figure]:
 
 def _soak(folder: Path, model: str, samples: int, draws: int, seconds: float, kill_every: float, actors: int) -> Raw:
     data, run = folder / "short.jsonl", folder / "run"
-    data.write_text("".join(json.dumps({"id": f"s{i:06d}", "text": text}) + "\n" for i, text in _texts(samples)))
+    data.write_text(
+        "".join(json.dumps({"id": f"s{i:06d}", "text": text}) + "\n" for i, text in _texts(samples)), encoding="utf-8"
+    )
     settings = ["--model.path", model, "--data.path", str(data), "--run.dir", str(run)]
     settings += ["--scoring.num_draws", str(draws), "--ray.actors", str(actors)]
     started, kills, killed_at = time.monotonic(), 0, time.monotonic()
@@ -96,7 +98,7 @@ def _soak(folder: Path, model: str, samples: int, draws: int, seconds: float, ki
             kills, killed_at = kills + 1, now
     took = time.monotonic() - started
     rows = _rows(run, samples, draws)
-    progress = json.loads((run / "progress.json").read_text())
+    progress = json.loads((run / "progress.json").read_text(encoding="utf-8"))
     return {
         "exit code": driver.returncode, "seconds": round(took), "actors killed": kills,
         "restarts": progress["actor_restarts"], "lost units": progress["units_failed"], "rows": rows,

@@ -76,6 +76,6 @@ def _first_score(model: str, data: str) -> dict[str, float]:
         began = time.time()
         subprocess.run([sys.executable, "-m", "mrd_ray", *line], capture_output=True, check=True)
         done = time.time() - began
-        events = [json.loads(text) for text in Path(folder, "events.jsonl").read_text().splitlines()]
+        events = [json.loads(text) for text in Path(folder, "events.jsonl").read_text(encoding="utf-8").splitlines()]
     unit = next(event["time"] for event in events if event["event"] == "unit_done")
     return {"first unit written": unit - began, "done": done}

@@ -136,7 +136,7 @@ class Job:
         """work(self, ranks, *args) in so many fresh processes; what each gives back, which is plain JSON."""
         with tempfile.TemporaryDirectory() as folder:
             spawn(_process, (folder, work, self, args), nprocs=self.workers)
-            return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(self.workers)]
+            return [json.loads(Path(folder, str(rank)).read_text(encoding="utf-8")) for rank in range(self.workers)]
 
 
 def _process(rank: int, folder: str, work: Callable[..., Any], job: Job, args: tuple[Any, ...]) -> None:
@@ -146,7 +146,7 @@ def _process(rank: int, folder: str, work: Callable[..., Any], job: Job, args: t
     for module in ("deepspeed", "torch._inductor.compile_fx"):  # the engine would, some 40 MiB of the latter for ZeRO
         importlib.import_module(module)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=job.workers)
-    Path(folder, str(rank)).write_text(json.dumps(work(job, Ranks(rank, job.workers), *args)))
+    Path(folder, str(rank)).write_text(json.dumps(work(job, Ranks(rank, job.workers), *args)), encoding="utf-8")
     dist.destroy_process_group()
 
 

@@ -77,15 +77,15 @@ def for_transformers_4(folder: Path) -> None:
         config["rope_theta"] = rotary["rope_theta"]
         if rotary.get("rope_type", "default") != "default":
             config.setdefault("rope_scaling", {key: value for key, value in rotary.items() if key != "rope_theta"})
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file() and (settings := _read(tokenizer)).get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        tokenizer.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        tokenizer.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_text())
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 

@@ -107,7 +107,7 @@ def parts(model: ModelConfig) -> Parts:
 def _base_of(adapter: Path, beside: bool) -> Path:
     """The directory of an adapter's base model. beside: whether a whole model is in the same directory."""
     try:
-        settings = json.loads((adapter / ADAPTER_CONFIG).read_text())
+        settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base, revision = settings["base_model_name_or_path"], settings.get("revision")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         base = revision = None
@@ -169,7 +169,7 @@ def safetensors_of(folder: Path) -> list[Path]:
     if (folder / SAFE).is_file() or not index.is_file():
         return [folder / SAFE] if (folder / SAFE).is_file() else []
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         parts = [folder / name for name in names]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"model.path: {index} is no index of safetensors; copy the model again") from None

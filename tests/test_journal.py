@@ -45,16 +45,25 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / journal.EVENTS).read_text().splitlines()]
 
 
-def scraped(*names: str) -> str:
-    """What Prometheus would get from this machine, once it holds all of these names."""
+def scraped(run_id: str, **expected: float | None) -> None:
+    """Wait until Prometheus would get these series of a run from this machine, with these values where one is given.
+
+    Workers send what they last set every few seconds, so an earlier value is scraped until then.
+    """
     (node,) = [node for node in ray.nodes() if node["Alive"]]
+    found: dict[str, float] = {}
     for _ in range(60):
         with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10) as page:
             text = page.read().decode()
-        if all(name in text for name in names):
-            return text
+        found |= {
+            line.split("{")[0].removeprefix("ray_mrd_ray_"): float(line.split()[-1])
+            for line in text.splitlines()
+            if line.startswith("ray_mrd_ray_") and run_id in line
+        }
+        if all(name in found and value in (None, found[name]) for name, value in expected.items()):
+            return
         time.sleep(1)
-    raise AssertionError(f"not scraped: {[name for name in names if name not in text]}")
+    raise AssertionError(f"expected {expected}, scraped {found}")
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +74,10 @@ def finished(ray_cluster, tiny_model_dir, qa_file, tmp_path_factory):
 
 
 def test_metrics_are_scraped_and_carry_the_run(finished):
-    names = ["units_done", "units_left", "samples_draws_per_second", "tokens_per_second", "actor_device_memory_bytes"]
-    text = scraped(*(f"ray_mrd_ray_{name}" for name in names))
     run_id = json.loads((finished / "manifest.json").read_text())["run_id"]
-    done = next(line for line in text.splitlines() if line.startswith("ray_mrd_ray_units_done") and run_id in line)
-    assert float(done.split()[-1]) == len(list((finished / "units").iterdir()))
+    units = len(list((finished / "units").iterdir()))
+    speeds = dict.fromkeys(["samples_draws_per_second", "tokens_per_second", "actor_device_memory_bytes"])
+    scraped(run_id, units_done=units, units_left=0, **speeds)
 
 
 def test_events_name_run_unit_and_worker(finished):

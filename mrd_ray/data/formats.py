@@ -67,21 +67,17 @@ def text(path: str, data: DataConfig, say: Say) -> str:
 def _numbered(path: str, file: TextIO) -> Iterator[tuple[int, str]]:
     """Lines, numbered from 1; one that cannot be decoded is an error that names it."""
     number = 0
-    while True:
-        number += 1
-        try:
-            with reading(path):
-                line = file.readline()
-        except UserError as problem:
-            if not isinstance(problem.__cause__, UnicodeError):
-                raise
-            raise UserError(
-                f"{path}, at or after line {number}: not {file.encoding.removesuffix('-sig').upper()} text; set "
-                "data.encoding to what it is in, e.g. cp1252"
-            ) from problem
-        if not line:
-            return
-        yield number, line
+    try:
+        with reading(path):
+            for number, line in enumerate(file, 1):
+                yield number, line
+    except UserError as problem:
+        if not isinstance(problem.__cause__, UnicodeError):
+            raise
+        raise UserError(
+            f"{path}, at or after line {number + 1}: not {file.encoding.removesuffix('-sig').upper()} text; set "
+            "data.encoding to what it is in, e.g. cp1252"
+        ) from problem
 
 
 # --- JSON
@@ -115,7 +111,7 @@ def _is_whole(line: str) -> bool:
 def _parsed(path: str, content: str, line: int) -> Any:
     """The value of JSON that begins on `line` of the file."""
     try:
-        return json.loads(content, object_pairs_hook=_without_repeats)
+        return _DECODER.decode(content)
     except json.JSONDecodeError as problem:
         raise UserError(
             f"{path}, line {line + problem.lineno - 1}: broken JSON: {problem.msg} at column {problem.colno} "
@@ -130,6 +126,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):  # Python keeps the last and drops the others
         raise ValueError(f"an object names {_repeated([name for name, _ in pairs])} more than once; rename one")
     return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats)
 
 
 def _repeated(names: Sequence[str]) -> str:

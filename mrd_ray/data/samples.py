@@ -1,5 +1,7 @@
 """The samples table: a forget set with stable ids, tokenised once, before anything is scored."""
 
+import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -60,10 +62,20 @@ def build(
     console = console or Console(quiet=True)
     builder = _Builder(data, tokenizer, limits.with_context(data.max_tokens), console)
     console.print(f"Reading {read.described(data)}", markup=False, highlight=False, soft_wrap=True)
-    with Tally("Reading", "samples", console) as tally:
+    with Tally("Reading", "samples", console) as tally, _garbage_of_samples_alone():
         table = pa.Table.from_batches(builder.batches(tally), SCHEMA)
     builder.say_what_is_odd()
     return with_unique_ids(data, table).sort_by("sample_id")
+
+
+@contextlib.contextmanager
+def _garbage_of_samples_alone() -> Iterator[None]:
+    """Let Python's search for garbage leave out what is there by now, which took a quarter of the time of reading."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def digest(table: pa.Table) -> str:

@@ -41,7 +41,7 @@ def page(runs: list[Run], include_text: bool) -> str:
     of_scores = [run for run in runs if isinstance(run, Scores)]
     texts = {str(run.about.manifest["identity"].get("samples")): run.texts for run in of_scores if include_text}
     here = Path(__file__).parent
-    style, script = ((here / name).read_text() for name in ("page.css", "page.js"))
+    style, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(here),
         autoescape=True,

@@ -99,7 +99,7 @@ def user_json(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        found = json.loads(Path(path).expanduser().read_text())
+        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("it holds no object")
         if secrets := sorted(set(secret_names(found))):

@@ -76,7 +76,7 @@ class State:
         content = {"step": self.step, "scored_at": self.scored_at, "log": self.log}
         for name, evaluation in {"initial": self.initial, "latest": self.latest}.items():
             content[name] = None if evaluation is None else asdict(evaluation)
-        (folder / "state.json").write_text(json.dumps(content))
+        (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
         if self.scores is not None:
             pq.write_table(self.scores, folder / "scores.parquet")
 

@@ -106,7 +106,7 @@ def nothing_twice(run: Path, draws: int = DRAWS) -> None:
 def forget_address(address: str) -> None:
     """`ray start` leaves a note of its cluster, which later drivers on this machine would try to join."""
     note = Path("/tmp/ray/ray_current_cluster")
-    if note.is_file() and note.read_text().strip() == address:
+    if note.is_file() and note.read_text(encoding="utf-8").strip() == address:
         note.unlink()
 
 

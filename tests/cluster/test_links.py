@@ -48,9 +48,9 @@ class Host:
         with log.open("wb") as file:
             self.node = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
         deadline = time.monotonic() + 60
-        while "Ray runtime started" not in log.read_text():
-            assert self.node.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
+        while "Ray runtime started" not in log.read_text(encoding="utf-8"):
+            assert self.node.poll() is None, log.read_text(encoding="utf-8")
+            assert time.monotonic() < deadline, log.read_text(encoding="utf-8")
             time.sleep(0.2)
 
     def stop_ray(self) -> None:

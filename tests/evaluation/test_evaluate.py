@@ -65,7 +65,7 @@ def check_against_reference(run, folder, path, name, count):
     reference = Reference(folder)
     found = {metric: values(run, name, metric) for metric in ("probability", "truth_ratio", "accuracy", "rouge_l")}
     rows, checked = rows_by_answer(run, name), 0
-    for line in Path(path).read_text().splitlines()[:count]:
+    for line in Path(path).read_text(encoding="utf-8").splitlines()[:count]:
         row = json.loads(line)
         if (answered := rows.get(row["answer"])) is None:
             continue
@@ -130,7 +130,9 @@ def test_figures_are_those_of_the_rows(finished):
 @torch.no_grad()
 def test_perplexity_scores_each_token_once_in_overlapping_windows(finished, settings, stories_dir):
     reference = Reference(stories_dir)
-    ids = torch.tensor(reference.tokenizer(Path(settings["sets"]["story"]["path"]).read_text())["input_ids"])
+    ids = torch.tensor(
+        reference.tokenizer(Path(settings["sets"]["story"]["path"]).read_text(encoding="utf-8"))["input_ids"]
+    )
     losses = []
     for t in range(1, len(ids)):  # windows of 96 begin at 0, 32, 64, ...; each token is of the first that holds it
         start = max(0, math.ceil((t + 1 - 96) / 32) * 32)
@@ -145,7 +147,9 @@ def test_perplexity_scores_each_token_once_in_overlapping_windows(finished, sett
 @torch.no_grad()
 def test_a_text_file_is_cut_into_the_windows_that_scoring_cuts(finished, settings, stories_dir):
     reference = Reference(stories_dir)
-    ids = reference.tokenizer(Path(settings["sets"]["story"]["path"]).read_text(), add_special_tokens=False)
+    ids = reference.tokenizer(
+        Path(settings["sets"]["story"]["path"]).read_text(encoding="utf-8"), add_special_tokens=False
+    )
     expected = []
     for start in range(0, 3 * 63, 63):  # a window begins with <s>
         window = torch.tensor([[reference.tokenizer.bos_token_id, *ids["input_ids"][start : start + 63]]])

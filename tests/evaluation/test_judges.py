@@ -60,7 +60,7 @@ def test_judges_see_the_answers(settings, stories_dir, classifier_dir, tmp_path)
         mean = encoder(**encoded).last_hidden_state[0].mean(0)
         return mean / mean.norm()
 
-    lines = Path(of_answers["path"]).read_text().splitlines()
+    lines = Path(of_answers["path"]).read_text(encoding="utf-8").splitlines()
     by_answer = {(row := json.loads(line))["answer"]: row for line in lines}
     for row in run.answers.to_pylist():
         truth, *wrong = [

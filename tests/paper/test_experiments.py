@@ -119,8 +119,11 @@ def test_selections_do_not_depend_on_how_many_there_are(flags, tmp_path):
     config = LINE.settings(LINE.parser(), ["fig2", *flags, "--size", "5", "--selections", "3"])
 
     run = RunDirectory(config.run.dir)
-    three = [Path(data.path).read_text() for data in fig2.selections(config, run)]
-    two = [Path(data.path).read_text() for data in fig2.selections(config.model_copy(update={"selections": 2}), run)]
+    three = [Path(data.path).read_text(encoding="utf-8") for data in fig2.selections(config, run)]
+    two = [
+        Path(data.path).read_text(encoding="utf-8")
+        for data in fig2.selections(config.model_copy(update={"selections": 2}), run)
+    ]
     assert two == three[:2]
     assert len(set(three)) == 3
     assert all(len(text.splitlines()) == 5 for text in three)

@@ -32,7 +32,7 @@ class Page(HTMLParser):
         self.scripts: dict[str, str] = {}
         self.words = ""
         self._in: str | None = None
-        self.source = file.read_text()
+        self.source = file.read_text(encoding="utf-8")
         self.feed(self.source)
 
     def handle_starttag(self, tag, attributes):

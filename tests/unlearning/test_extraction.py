@@ -173,7 +173,7 @@ def share(rank, folder):
             found.append([values, len(forwards)])
         if rank == 0:  # alone, it waits for nobody
             extraction_likelihoods(model, SAMPLES[:1], N)
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 

@@ -66,7 +66,7 @@ def unlearned(ranks, configs):
 def rouge(model, one) -> float:
     """Mean ROUGE-L recall of the greedy answers to the forget questions."""
     tokenizer = models.load_tokenizer(one.model)
-    rows = [json.loads(line) for line in Path(one.data.path).read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(one.data.path).read_text(encoding="utf-8").splitlines()]
     prompts = [tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"] for row in rows]
     lengths = [len(tokenizer(row["answer"])["input_ids"]) + 4 for row in rows]
     answers = [tokenizer.decode(tokens).split("\n")[0] for tokens in greedy(model, prompts, lengths)]
