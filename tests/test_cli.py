@@ -256,15 +256,30 @@ def test_plan_says_why_rows_cannot_be_scored(stories_dir, tmp_path, capsys):
     ("environment", "sentence"),
     [
         ({"RAY_ADDRESS": "127.0.0.1:1"}, "cannot join the Ray cluster at RAY_ADDRESS=127.0.0.1:1: "),
-        ({"RAY_ADDRESS": "http://127.0.0.1:8265"}, "else set it to HOST:6379"),
+        ({"RAY_ADDRESS": "http://127.0.0.1:8265"}, "else set RAY_ADDRESS to HOST:6379"),
         ({"RAY_ADDRESS": "", "TMPDIR": "long"}, "is too long for its sockets; set RAY_TMPDIR=/tmp"),
         ({"RAY_ADDRESS": "", "RAY_TMPDIR": "long"}, "is too long for its sockets; set RAY_TMPDIR=/tmp"),
+        ({"RAY_ADDRESS": "ray://127.0.0.1:1"}, "cannot join the Ray cluster at RAY_ADDRESS=ray://127.0.0.1:1: "),
+        ({"RAY_ADDRESS": "nonsense"}, "else set RAY_ADDRESS to HOST:6379"),
+        (
+            {"RAY_ADDRESS": "", "RAY_TMPDIR": "left behind"},
+            "run `ray stop`, or set RAY_ADDRESS=local, to start a local",
+        ),
+        ({"RAY_ADDRESS": "", "RAY_TMPDIR": "here"}, "here, is no absolute path; set RAY_TMPDIR=/tmp"),
+        (
+            {"RAY_ADDRESS": "", "RAY_TMPDIR": "/dev/null"},
+            "is none that can be written to; set RAY_TMPDIR=/tmp",
+        ),
     ],
 )
 def test_a_ray_that_cannot_start_is_a_sentence(environment, sentence, stories_dir, qa_file, tmp_path):
     long = tmp_path / ("a_user_of_the_cluster/" * 5)
     long.mkdir(parents=True)
-    given = {name: str(long) if value == "long" else value for name, value in environment.items()}
+    left = tmp_path / "left"
+    (left / "ray").mkdir(parents=True)
+    (left / "ray/ray_current_cluster").write_text("127.0.0.1:1\n")  # as a `ray start` that was killed leaves it
+    folders = {"long": str(long), "left behind": str(left)}
+    given = {name: folders.get(value, value) for name, value in environment.items()}
     command = [sys.executable, "-m", "mrd_ray", "score", "--model.path", str(stories_dir), "--data.path", str(qa_file)]
     command += ["--run.dir", str(tmp_path / "run")]
     done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True)

@@ -21,6 +21,7 @@ from mrd_ray.journal import Journal, held
 from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline
+from mrd_ray.scoring.cluster import cluster
 
 _OWNS = ("units", "evaluation.parquet", "answers.parquet", "figures.parquet", "figures.json")
 _IDENTITY = [
@@ -154,7 +155,7 @@ class _Work:
         there = set(self.run.names("units"))
         missing = [(unit_id, rows) for unit_id, rows in units if f"{unit_id}.parquet" not in there]
         if missing:
-            with pipeline.cluster() as grows:
+            with cluster() as grows:
                 self._measure(missing, grows)
         records: dict[str, dict[str, Record]] = {name: {} for name in self.tables}
         for unit_id, rows in units:

@@ -19,6 +19,7 @@ from mrd_ray.journal import Journal
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline
 from mrd_ray.scoring.actor import attempt, replica
+from mrd_ray.scoring.cluster import cluster
 
 
 def require(config: EvaluateConfig) -> None:
@@ -51,7 +52,7 @@ def figures(config: EvaluateConfig, run: RunDirectory, files_digest: str, journa
     names = {name: f"units/zero-shot-{name}.json" for name in config.evaluation.zero_shot}
     missing = [name for name, file in names.items() if not run.exists(file)]
     if missing:
-        with pipeline.cluster() as grows:
+        with cluster() as grows:
             pool = pipeline.pool_of(config.ray, grows, journal)
             work = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=3)(_suite)
             waiting = {work.remote(config, name, files_digest, pool.threads, pool.gpus > 0): name for name in missing}

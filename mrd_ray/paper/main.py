@@ -13,7 +13,7 @@ from mrd_ray.paper import fig2, fig3, fig4, fig5, table7, tables
 from mrd_ray.paper.findings import Findings, publish
 from mrd_ray.paper.subject import Subject
 from mrd_ray.runs import RunDirectory
-from mrd_ray.scoring import pipeline
+from mrd_ray.scoring.cluster import cluster
 
 _EXPERIMENTS: dict[str, tuple[Any, Callable[[Any], tuple[Findings, Subject]]]] = {
     "fig2": (Fig2Config, fig2.experiment),
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _call(config: Any) -> int:
     experiment = next(run for kind, run in _EXPERIMENTS.values() if kind is type(config))
     here = with_absolute_paths(config)
-    with RunDirectory(here.run.dir).locked(), pipeline.cluster(log_to_driver=False):
+    with RunDirectory(here.run.dir).locked(), cluster(log_to_driver=False):
         findings, subject = experiment(here)
     publish(findings, config, subject.run, Console(width=None if sys.stdout.isatty() else 200))
     return DONE

@@ -23,9 +23,10 @@ from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.journal import Journal
 from mrd_ray.runs import RunDirectory
-from mrd_ray.scoring import pipeline, summary
 from mrd_ray.scoring import plan as planning
+from mrd_ray.scoring import summary
 from mrd_ray.scoring.actor import Task
+from mrd_ray.scoring.cluster import cluster, living_nodes
 from mrd_ray.scoring.pool import Pool
 from mrd_ray.scoring.probe import Part, idle_pool, probe
 from mrd_ray.scoring.score import lengths, trial_of, unit_samples
@@ -169,8 +170,8 @@ class _Job:
     def hardware(self) -> Iterator[None]:
         """Ray, for a probe, with as many actors as are asked for or as have room."""
         began = time.monotonic()
-        with pipeline.cluster():
-            self.pool = Pool.of(self.config.ray, pipeline.living_nodes())
+        with cluster():
+            self.pool = Pool.of(self.config.ray, living_nodes())
             self.ray_seconds = time.monotonic() - began
             yield
 

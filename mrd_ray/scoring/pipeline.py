@@ -1,81 +1,18 @@
 """Work units through a pool of actors: Ray Data, and nothing of what a score is."""
 
-import contextlib
 import logging
-import os
-import signal
-import socket
-import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import ray
 
 from mrd_ray.config import RayConfig
 from mrd_ray.errors import UserError
 from mrd_ray.journal import Journal
+from mrd_ray.scoring.cluster import living_nodes
 from mrd_ray.scoring.lookout import Lookout, Noted
 from mrd_ray.scoring.pool import Pool
-
-_KNOCK_SECONDS = 10.0
-
-
-@contextlib.contextmanager
-def cluster(log_to_driver: bool = True) -> Iterator[bool]:
-    """Join the running cluster (RAY_ADDRESS, or the job's), or start a local one that ends with this block.
-
-    Args:
-        log_to_driver: whether what workers print appears here too.
-
-    Yields whether nodes may still join: a cluster that was there before, and not this machine alone.
-    """
-    if ray.is_initialized():
-        yield True
-        return
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        _knock(os.environ.get("RAY_ADDRESS", ""))
-        ray.init(log_to_driver=log_to_driver, include_dashboard=False, logging_level=logging.WARNING)
-    except Exception as problem:  # it fails in many ways, plain OSError and Exception among them
-        raise UserError(_why_no_cluster(problem)) from problem
-    try:
-        if on_sigterm is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints a stack
-        yield not any(child.name() == "gcs_server" for child in psutil.Process().children())  # it would be our own
-    finally:
-        ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """Raise OSError at once if nobody listens at HOST:PORT, which takes Ray minutes to find."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdecimal() and "/" not in address:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
-
-
-def _why_no_cluster(problem: Exception) -> str:
-    """What Ray's failure means, and the way out."""
-    reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-    if address := os.environ.get("RAY_ADDRESS"):
-        return (
-            f"cannot join the Ray cluster at RAY_ADDRESS={address}: {reason}. If that cluster has ended, unset "
-            "RAY_ADDRESS to start a local one; else set it to HOST:6379"
-        )
-    if "AF_UNIX" in reason:  # names of sockets end at 107 bytes
-        folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-        return f"cannot start Ray: the path of its folder, {folder}, is too long for its sockets; set RAY_TMPDIR=/tmp"
-    return (
-        f"cannot start Ray on this machine: {reason}. If it was slow to start, start the same command again; its logs "
-        "are in /tmp/ray/session_latest/logs; a cluster of `ray start` that has ended is forgotten by `ray stop`"
-    )
-
-
-def living_nodes() -> list[dict[str, float]]:
-    """The resources of each."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def pool_of(config: RayConfig, grows: bool, journal: Journal, all_at_once: bool = False) -> Pool:

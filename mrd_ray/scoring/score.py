@@ -24,6 +24,7 @@ from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline, plan, summary
 from mrd_ray.scoring.actor import ScoringActor, Task
+from mrd_ray.scoring.cluster import cluster
 from mrd_ray.scoring.result import RESULT_SCHEMA, flaw
 from mrd_ray.scoring.table import scores_table, unsettled
 
@@ -143,14 +144,14 @@ class _Rounds:
         draws = plan.first_draws(scoring)
         waiting = lengths(self.samples)
         grows = False
-        with contextlib.ExitStack() as cluster:
+        with contextlib.ExitStack() as joined:
             for number in itertools.count():
                 layout = plan.layout(waiting, scoring.micro_batch_tokens)
                 self.layouts.append(layout)
                 done = [unit for unit in self._units() if unit.round == number]
                 rectangles = plan.missing(number, len(layout), draws, done)
                 if rectangles:
-                    grows = cluster.enter_context(pipeline.cluster()) or grows
+                    grows = joined.enter_context(cluster()) or grows
                     self._compute(layout, rectangles, number, grows)
                 order = np.argsort(lengths(self.samples), kind="stable")  # layouts of all rounds are parts of it
                 scores = scores_table(self.samples, order, self._results(order), scoring)

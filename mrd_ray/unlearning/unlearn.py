@@ -26,6 +26,7 @@ from mrd_ray.journal import Journal, held
 from mrd_ray.mrd.noise import NOISE_VERSION
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline, plan
+from mrd_ray.scoring.cluster import cluster
 from mrd_ray.scoring.pool import Pool
 from mrd_ray.scoring.score import score
 from mrd_ray.unlearning import engine, log, sets
@@ -98,7 +99,7 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
         done = _outcome(run)
         if done is None or done.config != config.model_dump(mode="json"):
             # what matters is in the log; the rest is libraries' chatter
-            with Journal(run, "unlearn") as journal, pipeline.cluster(log_to_driver=False) as grows:
+            with Journal(run, "unlearn") as journal, cluster(log_to_driver=False) as grows:
                 rounds = _Rounds(config, run, of_run, model_files.files_digest(config.model), measure, journal)
                 done = _Outcome(**rounds.work_off(grows), config=config.model_dump(mode="json"))
                 run.record("outcome", done.model_dump())
