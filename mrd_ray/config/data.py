@@ -1,6 +1,5 @@
 """Which samples, and what of them counts."""
 
-import codecs
 import re
 from typing import Annotated, Literal
 
@@ -38,6 +37,7 @@ class DataConfig(Frozen):
     separator: str | None = Field(
         None, min_length=1, max_length=1, description="Separator of .csv and .tsv files. Unset: found in the file."
     )
+    quotes: bool = Field(True, description="Whether double quotes may enclose fields of .csv and .tsv files.")
     text: str | None = Field(None, description="Column that holds whole texts.")
     prompt: str | None = Field(
         None,
@@ -59,7 +59,7 @@ class DataConfig(Frozen):
         "Question: {prompt}\nAnswer: {response}",
         description="How a sample is put together: a format string with {response}, {prompt} or any column in braces; "
         "the same in Jinja ('{{ instruction }}{% if input %} ...'); 'alpaca'; or 'chat' for the tokenizer's chat "
-        "template (where that asks for today's date, it is 26 Jul 2024, always).",
+        "template (where that asks for today's date, it is 26 Jul 2024, always). \\n is a line break.",
     )
     score_on: Literal["all", "response"] = Field(
         "all",
@@ -94,6 +94,7 @@ class DataConfig(Frozen):
     @field_validator("template")
     @classmethod
     def _template_holds_a_sample(cls, template: str) -> str:
+        template = templates.unescaped(template)
         try:
             if template != "chat":
                 templates.check(template)
@@ -106,6 +107,7 @@ class DataConfig(Frozen):
     def _prompt_is_a_column_or_template(cls, prompt: str | None) -> str | None:
         try:
             if prompt is not None and "{" in prompt:
+                prompt = templates.unescaped(prompt)
                 templates.parse(prompt)
         except ValueError as problem:
             raise ValueError(f"data.prompt: {problem}") from None
@@ -116,7 +118,7 @@ class DataConfig(Frozen):
     def _encoding_is_known(cls, encoding: str | None) -> str | None:
         try:
             if encoding is not None:
-                codecs.lookup(encoding)
+                "".encode(encoding)  # which codecs that are not of text refuse
         except LookupError:
             raise ValueError(f"data.encoding: {encoding!r} is no encoding; give e.g. utf-8, utf-16 or cp1252") from None
         return encoding
@@ -139,9 +141,13 @@ class DataConfig(Frozen):
             raise ValueError("data.score_on: response needs data.prompt and data.response; data.text has no response")
         if self.response_index is not None and self.response_join is not None:
             raise ValueError("data.response_index takes one of a list, data.response_join all; set one of them")
-        if self.sample_seed is not None and self.max_samples is None:
-            raise ValueError("data.sample_seed draws data.max_samples rows; set that too")
+        _refuse_seed_without_number("data", self.sample_seed, self.max_samples)
         return self
+
+
+def _refuse_seed_without_number(section: str, seed: int | None, number: int | None) -> None:
+    if seed is not None and number is None:
+        raise ValueError(f"{section}.sample_seed draws {section}.max_samples rows; set that too")
 
 
 class RetainConfig(Frozen):
@@ -159,3 +165,8 @@ class RetainConfig(Frozen):
     sample_seed: NonNegativeInt | None = Field(
         None, lt=2**63, description="Draw retain.max_samples rows at random, by this seed."
     )
+
+    @model_validator(mode="after")
+    def _seed_has_a_number(self) -> "RetainConfig":
+        _refuse_seed_without_number("retain", self.sample_seed, self.max_samples)
+        return self

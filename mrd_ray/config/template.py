@@ -1,6 +1,7 @@
 """Templates of columns: format strings, and Jinja where a part depends on a column."""
 
 import functools
+import math
 import re
 import string
 from collections.abc import Mapping
@@ -38,6 +39,12 @@ class Template:
         return str(_compiled(self.text).render(values))
 
 
+def unescaped(text: str) -> str:
+    r"""\n and \t as a line break and a tab, since a shell hands on what is typed; within Jinja's braces they stay."""
+    parts = re.split(r"(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})", text, flags=re.DOTALL)
+    return "".join(part if at % 2 else part.replace("\\n", "\n").replace("\\t", "\t") for at, part in enumerate(parts))
+
+
 @functools.lru_cache
 def parse(text: str) -> Template:
     """A template from a setting. Raises ValueError, which says what is wrong with it."""
@@ -71,7 +78,21 @@ def _parse_jinja(text: str) -> Template:
 def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    return ImmutableSandboxedEnvironment(keep_trailing_newline=True)
+    return ImmutableSandboxedEnvironment(keep_trailing_newline=True, finalize=_printable)
+
+
+def _printable(value: Any) -> Any:
+    """What a template may print: text and numbers, and not Python's way to write other things."""
+    import jinja2
+
+    if isinstance(value, jinja2.Undefined):
+        raise jinja2.UndefinedError(
+            f"column {value._undefined_name!r} is missing or empty; where it may be, write "
+            f"'{{% if {value._undefined_name} %}}...{{% endif %}}'"
+        )
+    if isinstance(value, str) or (type(value) in (int, float) and math.isfinite(value)):
+        return value
+    raise TypeError(f"it prints {value!r:.40}, which is not text but {type(value).__name__}")
 
 
 @functools.lru_cache

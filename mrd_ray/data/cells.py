@@ -1,5 +1,6 @@
 """One cell of a row -> its text, or why it has none."""
 
+import decimal
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -51,7 +52,7 @@ def as_text(value: Any, column: str, numbers: bool = False) -> str:
     """A cell's value as text. Raises Unscorable, which names the column."""
     if value is None:
         raise Unscorable(f"column {column!r} is missing or null")
-    if type(value) in (int, float) and math.isfinite(value):
+    if type(value) in (int, float, decimal.Decimal) and math.isfinite(value):
         if not numbers:
             raise Unscorable(
                 f"column {column!r} is not text but a number: {value!r:.40} (data.numbers_as_text: true takes it)"
@@ -72,7 +73,7 @@ def response_text(values: Mapping[str, Any], column: str, data: DataConfig) -> s
     Raises Unscorable.
     """
     value = lookup(values, column)
-    if isinstance(value, str) and data.list_separator and data.response_index is not None:
+    if isinstance(value, str) and data.list_separator and (data.response_index, data.response_join) != (None, None):
         value = value.split(data.list_separator)
     if not isinstance(value, list):
         return as_text(value, column, data.numbers_as_text)

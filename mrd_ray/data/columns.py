@@ -1,5 +1,6 @@
 """Which columns of a source hold what: as set, or the well-known ones where only one reading is possible."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from shlex import quote
 from typing import Any, NamedTuple
@@ -23,8 +24,10 @@ _RESPONSES = (
     "ground_truth", "solution", "reply", "chosen", "rejected",
 )  # fmt: skip
 _MESSAGES = ("messages", "conversations", "conversation", "dialogue")
-# A column of text so called is part of a sample: one that is left out by a guess would be missed.
+# A column so called is part of a sample: one that is left out by a guess would be missed.
 ROLES = {"text", *_PROMPTS, *_RESPONSES, *_MESSAGES}
+_CLASSES = {"label", "labels", "target", "targets"}  # which classify a text where they hold no text
+SYSTEM = ("system", "system_prompt")
 _SHOWN = 4  # readings that a message offers
 
 
@@ -51,24 +54,32 @@ class Columns(NamedTuple):
 
 
 def kinds(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """What the columns of these rows hold, in their order: messages, text, texts, nested texts, other, or nothing."""
+    """What the columns of these rows hold, in their order.
+
+    That is messages, text, texts, nested texts, number, other, or nothing.
+    """
     found: dict[str, str] = {}
     for values in rows:
         for name, value in values.items():
-            if found.setdefault(name, "nothing") == "nothing" and value not in (None, "", [], {}):
-                found[name] = _kind(value)
+            if found.setdefault(name, "nothing") == "nothing":
+                found[name] = kind(value)
     return found
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """What one cell holds, as `kinds` calls it."""
+    if value in (None, "", [], {}):
+        return "nothing"
     if is_conversation(value):
         return "messages"
     if isinstance(value, str):
         return "text" if value.strip() else "nothing"
+    if type(value) in (int, float):
+        return "number"
     if isinstance(value, list) and all(isinstance(one, str) for one in value):
         return "texts"
-    if isinstance(value, dict) and _kind(value.get("text")) == "texts":
-        return "nested texts"
+    if isinstance(value, dict) and kind(value.get("text")) in ("text", "texts"):
+        return f"nested {kind(value['text'])}"
     return "other"
 
 
@@ -101,8 +112,9 @@ def choose(data: DataConfig, present: Mapping[str, str], where: str) -> Columns:
             parts = [require("data.prompt", name) for name in templates.parse(prompt).columns]
             plain = [*parts, response, *others]
         chats = tuple(name for name in (prompt, response) if name is not None and present.get(name) == "messages")
-        if messages is not None or chats:
-            plain += [name for name in ("system", "tools") if name in present]
+        if messages is not None or chats or (data.template == "chat" and text is None):
+            plain += [name for name in present if name.casefold() in SYSTEM][:1]
+            plain += ["tools"] if "tools" in present else []
         used = tuple(dict.fromkeys(name for name in plain if name is not None))
         return Columns(text, prompt, response, messages, id_column, used, chats)
 
@@ -112,6 +124,7 @@ def choose(data: DataConfig, present: Mapping[str, str], where: str) -> Columns:
         return columns(messages=require("data.messages", data.messages))
     if data.template != "chat" and (template := templates.parse(data.template)).own_columns:
         names = [require("data.template", name) for name in template.own_columns if not _may_lack(data, name, present)]
+        _refuse_literal_columns(template, present, where)
         prompt, response = _of_template(data, template, present, where)
         response = None if response is None else require("data.response", response)
         return columns(prompt=prompt, response=response, others=names)
@@ -119,6 +132,16 @@ def choose(data: DataConfig, present: Mapping[str, str], where: str) -> Columns:
         prompt = data.prompt if "{" in data.prompt else require("data.prompt", data.prompt)
         return columns(prompt=prompt, response=require("data.response", str(data.response)))
     return columns(**_guess(data, present, where))
+
+
+def _refuse_literal_columns(template: Template, present: Mapping[str, str], where: str) -> None:
+    """Raises UserError for {{ name }} of a column in a format string, where these are literal braces."""
+    doubled = [] if template.jinja else re.findall(r"(?<!\{)\{\{\s*(\w+)\s*\}\}(?!\})", template.text)
+    if named := [name for name in doubled if name in present]:
+        raise UserError(
+            f"{where}: data.template holds {{{{{named[0]}}}}}, which a format string writes as {{{named[0]}}} and no "
+            f"text of the column; write all its columns as {{{named[0]}}}, or all as {{{{ {named[0]} }}}}"
+        )
 
 
 def _may_lack(data: DataConfig, name: str, present: Mapping[str, str]) -> bool:
@@ -153,7 +176,7 @@ def _guess(data: DataConfig, present: Mapping[str, str], where: str) -> dict[str
 
     def there(role: str) -> str | None:
         name = role if role in present else named.get(role)
-        return name if name is not None and (present[name] != "other" or role not in _MESSAGES) else None
+        return name
 
     found: list[dict[str, str]] = []
     for roles in _PAIRS:
@@ -167,8 +190,7 @@ def _guess(data: DataConfig, present: Mapping[str, str], where: str) -> dict[str
             found.append({"messages": name})
     left = [
         name for name in present
-        if name.casefold() in ROLES and present[name] in ("text", "messages")
-        and not (found and name in found[0].values())
+        if name.casefold() in ROLES and not (found and name in found[0].values()) and _may_be_part(name, present[name])
     ]  # fmt: skip
     if len(found) == 1 and not left:
         return found[0]
@@ -186,17 +208,21 @@ def _guess(data: DataConfig, present: Mapping[str, str], where: str) -> dict[str
     )
 
 
+def _may_be_part(name: str, kind: str) -> bool:
+    """Whether a column of a known role may be part of a sample, and not the class of a text."""
+    return kind in ("text", "messages") or (kind != "nothing" and name.casefold() not in _CLASSES)
+
+
 def _readings(present: Mapping[str, str], readable: set[str]) -> list[str]:
     """Flags for what the columns may mean."""
     names = {name.casefold(): name for name in present if name in readable and present[name] != "nothing"}
     roles = {role: quote(name) for role, name in names.items()}
     prompts = [roles[role] for role in (*_PROMPTS, "text") if role in roles]
     responses = [roles[role] for role in _RESPONSES if role in roles]
-    of_lists = {"texts": " --data.response_index 0", "nested texts": ".text --data.response_index 0"}
+    more = {"texts": " --data.response_index 0", "nested texts": ".text --data.response_index 0"}
+    more |= {"nested text": ".text", "number": " --data.numbers_as_text true"}
     responses += [
-        quote(name) + of_lists[kind]
-        for name, kind in present.items()
-        if kind in of_lists and name.casefold() in _RESPONSES
+        quote(name) + more[kind] for name, kind in present.items() if kind in more and name.casefold() in _RESPONSES
     ]
     readings = []
     if {"instruction", "input", "output"} <= roles.keys():
@@ -208,7 +234,7 @@ def _readings(present: Mapping[str, str], readable: set[str]) -> list[str]:
     readings += [f"--data.prompt {prompt} --data.response {response}" for prompt in prompts for response in responses]
     readings += [f"--data.text {roles['text']}"] if "text" in roles else []
     if len(prompts) > 1 and responses and not readings[0].endswith("alpaca"):
-        parts = "\\n".join(f"{{{names[role]}}}" for role in (*_PROMPTS, "text") if role in names)
+        parts = "\\n".join(f"{{{names[role]}}}" for role in (*_PROMPTS, "text") if role in names)  # see `unescaped`
         readings.insert(1, f"--data.template '{parts}\\n{{response}}' --data.response {responses[0]}")
     pairs, rest = readings[: _SHOWN - 1], readings[_SHOWN - 1 :]
     return pairs + rest[-1:]

@@ -36,6 +36,8 @@ def row_of(path: str, number: int, value: Any) -> dict[str, Any]:
     """A JSON value as a row; a text is its only column. Raises UserError."""
     if isinstance(value, str):
         return {"text": value}
+    if isinstance(value, list) and is_conversation(value):
+        return {"messages": value}
     if not isinstance(value, dict):
         raise UserError(
             f"{path}, row {number}: expected a JSON object with named columns, or a text, found {value!r:.60}"
@@ -46,7 +48,7 @@ def row_of(path: str, number: int, value: Any) -> dict[str, Any]:
 def refuse_split(path: str, split: str) -> None:
     """Raises UserError if a split is asked of what has none."""
     if split != "train":
-        raise UserError(f"data.split: {split}, but {path} has no splits; leave it out, or slice it: train[:100]")
+        raise UserError(f"data.split: {split}, but {path} has no splits; leave it out, or slice its rows: train[:100]")
 
 
 def _is_rows(value: Any) -> bool:
@@ -66,18 +68,35 @@ def _of_object(path: str, document: Any, split: str, say: Say) -> list[Any]:
     if document.keys() >= {"columns", "data"} and isinstance(document["columns"], list):  # pandas' orient="split"
         return [_record(path, number, document["columns"], row) for number, row in enumerate(document["data"], 1)]
     if any(map(is_conversation, cells)):
+        refuse_split(path, split)
         return [document]
-    if all(isinstance(cell, dict) for cell in cells):
-        return _of_objects(path, document)
     if all(isinstance(cell, list) for cell in cells):
         alike = len({len(cell) for cell in cells}) == 1
-        if alike and split not in document and not _is_of_lists(document):
-            return [dict(zip(document, record, strict=True)) for record in zip(*cells, strict=True)]
-        return _picked(path, document, [name for name, cell in document.items() if cell], split, say)
+        if alike and split == "train" and split not in document and not _is_of_lists(document):
+            if not any(name.casefold() in ROLES for name in document):
+                say(f"{', '.join(document)} of {path} are read as columns; data.split takes one as a list of texts")
+            return _records(document)
+        return _picked(path, document, split, say)
+    if split in document and all(map(_is_columns, cells)):
+        return _records(document[split])
     lists = [name for name, cell in document.items() if _is_rows(cell)]
     if lists and not any(isinstance(cell, str) and name.casefold() in ROLES for name, cell in document.items()):
-        return _picked(path, document, lists, split, say)
+        return _picked(path, {name: cell for name, cell in document.items() if isinstance(cell, list)}, split, say)
+    refuse_split(path, split)
+    of_roles = any(name.casefold() in ROLES for name in document)
+    if all(isinstance(cell, dict) for cell in cells):
+        return _of_objects(path, document, of_roles)
     return [document]
+
+
+def _records(columns: dict[str, list[Any]]) -> list[Any]:
+    return [dict(zip(columns, record, strict=True)) for record in zip(*columns.values(), strict=True)]
+
+
+def _is_columns(value: Any) -> bool:
+    """Whether it is an object of lists of one length."""
+    of_lists = isinstance(value, dict) and bool(value) and all(isinstance(cell, list) for cell in value.values())
+    return of_lists and len({len(cell) for cell in value.values()}) == 1 and not is_conversation(value)
 
 
 def _record(path: str, number: int, columns: list[str], cells: Any) -> dict[str, Any]:
@@ -86,8 +105,11 @@ def _record(path: str, number: int, columns: list[str], cells: Any) -> dict[str,
     return dict(zip(columns, cells, strict=True))
 
 
-def _of_objects(path: str, document: dict[str, dict[str, Any]]) -> list[Any]:
-    """Columns by row label, as pandas writes by default; rows by their label; or one row of nested cells."""
+def _of_objects(path: str, document: dict[str, dict[str, Any]], one_row: bool) -> list[Any]:
+    """Columns by row label, as pandas writes by default; rows by their label; or one row of nested cells.
+
+    one_row: whether its names are those of columns.
+    """
     labels = list(next(iter(document.values())))
     if labels and all(label.isdecimal() for label in labels):
         if any(cells.keys() != set(labels) for cells in document.values()):
@@ -97,20 +119,24 @@ def _of_objects(path: str, document: dict[str, dict[str, Any]]) -> list[Any]:
         return [{name: cells[label] for name, cells in document.items()} for label in labels]
     if all(label.isdecimal() for label in document):
         return list(document.values())
-    if len(document) > 1:
+    if len(document) > 1 and not one_row:
         return [{"id": label} | row for label, row in document.items()]
     return [document]
 
 
-def _picked(path: str, document: dict[str, Any], names: list[str], split: str, say: Say) -> list[Any]:
-    """The list called `split`, or the only one."""
+def _picked(path: str, lists: dict[str, list[Any]], split: str, say: Say) -> list[Any]:
+    """The list called `split`; without one so called, the only one that is not empty, if none was asked for."""
+    if split in lists:
+        if len(lists) > 1:
+            say(f"Rows under {split!r} of {path}")
+        return lists[split]
+    names = [name for name, rows in lists.items() if rows]
+    each = ", ".join(f"{name} ({len(rows)} rows)" for name, rows in lists.items())
+    if split != "train":
+        raise UserError(f"data.split: {split}, but {path} holds {each}; choose one of these")
+    if len(names) > 1:
+        raise UserError(f"{path} holds several lists: {each}; choose one with data.split, e.g. data.split: {names[0]}")
     if not names:
         return []
-    if split not in names and len(names) > 1:
-        each = ", ".join(f"{name} ({len(document[name])} rows)" for name in names)
-        raise UserError(f"{path} holds several lists: {each}; choose one with data.split, e.g. data.split: {names[0]}")
-    name = split if split in names else names[0]
-    if len(names) > 1 or name != split:
-        say(f"Rows under {name!r} of {path}")
-    found: list[Any] = document[name]
-    return found
+    say(f"Rows under {names[0]!r} of {path}")
+    return lists[names[0]]

@@ -14,7 +14,9 @@ from mrd_ray.data.cells import Unscorable
 
 Message = dict[str, Any]
 Span = tuple[int, int]
-_SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+_ASSISTANTS = ("gpt", "chatgpt", "bing", "bard", "model", "bot", "ai", "function_call")
+_SHAREGPT = {"human": "user", "observation": "tool", "function_response": "tool"}
+_SHAREGPT |= dict.fromkeys(_ASSISTANTS, "assistant")
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLACEHOLDER = "The response 5c0e7d stands here."  # mixed case and bare ends, to notice templates that change them
@@ -66,14 +68,43 @@ def messages(value: Any, column: str) -> list[Message]:
         raise Unscorable(f"column {column!r} holds no conversation, a list of role and content: {value!r:.40}")
     found = []
     for number, turn in enumerate(_turns(value), 1):
-        message = {name: cell for name, cell in turn.items() if cell is not None and name not in ("from", "value")}
+        message = _without_nulls({name: cell for name, cell in turn.items() if name not in ("from", "value")})
         given = str(turn["role"] if "role" in turn else turn["from"])
-        message["role"] = role = _SHAREGPT.get(given, given)
+        message["role"] = role = _SHAREGPT.get(given.casefold(), given.casefold())
         if role not in _ROLES:
-            raise Unscorable(f"turn {number} is by {given!r}; expected one of {', '.join(_ROLES)}")
+            known = ", ".join([*_ROLES, *_SHAREGPT])
+            raise Unscorable(f"turn {number} is by {given!r}; expected one of {known}")
         message["content"] = _content(turn.get("content") if "role" in turn else turn["value"], number)
         found.append(message)
     return found
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without empty fields at any depth: Parquet and Arrow give every object the fields of all others."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(cell) for name, cell in value.items() if cell is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def joined(prompt: Sequence[Message], response: Sequence[Message], column: str) -> tuple[list[Message], int]:
+    """The whole conversation, and from which turn on it is the response, which may bring the prompt along.
+
+    Raises Unscorable if the response begins with turns that are neither the prompt's nor an answer.
+    """
+
+    def said(turns: Sequence[Message]) -> list[tuple[str, str]]:
+        return [(turn["role"], turn["content"].strip()) for turn in turns]
+
+    lead = next((i for i, turn in enumerate(response) if turn["role"] not in ("system", "developer")), len(response))
+    lead = 0 if prompt[0]["role"] in ("system", "developer") else lead
+    if said(response[lead : lead + len(prompt)]) == said(prompt):
+        return list(response), lead + len(prompt)
+    if response[0]["role"] not in ("assistant", "tool", "function"):
+        raise Unscorable(
+            f"column {column!r} begins with a turn of {response[0]['role']} that is not the prompt's; if it holds "
+            f"whole conversations, set data.messages: {column}"
+        )
+    return [*prompt, *response], len(prompt)
 
 
 def tools(value: Any) -> list[Any] | None:
@@ -86,7 +117,7 @@ def tools(value: Any) -> list[Any] | None:
         return None
     if not isinstance(found, list):
         raise Unscorable(f"column 'tools' is no list of tools: {value!r:.40}")
-    return found
+    return list(_without_nulls(found))
 
 
 def last_answer(turns: Sequence[Message]) -> int:
@@ -98,8 +129,9 @@ def last_answer(turns: Sequence[Message]) -> int:
 
 
 def _content(value: Any, number: int) -> str:
-    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        value = "".join(str(part.get("text", "")) for part in value)  # parts, as OpenAI has them
+    if isinstance(value, list):  # parts, as OpenAI has them
+        parts: list[Any] = [part["text"] if isinstance(part, dict) and "text" in part else part for part in value]
+        value = "".join(parts) if all(isinstance(part, str) for part in parts) else value
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -123,8 +155,9 @@ def render(
     if not marked:
         return Chat(_text(turns, tokenizer, tools), ())
     counted = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= first]
-    if not counted:
-        raise Unscorable("it has no assistant turn to score")
+    scored = [i for i in counted if turns[i].get("weight") != 0 and _says_something(turns[i])]
+    if not scored:
+        raise Unscorable("it has no assistant turn to score, or none that says anything")
     if _GENERATION.search(_template(tokenizer, tools)):
         text, spans = _generated(turns, tokenizer, tools)
         before = sum(turn["role"] == "assistant" for turn in turns[:first])
@@ -132,36 +165,71 @@ def render(
             raise Unscorable(
                 f"the chat template marks {len(spans)} parts as generated in {before + len(counted)} turns"
             )
+        if len(spans) == before + len(counted):
+            return Chat(text, tuple(span for i, span in zip(counted, spans[before:], strict=True) if i in scored))
+        if any(turns[i].get("weight") == 0 for i in counted):
+            raise Unscorable("turns have weight 0, but which parts the chat template marks are theirs is not known")
         return Chat(text, tuple(spans[before:]))
     text = _text(turns, tokenizer, tools)
-    return Chat(text, tuple(_span(text, turns, i, tokenizer, tools) for i in counted))
+    return Chat(text, tuple(_span(text, turns, i, tokenizer, tools) for i in scored))
+
+
+def _says_something(turn: Message) -> bool:
+    return bool(turn["content"].strip() or turn.get("tool_calls"))
 
 
 def _span(text: str, turns: Sequence[Message], i: int, tokenizer: PreTrainedTokenizerBase, tools: Any) -> Span:
     """Where turn i is in the whole text: at the end of the conversation up to it, of which the text must be more."""
     which = f"assistant turn {i + 1}" if len(turns) > 2 else "the response"
+    calls = turns[i].get("tool_calls")
     until = text if i + 1 == len(turns) else _text(turns[: i + 1], tokenizer, tools)
-    marked = _text([*turns[:i], turns[i] | {"content": _PLACEHOLDER}], tokenizer, tools)
+    other = {"role": "assistant"} if calls else turns[i]  # calls are written after the content, and are part of it
+    marked = _text([*turns[:i], other | {"content": _PLACEHOLDER}], tokenizer, tools)
     # What follows a turn is the same for any turn, so the turn ends where that begins. What goes before is not:
     # templates write thoughts of their own there, or leave those that it brings.
-    _, *endings = marked.split(_PLACEHOLDER)
-    content = turns[i]["content"].strip()  # templates may trim it
-    ended = len(endings) == 1 and until.endswith(endings[0])
-    before_ending = until.removesuffix(endings[0]).rstrip() if ended else ""
-    if not content or not before_ending.endswith(content):
+    beginning, *endings = marked.split(_PLACEHOLDER)
+    if len(endings) != 1 or not until.endswith(endings[0]):
         raise Unscorable(f"the chat template changes {which}, repeats it or leaves it out: its place is not known")
-    if not text.startswith(before_ending):
+    until = until.removesuffix(endings[0])
+    start, stop = _place(until, turns[i]["content"], beginning)
+    if calls:
+        asked = _text(turns[:i], tokenizer, tools, asks=True)
+        start, stop = len(asked) if until.startswith(asked) else -1, len(until)
+    if start < 0:
+        raise Unscorable(f"the chat template changes {which}, repeats it or leaves it out: its place is not known")
+    if not text.startswith(until[:stop]):
         raise Unscorable(
             f"the chat template writes what is before {which} otherwise once more turns follow: its place is not known"
         )
-    return len(before_ending) - len(content), len(before_ending)
+    return start, stop
 
 
-def _text(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Any) -> str:
+def _place(until: str, content: str, beginning: str) -> Span:
+    """Where a turn's content is, at the end of `until`, as it is or trimmed; before -1 if it is not there.
+
+    beginning: what stands before another content, to tell the content's own white space from the template's.
+    """
+    core = content.strip()
+    if until.endswith(content.lstrip()):
+        tail = content[len(content.rstrip()) :]
+    else:
+        until, tail = until.rstrip(), ""
+    start = len(until) - len(core + tail)
+    if not core or start < 0 or not until.startswith(core + tail, start):
+        return -1, -1
+    lead = content[: len(content) - len(content.lstrip())]
+    if lead and until[:start].endswith(lead) and until[:start] != beginning:
+        start -= len(lead)
+    return start, len(until)
+
+
+def _text(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Any, asks: bool = False) -> str:
+    """asks: whether the beginning of an answer follows."""
+    template = _CLOCK + _template(tokenizer, tools)
     try:
         return str(
             tokenizer.apply_chat_template(
-                list(turns), tools=tools, chat_template=_CLOCK + _template(tokenizer, tools), tokenize=False
+                list(turns), tools=tools, chat_template=template, tokenize=False, add_generation_prompt=asks
             )
         )
     except (jinja2.TemplateError, TypeError, ValueError) as problem:  # a template is a program, and can fail as one

@@ -20,7 +20,7 @@ Say = Callable[[str], None]  # told what a person may want to know of how a sour
 _CHUNK = 1 << 20
 _BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 _BOMS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # after UTF-32, whose mark begins alike
-_OF_WINDOWS = "cp1252"
+OF_WINDOWS = "cp1252"
 
 
 def _zstd(file: BinaryIO) -> BinaryIO:
@@ -74,8 +74,8 @@ def open_text(path: str, encoding: str | None, guess: bool, say: Say) -> Iterato
     """
     if encoding is None:
         encoding = _encoding(path, guess)
-        if encoding == _OF_WINDOWS:
-            say(f"{path} is not UTF-8; read as {_OF_WINDOWS} (data.encoding sets another)")
+        if encoding == OF_WINDOWS:
+            say(f"{path} is not UTF-8; read as {OF_WINDOWS} (data.encoding sets another)")
     elif encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
         encoding = "utf-8-sig"
     with open_bytes(path) as file:
@@ -94,7 +94,10 @@ def _encoding(path: str, guess: bool) -> str:
                 return encoding
         if b"\0" in start[:2]:  # ASCII, as a header or JSON begins, in two bytes
             return "utf-16-be" if start[:1] == b"\0" else "utf-16-le"
-        return "utf-8" if not guess or _is_utf8(path, start, file) else _OF_WINDOWS
+        return "utf-8" if not guess or _is_utf8(path, start, file) else OF_WINDOWS
+
+
+_CONTROL = re.compile("[\x00-\x08]")  # in no text: high bytes of UTF-16, or no text at all
 
 
 def _is_utf8(path: str, start: bytes, file: BinaryIO) -> bool:
@@ -104,6 +107,11 @@ def _is_utf8(path: str, start: bytes, file: BinaryIO) -> bool:
     chunk = start
     while chunk:
         text = decoder.decode(chunk)
+        if bad := _CONTROL.search(text):
+            raise UserError(
+                f"{path}, line {lines + text.count(chr(10), 0, bad.start())}: holds control characters; set "
+                "data.encoding to what it is in, e.g. utf-16-le"
+            )
         if not text.isascii():
             of_unicode = of_unicode or re.search("[^\x00-\x7f\udc80-\udcff]", text) is not None
             if not bad_line and (bad := re.search("[\udc80-\udcff]", text)):

@@ -4,17 +4,18 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mrd_ray.config import DataConfig
 from mrd_ray.data.containers import Numbered, refuse_split, row_of, rows_of
-from mrd_ray.data.files import COMPRESSED, Say, open_bytes, open_text, reading
+from mrd_ray.data.files import COMPRESSED, OF_WINDOWS, Say, open_bytes, open_text, reading
 from mrd_ray.errors import UserError
 
 JSON = (".jsonl", ".json", ".ndjson")
@@ -48,7 +49,7 @@ def rows(path: str, data: DataConfig, split: str, say: Say) -> Numbered:
     refuse_split(path, split)
     if kind in SEPARATED:
         with open_text(path, data.encoding, True, say) as file:
-            yield from _separated(path, file, data.separator or ("\t" if kind == ".tsv" else None))
+            yield from _separated(path, file, data.separator or ("\t" if kind == ".tsv" else None), data.quotes)
     elif kind == ".parquet":
         yield from _parquet(path)
     else:
@@ -58,10 +59,7 @@ def rows(path: str, data: DataConfig, split: str, say: Say) -> Numbered:
 def text(path: str, data: DataConfig, say: Say) -> str:
     """The whole of a plain text file. Raises UserError."""
     with open_text(path, data.encoding, True, say) as file:
-        content = "".join(line for _, line in _numbered(path, file))
-    if not content.strip():
-        raise UserError(f"data.path: {path} is empty")
-    return content
+        return "".join(line for _, line in _numbered(path, file))
 
 
 def _numbered(path: str, file: TextIO) -> Iterator[tuple[int, str]]:
@@ -70,13 +68,16 @@ def _numbered(path: str, file: TextIO) -> Iterator[tuple[int, str]]:
     try:
         with reading(path):
             for number, line in enumerate(file, 1):
-                yield number, line
+                yield number, line if number > 1 else line.removeprefix("\ufeff")  # of an encoding set without it
     except UserError as problem:
         if not isinstance(problem.__cause__, UnicodeError):
             raise
+        name = file.encoding.removesuffix("-sig").upper()
+        found, other = (
+            (f"neither UTF-8 nor {name}", "shift_jis") if name == OF_WINDOWS.upper() else (f"not {name}", OF_WINDOWS)
+        )
         raise UserError(
-            f"{path}, at or after line {number + 1}: not {file.encoding.removesuffix('-sig').upper()} text; set "
-            "data.encoding to what it is in, e.g. cp1252"
+            f"{path}, at or after line {number + 1}: {found} text; set data.encoding to what it is in, e.g. {other}"
         ) from problem
 
 
@@ -105,7 +106,7 @@ def _json(path: str, file: TextIO, split: str, say: Say) -> Numbered:
 def _is_whole(line: str) -> bool:
     """Whether a first line is a row by itself, be it broken, and not the beginning of a document."""
     stripped = line.strip()
-    return stripped[0] not in "[{" or (stripped[0], stripped[-1]) == ("{", "}")
+    return stripped[0] not in "[{" or (stripped[0], stripped[-1]) in (("{", "}"), ("[", "]"))
 
 
 def _parsed(path: str, content: str, line: int) -> Any:
@@ -138,16 +139,16 @@ def _repeated(names: Sequence[str]) -> str:
 # --- separated values
 
 
-def _separated(path: str, file: TextIO, separator: str | None) -> Numbered:
+def _separated(path: str, file: TextIO, separator: str | None, quotes: bool) -> Numbered:
     csv.field_size_limit(2**31 - 1)  # a sample over the default of 128 KiB is for data.max_tokens to judge
     lines = (line for _, line in _numbered(path, file))
     peeked, skipped = list(itertools.islice(lines, _LOOKED_AT)), 0
-    if peeked and (named := peeked[0].strip()).lower().startswith("sep=") and len(named) == 5:  # of Excel
-        separator, skipped = separator or named[4], 1
+    if peeked and (named := re.fullmatch(r'"?sep=(.)"?\r?\n?', peeked[0], re.IGNORECASE)):  # of Excel
+        separator, skipped = separator or named[1], 1
         peeked = peeked[1:]
     if separator is None:
-        separator = _separator(peeked)
-    reader = csv.DictReader(itertools.chain(peeked, lines), strict=True, delimiter=separator)
+        separator = _separator(peeked, _quoting(quotes))
+    reader = csv.DictReader(itertools.chain(peeked, lines), strict=True, delimiter=separator, quoting=_quoting(quotes))
     try:
         header = list(reader.fieldnames or ())
         if reader.fieldnames == []:
@@ -161,22 +162,34 @@ def _separated(path: str, file: TextIO, separator: str | None) -> Numbered:
                     f"the header; quote fields that hold {_named(separator)}, or set data.separator if "
                     f"{_named(separator)} does not separate them"
                 )
+            if separator == "\t" and any("\t" in value and "\n" in value for value in values.values()):
+                raise UserError(
+                    f"{path}, row {number} (line {reader.line_num + skipped}): a quoted field holds tabs and line "
+                    "breaks, so it may be several rows; if quotation marks are text here, set data.quotes: false"
+                )
             yield number, values
     except csv.Error as problem:
         raise UserError(
             f"{path}, line {reader.line_num + skipped}: broken CSV, separated by {_named(separator)}: {problem}; "
-            "data.separator sets another"
+            "within quoted fields double a quotation mark, or set data.quotes: false where they are text; "
+            "data.separator sets another separator"
         ) from problem
 
 
-def _separator(lines: list[str]) -> str:
+def _quoting(quotes: bool) -> Literal[0, 3]:
+    return csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+
+
+def _separator(lines: list[str], quoting: Literal[0, 3]) -> str:
     """The one that cuts all records into the same number of fields, and into most; a comma where none does."""
 
     def fields(separator: str) -> int:
         try:
-            records = [record for record in csv.reader(lines, delimiter=separator, strict=True) if record]
+            records = [
+                record for record in csv.reader(lines, delimiter=separator, quoting=quoting, strict=True) if record
+            ]
         except csv.Error:  # the last may be cut off within a quoted field
-            reader = csv.reader(lines, delimiter=separator)
+            reader = csv.reader(lines, delimiter=separator, quoting=quoting)
             records = [record for record in reader if record][:-1]
         widths = {len(record) for record in records}
         return widths.pop() if len(widths) == 1 else 1

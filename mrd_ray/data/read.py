@@ -63,14 +63,28 @@ def rows(data: DataConfig, say: Say = quiet) -> Iterator[Row]:
 
 def texts(data: DataConfig, say: Say = quiet) -> list[tuple[str | None, str]] | None:
     """Plain texts with their files' names (None where there is only one), or None if the source is a table."""
-    if "[" in data.split or "+" in data.split:
-        return None
-    found, settled = sources.find(data, data.split, quiet)
+    sliced = "[" in data.split or "+" in data.split
+    found, settled = sources.find(data, _names(data.split)[0], quiet)
     if not isinstance(found, list) or not found[0].is_text:
         return None
-    if not settled:
-        refuse_split(found[0].path, data.split)
-    return [(_called(file, found), formats.text(file.path, data, say)) for file in found]
+    if sliced or not (settled or data.split == "train"):
+        raise UserError(
+            f"data.split: {data.split}, but {found[0].path} is plain text, which has no rows to slice and no splits; "
+            "leave it out (data.max_samples takes a part)"
+        )
+    _refuse_columns(data, found[0].path)
+    read = [(_called(file, found), formats.text(file.path, data, say)) for file in found]
+    if not (filled := [(name, text) for name, text in read if text.strip()]):
+        raise UserError(f"data.path: {described(data)} is empty")
+    if blank := [name for name, text in read if not text.strip()]:
+        say(f"Not read, since they are empty: {', '.join(map(str, blank))}")
+    return filled
+
+
+def _refuse_columns(data: DataConfig, path: str) -> None:
+    named = ("text", "prompt", "response", "messages", "where")
+    if given := [f"data.{name}" for name in named if getattr(data, name)]:
+        raise UserError(f"{' and '.join(given)}: {path} is plain text, which has no columns; leave it out")
 
 
 def described(data: DataConfig) -> str:

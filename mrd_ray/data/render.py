@@ -11,7 +11,7 @@ from mrd_ray.config import template as templates
 from mrd_ray.config.template import Template
 from mrd_ray.data import conversations
 from mrd_ray.data.cells import Unscorable, as_text, cell, lookup, response_text
-from mrd_ray.data.columns import Columns
+from mrd_ray.data.columns import SYSTEM, Columns
 from mrd_ray.data.conversations import Message, Span
 
 # Around a response while Jinja puts a sample together, to find it again. Of the plane for private use.
@@ -82,10 +82,10 @@ def conversation(values: Mapping[str, Any], columns: Columns, data: DataConfig) 
         first = len(turns)
         if columns.response in columns.chats:
             response = conversations.messages(lookup(values, columns.response), columns.response)
-            turns = response if response[: len(turns)] == turns else turns + response  # some bring the prompt along
+            turns, first = conversations.joined(turns, response, columns.response)
         else:
             turns = [*turns, {"role": "assistant", "content": response_text(values, columns.response, data)}]
-    system = values.get("system") if "system" in columns.used else None
+    system = next((values.get(name) for name in columns.used if name.casefold() in SYSTEM), None)
     if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
         turns, first = [{"role": "system", "content": system}, *turns], first + 1
     return Turns(turns, first, conversations.tools(values.get("tools")) if "tools" in columns.used else None)
@@ -122,23 +122,46 @@ def _field(field: str, values: Mapping[str, Any], columns: Columns, data: DataCo
 def _from_jinja(
     template: Template, values: Mapping[str, Any], columns: Columns, data: DataConfig
 ) -> tuple[str, Span | None]:
-    given = {name: value for name, value in values.items() if value is not None}
+    # a blank text is empty, so that a template can ask for it with {% if %}
+    given = {
+        name: "" if isinstance(one, str) and not one.strip() else one for name, one in values.items() if one is not None
+    }
+    if data.template == "alpaca":
+        cell(values, "instruction")
     if "prompt" in template.columns and columns.prompt is not None:
         given["prompt"] = prompt_text(values, columns, data)
     try:
         if columns.response is None:
             return template.rendered(given), None
         response = response_text(values, columns.response, data)
-        names = [columns.response, "response"]
-        text = template.rendered(given | dict.fromkeys(names, response))
-        core = response.strip()  # within its ends, which a template may trim
+        core = response.strip()
         before, _, after = response.partition(core)
-        marked = template.rendered(given | dict.fromkeys(names, f"{before}{_BEGIN}{core}{_END}{after}"))
+
+        def with_it(written: str) -> str:
+            return template.rendered(_replaced(given, str(columns.response), written) | {"response": written})
+
+        text = with_it(response)
+        marked = with_it(f"{_BEGIN}{response}{_END}")
+        if _unmarked(marked) != text:  # it trims the response
+            marked = with_it(f"{before}{_BEGIN}{core}{_END}{after}")
     except (jinja2.TemplateError, TypeError, ValueError) as problem:
         raise Unscorable(f"data.template refuses it: {problem}") from problem
     start, stop = marked.find(_BEGIN), marked.find(_END) - len(_BEGIN)
-    if marked.replace(_BEGIN, "").replace(_END, "") != text or marked.count(_BEGIN) != 1:
-        if not set(names) & set(template.columns):
+    if _unmarked(marked) != text or marked.count(_BEGIN) != 1:
+        if not {columns.response.split(".")[0], "response"} & set(template.columns):
             return text, None
         raise Unscorable("data.template changes the response, repeats it or leaves it out: its place is not known")
     return text, (start, stop)
+
+
+def _unmarked(text: str) -> str:
+    return text.replace(_BEGIN, "").replace(_END, "")
+
+
+def _replaced(values: Mapping[str, Any], column: str, text: str) -> dict[str, Any]:
+    """The cells with another text in a column, which may be nested: answers.text."""
+    if column in values or "." not in column:
+        return {**values, column: text}
+    name, _, rest = column.partition(".")
+    inner = values.get(name)
+    return {**values, name: _replaced(inner if isinstance(inner, dict) else {}, rest, text)}

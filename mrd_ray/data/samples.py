@@ -33,7 +33,9 @@ _BATCH = 4096
 SCHEMA = pa.schema(  # large types: all tokens or characters of a column may be over 2^31
     [
         pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("index", pa.int64(), nullable=False, metadata={"unit": "place in the whole source, from 0"}),
+        pa.field(
+            "index", pa.int64(), nullable=False, metadata={"unit": "place in the source, sliced by data.split, from 0"}
+        ),
         pa.field("file", pa.string(), metadata={"unit": "the source file, null where there is only one"}),
         pa.field("row", pa.int64(), nullable=False, metadata={"unit": "line or record of that file, from 1"}),
         pa.field("text", pa.large_string(), metadata={"unit": "the sample as the model sees it"}),
@@ -99,14 +101,32 @@ class Peeked:
         self._rows = itertools.chain(first, rows)
 
     def __iter__(self) -> Iterator[Row]:
-        """Raises UserError if a late row names a column that would have been chosen, had it been there before."""
+        """Raises UserError if a late row fills a column that would have been chosen, had it been there before."""
+        blank = self._blank()
         for row in self._rows:
-            if not row.values.keys() <= self.present.keys():
-                self.present |= of_columns.kinds([row.values]) | self.present
-                where = f"{read.described(self._data)}, {row.place}, which names columns that the first {PEEKED} do not"
-                if (late := of_columns.choose(self._data, self.present, where).id) != self.columns.id:
-                    raise UserError(f"{where}: among them {late!r}, an id; give every row one, or rename it")
+            new = row.values.keys() - self.present.keys()
+            if new or any(of_columns.kind(row.values.get(name)) != "nothing" for name in blank):
+                self._look_again(row, new)
+                blank = self._blank()
             yield row
+
+    def _blank(self) -> list[str]:
+        return [name for name, kind in self.present.items() if kind == "nothing"]
+
+    def _look_again(self, row: Row, new: Collection[str]) -> None:
+        """Raises UserError if the columns would be others now."""
+        found = of_columns.kinds([row.values])
+        filled = {name: found[name] for name in self._blank() if found.get(name, "nothing") != "nothing"}
+        self.present |= filled | {name: found[name] for name in new}
+        what = ", ".join([*new, *filled])
+        where = (
+            f"{read.described(self._data)}, {row.place}, which fills columns that the first {PEEKED} do not ({what})"
+        )
+        chosen = of_columns.choose(self._data, self.present, where)
+        if chosen.id != self.columns.id:
+            raise UserError(f"{where}: among them {chosen.id!r}, an id; give every row one, or rename it")
+        if chosen != self.columns:
+            raise UserError(f"{where}: the samples would be made of {chosen}, and not of {self.columns}; say which")
 
     def refuse_chat_without_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UserError if all samples need a chat template, and the tokenizer has none."""
@@ -114,10 +134,11 @@ class Peeked:
         named = columns.messages or ", ".join(columns.chats)
         chat = bool(named) or (self._data.template == "chat" and columns.text is None)
         if chat and tokenizer.chat_template is None:
-            cause = "data.template: chat" if self._data.template == "chat" else f"column {named} holds conversations"
+            of_turns = self._data.template != "chat"
+            cause = f"column {named} holds conversations" if of_turns else "data.template: chat"
             raise UserError(
-                f"{cause}, but the tokenizer has no chat template; name one that has in model.tokenizer, or give a "
-                "format string in data.template"
+                f"{cause}, but the tokenizer has no chat template; name one that has in model.tokenizer"
+                + ("" if of_turns else ", or give a format string in data.template")
             )
 
     def say_columns(self, console: Console, more: Collection[str] = ()) -> None:
@@ -133,6 +154,7 @@ class _Builder:
         self._encoder = Encoder(tokenizer)
         self._seen: Counter[str] = Counter()
         self._own_special: Counter[tuple[int, ...]] = Counter()
+        self._within: Counter[int] = Counter()
 
     def batches(self, tally: Tally) -> Iterator[pa.RecordBatch]:
         texts = read.texts(self._data, self._say)
@@ -148,6 +170,9 @@ class _Builder:
         for own, count in self._own_special.items():
             names = " and ".join(map(str, self._tokenizer.convert_ids_to_tokens(list(own))))
             self._say(f"{count} sample(s) have {names} in their text already; it is not added again")
+        for token_id, count in self._within.items():
+            name = self._tokenizer.convert_ids_to_tokens(token_id)
+            self._say(f"{count} sample(s) have {name} within their text, where it counts as any token; is it meant?")
 
     def _of_rows(self) -> Iterator[list[dict[str, Any]]]:
         source = Peeked(self._data, self._say)
@@ -180,6 +205,7 @@ class _Builder:
                 sample |= found.tokens._asdict()
                 if found.own_special:
                     self._own_special[found.own_special] += 1
+                self._within.update(found.within)
             name_sample(sample, row, columns, self._data, self._seen)
             samples.append(sample)
         return samples
@@ -213,6 +239,7 @@ class _Builder:
                 else:
                     sample |= {"token_ids": token_ids, "scored": [False] + [True] * (len(token_ids) - 1)}
                 sample["sample_id"] = digest_id([sample["text"]], self._seen)
+                self._within.update(self._encoder.special & set(token_ids[len(before) :]))
                 index += 1
                 yield sample
 
@@ -237,6 +264,7 @@ def name_sample(sample: dict[str, Any], row: Row, columns: Columns, data: DataCo
         sample["sample_id"] = str(own)
         return
     reason = f"column {columns.id!r}, the id, is {own!r:.40}; expected text or a whole number"
+    reason += "" if data.id == columns.id else ", or data.id: null for digests of the samples"
     place = f"row-{row.number}" if row.file is None else f"{row.file}-row-{row.number}"
     sample |= {"sample_id": place, "token_ids": None, "scored": None, "error": reason}
 
@@ -280,6 +308,10 @@ def with_unique_ids(data: DataConfig, table: pa.Table) -> pa.Table:
         table = table.set_column(0, table.schema.field("sample_id"), pa.array(numbered, pa.string()))
         if not (repeated := _repeated(table)):
             return table
+        raise UserError(
+            f"{read.described(data)}: {min(repeated)!r}, an id made unique by its row, is another row's own id; set "
+            "data.id: null for digests of the samples, or name another column with data.id"
+        )
     first = min(repeated)
     where = table.filter(pc.equal(table["sample_id"], first))["row"].to_pylist()
     rows = ", ".join(map(str, where[:5])) + (", ..." if len(where) > 5 else "")

@@ -17,6 +17,8 @@ from mrd_ray.data.files import Say, open_bytes
 from mrd_ray.data.formats import ENDINGS, JSON, TEXT, ending
 from mrd_ray.errors import UserError
 
+_ABOUT = {"dataset_infos.json", "dataset_info.json", "state.json"}  # what `datasets` writes beside data
+_LAYOUT = ("field", "column_names", "names", "header", "skiprows", "columns")  # settings of builders of `datasets`
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _ENDS = f"a file ending in {', '.join(ENDINGS)} (or one of these with .gz, .zst, .bz2 or .xz after it)"
 
@@ -85,17 +87,27 @@ def _find(path: str, data: DataConfig, split: str, say: Say) -> tuple[list[File]
     except Exception as problem:  # an unknown protocol, its package missing, no access: each has errors of its own
         raise UserError(f"data.path: cannot open {path}: {problem}") from problem
     if is_file:
+        if given := [f"data.{name}" for name in ("name", "revision") if getattr(data, name) is not None]:
+            raise UserError(f"{' and '.join(given)}: {path} is a file, which has none; leave it out")
         return [_file(path)], False
     if is_folder:
         return _folder(path, fs, inner, data, split, say)
     prefix = _scheme(path)
     if matching:
-        files = [name for name in matching if fs.isfile(name) and ending(name)]
-        if not files:
+        ours = [name for name in matching if ending(name)]
+        if not ours:
             raise UserError(f"data.path: {path} matches {matching[0]}; expected {_ENDS}")
-        if left := [name for name in matching if name not in files]:
+        if left := [name for name in matching if name not in ours]:
             say(f"Not read: {_some(left)}; expected {_ENDS}")
-        return [File(prefix + name, name) for name in files], False
+        files: list[File] = []
+        for name in ours:  # Spark writes folders so called
+            inside, _ = (
+                ([File(prefix + name, name)], False)
+                if fs.isfile(name)
+                else _folder(prefix + name, fs, name, data, split, say)
+            )
+            files += inside if isinstance(inside, list) else []
+        return files, False
     if re.search(r"[*?\[]", path):
         raise UserError(f"data.path: no file matches {path}")
     if prefix:
@@ -131,7 +143,7 @@ def _folder(path: str, fs: Any, inner: str, data: DataConfig, split: str, say: S
         return Saved(path), False
     prefix = _scheme(path)
     inside = [name for name in sorted(fs.find(inner)) if not _is_hidden(os.path.relpath(name, inner))]
-    ours = [name for name in inside if ending(name)]
+    ours = [name for name in inside if ending(name) and PurePosixPath(name).name not in _ABOUT]
     if not ours:
         raise UserError(f"data.path: the folder {path} holds no data: expected {_ENDS}")
     of_writer = ending(path) is not None or any("=" in os.path.relpath(name, inner) for name in ours)
@@ -180,6 +192,12 @@ def _laid_out(path: str, name: str | None, ours: list[str]) -> tuple[dict[str, l
             return _laid_out(str(subfolder), None, inside)
         reason = " ".join(str(problem).split("Example of usage")[0].split())
         raise UserError(f"data.path: cannot tell the parts of {path} (data.name={name}): {reason}") from problem
+    for name in _LAYOUT:
+        if (set_to := getattr(builder.config, name, None)) not in (None, "infer"):
+            raise UserError(
+                f"data.path: the README of {path} sets {name}: {set_to!r:.60}, which is not followed; name its files "
+                "in data.path, in a form that docs/your-data.md shows"
+            )
     found = {str(split): [str(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
     if unread := [file for files in found.values() for file in files if ending(file) is None]:
         raise UserError(f"data.path: {path} holds {unread[0]}; expected {_ENDS}")

@@ -1,5 +1,6 @@
 """Samples as text -> their tokens, and which of them count."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,10 +41,14 @@ class Tokens(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """Tokens of a sample, and those of the tokenizer's special tokens that its text has brought along."""
+    """Tokens of a sample, and those of the tokenizer's special tokens that its text has brought along.
+
+    own_special: at its ends, where they are not added again. within: elsewhere.
+    """
 
     tokens: Tokens
     own_special: tuple[int, ...]
+    within: frozenset[int] = frozenset()
 
 
 class Encoder:
@@ -52,6 +57,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.before, self.after = self._special()
+        self.special = frozenset(self.before + self.after)
         self._quick: bool | None = None
 
     def _special(self) -> tuple[list[int], list[int]]:
@@ -145,6 +151,9 @@ def _one(
 ) -> Tokenized | Unscorable:
     token_ids, places = encoded
     before, after, own = encoder.around(token_ids) if rendered.add_special_tokens else ([], [], [])
+    within = frozenset[int]()
+    if rendered.add_special_tokens and not encoder.special.isdisjoint(token_ids):
+        within = encoder.special & (Counter(token_ids) - Counter(own)).keys()
     scored = None if places is None else _overlapping(places, rendered.spans)
     if before or after:
         token_ids = [*before, *token_ids, *after]
@@ -160,10 +169,12 @@ def _one(
             return Unscorable(encoder.outside(top, limits.vocabulary))
         scored[0] = False
     if not any(scored):
+        if data.score_on == "response" and not rendered.spans:
+            return Unscorable("none of it is a response: data.template leaves that out")
         if len(token_ids) < whole:
             return Unscorable(f"nothing to score in its first {limits.context} tokens, all that data.truncate leaves")
         return Unscorable(f"{len(token_ids)} token(s), none of which can be scored: each needs at least one before it")
-    return Tokenized(Tokens(token_ids, scored), tuple(own))
+    return Tokenized(Tokens(token_ids, scored), tuple(own), within)
 
 
 def _overlapping(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:

@@ -1,6 +1,7 @@
 """Which columns a sample is made of: found where only one reading is possible, and always said."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -132,7 +133,7 @@ def test_ids(build):
     assert build(rows, id_with_row=True)["sample_id"].to_pylist() == ["d#1", "d#2", "e"]
     assert len(set(build(rows, id=None)["sample_id"].to_pylist())) == 3
     clash = [*rows, {"id": "d#1", "text": "six seven"}]
-    with pytest.raises(UserError, match="'d#1' in rows 1, 4"):
+    with pytest.raises(UserError, match="'d#1', an id made unique by its row, is another row's own id"):
         build(clash, id_with_row=True)
 
 
@@ -148,3 +149,89 @@ def test_prompt_and_response_are_columns_of_these_names_too(build, template, tex
     row = {"prompt": "one", "context": "ctx", "response": "two"}
     settings = {} if "context" in template else {"prompt": "prompt", "response": "response"}
     assert build([row], template=template, **settings)["text"].to_pylist() == [text]
+
+
+@pytest.mark.parametrize(
+    ("row", "flags"),
+    [
+        ({"text": "Who found it?", "answers": ["Lily"]}, "--data.prompt text --data.response answers"),
+        ({"text": "When?", "answer": 1987}, "--data.prompt text --data.response answer --data.numbers_as_text true"),
+        ({"text": "Who?", "answers": {"text": ["Lily"]}}, "--data.response answers.text --data.response_index 0"),
+        ({"question": "Who?", "answer": "Lily", "context": ["She ran."]}, "which may be part of the sample"),
+    ],
+)
+def test_what_stands_beside_a_guess_is_not_left_out_whatever_its_type(build, row, flags):
+    with pytest.raises(UserError, match=re.escape(flags)):
+        build([row])
+
+
+def test_a_class_beside_a_text_is_no_part_of_it(build):
+    assert build([{"text": "a b c", "label": 1}])["text"].to_pylist() == ["a b c"]
+
+
+@pytest.mark.parametrize(
+    ("early", "late"),
+    [
+        ({"instruction": "Tell", "input": "", "output": "ran"}, {"input": "runs"}),
+        ({"text": "a b c", "labels": None}, {"labels": "d e"}),
+        ({"text": "a b c"}, {"answer": "d e"}),
+    ],
+)
+def test_a_column_that_is_first_filled_late_is_not_left_out(build, early, late):
+    with pytest.raises(UserError, match=r"row 1002, which fills columns that the first 1000 do not"):
+        build([early] * 1001 + [early | late], id=None)
+
+
+def test_escapes_of_a_shell_are_line_breaks(build):
+    rows = [{"instruction": "do", "context": "it", "response": "Arr"}]
+    with pytest.raises(UserError, match=r"--data.template '\{instruction\}\\n\{context\}\\n\{response\}'"):
+        build(rows)
+    texts = [
+        build(rows, template=template, response="response")["text"].to_pylist()
+        for template in (r"{instruction}\n{context}\n{response}", r"{{ instruction }}\n{{ context }}\n{{ response }}")
+    ]
+    assert texts == [["do\nit\nArr"]] * 2
+
+
+def test_a_template_of_both_kinds_is_refused(build):
+    with pytest.raises(UserError, match=r"holds \{\{instruction\}\}, which a format string writes as"):
+        build([{"instruction": "do", "output": "Arr"}], template="{{ instruction }} {output}")
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "found"),
+    [
+        ({"q": "x", "a": {"text": ["aa", "bb"]}},
+         {"template": "{{ q }} {{ a.text }}", "response": "a.text", "response_index": 1}, "x bb"),
+        ({"q": "x", "a": ["aa"]}, {"template": "{{ q }} {{ a }}"}, "prints ['aa'], which is not text but list"),
+        ({"q": True, "a": "b"}, {"template": "{{ q }} {{ a }}"}, "not text but bool"),
+        ({"q": float("nan"), "a": "b"}, {"template": "{{ q }} {{ a }}"}, "not text but float"),
+        ({"q": None, "a": "b"}, {"template": "{{ q }} {{ a }}"}, "column 'q' is missing or empty"),
+        ({"q": "  ", "a": "b"}, {"template": "{% if q %}{{ q }}: {% endif %}{{ a }}"}, "b"),
+        ({"instruction": " ", "input": "x", "output": "b"}, {"template": "alpaca"}, "column 'instruction' is empty"),
+        ({"q": "x", "a": "aa; bb"},
+         {"prompt": "q", "response": "a", "list_separator": "; ", "response_join": " or "}, "aa or bb"),
+    ],
+)  # fmt: skip
+def test_cells_that_a_template_cannot_print_are_said(build, row, settings, found):
+    (sample,) = build([row], **settings).to_pylist()
+    assert found in (sample["error"] or sample["text"])
+
+
+def test_a_response_counts_with_its_white_space_unless_the_template_trims_it(build, tokenizer):
+    row = {"prompt": "hi", "response": "\n\nyo man\n"}
+    settings = {"prompt": "prompt", "response": "response", "score_on": "response"}
+    templates = ["Q {prompt}:{response}E", "{{ prompt }}:{{ response }}E", "{{ prompt }}:{{ response | trim }}E"]
+    found = [build([row], template=template, **settings).to_pylist()[0] for template in templates]
+    assert [scored_text(sample, tokenizer) for sample in found] == ["\n\nyo man\n", "\n\nyo man\n", "yo man"]
+
+
+def test_ids_that_are_all_empty_name_the_way_out(build):
+    (sample,) = build([{"id": None, "text": "a b c"}]).to_pylist()
+    assert "data.id: null for digests" in sample["error"]
+
+
+def test_a_template_without_the_response_says_so(build):
+    settings = {"template": "{q} {r}", "response": "a", "score_on": "response"}
+    (sample,) = build([{"q": "x", "r": "y", "a": "z"}], **settings).to_pylist()
+    assert sample["error"] == "none of it is a response: data.template leaves that out"

@@ -2,9 +2,14 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scored import scored_text
 
+from mrd_ray.config import DataConfig
+from mrd_ray.data import samples
+from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 
 TURNS = [
@@ -104,7 +109,7 @@ def test_a_template_that_writes_earlier_turns_otherwise_is_an_error_of_the_row(b
     [
         ([{"from": "human", "value": "a"}, {"from": "alien", "value": "b"}], "turn 2 is by 'alien'"),
         (TURNS[:2], "no assistant turn to score"),
-        ([*TURNS[:2], {"role": "assistant", "content": None}], "its place is not known"),
+        ([*TURNS[:2], {"role": "assistant", "content": None}], "or none that says anything"),
         ([*TURNS[:2], {"role": "assistant", "content": [{"type": "image"}]}], "turn 3 is not text"),
         ([1, 2], "holds no conversation"),
         (None, "holds no conversation"),
@@ -152,3 +157,88 @@ def test_a_text_that_reads_like_a_conversation_stays_a_text(build, tokenizer):
 def test_tools_that_are_none(build, chat_tokenizer, tools, reason):
     (sample,) = build([{"messages": TURNS, "tools": tools}], 512, chat_tokenizer).to_pylist()
     assert reason in sample["error"]
+
+
+TOOL_CALLS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "<call>{{ call.function | tojson }}</call>{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def calling(arguments):
+    function = {"name": "find", "arguments": arguments}
+    return [
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+        {"role": "tool", "content": "Here."},
+        {"role": "assistant", "content": "It is here."},
+    ]
+
+
+def test_calls_of_tools_are_the_assistants_words(build, chat_tokenizer):
+    chat_tokenizer.chat_template = TOOL_CALLS
+    (sample,) = build([{"messages": calling({"a": 1})}], 512, chat_tokenizer, score_on="response").to_pylist()
+    assert sample["error"] is None
+    assert scored_text(sample, chat_tokenizer) == ('<call>{"name": "find", "arguments": {"a": 1}}</call>It is here.')
+
+
+def test_calls_of_tools_are_the_same_from_parquet(build, chat_tokenizer, tmp_path):
+    """There every object has the fields of all others."""
+    chat_tokenizer.chat_template = TOOL_CALLS
+    rows = [{"messages": calling({"a": 1})}, {"messages": calling({"city": "Paris"})}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    found = samples.build(DataConfig(path=str(tmp_path / "d.parquet")), chat_tokenizer, Limits(512))
+    assert found.drop(["file"]) == build(rows, 512, chat_tokenizer).drop(["file"])
+
+
+def test_a_turn_of_weight_0_and_an_empty_one_do_not_count(build, chat_tokenizer):
+    turns = [*TURNS[:2], TURNS[2] | {"weight": 0}, *TURNS[3:], TURNS[3], {"role": "assistant", "content": ""}]
+    (sample,) = build([{"messages": turns}], 512, chat_tokenizer, score_on="response").to_pylist()
+    assert scored_text(sample, chat_tokenizer) == "The bell is cracked."
+
+
+@pytest.mark.parametrize("prompt", ["Who sells bread?", " Who sells bread?\n", TURNS[:2], TURNS[1:2]])
+def test_a_response_that_brings_the_prompt_along(build, chat_tokenizer, prompt):
+    rows = [{"prompt": prompt, "chosen": TURNS[:3]}]
+    settings = {"prompt": "prompt", "response": "chosen", "score_on": "response"}
+    (sample,) = build(rows, 512, chat_tokenizer, **settings).to_pylist()
+    (whole,) = build([{"messages": TURNS[:3]}], 512, chat_tokenizer, score_on="response").to_pylist()
+    assert [sample["token_ids"], sample["scored"]] == [whole["token_ids"], whole["scored"]]
+
+
+def test_a_response_of_another_conversation_is_refused(build, chat_tokenizer):
+    rows = [{"prompt": "And the bells?", "chosen": TURNS[1:3]}]
+    (sample,) = build(rows, 512, chat_tokenizer, prompt="prompt", response="chosen").to_pylist()
+    assert "begins with a turn of user that is not the prompt's" in sample["error"]
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt", "System"])
+def test_system_reaches_the_chat_template_of_prompts_and_responses(build, chat_tokenizer, column):
+    row = {column: "You tell stories.", "prompt": "Who sells bread?", "response": "The baker."}
+    (sample,) = build([row], 512, chat_tokenizer, template="chat").to_pylist()
+    assert sample["token_ids"] == chat_tokenizer.apply_chat_template(TURNS[:3], tokenize=True, return_dict=False)
+
+
+@pytest.mark.parametrize("names", [("Human", "GPT"), ("user", "model"), ("human", "bot")])
+def test_names_of_speakers(build, chat_tokenizer, names):
+    turns = [{"from": name, "value": turn["content"]} for name, turn in zip(names, TURNS[1:3], strict=True)]
+    (sample,) = build([{"conversations": turns}], 512, chat_tokenizer).to_pylist()
+    assert sample["token_ids"] == chat_tokenizer.apply_chat_template(TURNS[1:3], tokenize=True, return_dict=False)
+
+
+@pytest.mark.parametrize("content", [["The", " baker."], [{"text": "The baker."}]])
+def test_parts_of_content_without_a_type(build, chat_tokenizer, content):
+    turns = [TURNS[1], {"role": "assistant", "content": content}]
+    (sample,) = build([{"messages": turns}], 512, chat_tokenizer, score_on="response").to_pylist()
+    assert scored_text(sample, chat_tokenizer) == "The baker."
+
+
+@pytest.mark.parametrize("content", ["\n\nThe baker.\n", "The baker.", " The baker."])
+def test_white_space_of_turns_counts_where_the_template_keeps_it(build, chat_tokenizer, content):
+    turns = [TURNS[1], {"role": "assistant", "content": content}]
+    (sample,) = build([{"messages": turns}], 512, chat_tokenizer, score_on="response").to_pylist()
+    assert scored_text(sample, chat_tokenizer) == content
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace("m.content", "m.content | trim")
+    (sample,) = build([{"messages": turns}], 512, chat_tokenizer, score_on="response").to_pylist()
+    assert scored_text(sample, chat_tokenizer) == content.strip()

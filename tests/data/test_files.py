@@ -149,3 +149,90 @@ def test_an_object_of_several_lists_is_refused_with_their_names(tmp_path):
 def test_lines_of_texts(tmp_path):
     (tmp_path / "d.jsonl").write_text('"x"\n\n"y"\n')
     assert values(tmp_path / "d.jsonl") == [{"text": "x"}, {"text": "y"}]
+
+
+@pytest.mark.parametrize(
+    ("document", "split", "found"),
+    [
+        ({"forget": [{"text": "a b"}], "retain": []}, "retain", "holds no rows"),
+        ({"forget": [{"text": "a b"}]}, "retain", r"data\.split: retain, but .* holds forget \(1 rows\)"),
+        ({"version": "1", "forget": [{"text": "a b"}]}, "retain", r"data\.split: retain, but .* holds forget"),
+        ({"forget": ["a b", "c d"], "retain": ["e f", "g h"]}, "retain", ["e f", "g h"]),
+        ({"train": {"text": ["a b", "c d"]}, "test": {"text": ["e f"]}}, "test", ["e f"]),
+        ({"train": {"text": ["a b", "c d"]}, "test": {"text": ["e f"]}}, "train", ["a b", "c d"]),
+        ({"question": {"text": "Who?"}, "answer": {"text": "Lily"}}, "test", "has no splits"),
+    ],
+)
+def test_a_split_of_json_is_the_one_asked_for(tmp_path, document, split, found):
+    (tmp_path / "d.json").write_text(json.dumps(document))
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=found):
+            values(tmp_path / "d.json", split=split)
+    else:
+        assert [row["text"] for row in values(tmp_path / "d.json", split=split)] == found
+
+
+def test_one_row_of_objects_is_one_row(tmp_path):
+    row = {"question": {"text": "Who?"}, "answer": {"text": "Lily"}}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    assert values(tmp_path / "d.jsonl") == [row]
+
+
+def test_lines_that_are_conversations(tmp_path):
+    turns = [[{"role": "user", "content": f"Who is {name}?"}] for name in "ab"]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, turns)))
+    assert values(tmp_path / "d.jsonl") == [{"messages": one} for one in turns]
+
+
+@pytest.mark.parametrize("first", ["sep=\t", '"sep=\t"', "SEP=\t"])
+def test_a_line_that_names_a_tab(tmp_path, first):
+    (tmp_path / "d.csv").write_text(f"{first}\r\nq\ta\r\nx, y\tz\r\n")
+    assert values(tmp_path / "d.csv") == [{"q": "x, y", "a": "z"}]
+
+
+def test_quotation_marks_that_are_text(tmp_path):
+    (tmp_path / "d.tsv").write_text('q\ta\n"Tis a q1\ta1\nhe said "\ta2\nq3\ta3\n')
+    with pytest.raises(UserError, match=r"row 1 .*may be several rows; .*data\.quotes: false"):
+        values(tmp_path / "d.tsv")
+    found = values(tmp_path / "d.tsv", quotes=False)
+    assert [row["q"] for row in found] == ['"Tis a q1', 'he said "', "q3"]
+
+
+@pytest.mark.parametrize("ending", [".txt", ".csv"])
+def test_utf_16_without_a_mark_is_not_taken_for_utf_8(tmp_path, ending):
+    (tmp_path / f"d{ending}").write_bytes("кот и пёс\n".encode("utf-16-le"))
+    read_it = read.texts if ending == ".txt" else read.rows
+    with pytest.raises(UserError, match=r"line 1: holds control characters; set data\.encoding"):
+        list(read_it(DataConfig(path=str(tmp_path / f"d{ending}"))))
+
+
+def test_a_mark_is_no_part_of_a_name(tmp_path):
+    (tmp_path / "d.csv").write_bytes("\ufeffq,a\nx,y\n".encode("utf-16-le"))
+    assert values(tmp_path / "d.csv", encoding="utf-16-le") == [{"q": "x", "a": "y"}]
+
+
+@pytest.mark.parametrize("encoding", ["base64", "hex", "rot13", "nonsense"])
+def test_what_is_no_encoding_of_text_is_refused(encoding):
+    with pytest.raises(ValueError, match="is no encoding"):
+        DataConfig(path="d", encoding=encoding)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"split": "train[:50%]"}, "has no rows to slice"), ({"split": "test"}, "has no rows to slice and no splits"),
+     ({"where": {"a": 1}}, r"data\.where: .* has no columns"), ({"prompt": "a", "response": "b"}, "has no columns"),
+     ({"name": "x"}, r"data\.name: .* is a file, which has none")],
+)  # fmt: skip
+def test_settings_that_mean_nothing_for_plain_text_are_refused(tmp_path, settings, named):
+    (tmp_path / "d.txt").write_text("a b c d")
+    with pytest.raises(UserError, match=named):
+        read.texts(DataConfig(path=str(tmp_path / "d.txt"), **settings))
+
+
+def test_an_empty_text_among_others(tmp_path):
+    for name, text in (("a.txt", "a b"), ("b.txt", ""), ("c.txt", "c d")):
+        (tmp_path / name).write_text(text)
+    said = []
+    found = read.texts(DataConfig(path=str(tmp_path / "*.txt")), said.append)
+    assert [text for _, text in found] == ["a b", "c d"]
+    assert said == ["Not read, since they are empty: b.txt"]

@@ -52,7 +52,7 @@ def test_formats(tmp_path, name):
         ("d.jsonl.xz", b"\xfd7zXZ\x00", r"cannot read .*d\.jsonl\.xz: Compressed file ended"),
         ("d.jsonl.bz2", b"BZh9", r"cannot read .*d\.jsonl\.bz2: Compressed file ended"),
         ("d.csv", b"q\n\xc3\xa9\n\xff\n", r"d\.csv, line 3: not UTF-8, though other parts of the file are"),
-        ("d.csv", b"q\n\x81\n", r"d\.csv, at or after line 1: not CP1252 text; set data\.encoding"),
+        ("d.csv", b"q\n\x81\n", r"d\.csv, at or after line 1: neither UTF-8 nor CP1252 text; set data\.encoding"),
         ("d.parquet", b"", r"cannot read .*d\.parquet: "),
         ("d.json", b"[{}, 3]", r"d\.json, row 2: expected a JSON object"),
         ("d.json", b'[{"q": 1},\n oops]', r"d\.json, line 2: broken JSON"),

@@ -1,9 +1,11 @@
 """Rows become tokens: which count, under which id, and with which reason if none."""
 
+import io
 import json
 import random
 
 import pytest
+from rich.console import Console
 from scored import scored_text
 from transformers import AutoTokenizer
 
@@ -76,7 +78,7 @@ def test_column_that_appears_late(build, late, message):
     if message is None:
         assert len(build(rows)) == 1001
     else:
-        with pytest.raises(UserError, match=rf"d\.jsonl, row 1001, which names columns .*: .*{message}"):
+        with pytest.raises(UserError, match=rf"d\.jsonl, row 1001, which fills columns .*: .*{message}"):
             build(rows)
         assert len(build(rows, max_samples=1000)) == 1000
 
@@ -264,3 +266,12 @@ def test_tofu(stories_dir, tofu_dir):
     answers = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
     for row in table.slice(0, 100).to_pylist():
         assert scored_text(row, tokenizer).strip() == answers[row["row"] - 1].strip()
+
+
+def test_special_tokens_within_a_text_are_said(tmp_path, bos_tokenizer):
+    texts = [" <s>hi there", "<s><s>hi there", "hi there", "<s>hi there"]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    shown = io.StringIO()
+    samples.build(DataConfig(path=str(tmp_path / "d.jsonl")), bos_tokenizer, Limits(64), Console(file=shown, width=200))
+    assert "2 sample(s) have <s> in their text already; it is not added again" in shown.getvalue()
+    assert "2 sample(s) have <s> within their text, where it counts as any token; is it meant?" in shown.getvalue()

@@ -172,3 +172,30 @@ def test_a_drawn_sample(parts):
     assert len(rows(parts, max_samples=99, sample_seed=0)) == 12
     kept = [row.index for row in rows(parts, max_samples=2, sample_seed=3, where={"a": "a5"})]
     assert kept == [5]
+
+
+def test_a_pattern_that_matches_folders_of_spark(tmp_path):
+    for i, name in enumerate(("a.parquet", "b.parquet")):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.Table.from_pylist(ROWS[6 * i : 6 * i + 6]), tmp_path / name / "part-0.parquet")
+        (tmp_path / name / "_SUCCESS").touch()
+    assert values(tmp_path / "*.parquet") == ROWS
+
+
+def test_what_datasets_writes_beside_data_is_no_data(tmp_path):
+    (tmp_path / "data").mkdir()
+    for split, part in (("train", ROWS[:8]), ("test", ROWS[8:])):
+        pq.write_table(pa.Table.from_pylist(part), tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    (tmp_path / "dataset_infos.json").write_text('{"default": {"features": {}}}')
+    assert values(tmp_path) == ROWS[:8]
+    assert values(tmp_path, split="test") == ROWS[8:]
+
+
+@pytest.mark.parametrize("setting", ["field: rows", "column_names: [q, a]"])
+def test_what_a_readme_says_of_files_is_followed_or_refused(tmp_path, setting):
+    ending = "json" if setting.startswith("field") else "csv"
+    (tmp_path / f"d.{ending}").write_text('{"rows": [{"q": "a", "a": "b"}]}' if ending == "json" else "a,b\nc,d\n")
+    config = f"configs:\n- config_name: default\n  data_files: d.{ending}\n  {setting}\n"
+    (tmp_path / "README.md").write_text(f"---\n{config}---\n")
+    with pytest.raises(UserError, match=f"the README .* sets {setting.split(':')[0]}: .* which is not followed"):
+        values(tmp_path)
