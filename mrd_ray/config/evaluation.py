@@ -55,8 +55,15 @@ class EvaluatedSet(DataConfig):
     )
     choices: str | tuple[str, ...] | None = Field(
         None,
-        description="multiple_choice: column with a list of choices (or with text and label, as ARC has), or a list of "
-        "columns, one for each; the response is the index, the letter or label, or the text of the right one.",
+        description="multiple_choice: column with a list of choices, with {text, label} as ARC has it, or with choices "
+        "by their labels; or a list of columns, one for each choice. The response is the right one's index, letter, "
+        "label or text, or a list with 1 for it and 0 for the others.",
+    )
+    answers_count_from: Literal["auto", 0, 1] | None = Field(
+        "auto",
+        description="multiple_choice: what a number in the response is: an index from 0 (1 is the second choice) or "
+        "from 1 (1 is the first). auto: found in the set's answers; a set that leaves it open is refused. null: no "
+        "index, but the label or text of a choice.",
     )
     subject: str | None = Field(None, description="multiple_choice: column with a subject, accuracy is given by each.")
 
@@ -75,6 +82,8 @@ class EvaluatedSet(DataConfig):
             raise ValueError("metrics: multiple_choice needs `choices`, a column, and goes with no other metric")
         if self.choices is not None and "multiple_choice" not in metrics:
             raise ValueError(f"choices: serves multiple_choice alone, not {min(metrics)}")
+        if self.answers_count_from != "auto" and self.choices is None:
+            raise ValueError(f"answers_count_from: serves multiple_choice alone, not {min(metrics)}")
         texts = self.text is not None or is_plain_text(self.path)
         if texts and (of := metrics & OF_RESPONSES):
             raise ValueError(f"metrics: {min(of)} needs prompts with responses, not texts")

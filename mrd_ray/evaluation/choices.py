@@ -1,45 +1,198 @@
 """Multiple choice in the shapes that benchmarks have it: the choices of a row, and which of them is right."""
 
+import re
 import string
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from mrd_ray.config import EvaluatedSet
-from mrd_ray.data.cells import Unscorable, cell, list_of_texts, lookup
+from mrd_ray.data.cells import Unscorable, as_text, cell, list_of_texts, lookup
+from mrd_ray.data.read import Row
+from mrd_ray.errors import UserError
+
+_LETTERS = string.ascii_uppercase
+_FRAMED = re.compile(r"[(\[]?\s*(\w+)\s*[)\].:]{0,2}")  # (B), B., [2], b)
+_INDEX, _LABEL, _LETTER, _TEXT, _MARKED = "index", "label", "letter", "text", "marked"
+_Readings = dict[str, set[int]]  # of an answer: each kind that it can be, and the choices that it then names
 
 
-def texts_of(values: Mapping[str, Any], evaluated: EvaluatedSet) -> list[str]:
-    """The choices: of a column with a list, of ARC's {text, label}, or of a column for each. Raises Unscorable."""
-    assert evaluated.choices is not None
-    if not isinstance(evaluated.choices, str):
-        return [cell(values, column, evaluated.numbers_as_text) for column in evaluated.choices]
-    nested = isinstance(found := lookup(values, evaluated.choices), dict) and "text" in found
-    return list_of_texts(values, f"{evaluated.choices}.text" if nested else evaluated.choices, evaluated)
+class Choices(NamedTuple):
+    """The choices of a row, and what the row itself calls them, if anything."""
+
+    texts: list[str]
+    labels: list[str]
 
 
-def right_one(values: Mapping[str, Any], column: str, choices: list[str], evaluated: EvaluatedSet) -> int:
-    """The index of the right choice: given as that, as its label or letter, or as its text. Raises Unscorable."""
+class Scheme(NamedTuple):
+    """How the answers of a set name its choices.
+
+    first: the numbers that the first choice may have; none where numbers are no indices. settled: a setting says so.
+    kinds: of reading, those that some row leaves no other than.
+    """
+
+    first: tuple[int, ...]
+    settled: bool
+    kinds: frozenset[str]
+
+
+def choices_of(values: Mapping[str, Any], evaluated: EvaluatedSet) -> Choices:
+    """The choices of a row: of a list, of {text, label} (one or a list), of {label: text}, or of a column for each.
+
+    Raises Unscorable.
+    """
+    column = evaluated.choices
+    assert column is not None
+    if not isinstance(column, str):
+        found = Choices([cell(values, one, evaluated.numbers_as_text) for one in column], list(column))
+    elif isinstance(named := lookup(values, column), dict) and "text" not in named:
+        found = _by_label(named, column, evaluated)
+    else:
+        of_objects = isinstance(named, list) and bool(named) and all(isinstance(one, dict) for one in named)
+        if of_objects or isinstance(named, dict):
+            column += ".text"
+        found = Choices(list_of_texts(values, column, evaluated), _labels_beside(values, column))
+    if len(found.texts) > len(_LETTERS):
+        raise Unscorable(f"column {column!r} has {len(found.texts)} choices; expected at most {len(_LETTERS)}")
+    if found.labels and len(found.labels) != len(found.texts):
+        raise Unscorable(f"column {column!r} has {len(found.texts)} choices, but {len(found.labels)} labels")
+    return found
+
+
+def scheme(records: Iterable[Row], column: str, evaluated: EvaluatedSet) -> Scheme:
+    """How a set's answers, in `column`, name its choices. A row may leave it open; all of them together should not.
+
+    Raises:
+        UserError: answers are numbers, and count from 0 as well as from 1, or from either for all that the rows say.
+    """
+    asked = list(_readable(records, column, evaluated))
+    if evaluated.answers_count_from == "auto":
+        first, settled = _first(asked, column), False
+    else:
+        first, settled = () if (one := evaluated.answers_count_from) is None else (one,), True
+    found = Scheme(first, settled, frozenset())
+    readings = [_readings(right, choices, found) for _, right, choices in asked]
+    return found._replace(kinds=frozenset(kind for of_row in readings if len(of_row) == 1 for kind in of_row))
+
+
+def right_one(values: Mapping[str, Any], column: str, choices: Choices, of_set: Scheme) -> int:
+    """The index of the right choice, if its row and set allow one reading. Raises Unscorable."""
     right = lookup(values, column)
-    readings = set()
-    if type(right) is int:
-        readings = {right} & set(range(len(choices)))
-    elif isinstance(right, str):
-        text = right.strip()
-        for names in (_labels(values, evaluated), string.ascii_uppercase[: len(choices)]):
-            readings = readings or {i for i, name in enumerate(names) if name == text}
-        if not readings:  # a number may be an index or a choice: not where these differ
-            readings = {i for i, choice in enumerate(choices) if choice.strip() == text}
-            readings |= {int(text)} if text.isdecimal() and int(text) < len(choices) else set()
-    if len(readings) != 1 or len(choices) > len(string.ascii_uppercase):
+    readings = _readings(right, choices, of_set)
+    if len(found := _named(readings)) != 1:  # then as the rows that can be read in one way
+        found = _named({kind: at for kind, at in readings.items() if kind in of_set.kinds})
+    if len(found) == 1:
+        return found.pop()
+    if not readings:
         raise Unscorable(
             f"column {column!r} is {right!r:.40}; expected the index of one of its choices, its letter, label or text"
         )
-    return int(readings.pop())
+    ways = [f"the {kind} of {' or '.join(_LETTERS[i] for i in sorted(at))}" for kind, at in readings.items()]
+    hint = "; answers_count_from says what numbers are" if _INDEX in readings else ""
+    raise Unscorable(f"column {column!r} is {right!r:.40}, which may be {', or '.join(ways)}{hint}")
 
 
-def _labels(values: Mapping[str, Any], evaluated: EvaluatedSet) -> list[str]:
-    """What a row itself calls its choices."""
-    if not isinstance(evaluated.choices, str):
-        return list(evaluated.choices or ())
-    found = lookup(values, f"{evaluated.choices}.label")
-    return [str(label) for label in found] if isinstance(found, list) else []
+def _by_label(named: Mapping[str, Any], column: str, evaluated: EvaluatedSet) -> Choices:
+    """Choices of {"A": "Tom", "B": "Lily"}; tables give rows with fewer of them nulls at the end."""
+    labels = list(named)
+    while labels and named[labels[-1]] is None:
+        labels.pop()
+    if not labels:
+        raise Unscorable(f"column {column!r} is {named!r:.60}; expected choices by their labels")
+    return Choices([as_text(named[label], f"{column}.{label}", evaluated.numbers_as_text) for label in labels], labels)
+
+
+def _labels_beside(values: Mapping[str, Any], column: str) -> list[str]:
+    """The labels that stand beside texts: in choices.label for choices.text."""
+    before, dot, name = column.rpartition(".")
+    found = lookup(values, f"{before}.label") if dot and name == "text" else None
+    return [str(label).strip() for label in found if type(label) in (str, int)] if isinstance(found, list) else []
+
+
+def _readable(records: Iterable[Row], column: str, evaluated: EvaluatedSet) -> Iterator[tuple[Row, Any, Choices]]:
+    """The rows whose choices can be read, with what they say is right."""
+    for record in records:
+        try:
+            choices = choices_of(record.values, evaluated)
+        except Unscorable:
+            continue
+        yield record, lookup(record.values, column), choices
+
+
+def _first(asked: Iterable[tuple[Row, Any, Choices]], column: str) -> tuple[int, ...]:
+    """Whether the first choice is 0 or 1, by the answers that can only be indices. Both: no answer is such. Raises."""
+    seen: dict[int | None, str] = {}
+    for record, right, choices in asked:
+        readings = _readings(right, choices, Scheme((0, 1), False, frozenset()))
+        if list(readings) == [_INDEX]:
+            number = _number(right)
+            base = 0 if number == 0 else 1 if number == len(choices.texts) else None
+            seen.setdefault(base, f"{record.place} has {number}")
+    if 0 in seen and 1 in seen:
+        raise UserError(
+            f"column {column!r}: answers count both from 0 ({seen[0]}) and from 1 ({seen[1]}, the number of its "
+            "choices); expected one of them. answers_count_from: 0 or answers_count_from: 1 makes the others errors"
+        )
+    if seen.keys() == {None}:
+        raise UserError(
+            f"column {column!r}: it is open whether answers count from 0 or from 1 ({seen[None]}; no row has 0, or the "
+            "number of its choices). Set answers_count_from: 0 if 1 is the second choice, answers_count_from: 1 if it "
+            "is the first"
+        )
+    return (0,) if 0 in seen else (1,) if 1 in seen else (0, 1)
+
+
+def _readings(right: Any, choices: Choices, of_set: Scheme) -> _Readings:
+    """All that an answer may be, for the row alone."""
+    count = len(choices.texts)
+    if (marked := _marked(right, count)) is not None:
+        return {_MARKED: {marked}}
+    right = _only(right)
+    if type(right) not in (int, float, str):
+        return {}
+    number, text = _number(right), str(right).strip()
+    index = {number - first for first in of_set.first if 0 <= number - first < count} if number is not None else set()
+    if of_set.settled and of_set.first and number is not None:
+        return {_INDEX: index} if index else {}
+    label = _called(text, choices.labels)
+    found = {
+        _LABEL: label,
+        _LETTER: set() if label else _called(text, _LETTERS[:count]),
+        _TEXT: {i for i, choice in enumerate(choices.texts) if choice.strip() == text},
+        _INDEX: set() if label and len(of_set.first) > 1 else index,  # labels count for themselves
+    }
+    return {kind: at for kind, at in found.items() if at}
+
+
+def _named(readings: _Readings) -> set[int]:
+    return set().union(*readings.values())
+
+
+def _only(right: Any) -> Any:
+    """What a list of one holds."""
+    return right[0] if isinstance(right, list) and len(right) == 1 else right
+
+
+def _marked(right: Any, count: int) -> int | None:
+    """The index of the 1 in [0, 1, 0, 0], a mark for each choice."""
+    marks = isinstance(right, list) and len(right) == count and all(type(one) in (int, float, bool) for one in right)
+    return right.index(1) if marks and sorted(right) == [0] * (count - 1) + [1] else None
+
+
+def _number(right: Any) -> int | None:
+    """The whole number that an answer is, in digits perhaps, and perhaps in a list of one."""
+    right = _only(right)
+    if type(right) is int:
+        return right
+    bare = _bare(right) if isinstance(right, str) else ""
+    return int(bare) if bare.isdecimal() and len(bare) < 4 else None
+
+
+def _called(text: str, names: Iterable[str]) -> set[int]:
+    """Places of the names that a text is: exactly, or else but for case, brackets and full stops."""
+    exact = {i for i, name in enumerate(names) if name == text}
+    return exact or {i for i, name in enumerate(names) if _bare(name) == _bare(text)}
+
+
+def _bare(text: str) -> str:
+    framed = _FRAMED.fullmatch(text.strip())
+    return (framed[1] if framed else text.strip()).casefold()

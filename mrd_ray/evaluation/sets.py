@@ -23,7 +23,7 @@ from mrd_ray.data.render import conversation, prompt_text, render, with_response
 from mrd_ray.data.tokens import Encoder, Limits, Tokens, tokens_of
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import metrics
-from mrd_ray.evaluation.choices import right_one, texts_of
+from mrd_ray.evaluation.choices import Scheme, choices_of, right_one, scheme
 from mrd_ray.scoring import plan
 from mrd_ray.scoring.table import PLACE
 
@@ -154,6 +154,7 @@ class _Reader:
         if not tokenizer.is_fast:
             raise UserError("model.tokenizer: evaluation needs a fast one, which knows each token's place in the text")
         self._encoder = Encoder(tokenizer)
+        self._scheme: Scheme | None = None  # of choices
 
     def rows(self) -> Iterator[dict[str, Any]]:
         texts = read.texts(self._set, self._say)
@@ -174,6 +175,10 @@ class _Reader:
         records = list(source)
         own = self._own_columns(source.present)
         source.say_columns(self._console, own)
+        if self._set.choices is not None:
+            if columns.prompt is None or columns.response is None:
+                raise UserError("metrics: multiple_choice needs `prompt` and `response`, the right choice")
+            self._scheme = scheme(records, columns.response, self._set)
         for record in records:
             yield self._row(record, columns, seen)
 
@@ -273,18 +278,19 @@ class _Reader:
 
     def _choice(self, values: dict[str, Any], columns: Columns, row: dict[str, Any]) -> dict[str, Any]:
         """One sequence for each choice; they differ in the letter at their end alone, which is what counts."""
-        if columns.prompt is None or columns.response is None:
-            raise UserError("metrics: multiple_choice needs `prompt` and `response`, the right choice")
-        choices = texts_of(values, self._set)
-        right = right_one(values, columns.response, choices, self._set)
-        lettered = zip(string.ascii_uppercase, choices, strict=False)
+        assert columns.prompt is not None
+        assert columns.response is not None
+        assert self._scheme is not None
+        choices = choices_of(values, self._set)
+        right = right_one(values, columns.response, choices, self._scheme)
+        lettered = zip(string.ascii_uppercase, choices.texts, strict=False)
         asked = prompt_text(values, columns, self._set)
         question = "\n".join([asked, *(f"{letter}. {choice}" for letter, choice in lettered)])
         row |= {"prompt": question, "response": string.ascii_uppercase[right], "right": right}
         if self._set.subject is not None:
             row["subject"] = cell(values, self._set.subject)
         sequences = []
-        for i in range(len(choices)):
+        for i in range(len(choices.texts)):
             letter = values | {columns.prompt: question, columns.response: string.ascii_uppercase[i]}
             rendered = render(letter, columns, self._plain, self._tokenizer)
             tokens = tokens_of(rendered, self._set, self._encoder, self._limits)

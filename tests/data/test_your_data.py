@@ -1,4 +1,4 @@
-"""docs/your-data.md: every example there gives the samples that it shows."""
+"""docs/your-data.md: every example there gives the samples that it shows (multiple choice: evaluation/test_shapes)."""
 
 import json
 import re
@@ -12,10 +12,9 @@ from mrd_ray.data import samples
 from mrd_ray.data.tokens import Limits
 
 PAGE = Path(__file__).parents[2] / "docs" / "your-data.md"
+SAMPLES = re.sub(r"(?ms)^## Multiple choice\n.*?(?=^## )", "", PAGE.read_text(encoding="utf-8"))
 EXAMPLES = [
-    [cell.strip() for cell in line.strip("|\n").split(" | ")]
-    for line in PAGE.read_text(encoding="utf-8").splitlines()
-    if "<br>" in line
+    [cell.strip() for cell in line.strip("|\n").split(" | ")] for line in SAMPLES.splitlines() if "<br>" in line
 ]
 
 
