@@ -1,12 +1,14 @@
 """Multiple choice in the shapes that benchmarks have it: the choices of a row, and which of them is right."""
 
+import os
 import re
 import string
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mrd_ray.config import EvaluatedSet
 from mrd_ray.data.cells import Unscorable, as_text, cell, list_of_texts, lookup
+from mrd_ray.data.files import Say
 from mrd_ray.data.read import Row
 from mrd_ray.errors import UserError
 
@@ -43,7 +45,7 @@ def choices_of(values: Mapping[str, Any], evaluated: EvaluatedSet) -> Choices:
     column = evaluated.choices
     assert column is not None
     if not isinstance(column, str):
-        found = Choices([cell(values, one, evaluated.numbers_as_text) for one in column], list(column))
+        found = Choices([cell(values, one, evaluated.numbers_as_text) for one in column], _without_stem(column))
     elif isinstance(named := lookup(values, column), dict) and "text" not in named:
         found = _by_label(named, column, evaluated)
     else:
@@ -58,15 +60,18 @@ def choices_of(values: Mapping[str, Any], evaluated: EvaluatedSet) -> Choices:
     return found
 
 
-def scheme(records: Iterable[Row], column: str, evaluated: EvaluatedSet) -> Scheme:
+def scheme(records: Iterable[Row], column: str, evaluated: EvaluatedSet, say: Say) -> Scheme:
     """How a set's answers, in `column`, name its choices. A row may leave it open; all of them together should not.
 
+    Args:
+        say: told where all leave open whether numbers count from 0 or from 1, and are taken from 0.
+
     Raises:
-        UserError: answers are numbers, and count from 0 as well as from 1, or from either for all that the rows say.
+        UserError: answers are numbers, and count from 0 as well as from 1.
     """
     asked = list(_readable(records, column, evaluated))
     if evaluated.answers_count_from == "auto":
-        first, settled = _first(asked, column), False
+        first, settled = _first(asked, column, say), False
     else:
         first, settled = () if (one := evaluated.answers_count_from) is None else (one,), True
     found = Scheme(first, settled, frozenset())
@@ -101,6 +106,11 @@ def _by_label(named: Mapping[str, Any], column: str, evaluated: EvaluatedSet) ->
     return Choices([as_text(named[label], f"{column}.{label}", evaluated.numbers_as_text) for label in labels], labels)
 
 
+def _without_stem(columns: Sequence[str]) -> list[str]:
+    """What tells columns apart is what they call their choices: 1 and 2 of option1 and option2."""
+    return [name.removeprefix(os.path.commonprefix(columns)) for name in columns]
+
+
 def _labels_beside(values: Mapping[str, Any], column: str) -> list[str]:
     """The labels that stand beside texts: in choices.label for choices.text."""
     before, dot, name = column.rpartition(".")
@@ -118,7 +128,7 @@ def _readable(records: Iterable[Row], column: str, evaluated: EvaluatedSet) -> I
         yield record, lookup(record.values, column), choices
 
 
-def _first(asked: Iterable[tuple[Row, Any, Choices]], column: str) -> tuple[int, ...]:
+def _first(asked: Iterable[tuple[Row, Any, Choices]], column: str, say: Say) -> tuple[int, ...]:
     """Whether the first choice is 0 or 1, by the answers that can only be indices. Both: no answer is such. Raises."""
     seen: dict[int | None, str] = {}
     for record, right, choices in asked:
@@ -133,12 +143,11 @@ def _first(asked: Iterable[tuple[Row, Any, Choices]], column: str) -> tuple[int,
             "choices); expected one of them. answers_count_from: 0 or answers_count_from: 1 makes the others errors"
         )
     if seen.keys() == {None}:
-        raise UserError(
-            f"column {column!r}: it is open whether answers count from 0 or from 1 ({seen[None]}; no row has 0, or the "
-            "number of its choices). Set answers_count_from: 0 if 1 is the second choice, answers_count_from: 1 if it "
-            "is the first"
+        say(
+            f"Answers in {column!r} are taken to count from 0, so that 1 is the second choice ({seen[None]}; no row has "
+            "0, or the number of its choices); answers_count_from: 1 if it is the first"
         )
-    return (0,) if 0 in seen else (1,) if 1 in seen else (0, 1)
+    return (0,) if 0 in seen or seen.keys() == {None} else (1,) if 1 in seen else (0, 1)
 
 
 def _readings(right: Any, choices: Choices, of_set: Scheme) -> _Readings:

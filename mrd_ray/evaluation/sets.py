@@ -178,7 +178,7 @@ class _Reader:
         if self._set.choices is not None:
             if columns.prompt is None or columns.response is None:
                 raise UserError("metrics: multiple_choice needs `prompt` and `response`, the right choice")
-            self._scheme = scheme(records, columns.response, self._set)
+            self._scheme = scheme(records, columns.response, self._set, self._say)
         for record in records:
             yield self._row(record, columns, seen)
 

@@ -38,7 +38,7 @@ def build(tmp_path, stories_dir):
 @pytest.mark.parametrize(
     ("row", "settings"),
     [
-        ({"choices": CHOICES, "answer": 1}, {"answers_count_from": 0}),
+        ({"choices": CHOICES, "answer": 1}, {}),
         ({"choices": CHOICES, "answer": "1"}, {"answers_count_from": 0}),
         ({"choices": CHOICES, "answer": 2}, {"answers_count_from": 1}),
         ({"choices": CHOICES, "answer": "(2)"}, {"answers_count_from": 1}),
@@ -119,12 +119,15 @@ def test_the_number_of_choices_may_differ_by_row(build):
     assert rights(build(rows, **PICK)) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("answers", [[1, 2], ["3", "A"], ["2"]])
-def test_a_set_that_leaves_open_where_its_answers_count_from_is_refused(build, answers):
-    with pytest.raises(
-        UserError, match=r"evaluation.sets.a, .*'answer': it is open .*row 1 has .*answers_count_from: 1"
-    ):
-        build(answered(*answers), **PICK)
+@pytest.mark.parametrize(("answers", "expected"), [([1, 2], [1, 2]), (["3", "A"], [3, 0]), (["2"], [2])])
+def test_a_set_that_leaves_open_where_its_answers_count_from_says_so(build, answers, expected, capsys):
+    assert rights(build(answered(*answers), **PICK)) == expected
+    assert "are taken to count from 0, so that 1 is the second choice (row 1 has" in capsys.readouterr().err
+
+
+def test_the_names_of_columns_are_labels(build):
+    row = {"question": QUESTION, "option1": "Tom", "option2": "Lily", "answer": "1"}
+    assert rights(build([row], **PICK | {"choices": ["option1", "option2"]})) == [0]
 
 
 def test_answers_that_count_from_0_and_from_1_are_refused(build):
@@ -220,8 +223,6 @@ def test_truthfulqa_and_arc_from_the_field(shared, stories_dir):
                "metrics": ["multiple_choice"]}
         for name, response in {"arc": "answerKey", **dict.fromkeys(("letter", "index_text", "index"), "answer")}.items()
     }  # fmt: skip
-    for name in ("index_text", "index"):  # one row, which says nothing of it
-        of_sets[name]["answers_count_from"] = 0
     of_sets["columns_abcd"] = of_sets["arc"] | {
         "path": str(folder / "columns_abcd.jsonl"), "choices": list("ABCD"), "response": "target"
     }  # fmt: skip
