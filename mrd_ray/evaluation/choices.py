@@ -1,6 +1,5 @@
 """Multiple choice in the shapes that benchmarks have it: the choices of a row, and which of them is right."""
 
-import os
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -107,8 +106,11 @@ def _by_label(named: Mapping[str, Any], column: str, evaluated: EvaluatedSet) ->
 
 
 def _without_stem(columns: Sequence[str]) -> list[str]:
-    """What tells columns apart is what they call their choices: 1 and 2 of option1 and option2."""
-    return [name.removeprefix(os.path.commonprefix(columns)) for name in columns]
+    """What columns call their choices: 1 and 2 of option1 and option2, else their names."""
+    numbered = [re.fullmatch(r"(\D*)(\d+)", name) for name in columns]
+    if None in numbered or len({one[1] for one in numbered if one}) > 1:
+        return list(columns)
+    return [one[2] for one in numbered if one]
 
 
 def _labels_beside(values: Mapping[str, Any], column: str) -> list[str]:
@@ -144,8 +146,8 @@ def _first(asked: Iterable[tuple[Row, Any, Choices]], column: str, say: Say) -> 
         )
     if seen.keys() == {None}:
         say(
-            f"Answers in {column!r} are taken to count from 0, so that 1 is the second choice ({seen[None]}; no row has "
-            "0, or the number of its choices); answers_count_from: 1 if it is the first"
+            f"Answers in {column!r} are taken to count from 0, so that 1 is the second choice ({seen[None]}; no row "
+            "has 0, or the number of its choices); answers_count_from: 1 if it is the first"
         )
     return (0,) if 0 in seen or seen.keys() == {None} else (1,) if 1 in seen else (0, 1)
 
