@@ -130,6 +130,20 @@ def context_length(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def rope_switch(config: PretrainedConfig) -> int | None:
+    """The length in tokens beyond which all positions of an input turn by other frequencies (longrope), or None.
+
+    A forward decides by its longest row, so samples up to it and beyond it must not share one.
+    """
+    settings = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    layers = [one for one in settings.values() if isinstance(one, dict)]  # by type of layer, in some models
+    for of_layers in layers or [settings]:
+        if of_layers.get("rope_type") == "longrope":
+            own = of_layers.get("original_max_position_embeddings")
+            return int(own or config.get_text_config().original_max_position_embeddings)
+    return None
+
+
 def ending_ids(model: ModelConfig) -> dict[str, Any]:
     """EOS and pad ids of the model that `load_model` gives, by name: of its generation settings, else of its config.
 

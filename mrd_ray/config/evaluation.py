@@ -62,7 +62,7 @@ class EvaluatedSet(DataConfig):
     answers_count_from: Literal["auto", 0, 1] | None = Field(
         "auto",
         description="multiple_choice: what a number in the response is: an index from 0 (1 is the second choice) or "
-        "from 1 (1 is the first). auto: found in the set's answers; where they leave it open, from 0, with a line that says "
+        "from 1 (1 is the first). auto: found in the set's answers; where they leave it open, from 0, and a line says "
         "so. null: no index, but the label or text of a choice.",
     )
     subject: str | None = Field(None, description="multiple_choice: column with a subject, accuracy is given by each.")

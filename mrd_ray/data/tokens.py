@@ -1,9 +1,11 @@
 """Samples as text -> their tokens, and which of them count."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mrd_ray import models
@@ -56,6 +58,8 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        if tokenizer.is_fast:
+            _keep_white_space(tokenizer.backend_tokenizer)
         self.before, self.after = self._special()
         self.special = frozenset(self.before + self.after)
         self._quick: bool | None = None
@@ -124,6 +128,21 @@ class Encoder:
         """Whether the Rust tokenizer alone does what the whole does, which code of a model's own may change."""
         quick = [one.ids for one in self._backend().encode_batch_fast(list(texts), add_special_tokens=False)]
         return quick == [self._ids(text, False) for text in texts]
+
+
+def _keep_white_space(backend: Any) -> None:
+    """Let a token's place in the text hold its white space, so that one of nothing else has a place, too.
+
+    Some byte-level tokenizers trim places (`trim_offsets`), which says nothing of tokens.
+    """
+    state = json.loads(backend.to_str())
+    parts = [state["post_processor"] or {}]
+    parts += parts[0].get("processors", [])
+    if any(part.get("trim_offsets") for part in parts):
+        for part in parts:
+            if "trim_offsets" in part:
+                part["trim_offsets"] = False
+        backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
 
 
 def tokenize(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from mrd_ray import model_files, models
 from mrd_ray.config import ModelConfig, ScoringConfig
 from mrd_ray.errors import UserError
+from mrd_ray.mrd.causality import dependence
 from mrd_ray.scoring.estimators import ClosedForm, MonteCarlo, Sample, estimator_of, out_of_memory, refuse_wrong_rules
 from mrd_ray.scoring.plan import Unit
 from mrd_ray.scoring.result import RESULT_SCHEMA
@@ -47,7 +48,18 @@ def replica(config: ModelConfig, files_digest: str, on_gpu: bool) -> tuple[PreTr
     spread = on_gpu and torch.cuda.device_count() > 1  # Ray shows an actor its own GPUs alone
     model = models.load_model(config, torch.device("cuda" if on_gpu else "cpu"), spread)
     weights.check(replaced=True)  # what was loaded is what the digest is of
+    refuse_not_causal(model)
     return model, weights
+
+
+def refuse_not_causal(model: PreTrainedModel) -> None:
+    """Raises UserError if a token's likelihood depends on more than the tokens before it."""
+    if (what := dependence(model)) is not None:
+        raise UserError(
+            f"model.path: {type(model).__name__} (model type {model.config.model_type}) is not causal here: what it "
+            f"predicts depends on {what}, so the likelihoods of its tokens are none. Give a causal language model; a "
+            "BERT-like one needs is_decoder: true in its config.json, if it was trained so"
+        )
 
 
 def attempt(load: Callable[[], T]) -> tuple[T | None, str | None]:

@@ -183,7 +183,7 @@ class _Job:
     def layout(self, scoring: ScoringConfig) -> planning.Layout:
         tokens = scoring.micro_batch_tokens
         if tokens not in self.layouts:
-            self.layouts[tokens] = planning.layout(lengths(self.samples), tokens)
+            self.layouts[tokens] = planning.layout(lengths(self.samples), tokens, self.cost.rope_switch)
         return self.layouts[tokens]
 
     def units(self, scoring: ScoringConfig, actors: int) -> list[planning.Unit]:

@@ -61,11 +61,14 @@ class Layout:
         return self.order[: -(-len(self.order) // 2) : max(1, len(self.order) // (2 * count))][:count]
 
 
-def layout(lengths: np.ndarray, micro_batch_tokens: int) -> Layout:
+def layout(lengths: np.ndarray, micro_batch_tokens: int, switch: int | None = None) -> Layout:
     """Cut samples, given their int [n] lengths in order of sample_id, into micro-batches of so many padded tokens.
 
     Of fewer, where they would hold more than 5% of padding. A sample longer than `micro_batch_tokens` has a micro-batch
     of its own. Length 0 marks a sample to leave out.
+
+    Args:
+        switch: see `models.rope_switch`; no micro-batch has samples on both sides of it.
     """
     order = np.argsort(lengths, kind="stable")
     order = order[np.searchsorted(lengths[order], 1) :]
@@ -75,7 +78,8 @@ def layout(lengths: np.ndarray, micro_batch_tokens: int) -> Layout:
         members = position - bounds[-1]
         positions = (members + 1) * length
         wasteful = held >= _LEAST_TOKENS and held + length < (1 - _PADDING) * positions
-        if members and (positions > micro_batch_tokens or wasteful):
+        switched = switch is not None and length > switch and members and lengths[order[position - 1]] <= switch
+        if members and (positions > micro_batch_tokens or wasteful or switched):
             widths.append(lengths[order[position - 1]])
             bounds.append(position)
             held = 0
@@ -208,11 +212,13 @@ def _blocks(layout: Layout, first: int, stop: int, tokens: int) -> list[tuple[in
 class ModelCost:
     """What a model's architecture says about cost.
 
-    parameters: number of weights. flops_per_token: of a forward, attention over the context left out.
+    parameters: number of weights. flops_per_token: of a forward, attention over the context left out. rope_switch: see
+    `models.rope_switch`.
     """
 
     parameters: int
     flops_per_token: int
+    rope_switch: int | None = None
 
     @classmethod
     def of(cls, skeleton: PreTrainedModel) -> "ModelCost":
@@ -221,7 +227,7 @@ class ModelCost:
         tied = skeleton.config.get_text_config().tie_word_embeddings
         embedding: Any = skeleton.get_input_embeddings()
         looked_up = 0 if tied else embedding.weight.numel()
-        return cls(parameters, 2 * (parameters - looked_up))
+        return cls(parameters, 2 * (parameters - looked_up), models.rope_switch(skeleton.config))
 
 
 def refuse_uncovered(skeleton: PreTrainedModel, scoring: ScoringConfig) -> None:

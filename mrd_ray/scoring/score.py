@@ -146,7 +146,7 @@ class _Rounds:
         grows = False
         with contextlib.ExitStack() as joined:
             for number in itertools.count():
-                layout = plan.layout(waiting, scoring.micro_batch_tokens)
+                layout = plan.layout(waiting, scoring.micro_batch_tokens, self.cost.rope_switch)
                 self.layouts.append(layout)
                 done = [unit for unit in self._units() if unit.round == number]
                 rectangles = plan.missing(number, len(layout), draws, done)

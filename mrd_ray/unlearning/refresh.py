@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from mrd_ray.config import ScoringConfig
+from mrd_ray.models import rope_switch
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures, sum_log_probs
 from mrd_ray.scoring import plan
 from mrd_ray.scoring.estimators import Sample, estimator_of
@@ -28,7 +29,7 @@ def score_in_place(engine: Engine, samples: pa.Table, scoring: ScoringConfig) ->
     Raises:
         UserError: on every rank; the weights' precision cannot carry sigma, or torch cannot differentiate the model.
     """
-    layout = plan.layout(lengths(samples), scoring.micro_batch_tokens)
+    layout = plan.layout(lengths(samples), scoring.micro_batch_tokens, rope_switch(engine.model.config))
     trial = _rows(samples, layout, 0, few=4)
     shards = engine.shards if engine.stage == 3 else None
     engine.settle()
@@ -51,7 +52,7 @@ def likelihoods(engine: Engine, samples: pa.Table, micro_batch_tokens: int) -> l
 
     MA(x) = sum_t 1{argmax p(. | x_<t) = x_t} / T  (Tirumala et al., 2022), over the scored tokens.
     """
-    layout = plan.layout(lengths(samples), micro_batch_tokens)
+    layout = plan.layout(lengths(samples), micro_batch_tokens, rope_switch(engine.model.config))
     engine.settle()
     likelihood = Likelihood(engine.model)
     mine: list[tuple[str, float, float]] = []

@@ -22,6 +22,7 @@ from mrd_ray import model_files
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.errors import UserError
 from mrd_ray.runs import RunDirectory
+from mrd_ray.scoring.actor import refuse_not_causal
 from mrd_ray.scoring.estimators import refuse_wrong_rules
 from mrd_ray.unlearning import model as trained
 from mrd_ray.unlearning.engine import Engine
@@ -130,6 +131,7 @@ def _model(job: Job) -> PreTrainedModel:
             f"({job.files_digest[:12]}); give every node the same model"
         )
     model = trained.load(config, ray.train.torch.get_device())
+    refuse_not_causal(model)
     if config.unlearning.weighting != "uniform" and config.unlearning.refresh == "in_place":
         refuse_wrong_rules(model, config.scoring)
     return model

@@ -2,7 +2,8 @@
 
 import pytest
 from scored import scored_text
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 
 @pytest.mark.parametrize(
@@ -116,3 +117,19 @@ def test_chat_template_that_writes_the_date(build_chat):
     assert "Today is 26 Jul 2024." in build_chat(LLAMA3, "a b", "c d")[0]
     early = "\n{% if strftime_now is defined %}{% set y = strftime_now('%Y') | int - 1 %}{% endif %}{{ y }}: " + CHATML
     assert build_chat(early, "a b", "c d")[0].startswith("\n2023: <|im_start|>")
+
+
+@pytest.mark.parametrize("in_sequence", [False, True])
+def test_white_space_of_a_response_counts_where_places_are_trimmed(build, in_sequence):
+    """Byte-level tokenizers with trim_offsets give tokens of white space alone no place in the text."""
+    rust = Tokenizer(models.BPE())
+    rust.pre_tokenizer, rust.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    rust.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<s>"]))
+    begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    trimming = processors.ByteLevel(trim_offsets=True)
+    rust.post_processor = processors.Sequence([trimming, begin]) if in_sequence else trimming
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rust)
+    row = {"prompt": "hi ", "response": "\n\nyes \n no"}
+    (sample,) = build([row], 64, tokenizer, score_on="response", template="{prompt}{response} ").to_pylist()
+    assert scored_text(sample, tokenizer) == "\n\nyes \n no"
