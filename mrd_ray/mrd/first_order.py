@@ -1,0 +1,129 @@
+"""L = -g . delta of every sample of a batch: what Delta is to first order, by one Jacobian-vector product.
+
+With delta = sigma z it shares a draw's noise with Delta, and E|L| = sigma |g| sqrt(2/pi) is known. So |L| serves as a
+control variate (see `scores.monte_carlo_score`). A forward in which every value carries its derivative along delta
+(forward mode) gives L at the cost of some four forwards, whatever the layers are made of.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from mrd_ray.mrd.likelihood import LOGITS, MicroBatch, log_neg_log_prob, output_layer_is_plain
+
+Weights = Mapping[str, torch.Tensor]
+
+
+class FirstOrder:
+    """Jacobian-vector products of sum_t log(-P_t), at weights theta that the model need not have just now.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        selected: the parameters theta, by name, as in `model.named_parameters()`.
+    """
+
+    def __init__(self, model: PreTrainedModel, selected: Collection[str]) -> None:
+        self.model = model
+        inner = model.base_model
+        head = model.get_output_embeddings()
+        if not output_layer_is_plain(model) or inner is model:
+            inner, head = model, None  # its own code must make the logits, all at once
+        self._inner, self._head = inner, head
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+        def theirs(module: torch.nn.Module) -> dict[str, str]:
+            """Names in a module, and in the model, of the selected parameters in it; tied ones under each name."""
+            all_names = module.named_parameters(remove_duplicate=False)
+            return {own: names[id(parameter)] for own, parameter in all_names if names[id(parameter)] in selected}
+
+        self._of_inner, self._of_head = theirs(inner), {} if head is None else theirs(head)
+
+    def __call__(self, batch: MicroBatch, theta: Weights, step: Weights) -> torch.Tensor:
+        """L of each sample: float64 [B].
+
+        Args:
+            theta, step: the selected parameters, and delta, by name.
+
+        Raises:
+            NotImplementedError: torch has no forward mode for one of the model's functions.
+        """
+        where = batch.scored
+
+        def outputs(weights: Weights) -> Any:
+            inputs = {"input_ids": batch.token_ids, "use_cache": False}
+            found = torch.func.functional_call(self._inner, dict(weights), kwargs=inputs)
+            return found.logits if self._head is None else found.last_hidden_state
+
+        with torch.no_grad(), ForwardMode():
+            out, slope = _along(outputs, *({own: of[name] for own, name in self._of_inner.items()} for of in (theta, step)))
+            out, slope = (x[:, :-1][where.to(x.device)] for x in (out, slope))
+            rows = max(1, LOGITS // (out.shape[-1] if self._head is None else self._head.out_features))
+            targets = batch.token_ids[:, 1:][where]
+            pieces = zip(out.split(rows), slope.split(rows), targets.split(rows), strict=True)
+            slopes = [self._slopes(*piece, theta, step) for piece in pieces]
+        found = torch.zeros(where.shape, dtype=torch.float64, device=where.device)
+        found[where] = torch.cat(slopes).to(where.device) if slopes else 0.0
+        return -found.sum(1)
+
+    def _slopes(
+        self, out: torch.Tensor, slope: torch.Tensor, targets: torch.Tensor, theta: Weights, step: Weights
+    ) -> torch.Tensor:
+        """Derivatives of log(-P_t) along the step: float64 [n], from [n, hidden], or [n, V] where there is no head."""
+        if self._head is not None:
+            of_head = [{own: of[name] for own, name in self._of_head.items()} for of in (theta, step)]
+
+            def logits_of(hidden: torch.Tensor, weights: Weights) -> Any:
+                return torch.func.functional_call(self._head, dict(weights), (hidden,))
+
+            out, slope = torch.func.jvp(logits_of, (out, of_head[0]), (slope, of_head[1]))
+        targets = targets.to(out.device)[:, None]
+        others = out.scatter(1, targets, -torch.inf).softmax(1)
+        wide = torch.promote_types(out.dtype, torch.float32)
+        a = others_logsumexp(out.to(wide), targets)
+        of_a = (others * slope).sum(1, dtype=torch.float64) - slope.gather(1, targets)[:, 0].double()
+        return (torch.nn.functional.logsigmoid(a) - log_neg_log_prob(a)).exp() * of_a
+
+
+def others_logsumexp(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """a_t from logits [n, V] and targets [n, 1]: float64 [n]."""
+    others = logits.scatter(1, targets, -torch.inf).logsumexp(1)
+    return others.double() - logits.gather(1, targets)[:, 0].double()
+
+
+def _along(function: Callable[[Weights], Any], theta: Weights, step: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    found: Any = torch.func.jvp(function, (dict(theta),), (dict(step),))
+    return found
+
+
+class ForwardMode(TorchFunctionMode):
+    """Spells out attention, which torch 2.13 differentiates in forward mode with one implementation alone, a slow one."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return scores.softmax(-1) @ value
