@@ -163,20 +163,33 @@ def adapter_files(model: ModelConfig) -> list[Path]:
 def safetensors_of(folder: Path) -> list[Path]:
     """The safetensors that loaders read here, by the names that they look for, and not whatever else is beside them.
 
-    Raises UserError if an index names other files, or some that are not there.
+    Raises UserError if an index names other files, or some that are not there, or files beside a whole model's one.
     """
-    index = folder / f"{SAFE}.index.json"
-    if (folder / SAFE).is_file() or not index.is_file():
-        return [folder / SAFE] if (folder / SAFE).is_file() else []
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        parts = [folder / name for name in names]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"model.path: {index} is no index of safetensors; copy the model again") from None
+    index, whole = folder / f"{SAFE}.index.json", folder / SAFE
+    if not index.is_file():
+        return [whole] if whole.is_file() else []
+    parts = _named_by(index)
+    if whole.is_file():
+        if beside := [part for part in parts if part != whole and part.is_file()]:
+            raise UserError(
+                f"model.path: {folder} holds a whole model twice: in {SAFE}, and in {beside[0].name} and the other "
+                f"files that {index.name} names. transformers would read {SAFE} and ignore the others, even if it is "
+                f"the older one. Move {SAFE} elsewhere, or {index.name} and its files"
+            )
+        return [whole]
     for part in parts:
         if part.suffix != ".safetensors" or not part.is_file():
             raise UserError(f"model.path: {index} names {part.name}, which is no safetensors file beside it")
     return parts
+
+
+def _named_by(index: Path) -> list[Path]:
+    """The files that an index names. Raises UserError if it is none."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [index.parent / name for name in names]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"model.path: {index} is no index of safetensors; copy the model again") from None
 
 
 def _pickles(folder: Path, pattern: str, model: ModelConfig) -> list[Path]:

@@ -226,10 +226,11 @@ def _assembled(model: ModelConfig, device_map: str | None) -> tuple[PreTrainedMo
     """
     found, files, of_adapter = parts(model), weight_files(model), adapter_files(model)  # refuses pickles
     config = load_config(model)  # refuses code that the digest cannot answer for
+    of_base = [file for file in files if file not in of_adapter]
     weights.refuse_empty(files)
+    weights.refuse_contradictions(of_base)
     with _quiet():
         loaded, fit = _base(model, found, config, device_map)
-        of_base = [file for file in files if file not in of_adapter]
         fit.unused = weights.unused(loaded, fit.unused, weights.shapes(of_base))
         fit.refuse(found.base, model.allow_unused_weights)
         unused = sorted(fit.unused)

@@ -65,6 +65,24 @@ def refuse_empty(files: Iterable[Path]) -> None:
             )
 
 
+def refuse_contradictions(files: Iterable[Path]) -> None:
+    """Raises UserError if two files hold a tensor of the same name with different values: loaders take either."""
+    holders: dict[str, Path] = {}
+    for file in files:
+        for name in shapes([file]):
+            other = holders.setdefault(name, file)
+            if other != file and not _equal(read([other], [name])[name], read([file], [name])[name]):
+                raise UserError(
+                    f"model.path: {other} and {file} both hold {name}, with different values, so which one is meant "
+                    "cannot be told. One of the files is most likely left over from another save: copy or save the "
+                    "model again, into an empty folder"
+                )
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
 @dataclass
 class Fit:
     """How tensors of files fit a model: names that the model lacks a value of, names that it does not use, and
