@@ -21,6 +21,7 @@ _PREFIX = "base_model.model."  # of names in PEFT's files
 _NAME = "default"
 # below a layer that PEFT has wrapped: where the weight is that it has itself
 _WHOLE = r"base_layer\.|token_adapter\.base_layer\.|original_module\.|modules_to_save\."
+_NUMBERS = re.compile(r"\blora_|\.(weight|bias)$")  # names of what is multiplied or added; others may be indices
 MERGE = "merge it first (PEFT's merge_and_unload, then save_pretrained), and give the merged model"
 
 
@@ -91,6 +92,7 @@ def put_on(model: PreTrainedModel, folder: Path, files: list[Path]) -> Fit:
     The vocabulary is resized first if the adapter was trained on a resized one.
     """
     adapter, found = settings(folder), _stripped(weights.shapes(files))
+    weights.refuse_quantised(files, {name for name in weights.shapes(files) if not _NUMBERS.search(name)})
     inputs, outputs = _embedding(model, output=False), _embedding(model, output=True)
     before, tied = inputs.weight.shape[0], inputs.weight is outputs.weight
     rows = _resize(model, adapter, found)

@@ -231,7 +231,9 @@ def _assembled(model: ModelConfig, device_map: str | None) -> tuple[PreTrainedMo
     weights.refuse_contradictions(of_base)
     with _quiet():
         loaded, fit = _base(model, found, config, device_map)
-        fit.unused = weights.unused(loaded, fit.unused, weights.shapes(of_base))
+        held = weights.shapes(of_base)
+        weights.refuse_quantised(of_base, weights.whole_numbers(loaded, fit, held))
+        fit.unused = weights.unused(loaded, fit.unused, held)
         fit.refuse(found.base, model.allow_unused_weights)
         unused = sorted(fit.unused)
         if found.adapter is not None:

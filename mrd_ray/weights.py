@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from mrd_ray.errors import UserError
 
 Shape = tuple[int, ...]
 _SHOWN = 3  # names in a message
+_WHOLE = re.compile(r"[IU]\d|BOOL|q?u?int\d|bool")  # dtypes, as safetensors and torch call them
+_NARROW = re.compile(r"F[468]_|float[48]_")
+_SCALES = ("_scale", "_scale_inv")
 _PREFIXES = {"_orig_mod.": "torch.compile", "module.": "DataParallel", "_fsdp_wrapped_module.": "FSDP"}
 
 
@@ -29,11 +32,19 @@ def read(files: Iterable[Path], names: Iterable[str]) -> dict[str, torch.Tensor]
     return {name: tensor[...] for file in files for name, tensor in _slices(file, "cpu").items() if name in wanted}
 
 
+def dtypes(files: Iterable[Path]) -> dict[str, str]:
+    """The dtype of every tensor in these files, by name, as the format calls it. Raises UserError as `shapes`."""
+    return {name: tensor.get_dtype() for file in files for name, tensor in _slices(file, "meta").items()}
+
+
 class _Pickled:
     """A tensor with the methods of a safetensors slice."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
+
+    def get_dtype(self) -> str:
+        return str(self._tensor.dtype).removeprefix("torch.")
 
     def get_shape(self) -> Shape:
         return tuple(self._tensor.shape)
@@ -63,6 +74,40 @@ def refuse_empty(files: Iterable[Path]) -> None:
                 "stage3_gather_16bit_weights_on_model_save: true, or rebuild it from the training checkpoint with "
                 "DeepSpeed's zero_to_fp32.py"
             )
+
+
+def refuse_quantised(files: Iterable[Path], whole: Container[str] = ()) -> None:
+    """Raises UserError if a file holds values that have to be multiplied by scales first, which nothing here does.
+
+    Args:
+        whole: names of tensors that may hold whole numbers.
+    """
+    for file in files:
+        found = dtypes([file])
+        scaled = {name for name in found for end in _SCALES if f"{name}{end}" in found}
+        quantised = {name for name, dtype in found.items() if _WHOLE.match(dtype) and name not in whole}
+        quantised |= {name for name, dtype in found.items() if _NARROW.match(dtype) and name in scaled}
+        if quantised:
+            first = min(quantised)
+            raise UserError(
+                f"model.path: {file} holds {len(quantised)} quantised tensor(s), first {first} ({found[first]}), but "
+                "the configuration has no quantization_config, so their scales would be ignored. Quantised weights "
+                "take neither noise nor gradients; give the model as it was before quantisation"
+            )
+
+
+def whole_numbers(model: PreTrainedModel, fit: "Fit", found: Mapping[str, Shape]) -> set[str]:
+    """Names of tensors in files that may hold whole numbers: the model's own ones, and those that it has no use for.
+
+    Where it lacks weights, its quantised ones may be under names of their own, so none counts as without use.
+    """
+    known = model.state_dict()
+    own = {name for name, tensor in known.items() if not tensor.is_floating_point()}
+    own |= {name.removeprefix(f"{model.base_model_prefix}.") for name in own}
+    for name, shape in found.items():
+        if _derived(name, shape) or (name not in known and _ignored(model, name)):
+            own.add(name)
+    return own if fit.missing else own | fit.unused
 
 
 def refuse_contradictions(files: Iterable[Path]) -> None:
