@@ -24,7 +24,17 @@ from transformers import (
 from mrd_ray import adapters, weights
 from mrd_ray.config import ModelConfig
 from mrd_ray.errors import UserError
-from mrd_ray.model_files import SAFE, Parts, adapter_files, directory, fetch, parts, tokenizer_files, weight_files
+from mrd_ray.model_files import (
+    SAFE,
+    Parts,
+    adapter_files,
+    directory,
+    fetch,
+    parts,
+    refuse_tokenizer_pointers,
+    tokenizer_files,
+    weight_files,
+)
 
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -160,6 +170,7 @@ def tokenizer_directory(model: ModelConfig) -> Path:
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of `model.tokenizer`, else of the model. Raises UserError."""
     path = tokenizer_directory(model)
+    refuse_tokenizer_pointers(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except Exception as problem:  # each tokenizer, or its own code, objects in a way of its own

@@ -188,6 +188,45 @@ def test_a_whole_model_beside_the_parts_of_one_is_refused(sharded, tiny_model_di
     )
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 1056784\n".format("4d7a" * 16)
+
+
+def pointed(folder, name, **settings):
+    """Put a Git LFS pointer in the place of a file, and make sure that whoever reads the folder names both."""
+    content = (folder / name).read_bytes() if (folder / name).is_file() else None
+    (folder / name).write_text(POINTER)
+    setting, uses = "model.path", [models.unused_weights, model_files.files_digest]
+    if name.startswith("tokenizer"):
+        setting, uses = "model.tokenizer", [models.load_tokenizer]
+    for use in uses:
+        with pytest.raises(UserError, match=rf"^{setting}: .*/{name} is a Git LFS pointer.*`git lfs pull`"):
+            use(of(folder, **settings))
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+
+
+def test_git_lfs_pointers_are_named(tmp_path, tiny_model_dir, sharded, adapter):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        pointed(folder, name)
+    pointed(sharded, "model.safetensors.index.json")
+    pointed(sharded, model_files.safetensors_of(sharded)[-1].name)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        pointed(adapter, name)
+    (folder / "model.safetensors").unlink()
+    for allow_pickle in (False, True):
+        pointed(folder, "pytorch_model.bin", allow_pickle=allow_pickle)
+
+
+def test_git_lfs_pointers_that_nobody_reads_do_no_harm(tmp_path, tiny_model_dir):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
+    for name in ("pytorch_model.bin", "tokenizer.model", "model.gguf"):
+        (folder / name).write_text(POINTER)
+    assert models.unused_weights(of(folder)) == []
+    assert models.load_tokenizer(of(folder)).eos_token == "</s>"
+
+
 @pytest.mark.parametrize("beside", ["base", "config"])
 def test_a_pickled_adapter_is_read_on_request_alone(adapter, beside, tiny_model_dir):
     """Also of an adapter that lies beside a whole model."""
