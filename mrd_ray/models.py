@@ -249,7 +249,7 @@ def _assembled(model: ModelConfig, device_map: str | None) -> tuple[PreTrainedMo
         unused = sorted(fit.unused)
         if found.adapter is not None:
             fit = adapters.put_on(loaded, found.adapter, of_adapter)
-            fit.refuse(found.adapter, model.allow_unused_weights)
+            fit.refuse(found.adapter, model.allow_unused_weights, of_adapter=True)
             unused += sorted(fit.unused)
     return loaded, unused
 

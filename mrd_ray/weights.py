@@ -19,6 +19,17 @@ _WHOLE = re.compile(r"[IU]\d|BOOL|q?u?int\d|bool")  # dtypes, as safetensors and
 _NARROW = re.compile(r"F[468]_|float[48]_")
 _SCALES = ("_scale", "_scale_inv")
 _PREFIXES = {"_orig_mod.": "torch.compile", "module.": "DataParallel", "_fsdp_wrapped_module.": "FSDP"}
+# what the names of parameters follow from, and what makes a file hold more of them
+_OF_MODELS = (
+    "its configuration",
+    "config.json says the wrong thing (attention_bias: false for a model with biases, or too few layers). Correct "
+    "config.json",
+)
+_OF_ADAPTERS = (
+    "its configuration (adapter_config.json)",
+    "adapter_config.json names fewer layers than were trained (target_modules, layers_to_transform or "
+    "modules_to_save) or another base model. Correct adapter_config.json",
+)
 
 
 def shapes(files: Iterable[Path]) -> dict[str, Shape]:
@@ -143,8 +154,9 @@ class Fit:
         mismatched = {(name, tuple(found), tuple(own)) for name, found, own in loading["mismatched_keys"]}
         return cls(set(loading["missing_keys"]), set(loading["unexpected_keys"]), mismatched)
 
-    def refuse(self, path: Path, allow_unused: bool) -> None:
+    def refuse(self, path: Path, allow_unused: bool, of_adapter: bool = False) -> None:
         """Raises UserError, which names `path`, for any misfit; with `allow_unused`, unused tensors are none."""
+        settings, causes = _OF_ADAPTERS if of_adapter else _OF_MODELS
         if self.mismatched:
             told = [
                 f"{name} is {_shown(found)} in the file and {_shown(own)} in the model"
@@ -159,18 +171,22 @@ class Fit:
         if self.missing:
             also = f", and hold {unused}{self._prefixed()}" if self.unused else ""
             raise UserError(
-                f"model.path: the weights in {path} lack {len(self.missing)} parameter(s) of its configuration, "
+                f"model.path: the weights in {path} lack {len(self.missing)} parameter(s) of {settings}, "
                 f"first {min(self.missing)}{also}"
             )
         if self.unused and not allow_unused:
             raise UserError(
                 f"model.path: the weights in {path} hold {unused}. Scores would be those of another model than the "
-                "file holds, if config.json says the wrong thing (attention_bias: false for a model with biases, or "
-                "too few layers). Correct config.json; if the model is meant to do without these tensors, set "
+                f"file holds, if {causes}; if the model is meant to do without these tensors, set "
                 "model.allow_unused_weights: true"
             )
 
     def _prefixed(self) -> str:
+        if all(".default.default." in name for name in self.unused):
+            return (
+                ". In the file their names have .default. in them, as in the state_dict() of a PEFT model; save the "
+                "adapter with PEFT's save_pretrained, which leaves that out, or rename them"
+            )
         for prefix, maker in _PREFIXES.items():
             if all(name.startswith(prefix) for name in self.unused):
                 return f". Every name begins with {prefix}, as {maker} leaves it; save the model inside that wrapper"
