@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from sentencepiece import SentencePieceProcessor
+from rich.console import Console
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mrd_ray import adapters, weights
+from mrd_ray import adapters, tokenizer_checks, weights
 from mrd_ray.config import ModelConfig
 from mrd_ray.errors import UserError
 from mrd_ray.model_files import (
@@ -167,8 +167,14 @@ def tokenizer_directory(model: ModelConfig) -> Path:
     return path if tokenizer_files(path) else parts(model).base
 
 
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of `model.tokenizer`, else of the model. Raises UserError."""
+def load_tokenizer(model: ModelConfig, console: Console | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model.tokenizer`, else of the model.
+
+    Args:
+        console: told if texts begin otherwise than the model's configuration suggests.
+
+    Raises UserError, also if transformers reads the tokenizer otherwise than its files mean it.
+    """
     path = tokenizer_directory(model)
     refuse_tokenizer_pointers(path)
     try:
@@ -176,27 +182,12 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     except Exception as problem:  # each tokenizer, or its own code, objects in a way of its own
         _refuse_code("model.tokenizer", path, problem)
         raise UserError(f"model.tokenizer: {path} holds no tokenizer that transformers reads: {problem}") from problem
-    if (pieces := _sentencepiece_alone(path)) is not None and not _reads_as_sentencepiece(tokenizer, pieces):
-        raise UserError(
-            f"model.tokenizer: transformers splits text otherwise than {pieces} does. Name its class in a "
-            'tokenizer_config.json beside it, such as {"tokenizer_class": "LlamaTokenizer"}, or add a tokenizer.json'
-        )
+    tokenizer_checks.refuse_misread(tokenizer, path)
+    if console is not None:
+        begins = getattr(load_config(model).get_text_config(), "bos_token_id", None)
+        if (notice := tokenizer_checks.unsaid_beginning(tokenizer, path, begins)) is not None:
+            console.print(notice, style="red", markup=False, highlight=False, soft_wrap=True)
     return tokenizer
-
-
-def _sentencepiece_alone(path: Path) -> Path | None:
-    """A SentencePiece vocabulary without the tokenizer.json that transformers would rather read."""
-    names = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-    if (path / "tokenizer.json").is_file():
-        return None
-    return next((path / name for name in names if (path / name).is_file()), None)
-
-
-def _reads_as_sentencepiece(tokenizer: PreTrainedTokenizerBase, pieces: Path) -> bool:
-    """Whether ordinary text becomes the tokens that the vocabulary's own library makes."""
-    own = SentencePieceProcessor(model_file=str(pieces))
-    texts = ("the cat", "Where does the river end?", "In 1897, she left; nobody knows why.")
-    return all(tokenizer.encode(text, add_special_tokens=False) == own.encode(text) for text in texts)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
