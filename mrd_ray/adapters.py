@@ -1,6 +1,7 @@
 """Adapters in PEFT's format, put on the model that they were trained on, or refused by their kind."""
 
 import contextlib
+import copy
 import importlib
 import io
 import re
@@ -21,6 +22,11 @@ _PREFIX = "base_model.model."  # of names in PEFT's files
 _NAME = "default"
 # below a layer that PEFT has wrapped: where the weight is that it has itself
 _WHOLE = r"base_layer\.|token_adapter\.base_layer\.|original_module\.|modules_to_save\."
+_NUMBERS = re.compile(r"\blora_|\.(weight|bias)$")  # names of what is multiplied or added; others may be indices
+# init_lora_weights that move a part of the base model's weights into the adapter, also when PEFT loads it; and those
+# for which what PEFT would move then is another part
+_SPLIT = ("pissa", "olora")
+_ONCE = {"pissa_niter_": "at random", "corda": "by data", "lora_ga": "by data", "loftq": "by quantising them"}
 MERGE = "merge it first (PEFT's merge_and_unload, then save_pretrained), and give the merged model"
 
 
@@ -51,6 +57,34 @@ def settings(folder: Path) -> Any:
         )
     if getattr(found, "use_dora", False):
         raise UserError(f"model.path: {folder} holds a DoRA adapter, which is not supported; {MERGE}")
+    _refuse_lost_beginning(folder, _beginning(found))
+    return found
+
+
+def _refuse_lost_beginning(folder: Path, began: str) -> None:
+    """Raises UserError if training began by a change of the base model that nothing in its files can repeat."""
+    for name, how in _ONCE.items():
+        if began.startswith(name):
+            raise UserError(
+                f"model.path: {folder} holds an adapter with init_lora_weights: {began}, which changed the weights of "
+                f"the base model {how} when training began; the adapter belongs to those, and they cannot be found "
+                "again. Save it again where it was trained: with PEFT's path_initial_model_for_weight_conversion where "
+                "PEFT has that for it, or merged (merge_and_unload, then save_pretrained)"
+            )
+
+
+def _beginning(adapter: Any) -> str:
+    """How the adapter's values were set when training began, in lower case, or "" if in no way that has a name."""
+    began = getattr(adapter, "init_lora_weights", None)
+    return began.lower() if isinstance(began, str) else ""
+
+
+def _without_values(adapter: Any) -> Any:
+    """The settings for a model without values, which PEFT could not split: the names and shapes are the same."""
+    if _beginning(adapter) not in _SPLIT:
+        return adapter
+    found = copy.deepcopy(adapter)
+    found.init_lora_weights = True
     return found
 
 
@@ -79,7 +113,7 @@ def shape(model: PreTrainedModel, folder: Path, found: Mapping[str, Shape]) -> N
     _resize(model, adapter, _stripped(found))
     try:
         with _quiet():
-            model.add_adapter(adapter)
+            model.add_adapter(_without_values(adapter))
     except Exception as problem:
         raise _does_not_fit(folder, adapter, problem) from problem
     _put_tokens_in(model)
@@ -91,13 +125,17 @@ def put_on(model: PreTrainedModel, folder: Path, files: list[Path]) -> Fit:
     The vocabulary is resized first if the adapter was trained on a resized one.
     """
     adapter, found = settings(folder), _stripped(weights.shapes(files))
+    weights.refuse_quantised(files, {name for name in weights.shapes(files) if not _NUMBERS.search(name)})
     inputs, outputs = _embedding(model, output=False), _embedding(model, output=True)
     before, tied = inputs.weight.shape[0], inputs.weight is outputs.weight
     rows = _resize(model, adapter, found)
     try:
         with _quiet():
             loading = model.load_adapter(
-                str(folder), use_safetensors=(folder / SAFE_ADAPTER).is_file(), ignore_mismatched_sizes=True
+                str(folder),
+                peft_config=_without_values(adapter) if inputs.weight.is_meta else adapter,
+                use_safetensors=(folder / SAFE_ADAPTER).is_file(),
+                ignore_mismatched_sizes=True,
             )
     except torch.OutOfMemoryError:
         raise

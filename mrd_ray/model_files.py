@@ -78,10 +78,12 @@ def parts(model: ModelConfig) -> Parts:
     names a model with the same weights. Raises UserError if it is another, or the base model cannot be told or found.
     """
     path = directory(model)
+    refuse_pointers("model.path", sorted(path.glob("*config.json")))
     if not (path / ADAPTER_CONFIG).is_file():
         return Parts(path, None)
     beside = [*safetensors_of(path), *sorted(path.glob(_PICKLED))]
     base = _base_of(path, bool(beside))
+    refuse_pointers("model.path", sorted(base.glob("*config.json")))
     if base.resolve() == path.resolve():
         if not beside:
             raise UserError(
@@ -102,6 +104,13 @@ def parts(model: ModelConfig) -> Parts:
             f"base_model_name_or_path of {ADAPTER_CONFIG}"
         )
     return Parts(base, path)
+
+
+def refuse_pointers(setting: str, files: Iterable[Path]) -> None:
+    """Raises UserError, which names the setting, if one of these files is a Git LFS pointer in place of it."""
+    for file in filter(Path.is_file, files):
+        with file.open("rb") as content:
+            storage.refuse_lfs_pointer(setting, file, content.read(64))
 
 
 def _base_of(adapter: Path, beside: bool) -> Path:
@@ -150,8 +159,9 @@ def adapter_files(model: ModelConfig) -> list[Path]:
     folder = parts(model).adapter
     if folder is None:
         return []
-    if (folder / SAFE_ADAPTER).is_file():
-        return [folder / SAFE_ADAPTER]
+    if (safe := folder / SAFE_ADAPTER).is_file():
+        refuse_pointers("model.path", [safe])
+        return [safe]
     if not (files := _pickles(folder, "adapter_model*.bin", model)):
         raise UserError(
             f"model.path: {folder} holds {ADAPTER_CONFIG} but no {SAFE_ADAPTER}; copy that file there, or move "
@@ -163,25 +173,42 @@ def adapter_files(model: ModelConfig) -> list[Path]:
 def safetensors_of(folder: Path) -> list[Path]:
     """The safetensors that loaders read here, by the names that they look for, and not whatever else is beside them.
 
-    Raises UserError if an index names other files, or some that are not there.
+    Raises UserError if an index names other files, or some that are not there, or files beside a whole model's one, and
+    if one is a Git LFS pointer.
     """
-    index = folder / f"{SAFE}.index.json"
-    if (folder / SAFE).is_file() or not index.is_file():
-        return [folder / SAFE] if (folder / SAFE).is_file() else []
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        parts = [folder / name for name in names]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"model.path: {index} is no index of safetensors; copy the model again") from None
+    index, whole = folder / f"{SAFE}.index.json", folder / SAFE
+    refuse_pointers("model.path", [whole, index])
+    if not index.is_file():
+        return [whole] if whole.is_file() else []
+    parts = _named_by(index)
+    if whole.is_file():
+        if beside := [part for part in parts if part != whole and part.is_file()]:
+            raise UserError(
+                f"model.path: {folder} holds a whole model twice: in {SAFE}, and in {beside[0].name} and the other "
+                f"files that {index.name} names. transformers would read {SAFE} and ignore the others, even if it is "
+                f"the older one. Move {SAFE} elsewhere, or {index.name} and its files"
+            )
+        return [whole]
     for part in parts:
         if part.suffix != ".safetensors" or not part.is_file():
             raise UserError(f"model.path: {index} names {part.name}, which is no safetensors file beside it")
+    refuse_pointers("model.path", parts)
     return parts
 
 
+def _named_by(index: Path) -> list[Path]:
+    """The files that an index names. Raises UserError if it is none."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [index.parent / name for name in names]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"model.path: {index} is no index of safetensors; copy the model again") from None
+
+
 def _pickles(folder: Path, pattern: str, model: ModelConfig) -> list[Path]:
-    """Raises UserError if there are any and the settings do not allow them."""
+    """Raises UserError if there are any and the settings do not allow them, or if one is a Git LFS pointer."""
     files = sorted(folder.glob(pattern))
+    refuse_pointers("model.path", files)
     if files and not model.allow_pickle:
         raise UserError(
             f"model.path: {files[0]} is a pickle, which can run any code when it is read, and there are no safetensors "
@@ -214,6 +241,14 @@ def files_digest(model: ModelConfig) -> str:
 def tokenizer_files(folder: Path) -> dict[str, Path]:
     """The files of a tokenizer, by their path below the folder: vocabulary, settings, chat templates."""
     return _matching(folder, _OF_TOKENIZERS)
+
+
+def refuse_tokenizer_pointers(folder: Path) -> None:
+    """Raises UserError if a file of the tokenizer is a Git LFS pointer. Beside a tokenizer.json no other vocabulary is
+    read, so those may be pointers."""
+    files = tokenizer_files(folder)
+    names = [name for name in files if "tokenizer.json" not in files or name.endswith(".json")]
+    refuse_pointers("model.tokenizer", (files[name] for name in names))
 
 
 def descriptions(folder: Path) -> dict[str, Path]:

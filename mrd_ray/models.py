@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from sentencepiece import SentencePieceProcessor
+from rich.console import Console
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,10 +21,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mrd_ray import adapters, weights
+from mrd_ray import adapters, tokenizer_checks, weights
 from mrd_ray.config import ModelConfig
 from mrd_ray.errors import UserError
-from mrd_ray.model_files import SAFE, Parts, adapter_files, directory, fetch, parts, tokenizer_files, weight_files
+from mrd_ray.model_files import (
+    SAFE,
+    Parts,
+    adapter_files,
+    directory,
+    fetch,
+    parts,
+    refuse_tokenizer_pointers,
+    tokenizer_files,
+    weight_files,
+)
 
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -171,35 +181,27 @@ def tokenizer_directory(model: ModelConfig) -> Path:
     return path if tokenizer_files(path) else parts(model).base
 
 
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of `model.tokenizer`, else of the model. Raises UserError."""
+def load_tokenizer(model: ModelConfig, console: Console | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model.tokenizer`, else of the model.
+
+    Args:
+        console: told if texts begin otherwise than the model's configuration suggests.
+
+    Raises UserError, also if transformers reads the tokenizer otherwise than its files mean it.
+    """
     path = tokenizer_directory(model)
+    refuse_tokenizer_pointers(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except Exception as problem:  # each tokenizer, or its own code, objects in a way of its own
         _refuse_code("model.tokenizer", path, problem)
         raise UserError(f"model.tokenizer: {path} holds no tokenizer that transformers reads: {problem}") from problem
-    if (pieces := _sentencepiece_alone(path)) is not None and not _reads_as_sentencepiece(tokenizer, pieces):
-        raise UserError(
-            f"model.tokenizer: transformers splits text otherwise than {pieces} does. Name its class in a "
-            'tokenizer_config.json beside it, such as {"tokenizer_class": "LlamaTokenizer"}, or add a tokenizer.json'
-        )
+    tokenizer_checks.refuse_misread(tokenizer, path)
+    if console is not None:
+        begins = getattr(load_config(model).get_text_config(), "bos_token_id", None)
+        if (notice := tokenizer_checks.unsaid_beginning(tokenizer, path, begins)) is not None:
+            console.print(notice, style="red", markup=False, highlight=False, soft_wrap=True)
     return tokenizer
-
-
-def _sentencepiece_alone(path: Path) -> Path | None:
-    """A SentencePiece vocabulary without the tokenizer.json that transformers would rather read."""
-    names = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-    if (path / "tokenizer.json").is_file():
-        return None
-    return next((path / name for name in names if (path / name).is_file()), None)
-
-
-def _reads_as_sentencepiece(tokenizer: PreTrainedTokenizerBase, pieces: Path) -> bool:
-    """Whether ordinary text becomes the tokens that the vocabulary's own library makes."""
-    own = SentencePieceProcessor(model_file=str(pieces))
-    texts = ("the cat", "Where does the river end?", "In 1897, she left; nobody knows why.")
-    return all(tokenizer.encode(text, add_special_tokens=False) == own.encode(text) for text in texts)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -240,16 +242,19 @@ def _assembled(model: ModelConfig, device_map: str | None) -> tuple[PreTrainedMo
     """
     found, files, of_adapter = parts(model), weight_files(model), adapter_files(model)  # refuses pickles
     config = load_config(model)  # refuses code that the digest cannot answer for
+    of_base = [file for file in files if file not in of_adapter]
     weights.refuse_empty(files)
+    weights.refuse_contradictions(of_base)
     with _quiet():
         loaded, fit = _base(model, found, config, device_map)
-        of_base = [file for file in files if file not in of_adapter]
-        fit.unused = weights.unused(loaded, fit.unused, weights.shapes(of_base))
+        held = weights.shapes(of_base)
+        weights.refuse_quantised(of_base, weights.whole_numbers(loaded, fit, held))
+        fit.unused = weights.unused(loaded, fit.unused, held)
         fit.refuse(found.base, model.allow_unused_weights)
         unused = sorted(fit.unused)
         if found.adapter is not None:
             fit = adapters.put_on(loaded, found.adapter, of_adapter)
-            fit.refuse(found.adapter, model.allow_unused_weights)
+            fit.refuse(found.adapter, model.allow_unused_weights, of_adapter=True)
             unused += sorted(fit.unused)
     return loaded, unused
 

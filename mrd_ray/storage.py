@@ -12,7 +12,10 @@ import fsspec
 import pyarrow.fs
 from fsspec.implementations.arrow import ArrowFSWrapper
 
+from mrd_ray.errors import UserError
+
 CACHE = Path("~/.cache/mrd_ray").expanduser()
+_LFS = b"version https://git-lfs.github.com/spec/"
 _OF_ARROW = ("s3", "gs", "gcs", "hdfs")  # as Ray Train, whose checkpoints go where the run directory is
 
 
@@ -27,6 +30,15 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return found
     arrow, root = pyarrow.fs.FileSystem.from_uri(for_arrow(uri))
     return ArrowFSWrapper(arrow), root.rstrip("/")
+
+
+def refuse_lfs_pointer(setting: str, path: str | Path, head: bytes) -> None:
+    """Raises UserError, which names the setting, if a file is a Git LFS pointer. head: its first bytes, 64 or more."""
+    if head.startswith(_LFS):
+        raise UserError(
+            f"{setting}: {path} is a Git LFS pointer, not the file itself: the repository was cloned without its large "
+            "files. Run `git lfs install` and `git lfs pull` in the clone"
+        )
 
 
 def for_arrow(uri: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,21 @@ from mrd_ray.errors import UserError
 
 Shape = tuple[int, ...]
 _SHOWN = 3  # names in a message
+_WHOLE = re.compile(r"[IU]\d|BOOL|q?u?int\d|bool")  # dtypes, as safetensors and torch call them
+_NARROW = re.compile(r"F[468]_|float[48]_")
+_SCALES = ("_scale", "_scale_inv")
 _PREFIXES = {"_orig_mod.": "torch.compile", "module.": "DataParallel", "_fsdp_wrapped_module.": "FSDP"}
+# what the names of parameters follow from, and what makes a file hold more of them
+_OF_MODELS = (
+    "its configuration",
+    "config.json says the wrong thing (attention_bias: false for a model with biases, or too few layers). Correct "
+    "config.json",
+)
+_OF_ADAPTERS = (
+    "its configuration (adapter_config.json)",
+    "adapter_config.json names fewer layers than were trained (target_modules, layers_to_transform or "
+    "modules_to_save) or another base model. Correct adapter_config.json",
+)
 
 
 def shapes(files: Iterable[Path]) -> dict[str, Shape]:
@@ -29,11 +43,19 @@ def read(files: Iterable[Path], names: Iterable[str]) -> dict[str, torch.Tensor]
     return {name: tensor[...] for file in files for name, tensor in _slices(file, "cpu").items() if name in wanted}
 
 
+def dtypes(files: Iterable[Path]) -> dict[str, str]:
+    """The dtype of every tensor in these files, by name, as the format calls it. Raises UserError as `shapes`."""
+    return {name: tensor.get_dtype() for file in files for name, tensor in _slices(file, "meta").items()}
+
+
 class _Pickled:
     """A tensor with the methods of a safetensors slice."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
+
+    def get_dtype(self) -> str:
+        return str(self._tensor.dtype).removeprefix("torch.")
 
     def get_shape(self) -> Shape:
         return tuple(self._tensor.shape)
@@ -65,6 +87,58 @@ def refuse_empty(files: Iterable[Path]) -> None:
             )
 
 
+def refuse_quantised(files: Iterable[Path], whole: Container[str] = ()) -> None:
+    """Raises UserError if a file holds values that have to be multiplied by scales first, which nothing here does.
+
+    Args:
+        whole: names of tensors that may hold whole numbers.
+    """
+    for file in files:
+        found = dtypes([file])
+        scaled = {name for name in found for end in _SCALES if f"{name}{end}" in found}
+        quantised = {name for name, dtype in found.items() if _WHOLE.match(dtype) and name not in whole}
+        quantised |= {name for name, dtype in found.items() if _NARROW.match(dtype) and name in scaled}
+        if quantised:
+            first = min(quantised)
+            raise UserError(
+                f"model.path: {file} holds {len(quantised)} quantised tensor(s), first {first} ({found[first]}), but "
+                "the configuration has no quantization_config, so their scales would be ignored. Quantised weights "
+                "take neither noise nor gradients; give the model as it was before quantisation"
+            )
+
+
+def whole_numbers(model: PreTrainedModel, fit: "Fit", found: Mapping[str, Shape]) -> set[str]:
+    """Names of tensors in files that may hold whole numbers: the model's own ones, and those that it has no use for.
+
+    Where it lacks weights, its quantised ones may be under names of their own, so none counts as without use.
+    """
+    known = model.state_dict()
+    own = {name for name, tensor in known.items() if not tensor.is_floating_point()}
+    own |= {name.removeprefix(f"{model.base_model_prefix}.") for name in own}
+    for name, shape in found.items():
+        if _derived(name, shape) or (name not in known and _ignored(model, name)):
+            own.add(name)
+    return own if fit.missing else own | fit.unused
+
+
+def refuse_contradictions(files: Iterable[Path]) -> None:
+    """Raises UserError if two files hold a tensor of the same name with different values: loaders take either."""
+    holders: dict[str, Path] = {}
+    for file in files:
+        for name in shapes([file]):
+            other = holders.setdefault(name, file)
+            if other != file and not _equal(read([other], [name])[name], read([file], [name])[name]):
+                raise UserError(
+                    f"model.path: {other} and {file} both hold {name}, with different values, so which one is meant "
+                    "cannot be told. One of the files is most likely left over from another save: copy or save the "
+                    "model again, into an empty folder"
+                )
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
 @dataclass
 class Fit:
     """How tensors of files fit a model: names that the model lacks a value of, names that it does not use, and
@@ -80,8 +154,9 @@ class Fit:
         mismatched = {(name, tuple(found), tuple(own)) for name, found, own in loading["mismatched_keys"]}
         return cls(set(loading["missing_keys"]), set(loading["unexpected_keys"]), mismatched)
 
-    def refuse(self, path: Path, allow_unused: bool) -> None:
+    def refuse(self, path: Path, allow_unused: bool, of_adapter: bool = False) -> None:
         """Raises UserError, which names `path`, for any misfit; with `allow_unused`, unused tensors are none."""
+        settings, causes = _OF_ADAPTERS if of_adapter else _OF_MODELS
         if self.mismatched:
             told = [
                 f"{name} is {_shown(found)} in the file and {_shown(own)} in the model"
@@ -96,18 +171,22 @@ class Fit:
         if self.missing:
             also = f", and hold {unused}{self._prefixed()}" if self.unused else ""
             raise UserError(
-                f"model.path: the weights in {path} lack {len(self.missing)} parameter(s) of its configuration, "
+                f"model.path: the weights in {path} lack {len(self.missing)} parameter(s) of {settings}, "
                 f"first {min(self.missing)}{also}"
             )
         if self.unused and not allow_unused:
             raise UserError(
                 f"model.path: the weights in {path} hold {unused}. Scores would be those of another model than the "
-                "file holds, if config.json says the wrong thing (attention_bias: false for a model with biases, or "
-                "too few layers). Correct config.json; if the model is meant to do without these tensors, set "
+                f"file holds, if {causes}; if the model is meant to do without these tensors, set "
                 "model.allow_unused_weights: true"
             )
 
     def _prefixed(self) -> str:
+        if all(".default.default." in name for name in self.unused):
+            return (
+                ". In the file their names have .default. in them, as in the state_dict() of a PEFT model; save the "
+                "adapter with PEFT's save_pretrained, which leaves that out, or rename them"
+            )
         for prefix, maker in _PREFIXES.items():
             if all(name.startswith(prefix) for name in self.unused):
                 return f". Every name begins with {prefix}, as {maker} leaves it; save the model inside that wrapper"

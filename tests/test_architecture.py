@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # lowest first; a module may import its own layer and those before it
 LAYERS = ["errors", "config", "progress", "storage", "runs", "journal", "model_files", "weights"]
-LAYERS += ["adapters", "models", "saving", "data", "fine_tune"]
+LAYERS += ["adapters", "tokenizer_checks", "models", "saving", "data", "fine_tune"]
 LAYERS += ["mrd", "scoring", "unlearning", "evaluation", "report", "stages", "status", "demo", "command_line", "paper"]
 LAYERS += ["cli"]
 FILES = [

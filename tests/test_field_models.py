@@ -6,11 +6,14 @@ import shutil
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import mrd_ray
-from mrd_ray import UserError, models
+from mrd_ray import UserError, models, saving
 from mrd_ray.config import ModelConfig
 
 IDS = torch.tensor([[1, 403, 407, 261, 378, 432, 300, 400]])
@@ -54,6 +57,77 @@ def loss(model) -> float:
 def test_an_adapter_gives_what_peft_gives(made, name):
     _, adapters, losses = made
     assert loss(load(adapters / name)) == pytest.approx(losses[name], abs=2e-5)
+
+
+@pytest.fixture
+def trained_adapter(stories_dir, tmp_path):
+    """Make an adapter of the small trained Llama as PEFT leaves it after training, and tell its folder and loss."""
+
+    def make(**settings):
+        torch.manual_seed(1)
+        base = AutoModelForCausalLM.from_pretrained(stories_dir)
+        shape = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+        model = peft.get_peft_model(base, peft.LoraConfig(**shape, **settings)).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter", loss(model)
+
+    return make
+
+
+@pytest.mark.parametrize("began", ["pissa", "olora"])
+def test_an_adapter_that_took_a_part_of_its_base_model(trained_adapter, tmp_path, began):
+    """When it is loaded PEFT takes that part from the base model again."""
+    folder, expected = trained_adapter(init_lora_weights=began)
+    model = ModelConfig(path=str(folder))
+    assert models.unused_weights(model) == []
+    loaded = load(folder)
+    assert loss(loaded) == pytest.approx(expected, abs=2e-5)
+    factors = {name: 1.1 * value for name, value in loaded.state_dict().items() if "lora_" in name}
+    saving.save(loaded, factors, model, tmp_path / "saved")
+    loaded.load_state_dict(factors, strict=False)
+    assert loss(load(tmp_path / "saved")) == pytest.approx(loss(loaded), abs=2e-5)
+    assert loss(loaded) != pytest.approx(expected, abs=1e-2)
+
+
+@pytest.mark.parametrize("began", ["pissa_niter_4", "corda", "lora_ga", "loftq"])
+def test_an_adapter_of_weights_that_cannot_be_found_again_is_refused(trained_adapter, began):
+    """PEFT gives another loss each time it loads the first, and needs more than the files for the others."""
+    folder, _ = trained_adapter()
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    more = {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}} if began == "loftq" else {}
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"init_lora_weights": began} | more))
+    for attempt in (
+        models.unused_weights,
+        models.skeleton,
+        lambda model: models.load_model(model, torch.device("cpu")),
+    ):
+        with pytest.raises(
+            UserError, match=rf"init_lora_weights: {began}, which changed the weights of the base model"
+        ):
+            attempt(ModelConfig(path=str(folder)))
+
+
+def test_what_an_adapter_s_settings_leave_out_is_put_right_there(trained_adapter):
+    folder, _ = trained_adapter()
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["q_proj"]}))
+    with pytest.raises(
+        UserError, match=r"names fewer layers .*\(target_modules.*Correct adapter_config\.json"
+    ) as refused:
+        models.unused_weights(ModelConfig(path=str(folder)))
+    assert "attention_bias" not in str(refused.value)
+
+
+def test_names_of_a_state_dict_in_an_adapter_s_file_are_told(trained_adapter):
+    folder, _ = trained_adapter()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"their names have \.default\. in them.*save_pretrained"):
+        models.unused_weights(ModelConfig(path=str(folder)))
 
 
 def test_where_an_adapter_is_is_decided_in_one_place(made, stories_dir, tmp_path):

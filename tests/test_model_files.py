@@ -141,6 +141,92 @@ def test_an_index_names_safetensors_that_are_there_or_is_refused(tmp_path, tiny_
             model_files.files_digest(of(folder))
 
 
+@pytest.fixture
+def sharded(tmp_path, tiny_model_dir):
+    """The tiny model in several files with an index, without model.safetensors."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "sharded")
+    (folder / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(tiny_model_dir).save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def test_a_tensor_in_two_files_has_one_value_or_is_refused(sharded):
+    """The index names one of them, and transformers takes the other: loss 4.40 became 0.76."""
+    place = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "model.layers.1.mlp.up_proj.weight"
+    named = sharded / place[name]
+    other = next(file for file in model_files.safetensors_of(sharded) if file != named)
+    original = models.load_model(of(sharded), CPU).state_dict()
+    tensors = load_file(other)
+    save_file(tensors | {name: original[name].contiguous()}, other, {"format": "pt"})
+    again = models.load_model(of(sharded), CPU).state_dict()
+    assert models.weights_digest(again) == models.weights_digest(original)
+    for changed in (3 * original[name], original[name][:3].clone(), original[name].to(torch.float16)):
+        save_file(tensors | {name: changed}, other, {"format": "pt"})
+        for attempt in (models.unused_weights, lambda model: models.load_model(model, CPU)):
+            with pytest.raises(UserError, match=rf"both hold {name}, with different values") as refused:
+                attempt(of(sharded))
+            assert str(named) in str(refused.value)
+            assert str(other) in str(refused.value)
+
+
+def test_a_whole_model_beside_the_parts_of_one_is_refused(sharded, tiny_model_dir):
+    """transformers would read the whole one, stale or not."""
+    stale = {name: tensor + 1 for name, tensor in load_file(tiny_model_dir / "model.safetensors").items()}
+    save_file(stale, sharded / "model.safetensors", {"format": "pt"})
+    for refuse in (model_files.files_digest, models.unused_weights, lambda model: models.load_model(model, CPU)):
+        with pytest.raises(
+            UserError, match=r"holds a whole model twice: in model\.safetensors, and in model-00001-of-"
+        ):
+            refuse(of(sharded))
+    for part in sharded.glob("model-*.safetensors"):  # an index without its files is of no model
+        part.unlink()
+    assert model_files.weight_files(of(sharded)) == [sharded / "model.safetensors"]
+    assert not torch.equal(
+        models.load_model(of(sharded), CPU).state_dict()[(name := "model.norm.weight")],
+        models.load_model(of(tiny_model_dir), CPU).state_dict()[name],
+    )
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 1056784\n".format("4d7a" * 16)
+
+
+def pointed(folder, name, **settings):
+    """Put a Git LFS pointer in the place of a file, and make sure that whoever reads the folder names both."""
+    content = (folder / name).read_bytes() if (folder / name).is_file() else None
+    (folder / name).write_text(POINTER)
+    setting, uses = "model.path", [models.unused_weights, model_files.files_digest]
+    if name.startswith("tokenizer"):
+        setting, uses = "model.tokenizer", [models.load_tokenizer]
+    for use in uses:
+        with pytest.raises(UserError, match=rf"^{setting}: .*/{name} is a Git LFS pointer.*`git lfs pull`"):
+            use(of(folder, **settings))
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+
+
+def test_git_lfs_pointers_are_named(tmp_path, tiny_model_dir, sharded, adapter):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        pointed(folder, name)
+    pointed(sharded, "model.safetensors.index.json")
+    pointed(sharded, model_files.safetensors_of(sharded)[-1].name)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        pointed(adapter, name)
+    (folder / "model.safetensors").unlink()
+    for allow_pickle in (False, True):
+        pointed(folder, "pytorch_model.bin", allow_pickle=allow_pickle)
+
+
+def test_git_lfs_pointers_that_nobody_reads_do_no_harm(tmp_path, tiny_model_dir):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
+    for name in ("pytorch_model.bin", "tokenizer.model", "model.gguf"):
+        (folder / name).write_text(POINTER)
+    assert models.unused_weights(of(folder)) == []
+    assert models.load_tokenizer(of(folder)).eos_token == "</s>"
+
+
 @pytest.mark.parametrize("beside", ["base", "config"])
 def test_a_pickled_adapter_is_read_on_request_alone(adapter, beside, tiny_model_dir):
     """Also of an adapter that lies beside a whole model."""

@@ -3,10 +3,11 @@
 import json
 import shutil
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mrd_ray import model_files, models
 from mrd_ray.config import ModelConfig
@@ -86,6 +87,52 @@ def test_wrong_weights(tmp_path, tiny_model_dir, change, message):
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=message):
         models.load_model(of(copy), CPU)
+
+
+def in_eight_bits(tensor):
+    scale = tensor.abs().max() / 127
+    return (tensor / scale).round().to(torch.int8), scale
+
+
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("name", [UP, "lora"])
+def test_whole_numbers_for_weights_are_refused(tmp_path, tiny_model_dir, name, scales):
+    """transformers makes numbers with fractions of them and ignores that they have a scale."""
+    folder, file = shutil.copytree(tiny_model_dir, tmp_path / "m"), "model.safetensors"
+    if name == "lora":
+        shape = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), shape)
+        folder, file = tmp_path / "lora", "adapter_model.safetensors"
+        adapted.save_pretrained(folder)
+        name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    tensors = load_file(folder / file)
+    tensors[name], scale = in_eight_bits(tensors[name])
+    save_file(tensors | ({f"{name}_scale": scale} if scales else {}), folder / file, {"format": "pt"})
+    for attempt in (models.unused_weights, lambda model: models.load_model(model, CPU)):
+        with pytest.raises(UserError, match=rf"holds 1 quantised tensor\(s\), first {name} \(I8\)"):
+            attempt(of(folder, allow_unused_weights=True))
+
+
+def test_float8_is_refused_with_scales_alone(tmp_path, tiny_model_dir):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[UP] = tensors[UP].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert torch.equal(models.load_model(of(folder), CPU).state_dict()[UP], tensors[UP].float())
+    save_file(tensors | {f"{UP}_scale_inv": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"quantised tensor\(s\), first {UP} \(F8_E4M3\)"):
+        models.load_model(of(folder), CPU)
+
+
+def test_whole_numbers_that_are_no_weights_are_allowed(tmp_path, tiny_model_dir):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    steps = {"steps": torch.tensor([3]), "model.position_ids": torch.arange(8)[None]}
+    save_file(tensors | steps, folder / "model.safetensors", {"format": "pt"})
+    assert models.unused_weights(of(folder, allow_unused_weights=True)) == ["steps"]
+    save_file({f"{name}.q": torch.ones(2).int() for name in tensors}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="quantised"):
+        models.unused_weights(of(folder))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "nosuch"}'])

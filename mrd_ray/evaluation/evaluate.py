@@ -75,7 +75,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
     with held(run):
         files_digest = model_files.files_digest(config.model)
         zero_shot.require(config)
-        tokenizer = models.load_tokenizer(config.model)
+        tokenizer = models.load_tokenizer(config.model, console)
         skeleton = models.skeleton(config.model)
         unused = models.unused_weights(config.model)
         tables = sets.build_all(config.evaluation, tokenizer, Limits.of(skeleton))

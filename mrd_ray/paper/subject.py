@@ -58,7 +58,7 @@ def prepare(config: ExperimentConfig, identity: dict[str, Any]) -> Subject:
     """
     console = Console(stderr=True)
     run = RunDirectory(config.run.dir)
-    tokenizer = models.load_tokenizer(config.model)
+    tokenizer = models.load_tokenizer(config.model, console)
     limits = Limits.of(models.skeleton(config.model))
     samples = samples_table.build(config.data, tokenizer, limits, console)
     if errors := samples["error"].drop_null().to_pylist():

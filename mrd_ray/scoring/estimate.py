@@ -160,8 +160,9 @@ class _Job:
     def of(cls, config: PlanConfig) -> "_Job":
         skeleton = models.skeleton(config.model)
         planning.refuse_uncovered(skeleton, config.scoring)
-        tokenizer = models.load_tokenizer(config.model)
-        samples = samples_table.build(config.data, tokenizer, Limits.of(skeleton), Console(stderr=True))
+        console = Console(stderr=True)
+        tokenizer = models.load_tokenizer(config.model, console)
+        samples = samples_table.build(config.data, tokenizer, Limits.of(skeleton), console)
         pool = Pool(config.ray.actors or 1, config.ray.cpus_per_actor, config.ray.gpus_per_actor or 0.0)
         digest = model_files.files_digest(config.model) if config.probe else ""
         return cls(config, skeleton, samples, pool, planning.ModelCost.of(skeleton), digest)

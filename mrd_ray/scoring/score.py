@@ -68,7 +68,7 @@ def score(config: ScoreConfig) -> ScoreRun:
         skeleton = models.skeleton(config.model)
         unused = models.unused_weights(config.model)
         plan.refuse_uncovered(skeleton, config.scoring)
-        tokenizer = models.load_tokenizer(config.model)
+        tokenizer = models.load_tokenizer(config.model, console)
         samples = samples_table.build(config.data, tokenizer, Limits.of(skeleton), console)
         run.claim(
             {

@@ -90,7 +90,7 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
         if config.unlearning.weighting != "uniform":
             plan.refuse_uncovered(skeleton, config.scoring)
         log.require(config.tracking, config.run.dir)
-        tokenizer = models.load_tokenizer(config.model)
+        tokenizer = models.load_tokenizer(config.model, console)
         of_run = sets.build(config, tokenizer, Limits.of(skeleton), console)
         if of_run.retain is None:
             console.print("Without a retain set nothing watches what else the model loses (retain.path)", style="red")
