@@ -199,7 +199,7 @@ def load_tokenizer(model: ModelConfig, console: Console | None = None) -> PreTra
     tokenizer_checks.refuse_misread(tokenizer, path)
     if console is not None:
         begins = getattr(load_config(model).get_text_config(), "bos_token_id", None)
-        if (notice := tokenizer_checks.unsaid_beginning(tokenizer, path, begins)) is not None:
+        for notice in tokenizer_checks.notices(tokenizer, path, begins):
             console.print(notice, style="red", markup=False, highlight=False, soft_wrap=True)
     return tokenizer
 

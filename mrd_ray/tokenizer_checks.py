@@ -34,7 +34,8 @@ def _pieces(folder: Path) -> Path | None:
 
 
 def _refuse_other_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Path, own: Callable[[str], list[int]]) -> None:
-    if (text := _first_misread(tokenizer, own)) is None:
+    """Raises UserError if ordinary text becomes other tokens; of other text see `notices`."""
+    if (text := _first_misread(tokenizer, own, _ORDINARY)) is None:
         return
     problem = f"model.tokenizer: transformers splits text otherwise than {pieces} does, such as {text!r}"
     if _is_llamas(pieces, own):
@@ -43,25 +44,26 @@ def _refuse_other_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Path, own: 
             '"add_bos_token": true}, as Llama has it; false if the model was trained on texts without <s>'
         )
     raise UserError(
-        f"{problem}. The class of Llama's tokenizers does, too: with characters that the vocabulary lacks or that it "
-        "rewrites, or with spaces. Put the tokenizer.json of the model's training beside it, and a "
-        'tokenizer_config.json with {"tokenizer_class": "PreTrainedTokenizerFast"}, which reads that file as it is. If '
-        f"transformers split the text in training, AutoTokenizer.from_pretrained({str(pieces.parent)!r}) is that "
-        "tokenizer: its save_pretrained writes both files"
+        f"{problem}. The class of Llama's tokenizers does, too. Put the tokenizer.json of the model's training beside "
+        'it, and a tokenizer_config.json with {"tokenizer_class": "PreTrainedTokenizerFast"}, which reads that file as '
+        f"it is. If transformers split the text in training, AutoTokenizer.from_pretrained({str(pieces.parent)!r}) is "
+        "that tokenizer: its save_pretrained writes both files"
     )
 
 
 def _is_llamas(pieces: Path, own: Callable[[str], list[int]]) -> bool:
-    """Whether the class of Llama's tokenizers makes of this vocabulary what SentencePiece makes of it."""
+    """Whether the class of Llama's tokenizers makes of ordinary text what SentencePiece makes of it."""
     try:
         tried = LlamaTokenizer.from_pretrained(pieces.parent)
     except Exception:  # a vocabulary of another kind
         return False
-    return _first_misread(tried, own) is None
+    return _first_misread(tried, own, _ORDINARY) is None
 
 
-def _first_misread(tokenizer: PreTrainedTokenizerBase, own: Callable[[str], list[int]]) -> str | None:
-    return next((text for text in _TEXTS if _ids(tokenizer, text) != own(text)), None)
+def _first_misread(
+    tokenizer: PreTrainedTokenizerBase, own: Callable[[str], list[int]], texts: Sequence[str]
+) -> str | None:
+    return next((text for text in texts if _ids(tokenizer, text) != own(text)), None)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -116,15 +118,36 @@ def _refuse_unsaid_beginning(tokenizer: PreTrainedTokenizerBase, pieces: Path, o
         )
 
 
-def unsaid_beginning(
-    tokenizer: PreTrainedTokenizerBase, folder: Path, begins: int | Sequence[int] | None
-) -> str | None:
-    """What to tell of a tokenizer of Llama's kind that begins texts without a token that its model has for it.
-
-    None if there is nothing to tell: it does begin them with one, or its settings say that it should not.
+def notices(tokenizer: PreTrainedTokenizerBase, folder: Path, begins: int | Sequence[int] | None) -> list[str]:
+    """What to tell of a tokenizer that may be meant as it is read, and may not.
 
     Args:
         begins: the model's bos_token_id.
+    """
+    found = [_rewritten(tokenizer, folder), _unsaid_beginning(tokenizer, folder, begins)]
+    return [notice for notice in found if notice is not None]
+
+
+def _rewritten(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | None:
+    """Of characters that the vocabulary lacks or rewrites, and of spaces: training by transformers saw its tokens."""
+    if (folder / "tokenizer.json").is_file() or (pieces := _pieces(folder)) is None:
+        return None
+    own = SentencePieceProcessor(model_file=str(pieces))
+    if (text := _first_misread(tokenizer, own.encode, _TEXTS)) is None:
+        return None
+    return (
+        f"transformers splits some text otherwise than {pieces} does, such as {text!r}: {len(_ids(tokenizer, text))} "
+        f"tokens instead of {len(own.encode(text))}. Its tokens are scored. If the model was not trained on those, put "
+        "the tokenizer.json of its training beside it"
+    )
+
+
+def _unsaid_beginning(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, begins: int | Sequence[int] | None
+) -> str | None:
+    """Of a tokenizer of Llama's kind that begins texts without a token that its model has for it.
+
+    None if it does begin them with one, or its settings say that it should not.
     """
     of_llamas_kind = _BEGINNING_OF_WORDS in tokenizer.get_vocab()
     if begins is None or not of_llamas_kind or not _begins_without(tokenizer) or _said(folder) is False:

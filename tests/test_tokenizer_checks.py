@@ -89,20 +89,27 @@ def test_a_tokenizer_json_that_says_nothing_about_it_is_told_of(with_pieces, tin
     assert said(tiny_model_dir) == said(stories_dir) == ""
 
 
-@pytest.mark.parametrize(
-    "rules",
-    [NO_BYTES, {**LIKE_LLAMA, "normalization_rule_name": "nmt_nfkc"}, {**LIKE_LLAMA, "remove_extra_whitespaces": True}],
-    ids=["no bytes", "ligatures", "spaces"],
-)
-def test_vocabularies_that_llamas_class_misreads_are_refused(with_pieces, rules):
-    """It drops characters that the vocabulary lacks, where SentencePiece has <unk>, and rewrites none."""
-    folder, _ = with_pieces(**rules)
+def test_a_vocabulary_whose_ordinary_text_llamas_class_misreads_is_refused(with_pieces):
+    """It drops characters that the vocabulary lacks, capitals among them here, where SentencePiece has <unk>."""
+    folder, _ = with_pieces(**NO_BYTES)
     for settings in ({}, CLASS | {"add_bos_token": True}):
         set_up(folder, **settings)
         with pytest.raises(UserError, match=r"splits text otherwise.*The class of Llama's tokenizers does, too"):
             models.load_tokenizer(of(folder))
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # the remedy, if transformers split the text before
     models.load_tokenizer(of(folder))
+
+
+@pytest.mark.parametrize(
+    "rules", [{"normalization_rule_name": "nmt_nfkc"}, {"remove_extra_whitespaces": True}], ids=["ligatures", "spaces"]
+)
+def test_characters_that_llamas_class_treats_otherwise_are_said(with_pieces, rules):
+    folder, own = with_pieces(**LIKE_LLAMA | rules)
+    with pytest.raises(UserError, match=r"transformers splits text otherwise"):
+        models.load_tokenizer(of(folder))
+    set_up(folder, **CLASS, add_bos_token=True)
+    assert "splits some text otherwise than" in said(folder)
+    assert models.load_tokenizer(of(folder)).encode("the cat") == [own.bos_id(), *own.encode("the cat")]
 
 
 def test_unknown_characters_of_a_tokenizer_json_are_kept(with_pieces):

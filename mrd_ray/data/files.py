@@ -18,6 +18,7 @@ from mrd_ray.errors import UserError
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 Say = Callable[[str], None]  # told what a person may want to know of how a source is read
 _CHUNK = 1 << 20
+_BEGIN = 64  # bytes that tell a compressed file, and a pointer of Git LFS
 _BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 _BOMS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # after UTF-32, whose mark begins alike
 OF_WINDOWS = "cp1252"
@@ -55,8 +56,9 @@ def open_bytes(path: str) -> Iterator[BinaryIO]:
     with contextlib.ExitStack() as stack:
         with reading(path):
             file = stack.enter_context(storage.open_file(path))
-            start = file.read(max(map(len, _MAGIC)))
+            start = file.read(_BEGIN)
             file.seek(0)
+            storage.refuse_lfs_pointer("data.path", path, start)
             for magic, opener in _MAGIC.items():
                 if start.startswith(magic):
                     file = stack.enter_context(opener(file))

@@ -58,7 +58,9 @@ class FirstOrder:
             return found.logits if self._head is None else found.last_hidden_state
 
         with torch.no_grad(), ForwardMode():
-            out, slope = _along(outputs, *({own: of[name] for own, name in self._of_inner.items()} for of in (theta, step)))
+            out, slope = _along(
+                outputs, *({own: of[name] for own, name in self._of_inner.items()} for of in (theta, step))
+            )
             out, slope = (x[:, :-1][where.to(x.device)] for x in (out, slope))
             rows = max(1, LOGITS // (out.shape[-1] if self._head is None else self._head.out_features))
             targets = batch.token_ids[:, 1:][where]
@@ -78,19 +80,13 @@ class FirstOrder:
             def logits_of(hidden: torch.Tensor, weights: Weights) -> Any:
                 return torch.func.functional_call(self._head, dict(weights), (hidden,))
 
-            out, slope = torch.func.jvp(logits_of, (out, of_head[0]), (slope, of_head[1]))
+            found: Any = torch.func.jvp(logits_of, (out, of_head[0]), (slope, of_head[1]))
+            out, slope = found
         targets = targets.to(out.device)[:, None]
-        others = out.scatter(1, targets, -torch.inf).softmax(1)
-        wide = torch.promote_types(out.dtype, torch.float32)
-        a = others_logsumexp(out.to(wide), targets)
-        of_a = (others * slope).sum(1, dtype=torch.float64) - slope.gather(1, targets)[:, 0].double()
+        others = out.scatter(1, targets, -torch.inf)
+        a = others.logsumexp(1).double() - out.gather(1, targets)[:, 0].double()
+        of_a = (others.softmax(1) * slope).sum(1, dtype=torch.float64) - slope.gather(1, targets)[:, 0].double()
         return (torch.nn.functional.logsigmoid(a) - log_neg_log_prob(a)).exp() * of_a
-
-
-def others_logsumexp(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """a_t from logits [n, V] and targets [n, 1]: float64 [n]."""
-    others = logits.scatter(1, targets, -torch.inf).logsumexp(1)
-    return others.double() - logits.gather(1, targets)[:, 0].double()
 
 
 def _along(function: Callable[[Weights], Any], theta: Weights, step: Weights) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +95,7 @@ def _along(function: Callable[[Weights], Any], theta: Weights, step: Weights) ->
 
 
 class ForwardMode(TorchFunctionMode):
-    """Spells out attention, which torch 2.13 differentiates in forward mode with one implementation alone, a slow one."""
+    """Spells out attention, whose only implementation with a forward mode in torch 2.13 is a slow one."""
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:

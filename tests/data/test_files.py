@@ -236,3 +236,12 @@ def test_an_empty_text_among_others(tmp_path):
     found = read.texts(DataConfig(path=str(tmp_path / "*.txt")), said.append)
     assert [text for _, text in found] == ["a b", "c d"]
     assert said == ["Not read, since they are empty: b.txt"]
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.txt", "d.parquet", "d.csv.gz"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
+    (tmp_path / name).write_text(pointer)
+    read_it = read.texts if name.endswith(".txt") else read.rows
+    with pytest.raises(UserError, match=r"d\..*git lfs pull"):
+        list(read_it(DataConfig(path=str(tmp_path / name))))
