@@ -1,5 +1,6 @@
 """The driver alone, with millions of samples: its memory and time when results cost nothing to make."""
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from benchmarks.figures import Figure, Results
 from mrd_ray import ScoreConfig
 from mrd_ray.data import samples as samples_table
 from mrd_ray.journal import Journal
+from mrd_ray.mrd.monte_carlo import Moments
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import plan, score, summary
 from mrd_ray.scoring.actor import Task
@@ -38,14 +40,15 @@ class MadeUp:
         of_all: Raw = {
             "log_prob": -1.0,
             "num_draws": draws if self._of_draws else 0,
-            "sum_odd_squares": [],
+            **{field.name: [] for field in dataclasses.fields(Moments)[1:]},
             "measures": {},
         }
         of_all |= {"sum": [1.0], "sum_squares": [1.0], "probes": []}
         found = []
         for sample_id in samples["sample_id"].to_pylist():
             value = int(sample_id, 16) + 1.0
-            of_draws = {"sum_abs": [draws * value], "sum_abs_squares": [draws * value**2], "gradient_norm": value}
+            of_draws: Raw = {"sum_abs": [draws * value], "sum_abs_squares": [draws * value**2]}
+            of_draws |= {} if self._of_draws else {"gradient_norm": value}
             found.append({"sample_id": sample_id, **of_all, **of_draws})
         row = {"unit_id": unit_id, "worker": "made up", "seconds": 0.0, "samples": found}
         return pa.Table.from_pylist([row], RESULT_SCHEMA)

@@ -5,11 +5,14 @@ be wrong and look right. So this is run once before any sample is scored.
 """
 
 import functools
+from collections.abc import Mapping
 
 import torch
+from transformers import PreTrainedModel
 
-from mrd_ray.mrd.autograd import square_norms
+from mrd_ray.mrd.autograd import along, square_norms
 from mrd_ray.mrd.closed_form import GradientNorms
+from mrd_ray.mrd.first_order import FirstOrder, Weights
 from mrd_ray.mrd.likelihood import MicroBatch, log_neg_log_prob
 
 _SAMPLES = [[1, 2, 3, 4, 2, 3], [4, 1, 1, 3]]
@@ -21,16 +24,9 @@ def disagreements(norms: GradientNorms) -> list[str]:
     everything = [[True] * len(sample) for sample in _SAMPLES]
     _, found = norms.by_parameter(MicroBatch.collate(_SAMPLES, everything, model.device))
 
-    def objective(tokens: torch.Tensor) -> torch.Tensor:
-        logits = model(tokens, use_cache=False).logits[:, :-1].double()
-        targets = tokens[:, 1:, None]
-        a = logits.scatter(2, targets, -torch.inf).logsumexp(2) - logits.gather(2, targets)[..., 0]
-        return log_neg_log_prob(a).sum()
-
-    expected = []
-    for sample in _SAMPLES:
-        tokens = torch.tensor([sample], device=model.device)
-        expected.append(square_norms(model, norms.parameters, functools.partial(objective, tokens)))
+    expected = [
+        square_norms(model, norms.parameters, functools.partial(_objective, model, sample)) for sample in _SAMPLES
+    ]
     totals = torch.tensor([sum(squares.values()) for squares in expected], dtype=torch.float64)
     tolerance = 0.1 if model.dtype == torch.bfloat16 else 1e-2
     wrong = []
@@ -40,3 +36,31 @@ def disagreements(norms: GradientNorms) -> list[str]:
         if not ((squares.cpu() - right).abs() <= tolerance * right + 1e-6 * totals).all():
             wrong.append(name)
     return wrong
+
+
+def agrees(first_order: FirstOrder, parameters: Mapping[str, torch.nn.Parameter], step: Weights) -> bool:
+    """Whether L along this step, in forward mode, is what autograd gives; the model is at theta."""
+    model = first_order.model
+    everything = [[True] * len(sample) for sample in _SAMPLES]
+    theta = {name: parameter.detach() for name, parameter in parameters.items()}
+    found = first_order(MicroBatch.collate(_SAMPLES, everything, model.device), theta, step).tolist()
+    for sample, value in zip(_SAMPLES, found, strict=True):
+        of_sample = functools.partial(_objective, model, sample)
+        size = sum(square_norms(model, parameters, of_sample).values()) ** 0.5
+        length = sum(float(delta.double().square().sum()) for delta in step.values()) ** 0.5
+        expected = -along(model, parameters, of_sample, step)
+        count = sum(parameter.numel() for parameter in parameters.values()) ** 0.5
+        if (
+            not abs(value - expected) <= 1e-2 * size * length / count
+        ):  # L has a standard deviation of |g| |delta| / sqrt(n)
+            return False
+    return True
+
+
+def _objective(model: PreTrainedModel, sample: list[int]) -> torch.Tensor:
+    """sum_t log(-P_t), by the plainest means."""
+    tokens = torch.tensor([sample], device=model.device)
+    logits = model(tokens, use_cache=False).logits[:, :-1].double()
+    targets = tokens[:, 1:, None]
+    a = logits.scatter(2, targets, -torch.inf).logsumexp(2) - logits.gather(2, targets)[..., 0]
+    return log_neg_log_prob(a).sum()

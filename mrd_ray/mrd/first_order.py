@@ -35,9 +35,9 @@ class FirstOrder:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
 
         def theirs(module: torch.nn.Module) -> dict[str, str]:
-            """Names in a module, and in the model, of the selected parameters in it; tied ones under each name."""
-            all_names = module.named_parameters(remove_duplicate=False)
-            return {own: names[id(parameter)] for own, parameter in all_names if names[id(parameter)] in selected}
+            """Names in a module, and in the model, of the selected parameters in it."""
+            own = {name: names[id(parameter)] for name, parameter in module.named_parameters()}
+            return {name: of_model for name, of_model in own.items() if of_model in selected}
 
         self._of_inner, self._of_head = theirs(inner), {} if head is None else theirs(head)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mrd_ray.mrd.first_order import FirstOrder
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.perturb import Replica
 
@@ -43,7 +44,8 @@ class Moments:
     the even part, their half difference the odd one. A plain draw counts as even, and has no odd part.
 
     sum_abs, sum_abs_squares: of |Delta|, or of the mean |Delta| of the pair. sum, sum_squares: of the even part.
-    sum_odd_squares: of the odd part.
+    sum_odd_squares: of the odd part. The others are of L, what Delta is to first order (see `first_order`), and of its
+    products with |Delta| and the even part; empty if there is no L.
     """
 
     num_draws: int
@@ -52,13 +54,22 @@ class Moments:
     sum: list[float]
     sum_squares: list[float]
     sum_odd_squares: list[float]
+    sum_first: list[float]
+    sum_first_squares: list[float]
+    sum_first_abs: list[float]
+    sum_abs_products: list[float]
+    sum_products: list[float]
 
     @classmethod
-    def of(cls, draws: Sequence[Sequence[float]]) -> "Moments":
-        """Moments of one sample, whose draws are [Delta] each, or [Delta at +delta_k, Delta at -delta_k]."""
+    def of(cls, draws: Sequence[Sequence[float]], first: Sequence[float] | None = None) -> "Moments":
+        """Moments of one sample, whose draws are [Delta] each, or [Delta at +delta_k, Delta at -delta_k].
+
+        first: L of each draw, if it is known.
+        """
         absolute = [math.fsum(map(abs, deltas)) / len(deltas) for deltas in draws]
         even = [math.fsum(deltas) / len(deltas) for deltas in draws]
         odd = [(deltas[0] - deltas[1]) / 2 for deltas in draws if len(deltas) == 2]
+        known = first or ()
         return cls(
             len(draws),
             exact_sum(absolute),
@@ -66,6 +77,11 @@ class Moments:
             exact_sum(even),
             exact_sum(value * value for value in even),
             exact_sum(value * value for value in odd),
+            exact_sum(known),
+            exact_sum(value * value for value in known),
+            exact_sum(map(abs, known)),
+            exact_sum(a * abs(b) for a, b in zip(absolute, known, strict=False)),
+            exact_sum(a * b for a, b in zip(even, known, strict=False)),
         )
 
     @classmethod
@@ -95,8 +111,11 @@ def draw_deltas(
     seed: int,
     draws: range,
     antithetic: bool = False,
+    first_order: FirstOrder | None = None,
 ) -> list[torch.Tensor]:
     """Delta of every sample for every k in `draws`: per batch, float64 [B, len(draws), 1 or 2] on the CPU.
+
+    With `first_order` there is one number more in the last dimension: L of the draw.
 
     The loops are turned inside out against Algorithm 1, which perturbs anew for each sample: one perturbation
     serves all batches. Since z depends on (seed, k) alone, the numbers are the same.
@@ -105,13 +124,19 @@ def draw_deltas(
         likelihood: of the replica's model.
         theta: per batch, `likelihood.log_neg_log_probs` of the restored replica.
         antithetic: whether to evaluate theta - delta_k too, the last dimension's second element.
+        first_order: of the replica's model and theta.
     """
     signed = (sigma, -sigma) if antithetic else (sigma,)
     # in place from the beginning: small results kept among a forward's buffers would take the heap apart
-    found = [torch.empty(len(batch.scored), len(draws), len(signed), dtype=torch.float64) for batch in batches]
+    width = len(signed) + (first_order is not None)
+    found = [torch.empty(len(batch.scored), len(draws), width, dtype=torch.float64) for batch in batches]
     for column, k in enumerate(draws):
         for sign, step in enumerate(signed):
             replica.perturb(step, draw_seed(seed, k))
             for deltas, batch, at_theta in zip(found, batches, theta, strict=True):
                 deltas[:, column, sign] = delta(at_theta, likelihood.log_neg_log_probs(batch), batch.scored)
+            if first_order is not None and sign == 0:
+                moved_by = replica.step()
+                for deltas, batch in zip(found, batches, strict=True):
+                    deltas[:, column, -1] = first_order(batch, replica.base, moved_by)
     return found

@@ -46,7 +46,13 @@ class Replica:
         theta = {name: everything[name].tensor for name in everything if selected is None or name in selected}
         self.base = theta if shards is None else {name: tensor.clone() for name, tensor in theta.items()}
         self._copies: dict[str, torch.Tensor] = {}  # the working copy, where there are no shards
+        self._steps: dict[str, torch.Tensor] = {}
         self._threads = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="noise")
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are spread over processes."""
+        return self._shards is not None
 
     def working(self) -> dict[str, Shard]:
         """The working copy of theta, which the next forward uses; to write to now, before it."""
@@ -70,6 +76,17 @@ class Replica:
             return
         for name, shard in self.working().items():
             shard.tensor.copy_(self.base[name])
+
+    def step(self) -> dict[str, torch.Tensor]:
+        """delta as the weights' precision has it, working - theta, by name; overwritten by the next call.
+
+        Not where weights are spread over processes.
+        """
+        if not self._steps:
+            self._steps = {name: torch.empty_like(tensor) for name, tensor in self.base.items()}
+        for name, out in self._steps.items():
+            torch.sub(self._copies[name], self.base[name], out=out)
+        return self._steps
 
     def perturb(self, sigma: float, seed: int) -> None:
         """working = theta + sigma z, with z that of `seed` (see `noise`)."""

@@ -30,13 +30,39 @@ class Score:
     nonlinearity: float | None
 
 
-def monte_carlo_score(moments: Moments, antithetic: bool = False) -> Score:
-    """Score of one sample. Standard errors are those of a mean of independent draws, s / sqrt(K); None for one draw."""
+_FITTED = 16  # draws from which on the control variate's coefficient is fitted; of fewer it is 1
+
+
+def monte_carlo_score(moments: Moments, antithetic: bool = False, first_std: float | None = None) -> Score:
+    """Score of one sample. Standard errors are those of a mean of independent draws, s / sqrt(K); None for one draw.
+
+    With first_std, sigma |g|, the standard deviation of L, L is the control variate: E|L| = sigma |g| sqrt(2 / pi) and
+    E L = 0 are known, so that
+
+        E|Delta| = mean |Delta| - b (mean |L| - E|L|),    E Delta = mean Delta - b mean L
+
+    for any b. b = 1 takes out all that is first order; from 16 draws on it is cov / var of these draws, which is better
+    where sigma is large. Antithetic pairs have no first order in their even part, so that E Delta needs no L.
+    """
     k = moments.num_draws
-    mean_abs, mean_abs_se = _mean(moments.sum_abs, moments.sum_abs_squares, k)
-    mean, mean_se = _mean(moments.sum, moments.sum_squares, k)
-    if antithetic:
-        s: float | None = math.sqrt(math.fsum(moments.sum_odd_squares) / k)
+    if first_std is None:
+        mean_abs, mean_abs_se = _mean(moments.sum_abs, moments.sum_abs_squares, k)
+    else:
+        of_first = (moments.sum_first_abs, moments.sum_first_squares, moments.sum_abs_products)
+        known = first_std * math.sqrt(2 / math.pi)
+        mean_abs, mean_abs_se = _controlled(moments.sum_abs, moments.sum_abs_squares, *of_first, known, k)
+    if first_std is None or antithetic:
+        mean, mean_se = _mean(moments.sum, moments.sum_squares, k)
+    else:
+        of_first = (moments.sum_first, moments.sum_first_squares, moments.sum_products)
+        mean, mean_se = _controlled(moments.sum, moments.sum_squares, *of_first, 0.0, k)
+    if first_std is not None and not antithetic:
+        # E Delta^2 = E L^2 + mean(Delta^2 - L^2)
+        square = first_std**2 + (math.fsum(moments.sum_squares) - math.fsum(moments.sum_first_squares)) / k - mean**2
+        s: float | None = math.sqrt(max(square, 0.0))
+        nonlinearity = abs(mean) / s if s else None
+    elif antithetic:
+        s = math.sqrt(math.fsum(moments.sum_odd_squares) / k)
         nonlinearity = abs(mean) / s if s else None
     else:
         s, nonlinearity = None if mean_se is None else mean_se * math.sqrt(k), None
@@ -72,6 +98,28 @@ def _mean(values: Sequence[float], squares: Sequence[float], k: int) -> tuple[fl
         return mean, None
     variance = math.fsum(squares) / k - mean * mean
     return mean, math.sqrt((0.0 if variance < 0 else variance) / (k - 1))  # a max with 0 would make 0 of nan
+
+
+def _controlled(
+    values: Sequence[float],
+    squares: Sequence[float],
+    first: Sequence[float],
+    first_squares: Sequence[float],
+    products: Sequence[float],
+    known: float,
+    k: int,
+) -> tuple[float, float | None]:
+    """Mean of k values by a control variate whose mean is known, and its standard error, from parts of their sums."""
+    mean, of_first = math.fsum(values) / k, math.fsum(first) / k
+    if k < 2:
+        return mean - (of_first - known), None
+    variance = math.fsum(squares) / k - mean**2
+    of_both = math.fsum(products) / k - mean * of_first
+    variance_of_first = math.fsum(first_squares) / k - of_first**2
+    fitted = k >= _FITTED and variance_of_first > 0
+    b = of_both / variance_of_first if fitted else 1.0
+    rest = variance - 2 * b * of_both + b * b * variance_of_first
+    return mean - b * (of_first - known), math.sqrt((0.0 if rest < 0 else rest) / (k - 1 - fitted))
 
 
 def sampling_weights(mrd: np.ndarray) -> np.ndarray:

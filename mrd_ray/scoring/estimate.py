@@ -116,8 +116,12 @@ def _estimate(job: "_Job") -> Estimate:
         flops = padded * flops_per_token
     else:
         signs = 2 if scoring.antithetic else 1
-        copies, perturbations = 2, signs * sum(unit.stop_draw - unit.first_draw for unit in units)
+        copies, perturbations = (
+            (3 if scoring.controlled else 2),
+            signs * sum(unit.stop_draw - unit.first_draw for unit in units),
+        )
         flops = padded * (flops_per_token * scoring.num_draws + cost.flops_per_token)  # and once at theta
+        flops += 3 * padded * cost.flops_per_token if scoring.controlled else 0  # |g|
     course = job.course(scoring, rates, Fleet(job.pool.actors))
     return Estimate(
         samples=len(job.samples),

@@ -3,7 +3,7 @@
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from mrd_ray import models
 from mrd_ray.config import ScoringConfig
 from mrd_ray.errors import UserError
-from mrd_ray.mrd.autograd_check import disagreements
+from mrd_ray.mrd.autograd_check import agrees, disagreements
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.curvature import TraceEstimator
+from mrd_ray.mrd.first_order import FirstOrder
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures, sum_log_probs
 from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
 from mrd_ray.mrd.perturb import Replica, Shard
@@ -65,9 +66,19 @@ class MonteCarlo:
         self._device = model.device
         self._halve = shards is None
         self._likelihood = Likelihood(model)
-        self._replica = Replica(model, models.select(dict(model.named_parameters()), scoring.parameters), shards)
+        selected = models.select(dict(model.named_parameters()), scoring.parameters)
+        self._replica = Replica(model, selected, shards)
         self._block: _Block | None = None
         batch = _collate(trial, self._device)
+        self._control: _Control | None = None
+        self.without_control: str | None = None
+        if scoring.controlled:
+            try:
+                self._control = _Control.of(self._replica, model, selected, scoring)
+            except UserError as problem:
+                if scoring.control_variate:  # by name
+                    raise
+                self.without_control = str(problem)
         precision = examine(self._replica, self._likelihood, batch, scoring.sigma, scoring.seed, scoring.antithetic)
         self.precision = asdict(precision) | {"sufficient": precision.sufficient}
         if not precision.sufficient and not scoring.allow_low_precision:
@@ -88,14 +99,16 @@ class MonteCarlo:
         scoring = self._scoring
         deltas = draw_deltas(
             self._replica, self._likelihood, [part.batch for part in block.parts], [part.theta for part in block.parts],
-            scoring.sigma, scoring.seed, draws, scoring.antithetic,
+            scoring.sigma, scoring.seed, draws, scoring.antithetic, self._control and self._control.first_order,
         )  # fmt: skip
         found = list(block.too_large)
         for part, of_part in zip(block.parts, deltas, strict=True):
             log_probs = sum_log_probs(part.theta, part.batch.scored).tolist()
             for i, (sample_id, log_prob) in enumerate(zip(part.sample_ids, log_probs, strict=True)):
                 result = _result(sample_id, log_prob, part.measures, i)
-                found.append(result | _of_draws(of_part[i].tolist(), draws, result))
+                if part.norms is not None:
+                    result |= {"gradient_norm": part.norms[i]}
+                found.append(result | _of_draws(of_part[i].tolist(), draws, result, part.norms is not None))
         return found
 
     def restore(self) -> None:
@@ -120,7 +133,44 @@ class MonteCarlo:
         measures = TokenMeasures(batch) if self._scoring.measures else None
         theta = self._likelihood.log_neg_log_probs(batch, measures)
         means = {} if measures is None else measures.means()
-        return _Part([sample["sample_id"] for sample in members], batch, theta, means)
+        norms = None if self._control is None else self._control.norms(batch)[1].sqrt().tolist()
+        return _Part([sample["sample_id"] for sample in members], batch, theta, means, norms)
+
+
+class _Control(NamedTuple):
+    """What a control variate needs: |g| of every sample, and L of every draw."""
+
+    norms: GradientNorms
+    first_order: FirstOrder
+
+    @classmethod
+    def of(
+        cls, replica: Replica, model: PreTrainedModel, selected: Collection[str], scoring: ScoringConfig
+    ) -> "_Control":
+        """Of a model that it is right for, which is tried out. Raises UserError, which says why there is none."""
+        if replica.sharded:
+            raise UserError("scoring.control_variate: none where weights are spread over processes")
+        norms = GradientNorms(model, selected, activation_bytes(model, scoring))
+        if norms.coverage.slow and not scoring.allow_slow_parameters:
+            raise UserError(
+                f"scoring.control_variate: no rule covers {norms.coverage.slow[0]} (scoring.allow_slow_parameters)"
+            )
+        if wrong := disagreements(norms):
+            raise UserError(f"scoring.control_variate: gradient norms do not agree with autograd, first {wrong[0]}")
+        replica.perturb(scoring.sigma, draw_seed(scoring.seed, 0))
+        step = replica.step()
+        replica.restore()
+        first_order = FirstOrder(model, selected)
+        try:
+            right = agrees(first_order, norms.parameters, step)
+        except (NotImplementedError, RuntimeError) as problem:
+            reason = str(problem).splitlines()[0]
+            raise UserError(
+                f"scoring.control_variate: torch has no forward mode for this model ({reason})"
+            ) from problem
+        if not right:
+            raise UserError("scoring.control_variate: torch's forward mode does not agree with autograd on this model")
+        return cls(norms, first_order)
 
 
 class ClosedForm:
@@ -135,6 +185,7 @@ class ClosedForm:
     """
 
     precision = None
+    without_control = None
 
     def __init__(
         self, model: PreTrainedModel, scoring: ScoringConfig, trial: Sequence[Sample], shards: Shards | None = None
@@ -233,6 +284,7 @@ class _Part(NamedTuple):
     batch: MicroBatch
     theta: torch.Tensor
     measures: dict[str, list[float]]
+    norms: list[float] | None
 
 
 @dataclass
@@ -250,12 +302,17 @@ def _result(sample_id: str, log_prob: float, measures: dict[str, list[float]], i
     return {"sample_id": sample_id, "log_prob": log_prob, "error": error, "measures": own}
 
 
-def _of_draws(deltas: list[list[float]], draws: range, result: Result) -> Result:
+def _of_draws(values: list[list[float]], draws: range, result: Result, controlled: bool) -> Result:
+    """controlled: whether each draw ends with L."""
+    deltas = [of_draw[:-1] for of_draw in values] if controlled else values
+    first = [of_draw[-1] for of_draw in values] if controlled else None
     broken = [k for k, pair in zip(draws, deltas, strict=True) if not all(map(math.isfinite, pair))]
     error = result["error"]
     if error is None and broken:
         error = f"its relative change is not finite in {len(broken)} draw(s), the first {broken[0]}: sigma too large?"
-    moments = vars(Moments.of(deltas))
+    moments = vars(Moments.of(deltas, first))
+    if error is None and controlled and not math.isfinite(result["gradient_norm"]):
+        error = "its gradient is not finite"
     if error is None and any(part != part for name in moments if name != "num_draws" for part in moments[name]):
         error = "its relative changes are too large to add up their squares: sigma too large?"
     return {"error": error} | moments

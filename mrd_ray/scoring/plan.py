@@ -19,7 +19,7 @@ from mrd_ray.scoring.pool import Pool
 # Perturbing every weight once costs about as much as the forward of so many tokens: 7-10 ns a weight against
 # 2 FLOP a weight and token. True of CPUs (30 GFLOP/s a core) as of GPUs (memory traffic against float32 FLOPs).
 DRAW_TOKENS = 256
-LAYOUT_VERSION = 2  # raise it whenever samples are cut into other micro-batches: units of different ones must not mix
+LAYOUT_VERSION = 3  # raise it whenever samples are cut into other micro-batches: units of different ones must not mix
 _PADDING = 0.05  # of a micro-batch's positions at most, where it is cut for that
 _LEAST_TOKENS = 512  # a micro-batch is not cut below that for its padding's sake: each forward has its own overhead
 _BLOCK_TOKENS = 64 * DRAW_TOKENS  # a unit's samples: enough that perturbing stays under 2% of it
@@ -251,7 +251,7 @@ def first_draws(scoring: ScoringConfig) -> range:
 def forwards_per_token(scoring: ScoringConfig) -> float:
     """What a token costs in one draw, or in the closed form, in units of a plain forward."""
     if scoring.estimator == "monte_carlo":
-        return 2.0 if scoring.antithetic else 1.0
+        return (2.0 if scoring.antithetic else 1.0) + (4.0 if scoring.controlled else 0.0)
     passes = 2 if "log_prob_gradient_norm" in scoring.measures else 1
     return 3.0 * passes + 9.0 * scoring.curvature_probes
 

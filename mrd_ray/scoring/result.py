@@ -1,10 +1,13 @@
 """What a unit comes back as, and how one that was read from a file is known to be whole."""
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mrd_ray.config import ScoringConfig
+from mrd_ray.mrd.monte_carlo import Moments
 from mrd_ray.scoring.plan import Unit
 
 _SUM = pa.list_(pa.float64())  # see monte_carlo.exact_sum
@@ -20,8 +23,14 @@ RESULT = pa.struct(
         ("sum", _SUM),
         ("sum_squares", _SUM),
         ("sum_odd_squares", _SUM),
-        # closed_form
+        ("sum_first", _SUM),
+        ("sum_first_squares", _SUM),
+        ("sum_first_abs", _SUM),
+        ("sum_abs_products", _SUM),
+        ("sum_products", _SUM),
+        # closed_form, and monte_carlo with a control variate
         ("gradient_norm", pa.float64()),
+        # closed_form
         ("probes", pa.list_(pa.float64())),
         # scoring.measures
         (
@@ -51,6 +60,7 @@ RESULT_SCHEMA = pa.schema(
         ("seconds", pa.float64()),
         ("fatal", pa.string()),
         ("precision", _PRECISION),  # of monte_carlo
+        ("without_control", pa.string()),  # of monte_carlo: why it has no control variate, though it was to have one
         ("samples", pa.list_(RESULT)),
     ]
 )
@@ -93,7 +103,7 @@ def flaw(result: pa.Table, unit: Unit, scoring: ScoringConfig) -> str | None:
 
 def _flaw_of_moments(scored: pa.StructArray, draws: int) -> str | None:
     first: dict[str, np.ndarray] = {}
-    for name in ("sum_abs", "sum_abs_squares", "sum", "sum_squares", "sum_odd_squares"):
+    for name in (field.name for field in dataclasses.fields(Moments)[1:]):
         sums = pc.struct_field(scored, name)
         if sums.null_count or not _finite(values := pc.list_flatten(sums)):
             return f"{name} is null or not finite"

@@ -104,6 +104,7 @@ def _identity(scoring: ScoringConfig) -> dict[str, Any]:
     if scoring.target_relative_se is not None:  # rounds of draws follow from these
         names += ["statistic", "num_draws", "max_draws"]
     identity = {f"scoring.{name}": getattr(scoring, name) for name in names}
+    identity |= {"scoring.control_variate": scoring.controlled} if scoring.estimator == "monte_carlo" else {}
     versions = {"noise version": NOISE_VERSION, "layout version": plan.LAYOUT_VERSION}
     return identity | {"scoring.measures": sorted(scoring.measures)} | versions
 
@@ -214,12 +215,16 @@ class _Rounds:
                 ScoringActor, task, pool, self.journal, config.ray.stall_after,
             )  # fmt: skip
             for count, result in enumerate(finished, 1):
-                (row,) = result.select(["unit_id", "worker", "seconds", "fatal", "precision"]).to_pylist()
+                (row,) = result.select(
+                    ["unit_id", "worker", "seconds", "fatal", "precision", "without_control"]
+                ).to_pylist()
                 if row["fatal"] is not None:
                     raise UserError(row["fatal"])
                 if count == 1:
                     meter.working_since(row["seconds"])
                     self.run.record("precision", row["precision"])
+                    if (why := row["without_control"]) is not None:
+                        self.journal.event("without_control", f"Draws are plain ones. {why}")
                 self.run.write_table(f"units/{row['unit_id']}.parquet", result)
                 unit = plan.Unit.of_id(row["unit_id"])
                 draws = unit.stop_draw - unit.first_draw

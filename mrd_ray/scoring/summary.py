@@ -70,6 +70,7 @@ def settings(config: ScoreConfig) -> str:
         estimator = f"closed form, {scoring.curvature_probes} curvature probes"
     else:
         estimator = f"K = {scoring.num_draws}{' antithetic' if scoring.antithetic else ''}, seed {scoring.seed}"
+        estimator += ", control variate" if scoring.controlled else ""
         if scoring.target_relative_se is not None:
             estimator += f", up to {scoring.max_draws} for a relative s.e. of {scoring.target_relative_se:g}"
     theta = "" if scoring.parameters == "all" else f"parameters {scoring.parameters}, "

@@ -148,7 +148,9 @@ def _score(parts: list[dict[str, Any]], scoring: ScoringConfig) -> Score:
         return closed_form_score(scoring.sigma, part["gradient_norm"], part["probes"])
     fields = [field.name for field in dataclasses.fields(Moments)]
     moments = Moments.merge([Moments(*(part[name] for name in fields)) for part in parts])
-    return monte_carlo_score(moments, scoring.antithetic)
+    norms = [part["gradient_norm"] for part in parts]
+    first_std = None if None in norms else scoring.sigma * norms[0]
+    return monte_carlo_score(moments, scoring.antithetic, first_std)
 
 
 def unsettled(scores: pa.Table, scoring: ScoringConfig) -> np.ndarray:

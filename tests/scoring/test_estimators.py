@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import resource
 import subprocess
 import sys
@@ -21,6 +22,10 @@ from mrd_ray.mrd.likelihood import MicroBatch
 from mrd_ray.scoring.estimators import activation_bytes
 
 CLOSED = {"scoring__estimator": "closed_form"}
+
+
+def events(run):
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
 
 def directly(model_dir, samples, selected=None, dtype=torch.float32):
@@ -92,6 +97,7 @@ def test_a_gpu_scores_as_a_cpu(tiny_model_dir, qa_file, tmp_path, settings, dtyp
 
 def test_adaptive_draws_settle_every_sample(tiny_model_dir, qa_file, tmp_path):
     adaptive = {"scoring__num_draws": 16, "scoring__target_relative_se": 0.16, "scoring__max_draws": 32}
+    adaptive |= {"scoring__control_variate": False}
     found = score(config(tiny_model_dir, qa_file, tmp_path, **adaptive, scoring__sigma=1e-3))
     rows = found.scores.to_pylist()
     assert {row["num_draws"] for row in rows} == {16, 32}
@@ -105,6 +111,23 @@ def test_adaptive_draws_settle_every_sample(tiny_model_dir, qa_file, tmp_path):
     assert before.items() < stamps(tmp_path).items()
     with pytest.raises(UserError, match=r"scoring\.target_relative_se: 0\.16 there, 0\.1 now"):
         score(config(tiny_model_dir, qa_file, tmp_path, **adaptive | {"scoring__target_relative_se": 0.1}))
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_a_control_variate_settles_every_sample_in_four_draws(tiny_model_dir, qa_file, tmp_path, antithetic):
+    settings = {"scoring__num_draws": 4, "scoring__target_relative_se": 0.01, "scoring__antithetic": antithetic}
+    settings |= {"scoring__allow_low_precision": antithetic}  # the even part drowns in float32, mean_abs does not
+    found = score(config(tiny_model_dir, qa_file, tmp_path / "run", **settings))
+    exact = score(config(tiny_model_dir, qa_file, tmp_path / "exact", **CLOSED))
+    for row, other in zip(found.scores.to_pylist(), exact.scores.to_pylist(), strict=True):
+        assert row["num_draws"] == 4
+        assert row["mrd_se"] < 0.01 * row["mrd"]
+        assert row["mrd"] == pytest.approx(other["mrd"], rel=0.02)
+    two = score(config(tiny_model_dir, qa_file, tmp_path / "two", **settings, ray__actors=2))
+    assert two.scores.equals(found.scores)
+    plain = settings | {"scoring__control_variate": False, "scoring__num_draws": 16}
+    with pytest.raises(UserError, match=r"scoring\.control_variate: True there, False now"):
+        score(config(tiny_model_dir, qa_file, tmp_path / "run", **plain))
 
 
 def test_precision_guard(tiny_model_dir, qa_file, tmp_path):
@@ -222,6 +245,18 @@ def test_uncovered_parameters_are_listed_or_differentiated(tiny_model_dir, qa_fi
     found = score(config(tmp_path / "model", qa_file, tmp_path / "run", **CLOSED, scoring__allow_slow_parameters=True))
     for row, norm in zip(found.scores.to_pylist(), directly(tmp_path / "model", found.samples), strict=True):
         assert row["delta_std"] == pytest.approx(1e-5 * norm, rel=1e-5)
+    draws = {"scoring__num_draws": 4, "scoring__max_draws": 4, "scoring__target_relative_se": 0.01}
+    plain = score(config(tmp_path / "model", qa_file, tmp_path / "plain", **draws))
+    (said,) = (event for event in events(tmp_path / "plain") if event["event"] == "without_control")
+    assert re.match(r"Draws are plain ones\. .* no rule covers model.layers.0.mlp.gate", said["message"])
+    assert min(row["mrd_se"] / row["mrd"] for row in plain.scores.to_pylist()) > 0.01
+    by_name = {"scoring__control_variate": True}
+    with pytest.raises(UserError, match=r"scoring\.control_variate: no rule covers .*allow_slow_parameters"):
+        score(config(tmp_path / "model", qa_file, tmp_path / "named", **draws | by_name))
+    slow = draws | by_name | {"scoring__allow_slow_parameters": True}
+    controlled = score(config(tmp_path / "model", qa_file, tmp_path / "slow", **slow))
+    for row, other in zip(controlled.scores.to_pylist(), found.scores.to_pylist(), strict=True):
+        assert row["mrd"] == pytest.approx(other["mrd"], rel=0.05)
 
 
 def test_contradicting_settings_end_with_the_keys_named(tiny_model_dir, qa_file, tmp_path, capsys):
@@ -232,7 +267,12 @@ def test_contradicting_settings_end_with_the_keys_named(tiny_model_dir, qa_file,
         (["--scoring.estimator", "closed_form", "--scoring.statistic", "abs_mean"], "curvature_probes"),
         (["--scoring.measures", "[log_prob_gradient_norm]"], "log_prob_gradient_norm"),
         (["--scoring.target_relative_se", "0.1", "--scoring.max_draws", "9"], "scoring.max_draws"),
-        (["--scoring.target_relative_se", "0.1", "--scoring.num_draws", "5"], "scoring.num_draws"),
+        (["--scoring.target_relative_se", "0.1", "--scoring.num_draws", "3"], "scoring.num_draws"),
+        (
+            ["--scoring.target_relative_se", "0.1", "--scoring.num_draws", "5", "--scoring.control_variate", "false"],
+            "scoring.num_draws",
+        ),
+        (["--scoring.estimator", "closed_form", "--scoring.control_variate", "true"], "scoring.control_variate"),
         (["--scoring.parameters", "["], "not a regular expression"),
         (["--scoring.parameters", ""], "scoring.parameters"),
         (["--scoring.sigma", "inf"], "scoring.sigma"),

@@ -1,11 +1,14 @@
 """Units, however cut and whatever the rounds, are gathered into a row for every sample."""
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from mrd_ray.config import ScoringConfig
 from mrd_ray.data import samples as samples_table
+from mrd_ray.mrd.monte_carlo import Moments
 from mrd_ray.scoring import plan, table
 from mrd_ray.scoring.result import RESULT_SCHEMA, flaw
 from mrd_ray.scoring.score import lengths
@@ -41,7 +44,7 @@ def result(unit: plan.Unit, layout: plan.Layout) -> pa.Table:
             "sample_id": f"s{i:03d}", "log_prob": -1.0 - unit.round, "num_draws": len(draws), "measures": {},
             "sum_abs": [float(sum(i + k for k in draws))], "sum_abs_squares": [float(sum((i + k) ** 2 for k in draws))],
             "sum": [float(sum(i + k for k in draws))], "sum_squares": [float(sum((i + k) ** 2 for k in draws))],
-            "sum_odd_squares": [],
+            **{field.name: [] for field in dataclasses.fields(Moments)[5:]},
         }
         for i in indices.tolist()
     ]  # fmt: skip
