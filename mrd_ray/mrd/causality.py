@@ -13,15 +13,19 @@ def dependence(model: PreTrainedModel) -> str | None:
 
     Measured on a few tokens: with another last one, and with padding on the right beside another sample.
     """
-    tokens = torch.tensor([_TOKENS], device=model.device)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _WITH_PADDING
+    tokens = torch.tensor([_TOKENS[:context]], device=model.device)
+    count = tokens.shape[1]
     other = tokens.clone()
-    other[0, -1] = 2
-    padded = torch.ones(2, _WITH_PADDING, dtype=torch.int64, device=model.device)
-    padded[0, : len(_TOKENS)] = tokens[0]
+    other[0, -1] += 1
+    padded = torch.ones(2, min(context, _WITH_PADDING), dtype=torch.int64, device=model.device)
+    padded[0, :count] = tokens[0]
     alone = _logits(model, tokens)
+    if not alone.isfinite().all():
+        return None  # each sample's error will say so
     tolerance = _TOLERANCE.get(model.dtype, 1e-3) * alone.std()
     for what, logits in (("later tokens", _logits(model, other)), ("padding", _logits(model, padded))):
-        seen = len(_TOKENS) - (what == "later tokens")
+        seen = count - (what == "later tokens")
         if not (logits[:seen] - alone[:seen]).abs().max() <= tolerance:
             return what
     return None

@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
+    GPT2Config,
     Phi3Config,
     RobertaConfig,
     RobertaForCausalLM,
@@ -80,3 +81,15 @@ def test_longrope_does_not_depend_on_the_micro_batch():
         torch.testing.assert_close(together[i], alone[i], rtol=1e-9, atol=1e-9)
     mixed = log_probs(layout(lengths, 1000))
     assert (mixed[0] - alone[0]).abs().max() > 1e-4  # what the cut is for
+
+
+@pytest.mark.parametrize("context", [4, 8, 12])
+def test_a_short_context_is_no_obstacle(context):
+    config = GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=context)
+    assert dependence(AutoModelForCausalLM.from_config(config).eval()) is None
+
+
+def test_a_model_without_finite_logits_is_not_called_otherwise():
+    model = model_of("llama")
+    model.model.norm.weight.data.fill_(torch.nan)
+    assert dependence(model) is None
