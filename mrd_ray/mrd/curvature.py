@@ -49,7 +49,9 @@ class TraceEstimator:
     def probe(self, batch: MicroBatch) -> torch.Tensor:
         """One probe: float64 [B], with mean mu / sigma^2 = -1/2 sum_t Tr(H_t) / P_t over seeds.
 
-        Raises NotImplementedError if torch cannot differentiate one of the model's functions twice in forward mode.
+        Raises NotImplementedError if torch cannot differentiate one of the model's functions twice in forward mode, or
+        if one has a kink: where sigma moves inputs across it, that adds to mu at order sigma^2, and no derivative at
+        theta knows of it.
         """
         vocabulary = self.model.config.get_text_config().vocab_size
         samples = max(1, LOGITS // (vocabulary * batch.token_ids.shape[1]))  # bounds the memory of logits
@@ -81,13 +83,23 @@ class TraceEstimator:
         return torch.where(batch.scored, -0.5 * relative, 0.0).sum(1)
 
 
-class _TwiceDifferentiable(TorchFunctionMode):
-    """Spells out the functions that torch 2.13 cannot differentiate twice in forward mode.
+_KINKED = {
+    getattr(of, name)
+    for of in (torch, torch.Tensor, torch.nn.functional)
+    for name in ("relu", "relu_", "relu6", "leaky_relu", "prelu", "threshold", "hardtanh", "hardswish", "hardsigmoid")
+    if hasattr(of, name)
+}
 
-    It refuses silu, and gives layer_norm a wrong second derivative: its mean and variance count as constants there.
+
+class _TwiceDifferentiable(TorchFunctionMode):
+    """Refuses functions with kinks, and spells out what torch 2.13 cannot differentiate twice in forward mode.
+
+    That refuses silu, and gives layer_norm a wrong second derivative: its mean and variance count as constants there.
     """
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _KINKED:
+            raise NotImplementedError(f"{func.__name__} has a kink, whose part of E Delta no second derivative sees")
         if func is torch.nn.functional.silu:
             return args[0] * torch.sigmoid(args[0])
         if func is torch.nn.functional.layer_norm:

@@ -181,7 +181,7 @@ class ClosedForm:
         shards: as for `MonteCarlo`.
 
     Raises:
-        UserError: torch cannot differentiate the model twice, or not recompute it.
+        UserError: the model cannot be differentiated twice, or not recomputed.
     """
 
     precision = None
@@ -203,9 +203,9 @@ class ClosedForm:
             except NotImplementedError as problem:
                 reason = str(problem).splitlines()[0]
                 raise UserError(
-                    f"scoring.curvature_probes: torch cannot differentiate this model twice ({reason}); "
-                    "use monte_carlo with scoring.antithetic"
-                ) from None
+                    f"scoring.curvature_probes: not for this model, whose second derivatives torch cannot make or do "
+                    f"not tell all ({reason}); use monte_carlo with scoring.antithetic or scoring.control_variate"
+                ) from problem
 
     def __call__(self, samples: Sequence[Sample], draws: range) -> list[Result]:
         """Results of these samples; the closed form has no draws."""
