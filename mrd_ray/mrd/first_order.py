@@ -5,6 +5,7 @@ control variate (see `scores.monte_carlo_score`). A forward in which every value
 (forward mode) gives L at the cost of some four forwards, whatever the layers are made of.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from mrd_ray.mrd.likelihood import LOGITS, MicroBatch, log_neg_log_prob, output_layer_is_plain
 
 Weights = Mapping[str, torch.Tensor]
+_GROUPED: Any = getattr(torch, "_grouped_mm", None)  # what experts are multiplied by
 
 
 class FirstOrder:
@@ -95,11 +97,13 @@ def _along(function: Callable[[Weights], Any], theta: Weights, step: Weights) ->
 
 
 class ForwardMode(TorchFunctionMode):
-    """Spells out attention, whose only implementation with a forward mode in torch 2.13 is a slow one."""
+    """Spells out what torch 2.13 has no forward mode for, and attention, for which it has a slow one alone."""
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
+        if func is _GROUPED and (kwargs or {}).get("bias") is None:
+            return _grouped_mm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -123,3 +127,10 @@ def _attention(
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     return scores.softmax(-1) @ value
+
+
+def _grouped_mm(rows: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor, **_: None) -> torch.Tensor:
+    """Of experts: rows [n, in] up to offs[e] are for the e-th of weight [E, in, out]. Float [n, out]."""
+    edges = [0, *offs.tolist()]
+    pieces = [rows[a:b] @ expert for (a, b), expert in zip(itertools.pairwise(edges), weight, strict=True)]
+    return torch.cat([*pieces, rows.new_zeros(len(rows) - edges[-1], weight.shape[2])])
