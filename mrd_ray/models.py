@@ -185,7 +185,7 @@ def load_tokenizer(model: ModelConfig, console: Console | None = None) -> PreTra
     """The tokenizer of `model.tokenizer`, else of the model.
 
     Args:
-        console: told if texts begin otherwise than the model's configuration suggests.
+        console: told if texts begin, or are split, otherwise than the files suggest.
 
     Raises UserError, also if transformers reads the tokenizer otherwise than its files mean it.
     """

@@ -52,7 +52,7 @@ class ScoringConfig(Frozen):
     control_variate: bool | None = Field(
         None,
         description="monte_carlo: take from each draw what the gradient foretells of it, whose mean is known, at the "
-        "cost of four forwards a draw. At sigma 1e-5 four draws are then worth thousands. Unset: with "
+        "cost of some three forwards a draw. At sigma 1e-5 four draws are then worth thousands. Unset: with "
         "target_relative_se, where the model and its placement allow it.",
     )
     target_relative_se: float | None = Field(

@@ -175,8 +175,7 @@ def _guess(data: DataConfig, present: Mapping[str, str], where: str) -> dict[str
     readable = {name for name, kind in present.items() if kind in ("text", "messages") or kind == "nothing"}
 
     def there(role: str) -> str | None:
-        name = role if role in present else named.get(role)
-        return name
+        return role if role in present else named.get(role)
 
     found: list[dict[str, str]] = []
     for roles in _PAIRS:

@@ -118,7 +118,7 @@ class Peeked:
         found = of_columns.kinds([row.values])
         filled = {name: found[name] for name in self._blank() if found.get(name, "nothing") != "nothing"}
         self.present |= filled | {name: found[name] for name in new}
-        what = ", ".join([*new, *filled])
+        what = ", ".join([*sorted(new), *filled])
         where = (
             f"{read.described(self._data)}, {row.place}, which fills columns that the first {PEEKED} do not ({what})"
         )

@@ -100,13 +100,14 @@ def _find(path: str, data: DataConfig, split: str, say: Say) -> tuple[list[File]
         if left := [name for name in matching if name not in ours]:
             say(f"Not read: {_some(left)}; expected {_ENDS}")
         files: list[File] = []
-        for name in ours:  # Spark writes folders so called
-            inside, _ = (
-                ([File(prefix + name, name)], False)
-                if fs.isfile(name)
-                else _folder(prefix + name, fs, name, data, split, say)
-            )
-            files += inside if isinstance(inside, list) else []
+        for name in ours:
+            if fs.isfile(name):
+                files.append(File(prefix + name, name))
+                continue
+            inside, _ = _folder(prefix + name, fs, name, data, split, say)  # Spark writes folders so called
+            if not isinstance(inside, list):
+                raise UserError(f"data.path: {path} matches {name}, a folder of save_to_disk; give that alone")
+            files += inside
         return files, False
     if re.search(r"[*?\[]", path):
         raise UserError(f"data.path: no file matches {path}")

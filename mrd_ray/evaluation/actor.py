@@ -13,7 +13,7 @@ from mrd_ray.config import EvaluationConfig, ModelConfig
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation.measure import RECORD, Measurer
 from mrd_ray.scoring.actor import attempt, replica
-from mrd_ray.scoring.estimators import out_of_memory
+from mrd_ray.scoring.memory import out_of_memory
 
 RESULT_SCHEMA = pa.schema(
     [

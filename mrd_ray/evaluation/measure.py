@@ -12,7 +12,7 @@ from mrd_ray.evaluation.judges import Judges
 from mrd_ray.evaluation.sets import Row
 from mrd_ray.models import rope_switch
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures
-from mrd_ray.scoring.estimators import TOO_LARGE, fitting, out_of_memory
+from mrd_ray.scoring.memory import TOO_LARGE, fitting, out_of_memory
 from mrd_ray.scoring.plan import layout
 from mrd_ray.unlearning.extraction import extraction_likelihoods, greedy
 from mrd_ray.unlearning.ranks import Ranks

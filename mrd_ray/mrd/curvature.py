@@ -12,10 +12,9 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from mrd_ray.mrd.first_order import ForwardMode
 from mrd_ray.mrd.likelihood import LOGITS, MicroBatch, log_neg_log_prob
 from mrd_ray.mrd.noise import standard_normal_like
 
@@ -74,7 +73,7 @@ class TraceEstimator:
             return torch.func.jvp(margins, (eps,), (torch.ones_like(eps),))
 
         zero = torch.zeros((), dtype=self.model.dtype, device=batch.token_ids.device)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable():
+        with torch.no_grad(), _TwiceDifferentiable():
             nested: Any = torch.func.jvp(slope, (zero,), (torch.ones_like(zero),))
         (a, first), (_, second) = nested
         # P = -softplus(a):  (d^2 P / d eps^2) / P = c (a'' + (1 - s) a'^2), with s = sigmoid(a), c = s / softplus(a)
@@ -91,7 +90,7 @@ _KINKED = {
 }
 
 
-class _TwiceDifferentiable(TorchFunctionMode):
+class _TwiceDifferentiable(ForwardMode):
     """Refuses functions with kinks, and spells out what torch 2.13 cannot differentiate twice in forward mode.
 
     That refuses silu, and gives layer_norm a wrong second derivative: its mean and variance count as constants there.
@@ -104,7 +103,7 @@ class _TwiceDifferentiable(TorchFunctionMode):
             return args[0] * torch.sigmoid(args[0])
         if func is torch.nn.functional.layer_norm:
             return _layer_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _layer_norm(

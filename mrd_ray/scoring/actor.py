@@ -15,7 +15,8 @@ from mrd_ray import model_files, models
 from mrd_ray.config import ModelConfig, ScoringConfig
 from mrd_ray.errors import UserError
 from mrd_ray.mrd.causality import dependence
-from mrd_ray.scoring.estimators import ClosedForm, MonteCarlo, Sample, estimator_of, out_of_memory, refuse_wrong_rules
+from mrd_ray.scoring.estimators import ClosedForm, MonteCarlo, estimator_of, refuse_wrong_rules
+from mrd_ray.scoring.memory import Sample, out_of_memory
 from mrd_ray.scoring.plan import Unit
 from mrd_ray.scoring.result import RESULT_SCHEMA
 

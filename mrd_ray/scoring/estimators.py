@@ -1,11 +1,9 @@
 """From samples and draws to what a unit's result holds, one class per estimator; each owns its replica's memory."""
 
-import itertools
 import math
-import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -21,16 +19,9 @@ from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures, sum_lo
 from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
 from mrd_ray.mrd.perturb import Replica, Shard
 from mrd_ray.mrd.precision import Precision, examine
-from mrd_ray.mrd.recompute import layers_of
+from mrd_ray.scoring.memory import TOO_LARGE, Sample, activation_bytes, collate, fitting, out_of_memory, release
 
-Sample = dict[str, Any]  # micro_batch, sample_id, token_ids, scored
 Result = dict[str, Any]  # of actor.RESULT
-T = TypeVar("T")
-
-TOO_LARGE = "does not fit in the device's memory beside the model; shorten it or set data.truncate"
-
-_CPU_ACTIVATIONS = 4.0 * 2**30  # bytes
-_FREE_SHARE = 0.6  # of a GPU's memory; logits, rules and the allocator's gaps take some of the rest
 
 Shards = Callable[[], Mapping[str, Shard]]
 
@@ -69,7 +60,7 @@ class MonteCarlo:
         selected = models.select(dict(model.named_parameters()), scoring.parameters)
         self._replica = Replica(model, selected, shards)
         self._block: _Block | None = None
-        batch = _collate(trial, self._device)
+        batch = collate(trial, self._device)
         self._control: _Control | None = None
         self.without_control: str | None = None
         if scoring.controlled:
@@ -91,7 +82,7 @@ class MonteCarlo:
         except RuntimeError as problem:
             if len(samples) == 1 or not (self._halve and out_of_memory(problem)):
                 raise
-        _release(self._device)
+        release(self._device)
         middle = len(samples) // 2
         return self(samples[:middle], draws) + self(samples[middle:], draws)
 
@@ -163,7 +154,9 @@ class _Control(NamedTuple):
         first_order = FirstOrder(model, selected)
         try:
             right = agrees(first_order, norms.parameters, step)
-        except (NotImplementedError, RuntimeError) as problem:
+        except RuntimeError as problem:  # NotImplementedError is one
+            if out_of_memory(problem):
+                raise
             reason = str(problem).splitlines()[0]
             raise UserError(
                 f"scoring.control_variate: torch has no forward mode for this model ({reason})"
@@ -199,7 +192,7 @@ class ClosedForm:
         if scoring.curvature_probes:
             self._traces.aim(draw_seed(scoring.seed, 0))
             try:
-                self._traces.probe(_collate(trial[:1], self._device))
+                self._traces.probe(collate(trial[:1], self._device))
             except NotImplementedError as problem:
                 reason = str(problem).splitlines()[0]
                 raise UserError(
@@ -251,32 +244,6 @@ def estimator_of(
     return kind(model, scoring, trial, shards)
 
 
-def activation_bytes(model: PreTrainedModel, scoring: ScoringConfig, sharded: bool = False) -> float:
-    """Bytes of each device that activations of a micro-batch may take (see `recomputing`).
-
-    Where weights are gathered layer by layer, all processes must recompute the same ones: every layer or none.
-
-    Raises:
-        UserError: a budget is set, and the model has no layer that can be recomputed.
-    """
-    if scoring.activation_gib is not None and not layers_of(model):
-        raise UserError("scoring.activation_gib: no layer of this model can be recomputed; leave it out")
-    if sharded:
-        return math.inf if scoring.activation_gib is None else 0.0
-    if scoring.activation_gib is not None:
-        return scoring.activation_gib * 2**30
-    devices = {parameter.device for parameter in model.parameters()}
-    if any(device.type != "cuda" for device in devices):
-        return _CPU_ACTIVATIONS
-    return min(map(_free, devices)) * _FREE_SHARE
-
-
-def _free(device: torch.device) -> int:
-    """Bytes, those included that torch has and does not use."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
 class _Part(NamedTuple):
     """Samples of one forward, at theta (see `draw_deltas`)."""
 
@@ -316,44 +283,6 @@ def _of_draws(values: list[list[float]], draws: range, result: Result, controlle
     if error is None and any(part != part for name in moments if name != "num_draws" for part in moments[name]):
         error = "its relative changes are too large to add up their squares: sigma too large?"
     return {"error": error} | moments
-
-
-def _collate(members: Sequence[Sample], device: torch.device) -> MicroBatch:
-    return MicroBatch.collate([s["token_ids"] for s in members], [s["scored"] for s in members], device)
-
-
-def fitting(
-    samples: Sequence[Sample], device: torch.device, compute: Callable[[Sequence[Sample], MicroBatch], T], halve: bool
-) -> Iterator[tuple[Sequence[Sample], T | None]]:
-    """Apply `compute` to each micro-batch, halved until the device holds it; None for a sample too large alone."""
-    for _, group in itertools.groupby(samples, key=operator.itemgetter("micro_batch")):
-        waiting = [list(group)]
-        while waiting:
-            members = waiting.pop()
-            found = None
-            try:
-                found = compute(members, _collate(members, device))
-            except RuntimeError as problem:
-                if not (halve and out_of_memory(problem)):
-                    raise
-            if found is None:
-                _release(device)
-            if found is None and len(members) > 1:
-                middle = len(members) // 2
-                waiting += [members[middle:], members[:middle]]
-            else:
-                yield members, found
-
-
-def _release(device: torch.device) -> None:
-    """To be called after an exception is forgotten, which held the failed forward's tensors."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def out_of_memory(problem: RuntimeError) -> bool:
-    """Whether the device, or the machine, lacked memory for something."""
-    return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem)
 
 
 def _insufficient(precision: Precision, dtype: torch.dtype, scoring: ScoringConfig) -> str:

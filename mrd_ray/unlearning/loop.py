@@ -21,6 +21,7 @@ from pydantic import BaseModel, NonNegativeInt
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.mrd.likelihood import MicroBatch
 from mrd_ray.runs import parsed_json, parsed_table
+from mrd_ray.scoring.memory import collate
 from mrd_ray.scoring.table import REQUIRED, SCHEMA
 from mrd_ray.unlearning import losses, refresh
 from mrd_ray.unlearning.engine import Engine, share_of_batch, with_retain
@@ -192,7 +193,7 @@ class Loop:
         values = [0.0, 0.0, 0.0]  # forget loss, retain loss, tokens
         for index, loss_of, table, rows, weight in mine:
             samples = table.select(["token_ids", "scored"]).take(rows).to_pylist()
-            batch = refresh.collate(samples, self.engine)
+            batch = collate(samples, self.engine.model.device)
             loss = loss_of(losses.log_probs(self.engine.logits(batch), batch), batch, rows).sum()
             share = loss / self.config.unlearning.batch_size
             self.engine.backward(weight * share)

@@ -11,9 +11,10 @@ import pyarrow as pa
 
 from mrd_ray.config import ScoringConfig
 from mrd_ray.models import rope_switch
-from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures, sum_log_probs
+from mrd_ray.mrd.likelihood import Likelihood, TokenMeasures, sum_log_probs
 from mrd_ray.scoring import plan
-from mrd_ray.scoring.estimators import Sample, estimator_of
+from mrd_ray.scoring.estimators import estimator_of
+from mrd_ray.scoring.memory import collate
 from mrd_ray.scoring.result import RESULT_SCHEMA
 from mrd_ray.scoring.score import lengths
 from mrd_ray.scoring.table import scores_table
@@ -58,7 +59,7 @@ def likelihoods(engine: Engine, samples: pa.Table, micro_batch_tokens: int) -> l
     mine: list[tuple[str, float, float]] = []
     for i in engine.ranks.deal(len(layout)):
         rows = _rows(samples, layout, i)
-        batch = collate(rows, engine)
+        batch = collate(rows, engine.model.device)
         measures = TokenMeasures(batch)
         log_probs = sum_log_probs(likelihood.log_neg_log_probs(batch, measures), batch.scored).tolist()
         accuracy = measures.means()["memorization_accuracy"]
@@ -66,12 +67,6 @@ def likelihoods(engine: Engine, samples: pa.Table, micro_batch_tokens: int) -> l
     engine.settle()
     found = {sample_id: (p, a) for sample_id, p, a in engine.ranks.gather(mine)}
     return [found[sample_id] for sample_id in samples["sample_id"].to_pylist()]
-
-
-def collate(rows: list[Sample], engine: Engine) -> MicroBatch:
-    """One forward of these samples."""
-    token_ids, scored = [row["token_ids"] for row in rows], [row["scored"] for row in rows]
-    return MicroBatch.collate(token_ids, scored, engine.model.device)
 
 
 def _rows(samples: pa.Table, layout: plan.Layout, i: int, turn: int = 0, few: int = 0) -> list[dict[str, Any]]:

@@ -199,3 +199,9 @@ def test_what_a_readme_says_of_files_is_followed_or_refused(tmp_path, setting):
     (tmp_path / "README.md").write_text(f"---\n{config}---\n")
     with pytest.raises(UserError, match=f"the README .* sets {setting.split(':')[0]}: .* which is not followed"):
         values(tmp_path)
+
+
+def test_a_pattern_that_matches_a_saved_dataset_is_refused(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "a.arrow"))
+    with pytest.raises(UserError, match=r"a\.arrow, a folder of save_to_disk; give that alone"):
+        values(tmp_path / "*.arrow")

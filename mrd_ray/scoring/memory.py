@@ -1,0 +1,88 @@
+"""What fits in a device's memory: activations' share of it, and micro-batches halved until they fit."""
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from mrd_ray.config import ScoringConfig
+from mrd_ray.errors import UserError
+from mrd_ray.mrd.likelihood import MicroBatch
+from mrd_ray.mrd.recompute import layers_of
+
+Sample = dict[str, Any]  # micro_batch, sample_id, token_ids, scored
+T = TypeVar("T")
+
+TOO_LARGE = "does not fit in the device's memory beside the model; shorten it or set data.truncate"
+
+_CPU_ACTIVATIONS = 4.0 * 2**30  # bytes
+_FREE_SHARE = 0.6  # of a GPU's memory; logits, rules and the allocator's gaps take some of the rest
+
+
+def activation_bytes(model: PreTrainedModel, scoring: ScoringConfig, sharded: bool = False) -> float:
+    """Bytes of each device that activations of a micro-batch may take (see `recomputing`).
+
+    Where weights are gathered layer by layer, all processes must recompute the same ones: every layer or none.
+
+    Raises:
+        UserError: a budget is set, and the model has no layer that can be recomputed.
+    """
+    if scoring.activation_gib is not None and not layers_of(model):
+        raise UserError("scoring.activation_gib: no layer of this model can be recomputed; leave it out")
+    if sharded:
+        return math.inf if scoring.activation_gib is None else 0.0
+    if scoring.activation_gib is not None:
+        return scoring.activation_gib * 2**30
+    devices = {parameter.device for parameter in model.parameters()}
+    if any(device.type != "cuda" for device in devices):
+        return _CPU_ACTIVATIONS
+    return min(map(_free, devices)) * _FREE_SHARE
+
+
+def _free(device: torch.device) -> int:
+    """Bytes, those included that torch has and does not use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def collate(members: Sequence[Sample], device: torch.device) -> MicroBatch:
+    """One forward of these samples."""
+    return MicroBatch.collate([s["token_ids"] for s in members], [s["scored"] for s in members], device)
+
+
+def fitting(
+    samples: Sequence[Sample], device: torch.device, compute: Callable[[Sequence[Sample], MicroBatch], T], halve: bool
+) -> Iterator[tuple[Sequence[Sample], T | None]]:
+    """Apply `compute` to each micro-batch, halved until the device holds it; None for a sample too large alone."""
+    for _, group in itertools.groupby(samples, key=operator.itemgetter("micro_batch")):
+        waiting = [list(group)]
+        while waiting:
+            members = waiting.pop()
+            found = None
+            try:
+                found = compute(members, collate(members, device))
+            except RuntimeError as problem:
+                if not (halve and out_of_memory(problem)):
+                    raise
+            if found is None:
+                release(device)
+            if found is None and len(members) > 1:
+                middle = len(members) // 2
+                waiting += [members[middle:], members[:middle]]
+            else:
+                yield members, found
+
+
+def release(device: torch.device) -> None:
+    """To be called after an exception is forgotten, which held the failed forward's tensors."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def out_of_memory(problem: RuntimeError) -> bool:
+    """Whether the device, or the machine, lacked memory for something."""
+    return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem)
