@@ -1,6 +1,6 @@
 """Gradient norms of one sample by autograd: for parameters that no rule covers, and to hold the rules against."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -38,35 +38,43 @@ def _of_gradients(
 ) -> dict[str, float]:
     """A number for each parameter's gradient, which is dropped as soon as it is made; 0 where there is none.
 
-    The parameters are left as they were found.
+    The model computes with other tensors on the same memory meanwhile, so that what waits for gradients of its own
+    parameters, such as DeepSpeed, sees none.
     """
     found = dict.fromkeys(parameters, 0.0)
-    kept = {name: (parameter.requires_grad, parameter.grad) for name, parameter in parameters.items()}
-    # torch leaves the padding row's gradient out; noise does not leave out the row
-    paddings = {m: m.padding_idx for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    hooks = []
+    leaves = {}
     for name, parameter in parameters.items():
 
-        def measure(parameter: torch.Tensor, name: str = name) -> None:
-            assert parameter.grad is not None
-            found[name] = float(number(name, parameter.grad))
-            parameter.grad = None
+        def measure(leaf: torch.Tensor, name: str = name) -> None:
+            assert leaf.grad is not None
+            found[name] = float(number(name, leaf.grad))
+            leaf.grad = None
 
-        parameter.grad = None
-        hooks.append(parameter.requires_grad_().register_post_accumulate_grad_hook(measure))
+        leaves[f"model.{name}"] = parameter.detach().requires_grad_()
+        leaves[f"model.{name}"].register_post_accumulate_grad_hook(measure)
+    # torch leaves the padding row's gradient out; noise does not leave out the row
+    paddings = {m: m.padding_idx for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     try:
         for embedding in paddings:
             embedding.padding_idx = None
-        with torch.enable_grad():
-            value = objective()
-            if value.requires_grad:
-                value.backward()
+        torch.func.functional_call(_Backward(model, objective, [*leaves.values()]), leaves, ())
     finally:
         for embedding, padding in paddings.items():
             embedding.padding_idx = padding
-        for hook in hooks:
-            hook.remove()
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(kept[name][0])
-            parameter.grad = kept[name][1]
     return found
+
+
+class _Backward(torch.nn.Module):
+    """Differentiates an objective of a model by tensors that are its parameters meanwhile."""
+
+    def __init__(
+        self, model: torch.nn.Module, objective: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor]
+    ) -> None:
+        super().__init__()
+        self.model, self._objective, self._leaves = model, objective, leaves
+
+    def forward(self) -> None:
+        with torch.enable_grad():
+            value = self._objective()
+            if value.requires_grad:
+                value.backward(inputs=self._leaves)

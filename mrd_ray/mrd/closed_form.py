@@ -10,7 +10,7 @@ No gradient of a parameter is ever made for this, neither of the batch nor of a 
 import contextlib
 import functools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mrd_ray.mrd.autograd import square_norms
+from mrd_ray.mrd.choices import Choices
 from mrd_ray.mrd.gradient_rules import GramCache, by_sample, embedding_overlap, rule_of
 from mrd_ray.mrd.likelihood import LOGITS, LogNegLogProb, MicroBatch, TokenMeasures, output_layer_is_plain
 from mrd_ray.mrd.recompute import recomputing
@@ -111,6 +112,22 @@ class GradientNorms:
                 device = batch.token_ids.device
                 squares |= {name: torch.tensor(values, dtype=torch.float64).to(device) for name, values in slow.items()}
         return theta, squares
+
+    def of_gaps(self, batch: MicroBatch, where: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """|gradient| of the gap of one choice of each sample, of parameters with a rule: float64 [B].
+
+        Args:
+            where: by the choice's turn, which one (see `choices`); zero for a sample of which none is told.
+        """
+        with self._frozen(), recomputing(self.model, self._activations):
+            taps = _Taps(self, batch)
+            with taps.attached():
+                with Choices() as heard:
+                    self.model.base_model(**self._inputs(batch))
+                gaps = heard.gaps()
+                total = torch.stack([gaps[turn][here].sum() for turn, here in where.items()]).sum()
+                torch.autograd.grad(total, taps.leaves, allow_unused=True)
+        return torch.stack(list(taps.squares.values())).sum(0).clamp_(min=0.0).sqrt()
 
     def _forward_and_backward(
         self, batch: MicroBatch, taps: "_Taps", measures: TokenMeasures | None, of_log_prob: bool

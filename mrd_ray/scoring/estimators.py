@@ -1,8 +1,9 @@
 """From samples and draws to what a unit's result holds, one class per estimator; each owns its replica's memory."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +12,16 @@ from transformers import PreTrainedModel
 from mrd_ray import models
 from mrd_ray.config import ScoringConfig
 from mrd_ray.errors import UserError
-from mrd_ray.mrd.autograd_check import agrees, disagreements
+from mrd_ray.mrd.autograd_check import disagreements
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.curvature import TraceEstimator
-from mrd_ray.mrd.first_order import FirstOrder
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures, sum_log_probs
 from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
 from mrd_ray.mrd.perturb import Replica, Shard
 from mrd_ray.mrd.precision import Precision, examine
+from mrd_ray.scoring.control import Control
 from mrd_ray.scoring.memory import TOO_LARGE, Sample, activation_bytes, collate, fitting, out_of_memory, release
+from mrd_ray.scoring.verification import Scored, Verification
 
 Result = dict[str, Any]  # of actor.RESULT
 
@@ -50,6 +52,8 @@ class MonteCarlo:
         UserError: the model's precision cannot carry sigma.
     """
 
+    checked = None
+
     def __init__(
         self, model: PreTrainedModel, scoring: ScoringConfig, trial: Sequence[Sample], shards: Shards | None = None
     ) -> None:
@@ -61,11 +65,11 @@ class MonteCarlo:
         self._replica = Replica(model, selected, shards)
         self._block: _Block | None = None
         batch = collate(trial, self._device)
-        self._control: _Control | None = None
+        self._control: Control | None = None
         self.without_control: str | None = None
         if scoring.controlled:
             try:
-                self._control = _Control.of(self._replica, model, selected, scoring)
+                self._control = Control.of(self._replica, model, selected, scoring)
             except UserError as problem:
                 if scoring.control_variate:  # by name
                     raise
@@ -128,49 +132,11 @@ class MonteCarlo:
         return _Part([sample["sample_id"] for sample in members], batch, theta, means, norms)
 
 
-class _Control(NamedTuple):
-    """What a control variate needs: |g| of every sample, and L of every draw."""
-
-    norms: GradientNorms
-    first_order: FirstOrder
-
-    @classmethod
-    def of(
-        cls, replica: Replica, model: PreTrainedModel, selected: Collection[str], scoring: ScoringConfig
-    ) -> "_Control":
-        """Of a model that it is right for, which is tried out. Raises UserError, which says why there is none."""
-        if replica.sharded:
-            raise UserError("scoring.control_variate: none where weights are spread over processes")
-        norms = GradientNorms(model, selected, activation_bytes(model, scoring))
-        if norms.coverage.slow and not scoring.allow_slow_parameters:
-            raise UserError(
-                f"scoring.control_variate: no rule covers {norms.coverage.slow[0]} (scoring.allow_slow_parameters)"
-            )
-        if wrong := disagreements(norms):
-            raise UserError(f"scoring.control_variate: gradient norms do not agree with autograd, first {wrong[0]}")
-        replica.perturb(scoring.sigma, draw_seed(scoring.seed, 0))
-        step = replica.step()
-        replica.restore()
-        first_order = FirstOrder(model, selected)
-        try:
-            right = agrees(first_order, norms.parameters, step)
-        except RuntimeError as problem:  # NotImplementedError is one
-            if out_of_memory(problem):
-                raise
-            reason = str(problem).splitlines()[0]
-            raise UserError(
-                f"scoring.control_variate: torch has no forward mode for this model ({reason})"
-            ) from problem
-        if not right:
-            raise UserError("scoring.control_variate: torch's forward mode does not agree with autograd on this model")
-        return cls(norms, first_order)
-
-
 class ClosedForm:
     """Exact gradient norms, and probes of the curvature on request.
 
     Args:
-        trial: a few samples to try a probe on, before any other is scored.
+        trial: a few samples to hold against draws, and to try a probe on, before any other is scored.
         shards: as for `MonteCarlo`.
 
     Raises:
@@ -189,6 +155,10 @@ class ClosedForm:
         selected = models.select(dict(model.named_parameters()), scoring.parameters)
         self._norms = GradientNorms(model, selected, activation_bytes(model, scoring, shards is not None))
         self._traces = TraceEstimator(model, selected)
+        self._verification = Verification(
+            model, self._norms, scoring, trial, lambda: Replica(model, selected, shards), shards is not None
+        )
+        self.checked = asdict(self._verification.checked)
         if scoring.curvature_probes:
             self._traces.aim(draw_seed(scoring.seed, 0))
             try:
@@ -203,8 +173,13 @@ class ClosedForm:
     def __call__(self, samples: Sequence[Sample], draws: range) -> list[Result]:
         """Results of these samples; the closed form has no draws."""
         found: list[Result] = []
-        for members, results in fitting(samples, self._device, self._score, self._halve):
-            found += results or [{"sample_id": members[0]["sample_id"], "error": TOO_LARGE}]
+        scored: list[Scored] = []
+        for members, of_part in fitting(samples, self._device, self._score, self._halve):
+            if of_part is None:
+                found.append({"sample_id": members[0]["sample_id"], "error": TOO_LARGE})
+            else:
+                scored.append(of_part[0])
+                found += of_part[1]
         for k in range(self._scoring.curvature_probes):
             self._traces.aim(draw_seed(self._scoring.seed, k))
             probes = fitting(samples, self._device, lambda _, batch: self._traces.probe(batch).tolist(), self._halve)
@@ -215,12 +190,14 @@ class ClosedForm:
                 if result["error"] is None:
                     result["num_draws"] += 1
                     result["probes"].append(value)
-        return found
+        mu = {one["sample_id"]: self._scoring.sigma**2 * fmean(one["probes"]) for one in found if one.get("probes")}
+        doubts = self._verification.doubts(scored, mu)
+        return [result | {"doubt": doubts.get(result["sample_id"])} for result in found]
 
     def restore(self) -> None:
-        """The model was never changed."""
+        """The model is as it was already."""
 
-    def _score(self, members: Sequence[Sample], batch: MicroBatch) -> list[Result]:
+    def _score(self, members: Sequence[Sample], batch: MicroBatch) -> tuple[Scored, list[Result]]:
         measures = TokenMeasures(batch) if self._scoring.measures else None
         theta, squares = self._norms(batch, measures)
         measured = {} if measures is None else measures.means()
@@ -233,7 +210,7 @@ class ClosedForm:
             if result["error"] is None and not math.isfinite(norms[i]):
                 result["error"] = "its gradient is not finite"
             results.append(result | {"num_draws": 0, "gradient_norm": norms[i], "probes": []})
-        return results
+        return Scored([sample["sample_id"] for sample in members], batch, theta, norms), results
 
 
 def estimator_of(

@@ -32,6 +32,7 @@ RESULT = pa.struct(
         ("gradient_norm", pa.float64()),
         # closed_form
         ("probes", pa.list_(pa.float64())),
+        ("doubt", pa.string()),
         # scoring.measures
         (
             "measures",
@@ -53,6 +54,16 @@ _PRECISION = pa.struct(
         ("sufficient", pa.bool_()),
     ]
 )
+_CHECKED = pa.struct(  # verification.Checked
+    [
+        ("samples", pa.int64()),
+        ("draws", pa.int64()),
+        ("worst", pa.float64()),
+        ("choices", pa.bool_()),
+        ("every_sample", pa.bool_()),
+        ("unchecked", pa.string()),
+    ]
+)
 RESULT_SCHEMA = pa.schema(
     [
         ("unit_id", pa.string()),
@@ -61,6 +72,7 @@ RESULT_SCHEMA = pa.schema(
         ("fatal", pa.string()),
         ("precision", _PRECISION),  # of monte_carlo
         ("without_control", pa.string()),  # of monte_carlo: why it has no control variate, though it was to have one
+        ("checked", _CHECKED),  # of closed_form
         ("samples", pa.list_(RESULT)),
     ]
 )

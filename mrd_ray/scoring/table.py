@@ -46,10 +46,11 @@ SCHEMA = pa.schema(
         _field("num_tokens", pa.int64(), "scored tokens", nullable=False),
         _field("log_prob", pa.float64(), "nats; sum of log p over the scored tokens, under the model as it is"),
         _field("weight", pa.float64(), "probability of being sampled in Algorithm 2, proportional to mrd"),
+        _field("doubt", pa.string(), "null, or why this score of the closed form may be wrong; mrd_se is then null"),
         _field("error", pa.string(), "null, or why there is no score"),
     ]
 )
-REQUIRED = set(SCHEMA.names) - set(PLACE)  # which tables of earlier versions lack
+REQUIRED = set(SCHEMA.names) - {*PLACE, "doubt"}  # which tables of earlier versions lack
 # columns of scoring.measures
 MEASURES = {
     "mean_log_prob": _field("mean_log_prob", pa.float64(), "nats per scored token"),
@@ -122,6 +123,8 @@ def _row(sample: dict[str, Any], parts: list[dict[str, Any]], scoring: ScoringCo
     if row["error"] is not None:
         return row
     score = _score(parts, scoring)
+    if (doubt := parts[0]["doubt"]) is not None:
+        score = dataclasses.replace(score, mean_abs_se=None, abs_mean_se=None)
     if not all(value is None or math.isfinite(value) for value in dataclasses.astuple(score)):
         return row | {"error": "its moments, or what follows from them, are beyond all floats: sigma too large?"}
     if scoring.statistic == "mean_abs":
@@ -134,6 +137,7 @@ def _row(sample: dict[str, Any], parts: list[dict[str, Any]], scoring: ScoringCo
         | dataclasses.asdict(score)
         | parts[0]["measures"]
         | {
+            "doubt": doubt,
             "num_draws": sum(part["num_draws"] for part in parts),
             "low_precision": any(part["low_precision"] for part in parts),
             "log_prob": log_prob,

@@ -9,6 +9,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
@@ -45,6 +46,19 @@ def model_of(name: str, dtype=torch.float64) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms away from 0 and 1
             parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def mixture_of(dtype=torch.float64, experts: float = 1.0, router: float = 1.0, **settings) -> torch.nn.Module:
+    """A small random Mixtral, the weights of its experts and routers times these."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        **GROUPED, num_experts_per_tok=2, bos_token_id=1, eos_token_id=2, **{"num_local_experts": 4} | settings
+    )
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(experts if "experts" in name else router if "gate" in name else 1.0)
     return model
 
 
