@@ -177,13 +177,13 @@ class GradientNorms:
         squares: dict[str, list[float]] = {name: [] for name in slow}
         for row in range(len(batch.token_ids) if slow else 0):
             alone = MicroBatch(batch.token_ids[row : row + 1], batch.scored[row : row + 1])
-            of_row = square_norms(self.model, slow, functools.partial(self._sum, alone, of_log_prob))
+            of_row = square_norms(self.model, slow, functools.partial(self.objective, alone, of_log_prob))
             for name, square in of_row.items():
                 squares[name].append(square)
         return squares
 
-    def _sum(self, batch: MicroBatch, of_log_prob: bool) -> torch.Tensor:
-        """sum_t log(-P_t), or sum_t P_t, differentiable."""
+    def objective(self, batch: MicroBatch, of_log_prob: bool = False) -> torch.Tensor:
+        """sum_t log(-P_t), or sum_t P_t, of all samples together, differentiable."""
         logits = self.model(**self._inputs(batch)).logits[:, :-1]
         values = LogNegLogProb.apply(logits, batch.token_ids[:, 1:], False)
         return (values * _slope(values, batch.scored, of_log_prob)).sum()

@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -79,6 +80,7 @@ def section(run: Scores, number: int, include_text: bool) -> ScoreSection:
         tables.append(Table(f"Samples without a score{more}", ("samples", "reason"), rows))
     samples = _samples(pa.concat_tables([scored, unscored]), len(scored), number, run.about.name, include_text)
     says = [f"{len(scored):,} of {len(table):,} samples have a score.", *_warnings(scored, mrd, se)]
+    says += _checked(run.about.manifest.get("checked"))
     return ScoreSection(run.about.name, says, quantiles, drawn, tables, samples)
 
 
@@ -115,9 +117,28 @@ def _warnings(scored: pa.Table, mrd: np.ndarray, se: np.ndarray) -> list[str]:
     limit = summary.NONLINEAR
     if "nonlinearity" in scored.column_names and (bent := int((_array(scored, "nonlinearity") > limit).sum())):
         found.append(f"{bent:,} sample(s) have a nonlinearity over {limit:g}: sigma is not small for them.")
+    if doubted := summary.doubts(scored):
+        found.append(f"{doubted}.")
     if "low_precision" in scored.column_names and any(scored["low_precision"].to_pylist()):
         found.append("These scores are marked low_precision: rounding is not small beside the signal.")
     return found
+
+
+def _checked(checked: dict[str, Any] | None) -> list[str]:
+    """What was checked of the closed form by draws."""
+    if checked is None:
+        return []
+    said = []
+    if checked["worst"] is not None:
+        said.append(
+            f"The closed form was held against {checked['draws']} draws of {checked['samples']} samples: they differ "
+            f"from what the gradient says by {checked['worst']:.2g} of their standard deviation at most."
+        )
+    if checked["every_sample"]:
+        said.append("Every sample was checked so" + (", and choices inside the model." if checked["choices"] else "."))
+    if checked["unchecked"]:
+        said.append(f"What was not checked: {checked['unchecked']}.")
+    return said
 
 
 def _extremes(caption: str, rows: pa.Table, include_text: bool) -> Table:

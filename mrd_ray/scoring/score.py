@@ -228,6 +228,8 @@ class _Rounds:
                     meter.working_since(row["seconds"])
                     self.run.record("precision", row["precision"])
                     self.run.record("checked", row["checked"])
+                    if row["checked"] is not None and (why := row["checked"]["unchecked"]) is not None:
+                        self.journal.event("unchecked", f"Not all is checked by draws: {why}")
                     if (why := row["without_control"]) is not None:
                         self.journal.event("without_control", f"Draws are plain ones. {why}")
                 self.run.write_table(f"units/{row['unit_id']}.parquet", result)

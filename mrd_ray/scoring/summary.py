@@ -63,6 +63,18 @@ def errors(scores: pa.Table) -> Counter[str]:
     )
 
 
+def doubts(scores: pa.Table) -> str:
+    """What to say of the scores in doubt, empty if none is."""
+    doubted = scores["doubt"].drop_null().to_pylist() if "doubt" in scores.column_names else []
+    if not doubted:
+        return ""
+    (first, _), *_ = Counter(doubted).most_common(1)
+    return (
+        f"{len(doubted)} score(s) are in doubt and have no standard error. Most often: {first}. "
+        "Score these with monte_carlo and scoring.control_variate"
+    )
+
+
 def settings(config: ScoreConfig) -> str:
     """The settings that a score depends on, in a line."""
     scoring = config.scoring
@@ -104,6 +116,8 @@ def show(console: Console, scores: pa.Table, samples: pa.Table, config: ScoreCon
         console.print(f"[red]{unclear} score(s) are less than twice their standard error: they say little")
     if bent := np.count_nonzero(nonlinearity > NONLINEAR):
         console.print(f"{bent} sample(s) have a nonlinearity over {NONLINEAR:g}: sigma is not small for them")
+    if doubted := doubts(scores):
+        console.print(f"[red]{doubted}")
     if len(order) and scores["low_precision"][int(order[0])].as_py():
         console.print("[red]These scores are marked low_precision: rounding is not small beside the signal")
     show_errors(console, errors(scores))

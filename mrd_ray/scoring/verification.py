@@ -1,6 +1,8 @@
 """What is checked of the closed form by draws before its scores are given, and which of them are then in doubt."""
 
+import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,16 +12,19 @@ from transformers import PreTrainedModel
 
 from mrd_ray.config import ScoringConfig
 from mrd_ray.errors import UserError
+from mrd_ray.mrd.autograd import square_norms
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
-from mrd_ray.mrd.monte_carlo import delta, draw_seed
+from mrd_ray.mrd.monte_carlo import draw_seed
+from mrd_ray.mrd.noise import standard_normal_like
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.mrd.self_check import SelfCheck, has_choices
 from mrd_ray.scoring.control import first_order_of
 from mrd_ray.scoring.memory import Sample, collate, out_of_memory, release
 
 _SAMPLES = 2  # of the trial
-_ROUNDING, _SMALLER = 0.1, 1 / 1024  # of s, by a draw at so much of sigma
+_SMALLER = (1 / 64, 1 / 16, 1 / 4)  # of sigma, to tell rounding from what the model does
+_LOOKED_AT, _MIN_COSINE = 1 << 14, 0.99  # elements of a weight; between the noise and what it moves weights by
 _CHOICES_UNCHECKED = "it depends on choices inside the model, such as of experts, and these could not be checked"
 
 
@@ -52,6 +57,10 @@ class Checked:
 class Verification:
     """The trial, and the check of each sample where the model or the trial calls for one.
 
+    The trial's gradient norms are held against autograd too.
+
+    Raises UserError if those disagree.
+
     Args:
         norms: of the model, at theta now.
         trial: the first of these are checked now.
@@ -75,7 +84,7 @@ class Verification:
             self.checked.unchecked = "scoring.verify_draws is 0"
             return
         try:
-            self._try(model, norms, trial[:_SAMPLES], replica)
+            self._try(model, norms, trial[:_SAMPLES], replica, sharded)
         except RuntimeError as problem:
             if sharded or not out_of_memory(problem):
                 raise
@@ -88,33 +97,49 @@ class Verification:
         norms: GradientNorms,
         trial: Sequence[Sample],
         make_replica: Callable[[], Replica],
+        sharded: bool,
     ) -> None:
         scoring, batch = self._scoring, collate(trial, model.device)
+        theta, squares = norms(batch)
+        scored = Scored([sample["sample_id"] for sample in trial], batch, theta, squares.sqrt().tolist())
+        if not sharded:
+            _refuse_wrong_norms(norms, scored)
         self.checked.choices = has_choices(model, lambda: model.base_model(batch.token_ids, use_cache=False))
         if model.dtype not in (torch.float32, torch.float64):
-            self._leave(f"{str(model.dtype).removeprefix('torch.')} rounds sigma away")
+            self._leave(_rounds_away(model))
             return
-        first_order, replica = None, make_replica()
-        if not replica.sharded:
+        replica = make_replica()
+        if not sharded and not _carried(replica, scoring, 1.0):
+            self._leave(_rounds_away(model))
+            return
+        first_order = None
+        if not sharded:
             try:
                 first_order = first_order_of(replica, norms, scoring)
             except UserError as problem:
                 self.checked.unchecked = f"draws are held against the size of the gradient alone, since {problem}"
-        check = SelfCheck(
-            replica, Likelihood(model), norms, first_order, scoring.sigma, scoring.seed, scoring.verify_draws,
-            self.checked.choices, exact=not replica.sharded,
-        )  # fmt: skip
-        theta, squares = norms(batch)
-        scored = Scored([sample["sample_id"] for sample in trial], batch, theta, squares.sqrt().tolist())
+
+        def check_at(sigma: float, choices: bool) -> SelfCheck:
+            draws, likelihood = scoring.verify_draws, Likelihood(model)
+            return SelfCheck(
+                replica, likelihood, norms, first_order, sigma, scoring.seed, draws, choices, exact=not sharded
+            )
+
+        check = check_at(scoring.sigma, self.checked.choices)
         (findings,) = check([batch], [theta], [scored.norms])
         self.checked.samples, self.checked.draws = len(trial), scoring.verify_draws
+        doubtful = any(finding.doubt() for finding in findings)
         if first_order is not None:
             self.checked.worst = max(finding.off() for finding in findings)
-        doubtful = any(finding.doubt() for finding in findings)
-        if doubtful and _rounded(replica, check.likelihood, scored, scoring):
-            self._leave(f"{str(model.dtype).removeprefix('torch.')} rounds away what sigma does to the samples")
-            return
-        self.checked.every_sample = self.checked.choices or (doubtful and not replica.sharded)
+            smaller = next((one for one in _SMALLER if _carried(replica, scoring, one)), 1.0)
+            if doubtful and smaller < 1:
+                (found,) = check_at(scoring.sigma * smaller, False)([batch], [theta], [scored.norms])
+                # of rounding there is as much as before, of what the model does far less
+                rounding = max(finding.off() for finding in found) * math.sqrt(smaller) > self.checked.worst
+            if doubtful and (smaller == 1 or rounding):
+                self._leave(_rounds_away(model, "what sigma does to the samples"))
+                return
+        self.checked.every_sample = self.checked.choices or (doubtful and not sharded)
         self._check = check if self.checked.every_sample else None
 
     def _leave(self, why: str) -> None:
@@ -135,12 +160,32 @@ class Verification:
         return found
 
 
-def _rounded(replica: Replica, likelihood: Likelihood, scored: Scored, scoring: ScoringConfig) -> bool:
-    """Whether a draw so small that it does next to nothing shows rounding that the check would take for a finding."""
-    replica.perturb(scoring.sigma * _SMALLER, draw_seed(scoring.seed, 0))
-    try:
-        found = delta(scored.theta, likelihood.log_neg_log_probs(scored.batch), scored.batch.scored)
-    finally:
-        replica.restore()
-    s = scoring.sigma * torch.tensor(scored.norms, dtype=torch.float64, device=found.device)
-    return bool((found.abs() / s > _ROUNDING).any())
+def _rounds_away(model: PreTrainedModel, what: str = "sigma") -> str:
+    return f"{str(model.dtype).removeprefix('torch.')} rounds {what} away"
+
+
+def _refuse_wrong_norms(norms: GradientNorms, scored: Scored) -> None:
+    """Raises UserError if the norms are not those of autograd on these samples."""
+    tolerance = 0.1 if norms.model.dtype in (torch.bfloat16, torch.float16) else 1e-2
+    for row, (sample_id, norm) in enumerate(zip(scored.sample_ids, scored.norms, strict=True)):
+        alone = MicroBatch(scored.batch.token_ids[row : row + 1], scored.batch.scored[row : row + 1])
+        squares = square_norms(norms.model, norms.parameters, functools.partial(norms.objective, alone))
+        expected = math.sqrt(math.fsum(squares.values()))
+        if not abs(norm - expected) <= tolerance * expected and math.isfinite(norm):
+            raise UserError(
+                f"scoring.estimator: closed_form does not agree with autograd on sample {sample_id!r}, whose gradient "
+                f"norm is {expected:.4g}, not {norm:.4g}; use monte_carlo, and report the model"
+            )
+
+
+def _carried(replica: Replica, scoring: ScoringConfig, share: float) -> bool:
+    """Whether the weights' precision takes in z times this share of sigma, by the middle of each."""
+    sums = torch.zeros(3, dtype=torch.float64)  # sigma z step, (sigma z)^2, step^2
+    for name, base in replica.base.items():
+        first = max(0, base.numel() - _LOOKED_AT) // 2
+        part = base.view(-1)[first : first + _LOOKED_AT]
+        noise = share * scoring.sigma * standard_normal_like(part, draw_seed(scoring.seed, 0), name, first).double()
+        step = (part + noise.to(part.dtype)).double() - part.double()
+        sums += torch.stack([(noise * step).sum(), noise.square().sum(), step.square().sum()]).cpu()
+    product, intended, realised = sums.tolist()
+    return product >= _MIN_COSINE * math.sqrt(intended * realised) > 0
