@@ -1,53 +1,57 @@
 """Gradient norms of one sample by autograd: for parameters that no rule covers, and to hold the rules against."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 
 def square_norms(
-    model: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter], objective: Callable[[], torch.Tensor]
+    model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], objective: Callable[[], torch.Tensor]
 ) -> dict[str, float]:
     """|gradient|^2 of a scalar objective for each parameter, 0 where it has no influence."""
 
-    def square(_: str, gradient: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
-
-    return _of_gradients(model, parameters, objective, square)
+    found = _of_gradients(model, parameters, objective, lambda _, gradient: [_square(gradient)])
+    return {name: values[0] if values else 0.0 for name, values in found.items()}
 
 
 def along(
     model: torch.nn.Module,
-    parameters: Mapping[str, torch.nn.Parameter],
+    parameters: Mapping[str, torch.Tensor],
     objective: Callable[[], torch.Tensor],
     step: Mapping[str, torch.Tensor],
-) -> float:
-    """The derivative of a scalar objective along a step of the parameters."""
+) -> tuple[float, float]:
+    """The derivative of a scalar objective along a step of the parameters, and |gradient|^2."""
 
-    def product(name: str, gradient: torch.Tensor) -> torch.Tensor:
-        return (gradient * step[name]).sum(dtype=torch.float64)
+    def numbers(name: str, gradient: torch.Tensor) -> list[torch.Tensor]:
+        return [(gradient * step[name]).sum(dtype=torch.float64), _square(gradient)]
 
-    return sum(_of_gradients(model, parameters, objective, product).values())
+    found = [values for values in _of_gradients(model, parameters, objective, numbers).values() if values]
+    return math.fsum(values[0] for values in found), math.fsum(values[1] for values in found)
+
+
+def _square(gradient: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
 
 
 def _of_gradients(
     model: torch.nn.Module,
-    parameters: Mapping[str, torch.nn.Parameter],
+    parameters: Mapping[str, torch.Tensor],
     objective: Callable[[], torch.Tensor],
-    number: Callable[[str, torch.Tensor], torch.Tensor],
-) -> dict[str, float]:
-    """A number for each parameter's gradient, which is dropped as soon as it is made; 0 where there is none.
+    numbers: Callable[[str, torch.Tensor], list[torch.Tensor]],
+) -> dict[str, list[float]]:
+    """Numbers for each parameter's gradient, which is dropped as soon as it is made; none where there is none.
 
     The model computes with other tensors on the same memory meanwhile, so that what waits for gradients of its own
     parameters, such as DeepSpeed, sees none.
     """
-    found = dict.fromkeys(parameters, 0.0)
+    found: dict[str, list[float]] = {name: [] for name in parameters}
     leaves = {}
     for name, parameter in parameters.items():
 
         def measure(leaf: torch.Tensor, name: str = name) -> None:
             assert leaf.grad is not None
-            found[name] = float(number(name, leaf.grad))
+            found[name] = [float(number) for number in numbers(name, leaf.grad)]
             leaf.grad = None
 
         leaves[f"model.{name}"] = parameter.detach().requires_grad_()

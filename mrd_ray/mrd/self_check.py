@@ -13,7 +13,7 @@ import torch
 
 from mrd_ray.mrd.choices import Choices, Gaps, Reach
 from mrd_ray.mrd.closed_form import GradientNorms
-from mrd_ray.mrd.first_order import FirstOrder
+from mrd_ray.mrd.first_order import Weights
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import delta, draw_seed
 from mrd_ray.mrd.perturb import Replica
@@ -53,7 +53,7 @@ class SelfCheck:
 
     Args:
         norms: of the replica's model.
-        first_order: gives L; where it cannot, None, and only draws that are far out are found.
+        first_order: gives L, as `FirstOrder` does; None if nothing can, and only draws that are far out are found.
         choices: whether to look for choices within reach.
         exact: whether `norms` may say how far sigma moves a choice, which takes the whole weights.
     """
@@ -63,7 +63,7 @@ class SelfCheck:
         replica: Replica,
         likelihood: Likelihood,
         norms: GradientNorms,
-        first_order: FirstOrder | None,
+        first_order: Callable[[MicroBatch, Weights, Weights], torch.Tensor] | None,
         sigma: float,
         seed: int,
         draws: int,

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from mrd_ray.config import ScoringConfig
 from mrd_ray.errors import UserError
-from mrd_ray.mrd.autograd import square_norms
+from mrd_ray.mrd.autograd import along
 from mrd_ray.mrd.closed_form import GradientNorms
+from mrd_ray.mrd.first_order import Weights
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import draw_seed
 from mrd_ray.mrd.noise import standard_normal_like
@@ -22,7 +23,10 @@ from mrd_ray.mrd.self_check import SelfCheck, has_choices
 from mrd_ray.scoring.control import first_order_of
 from mrd_ray.scoring.memory import Sample, collate, out_of_memory, release
 
+FirstOrders = Callable[[MicroBatch, Weights, Weights], torch.Tensor]  # of which `FirstOrder` is one
+
 _SAMPLES = 2  # of the trial
+_TOLERANCE = 1e-2  # of a gradient norm
 _SMALLER = (1 / 64, 1 / 16, 1 / 4)  # of sigma, to tell rounding from what the model does
 _LOOKED_AT, _MIN_COSINE = 1 << 14, 0.99  # elements of a weight; between the noise and what it moves weights by
 _CHOICES_UNCHECKED = "it depends on choices inside the model, such as of experts, and these could not be checked"
@@ -100,10 +104,6 @@ class Verification:
         sharded: bool,
     ) -> None:
         scoring, batch = self._scoring, collate(trial, model.device)
-        theta, squares = norms(batch)
-        scored = Scored([sample["sample_id"] for sample in trial], batch, theta, squares.sqrt().tolist())
-        if not sharded:
-            _refuse_wrong_norms(norms, scored)
         self.checked.choices = has_choices(model, lambda: model.base_model(batch.token_ids, use_cache=False))
         if model.dtype not in (torch.float32, torch.float64):
             self._leave(_rounds_away(model))
@@ -112,35 +112,44 @@ class Verification:
         if not sharded and not _carried(replica, scoring, 1.0):
             self._leave(_rounds_away(model))
             return
-        first_order = None
-        if not sharded:
-            try:
-                first_order = first_order_of(replica, norms, scoring)
-            except UserError as problem:
-                self.checked.unchecked = f"draws are held against the size of the gradient alone, since {problem}"
+        theta, squares = norms(batch)
+        scored = Scored([sample["sample_id"] for sample in trial], batch, theta, squares.sqrt().tolist())
+        by_autograd = None if sharded else _ByAutograd(norms)
 
-        def check_at(sigma: float, choices: bool) -> SelfCheck:
+        def check(sigma: float, first_order: FirstOrders | None, choices: bool) -> SelfCheck:
             draws, likelihood = scoring.verify_draws, Likelihood(model)
             return SelfCheck(
                 replica, likelihood, norms, first_order, sigma, scoring.seed, draws, choices, exact=not sharded
             )
 
-        check = check_at(scoring.sigma, self.checked.choices)
-        (findings,) = check([batch], [theta], [scored.norms])
+        (findings,) = check(scoring.sigma, by_autograd, self.checked.choices)([batch], [theta], [scored.norms])
         self.checked.samples, self.checked.draws = len(trial), scoring.verify_draws
         doubtful = any(finding.doubt() for finding in findings)
-        if first_order is not None:
+        if by_autograd is not None:
+            _refuse_wrong_norms(scored, by_autograd.squares)
             self.checked.worst = max(finding.off() for finding in findings)
             smaller = next((one for one in _SMALLER if _carried(replica, scoring, one)), 1.0)
             if doubtful and smaller < 1:
-                (found,) = check_at(scoring.sigma * smaller, False)([batch], [theta], [scored.norms])
+                (found,) = check(scoring.sigma * smaller, by_autograd, False)([batch], [theta], [scored.norms])
                 # of rounding there is as much as before, of what the model does far less
                 rounding = max(finding.off() for finding in found) * math.sqrt(smaller) > self.checked.worst
             if doubtful and (smaller == 1 or rounding):
                 self._leave(_rounds_away(model, "what sigma does to the samples"))
                 return
         self.checked.every_sample = self.checked.choices or (doubtful and not sharded)
-        self._check = check if self.checked.every_sample else None
+        if self.checked.every_sample:
+            self._check = check(scoring.sigma, self._first_order(replica, norms, sharded), self.checked.choices)
+
+    def _first_order(self, replica: Replica, norms: GradientNorms, sharded: bool) -> FirstOrders | None:
+        """What gives L of whole micro-batches."""
+        why = "weights are spread over processes"
+        try:
+            if not sharded:
+                return first_order_of(replica, norms, self._scoring)
+        except UserError as problem:
+            why = str(problem)
+        self.checked.unchecked = f"draws of each sample are held against the size of its gradient alone, since {why}"
+        return None
 
     def _leave(self, why: str) -> None:
         self.checked.unchecked, self.checked.every_sample, self._check = why, False, None
@@ -164,14 +173,28 @@ def _rounds_away(model: PreTrainedModel, what: str = "sigma") -> str:
     return f"{str(model.dtype).removeprefix('torch.')} rounds {what} away"
 
 
-def _refuse_wrong_norms(norms: GradientNorms, scored: Scored) -> None:
-    """Raises UserError if the norms are not those of autograd on these samples."""
-    tolerance = 0.1 if norms.model.dtype in (torch.bfloat16, torch.float16) else 1e-2
-    for row, (sample_id, norm) in enumerate(zip(scored.sample_ids, scored.norms, strict=True)):
-        alone = MicroBatch(scored.batch.token_ids[row : row + 1], scored.batch.scored[row : row + 1])
-        squares = square_norms(norms.model, norms.parameters, functools.partial(norms.objective, alone))
-        expected = math.sqrt(math.fsum(squares.values()))
-        if not abs(norm - expected) <= tolerance * expected and math.isfinite(norm):
+class _ByAutograd:
+    """L of a few samples, one by one. squares: their |g|^2."""
+
+    def __init__(self, norms: GradientNorms) -> None:
+        self._norms = norms
+        self.squares: list[float] = []
+
+    def __call__(self, batch: MicroBatch, theta: Weights, step: Weights) -> torch.Tensor:
+        """-g . step at theta: float64 [B]."""
+        found = []
+        for row in range(len(batch.token_ids)):
+            alone = MicroBatch(batch.token_ids[row : row + 1], batch.scored[row : row + 1])
+            found.append(along(self._norms.model, theta, functools.partial(self._norms.objective, alone), step))
+        self.squares = [square for _, square in found]
+        return -torch.tensor([value for value, _ in found], dtype=torch.float64)
+
+
+def _refuse_wrong_norms(scored: Scored, squares: Sequence[float]) -> None:
+    """Raises UserError if the norms are not those of autograd."""
+    for sample_id, norm, square in zip(scored.sample_ids, scored.norms, squares, strict=True):
+        expected = math.sqrt(square)
+        if not abs(norm - expected) <= _TOLERANCE * expected and math.isfinite(norm):
             raise UserError(
                 f"scoring.estimator: closed_form does not agree with autograd on sample {sample_id!r}, whose gradient "
                 f"norm is {expected:.4g}, not {norm:.4g}; use monte_carlo, and report the model"
