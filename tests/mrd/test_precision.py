@@ -90,7 +90,8 @@ def test_the_replica_is_restored():
 @pytest.mark.parametrize(("dtype", "sigma", "enough"), [
     (torch.float32, 1e-6, False), (torch.float32, 1e-3, True), (torch.float64, 1e-6, True),
 ])  # fmt: skip
-def test_antithetic_draws_need_their_even_part_to_stand_out(dtype, sigma, enough):
-    model = model_of("gpt2", dtype)  # LayerNorm keeps float64, where RMSNorm computes in float32
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_antithetic_draws_need_their_even_part_to_stand_out(name, dtype, sigma, enough):
+    model = model_of(name, dtype)
     found = examine(Replica(model), Likelihood(model), batch_of(), sigma, seed=0, antithetic=True)
     assert found.sufficient == enough
