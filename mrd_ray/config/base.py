@@ -54,7 +54,7 @@ class ModelConfig(Frozen):
     )
     dtype: Literal["float32", "float64", "bfloat16"] = Field(
         "float32",
-        description="Precision of weights and forward, float64 throughout if that is it. bfloat16 is for the closed form: it rounds small sigmas away.",
+        description="Precision of weights and forward. bfloat16 is for the closed form: it rounds small sigmas away.",
     )
     allow_pickle: bool = Field(
         False, description="Read weights from pickles (pytorch_model*.bin) too, where there are no safetensors."
