@@ -90,7 +90,8 @@ def mixture() -> PreTrainedModel:
         MixtralConfig(
             vocab_size=61, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, bos_token_id=1, eos_token_id=2,
-        )
+        ),
+        trust_remote_code=False,
     ).eval()  # fmt: skip
     with torch.no_grad():
         for name, parameter in model.named_parameters():

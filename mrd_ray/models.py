@@ -35,6 +35,7 @@ from mrd_ray.model_files import (
     tokenizer_files,
     weight_files,
 )
+from mrd_ray.mrd.double import Float64, keep_float64
 
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -262,8 +263,9 @@ def _assembled(model: ModelConfig, device_map: str | None) -> tuple[PreTrainedMo
 def _base(
     model: ModelConfig, found: Parts, config: PretrainedConfig, device_map: str | None
 ) -> tuple[PreTrainedModel, weights.Fit]:
+    exact = Float64() if model.dtype == "float64" else contextlib.nullcontext()  # rotary frequencies, too
     try:
-        with found.base_alone() as folder:
+        with found.base_alone() as folder, exact:
             both: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -283,7 +285,7 @@ def _base(
 
 
 def load_model(model: ModelConfig, device: torch.device, spread: bool = False) -> PreTrainedModel:
-    """The model in eval mode and true `model.dtype` arithmetic, no TF32.
+    """The model in eval mode and true `model.dtype` arithmetic: no TF32, and in float64 no casts to float32.
 
     Args:
         spread: over all GPUs of this process instead of `device`, some layers on each.
@@ -304,6 +306,7 @@ def load_model(model: ModelConfig, device: torch.device, spread: bool = False) -
     loaded = loaded.eval() if spread else loaded.to(device).eval()
     for parameter in loaded.parameters():  # an adapter's; not the buffers, whose rotary angles bfloat16 would round
         parameter.data = parameter.data.to(dtype)
+    keep_float64(loaded)
     broken = [name for name, parameter in loaded.named_parameters() if not torch.isfinite(parameter).all()]
     if broken:
         raise UserError(

@@ -18,7 +18,8 @@ from mrd_ray.mrd.curvature import TraceEstimator
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures, sum_log_probs
 from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
 from mrd_ray.mrd.perturb import Replica, Shard
-from mrd_ray.mrd.precision import Precision, examine
+from mrd_ray.mrd.precision import examine
+from mrd_ray.scoring.advice import Case, insufficient
 from mrd_ray.scoring.control import Control
 from mrd_ray.scoring.memory import TOO_LARGE, Sample, activation_bytes, collate, fitting, out_of_memory, release
 from mrd_ray.scoring.verification import Scored, Verification
@@ -77,7 +78,7 @@ class MonteCarlo:
         precision = examine(self._replica, self._likelihood, batch, scoring.sigma, scoring.seed, scoring.antithetic)
         self.precision = asdict(precision) | {"sufficient": precision.sufficient}
         if not precision.sufficient and not scoring.allow_low_precision:
-            raise UserError(_insufficient(precision, model.dtype, scoring))
+            raise UserError(insufficient(precision, Case(model, self._replica, trial, scoring)))
 
     def __call__(self, samples: Sequence[Sample], draws: range) -> list[Result]:
         """Results of these samples for these draws; of each half in turn where a perturbed forward lacks memory."""
@@ -260,32 +261,3 @@ def _of_draws(values: list[list[float]], draws: range, result: Result, controlle
     if error is None and any(part != part for name in moments if name != "num_draws" for part in moments[name]):
         error = "its relative changes are too large to add up their squares: sigma too large?"
     return {"error": error} | moments
-
-
-def _insufficient(precision: Precision, dtype: torch.dtype, scoring: ScoringConfig) -> str:
-    name = str(dtype).removeprefix("torch.")
-    ways_out = []
-    if dtype == torch.bfloat16:
-        ways_out.append("model.dtype: float32")
-    elif scoring.antithetic and dtype != torch.float64:
-        ways_out.append("model.dtype: float64")
-    if scoring.antithetic:
-        ways_out.append("scoring.estimator: closed_form with scoring.curvature_probes")
-    else:
-        ways_out.append(f"scoring.estimator: closed_form, which {name} serves")
-    enough = precision.sigma_needed(scoring.sigma, scoring.antithetic)
-    if dtype != torch.bfloat16:
-        ways_out.append(f"scoring.sigma: {enough if enough and enough <= 1e-3 else 1e-5:g}")
-    signal = "the even part, which antithetic draws are for" if scoring.antithetic else "the signal"
-    if math.isinf(precision.noise_floor):
-        found = "changes nothing, or makes it infinite, in some of the samples tried"
-    else:
-        found = (
-            f"would give rounding noise for scores: it moves {precision.share_moved:.1%} of the weights, by what has a "
-            f"cosine of {precision.cosine:.3f} with the noise, and rounding in the forward is "
-            f"{precision.noise_floor:.2g} of {signal}"
-        )
-    return (
-        f"scoring.sigma: {scoring.sigma:g} in {name}, on scoring.parameters: {scoring.parameters}, {found}. Use "
-        f"{', or '.join(ways_out)}; or scoring.allow_low_precision to go on with marked scores"
-    )

@@ -1,5 +1,7 @@
 """Small random models of every architecture that the closed form knows, and samples to score with them."""
 
+import contextlib
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from mrd_ray.mrd.double import Float64, keep_float64
 from mrd_ray.mrd.likelihood import MicroBatch
 
 SHAPE = {
@@ -40,9 +43,11 @@ SAMPLES = [[3, 5, 9, 3, 22, 17, 40, 8], [4, 33, 2], [7, 7], [9, 60, 59, 3, 3, 3,
 SCORED = [[False] * 4 + [True] * 4, *([True] * len(sample) for sample in SAMPLES[1:])]
 
 
-def model_of(name: str, dtype=torch.float64) -> torch.nn.Module:
+def model_of(name: str, dtype=torch.float64, config=None) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype).eval()
+    with Float64() if dtype == torch.float64 else contextlib.nullcontext():
+        model = AutoModelForCausalLM.from_config(config or CONFIGS[name]).to(dtype).eval()
+    keep_float64(model)
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms away from 0 and 1
             parameter.add_(torch.randn_like(parameter) * 0.2)

@@ -49,19 +49,19 @@ def reference(model, sample, scored, selected=None, of_log_prob=False) -> dict[s
     }
 
 
-def check(model, norms=None, samples=SAMPLES, scored=SCORED, tolerance=1e-5, **options):
-    norms = norms or GradientNorms(model)
+def check(model, norms=None, samples=SAMPLES, scored=SCORED, **options):
+    norms, tolerance = norms or GradientNorms(model), 1e-9 if model.dtype == torch.float64 else 1e-5
     theta, squares = norms.by_parameter(batch_of(samples, scored), **options)
     for i, (sample, flags) in enumerate(zip(samples, scored, strict=True)):
         expected = reference(model, sample, flags, squares.keys(), **options)
         total = sum(expected.values())
         for name, square in expected.items():
-            assert float(squares[name][i]) == pytest.approx(square, rel=1e-4, abs=tolerance * total), name
+            assert float(squares[name][i]) == pytest.approx(square, rel=10 * tolerance, abs=tolerance * total), name
         norm = math.sqrt(sum(float(square[i]) for square in squares.values()))
         assert norm == pytest.approx(math.sqrt(total), rel=tolerance)
     expected_theta = Likelihood(model).log_neg_log_probs(batch_of(samples, scored))
     mask = batch_of(samples, scored).scored
-    torch.testing.assert_close(theta[mask], expected_theta[mask], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theta[mask], expected_theta[mask], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -120,7 +120,7 @@ def test_one_by_one_equals_batched():
     norms = GradientNorms(model_of("qwen3"))
     _, together = norms(batch_of())
     alone = [norms(batch_of([sample]))[1] for sample in SAMPLES]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-7, atol=0)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-11, atol=0)
 
 
 def test_memorised_samples_are_finite_and_right():
@@ -168,6 +168,7 @@ def test_the_model_is_left_as_it_was():
     kept = torch.ones_like(model.transformer.wte.weight)
     model.transformer.wte.weight.grad = kept
     forwards = [module.forward for module in model.modules()]
+    hooks = [len(module._forward_hooks) for module in model.modules()]
     norms = GradientNorms(model, activations=0)
     norms(batch_of())
     assert disagreements(norms) == []
@@ -175,7 +176,7 @@ def test_the_model_is_left_as_it_was():
     assert [p is frozen for p in model.parameters() if not p.requires_grad] == [True]
     assert all(p.grad is None for p in model.parameters() if p is not model.transformer.wte.weight)
     assert [module.forward for module in model.modules()] == forwards
-    assert not any(module._forward_hooks for module in model.modules())
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
 def mixture() -> torch.nn.Module:
