@@ -31,11 +31,25 @@ def refuse_wrong_rules(model: PreTrainedModel, scoring: ScoringConfig) -> None:
     if scoring.estimator != "closed_form":
         return
     selected = models.select(dict(model.named_parameters()), scoring.parameters)
-    if wrong := disagreements(GradientNorms(model, selected)):
+    if wrong := _disagreements(GradientNorms(model, selected), "scoring.estimator: closed_form"):
         raise UserError(
             f"scoring.estimator: closed_form does not agree with autograd on this model, in {len(wrong)} of "
             f"{len(selected)} parameters, first {wrong[0]}; use monte_carlo, and report the model"
         )
+
+
+def _disagreements(norms: GradientNorms, setting: str) -> list[str]:
+    """As `autograd_check.disagreements`. Raises UserError if the model's gradients cannot be made at all."""
+    try:
+        return disagreements(norms)
+    except Exception as problem:  # each architecture objects to being listened to in a way of its own
+        if isinstance(problem, RuntimeError) and out_of_memory(problem):
+            raise
+        reason = f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
+        raise UserError(
+            f"{setting} cannot differentiate {type(norms.model).__name__} (model type "
+            f"{norms.model.config.model_type}) by layers ({reason}); use plain monte_carlo, and report the model"
+        ) from problem
 
 
 class MonteCarlo:
@@ -146,7 +160,7 @@ class _Control(NamedTuple):
             raise UserError(
                 f"scoring.control_variate: no rule covers {norms.coverage.slow[0]} (scoring.allow_slow_parameters)"
             )
-        if wrong := disagreements(norms):
+        if wrong := _disagreements(norms, "scoring.control_variate"):
             raise UserError(f"scoring.control_variate: gradient norms do not agree with autograd, first {wrong[0]}")
         replica.perturb(scoring.sigma, draw_seed(scoring.seed, 0))
         step = replica.step()
