@@ -138,7 +138,8 @@ def select(names: Iterable[str], parameters: str) -> list[str]:
 
 def context_length(config: PretrainedConfig) -> int | None:
     """Longest input in tokens, or None where the architecture sets none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if length is None or length > 0 else None  # XLNet has -1
 
 
 def rope_switch(config: PretrainedConfig) -> int | None:

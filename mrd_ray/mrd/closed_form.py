@@ -83,9 +83,6 @@ class GradientNorms:
         self.coverage = coverage(model, self.parameters)
         self._activations = activations
         self._by_groups = output_layer_is_plain(model)
-        # A single row of positions would be shared by all samples, and so would be the gradient at their embedding.
-        embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-        self._learned_positions = len(embeddings) > 1
 
     def __call__(
         self, batch: MicroBatch, measures: TokenMeasures | None = None, of_log_prob: bool = False
@@ -123,7 +120,7 @@ class GradientNorms:
             taps = _Taps(self, batch)
             with taps.attached():
                 with Choices() as heard:
-                    self.model.base_model(**self._inputs(batch))
+                    self.model.base_model(batch.token_ids, use_cache=False)
                 gaps = heard.gaps()
                 total = torch.stack([gaps[turn][here].sum() for turn, here in where.items()]).sum()
                 torch.autograd.grad(total, taps.leaves, allow_unused=True)
@@ -132,7 +129,7 @@ class GradientNorms:
     def _forward_and_backward(
         self, batch: MicroBatch, taps: "_Taps", measures: TokenMeasures | None, of_log_prob: bool
     ) -> torch.Tensor:
-        inputs, targets = self._inputs(batch), batch.token_ids[:, 1:]
+        inputs, targets = {"input_ids": batch.token_ids, "use_cache": False}, batch.token_ids[:, 1:]
 
         def token_values(where: tuple[slice, torch.Tensor | slice], logits: torch.Tensor, overwrite: bool) -> Any:
             of_logits = targets[where].to(logits.device)
@@ -163,14 +160,6 @@ class GradientNorms:
         torch.autograd.grad(hidden, taps.leaves, gradient)
         return theta
 
-    def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"input_ids": batch.token_ids, "use_cache": False}
-        if self._learned_positions:
-            inputs["position_ids"] = torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device).expand_as(
-                batch.token_ids
-            )
-        return inputs
-
     def _slow(self, batch: MicroBatch, of_log_prob: bool) -> dict[str, list[float]]:
         """Shares of |g|^2 of the parameters without a rule, sample by sample."""
         slow = {name: self.parameters[name] for name in self.coverage.slow}
@@ -184,7 +173,7 @@ class GradientNorms:
 
     def objective(self, batch: MicroBatch, of_log_prob: bool = False) -> torch.Tensor:
         """sum_t log(-P_t), or sum_t P_t, of all samples together, differentiable."""
-        logits = self.model(**self._inputs(batch)).logits[:, :-1]
+        logits = self.model(batch.token_ids, use_cache=False).logits[:, :-1]
         values = LogNegLogProb.apply(logits, batch.token_ids[:, 1:], False)
         return (values * _slope(values, batch.scored, of_log_prob)).sum()
 
@@ -240,13 +229,25 @@ class _Taps:
                 hook.remove()
 
     def _leaf(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        self.leaves.append(output.detach().requires_grad_())
+        self.leaves.append(self._of_each_sample(output, 2).detach().requires_grad_())
         return self.leaves[-1]
+
+    def _of_each_sample(self, x: torch.Tensor, width: int) -> torch.Tensor:
+        """A single row of positions, [T, ...] or [1, T, ...], or what they are looked up as, for every sample.
+
+        All samples would share it, and so they would the gradient at their embedding. width: dimensions with [T, ...].
+        """
+        samples, tokens = self._shape
+        if samples == 1 or x.dim() not in (width, width + 1) or x.shape[-width] != tokens:
+            return x
+        return x.expand(samples, *x.shape[-width:]) if x.dim() == width or x.shape[0] == 1 else x
 
     def _tap(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
         # learned positions may be given by name, beside a mask
         layer_input = kwargs["position_ids"] if kwargs.get("position_ids") is not None else args[0]
         layer_input = layer_input.to(output.device)  # of a model over several GPUs, it may come from another
+        if isinstance(module, torch.nn.Embedding):
+            layer_input = self._of_each_sample(layer_input, 1)
         tapped: torch.Tensor = _Tap.apply(output, layer_input, module, self)
         return tapped
 

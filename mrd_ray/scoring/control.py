@@ -33,12 +33,26 @@ class Control(NamedTuple):
             raise UserError(
                 f"scoring.control_variate: no rule covers {norms.coverage.slow[0]} (scoring.allow_slow_parameters)"
             )
-        if wrong := disagreements(norms):
+        if wrong := disagreements_of(norms, "scoring.control_variate"):
             raise UserError(f"scoring.control_variate: gradient norms do not agree with autograd, first {wrong[0]}")
         try:
             return cls(norms, first_order_of(replica, norms, scoring))
         except UserError as problem:
             raise UserError(f"scoring.control_variate: {problem}") from problem
+
+
+def disagreements_of(norms: GradientNorms, setting: str) -> list[str]:
+    """As `autograd_check.disagreements`. Raises UserError if the model's gradients cannot be made at all."""
+    try:
+        return disagreements(norms)
+    except Exception as problem:  # each architecture objects to being listened to in a way of its own
+        if isinstance(problem, RuntimeError) and out_of_memory(problem):
+            raise
+        reason = f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
+        raise UserError(
+            f"{setting} cannot differentiate {type(norms.model).__name__} (model type "
+            f"{norms.model.config.model_type}) by layers ({reason}); use plain monte_carlo, and report the model"
+        ) from problem
 
 
 def first_order_of(replica: Replica, norms: GradientNorms, scoring: ScoringConfig) -> FirstOrder:

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from mrd_ray import models
 from mrd_ray.config import ScoringConfig
 from mrd_ray.errors import UserError
-from mrd_ray.mrd.autograd_check import disagreements
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.curvature import TraceEstimator
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures, sum_log_probs
@@ -20,7 +19,7 @@ from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
 from mrd_ray.mrd.perturb import Replica, Shard
 from mrd_ray.mrd.precision import examine
 from mrd_ray.scoring.advice import Case, insufficient
-from mrd_ray.scoring.control import Control
+from mrd_ray.scoring.control import Control, disagreements_of
 from mrd_ray.scoring.memory import TOO_LARGE, Sample, activation_bytes, collate, fitting, out_of_memory, release
 from mrd_ray.scoring.verification import Scored, Verification
 
@@ -34,7 +33,7 @@ def refuse_wrong_rules(model: PreTrainedModel, scoring: ScoringConfig) -> None:
     if scoring.estimator != "closed_form":
         return
     selected = models.select(dict(model.named_parameters()), scoring.parameters)
-    if wrong := disagreements(GradientNorms(model, selected)):
+    if wrong := disagreements_of(GradientNorms(model, selected), "scoring.estimator: closed_form"):
         raise UserError(
             f"scoring.estimator: closed_form does not agree with autograd on this model, in {len(wrong)} of "
             f"{len(selected)} parameters, first {wrong[0]}; use monte_carlo, and report the model"

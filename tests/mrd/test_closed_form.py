@@ -6,13 +6,16 @@ import math
 import peft
 import pytest
 import torch
-from architectures import CONFIGS, GROUPED, SAMPLES, SCORED, batch_of, memorise, model_of
+from architectures import CONFIGS, GROUPED, SAMPLES, SCORED, SHAPE, batch_of, memorise, model_of
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, BertConfig, BlenderbotConfig, MixtralConfig, RobertaConfig
 
+from mrd_ray import UserError
+from mrd_ray.config import ScoringConfig
 from mrd_ray.mrd.autograd_check import disagreements
 from mrd_ray.mrd.closed_form import GradientNorms, coverage
 from mrd_ray.mrd.likelihood import Likelihood, TokenMeasures
+from mrd_ray.scoring.estimators import refuse_wrong_rules
 
 LONG = [[(7 * i * i + 3 * i) % 60 + 1 for i in range(40)], [(5 * i) % 60 + 1 for i in range(33)]]
 
@@ -219,6 +222,33 @@ def test_a_layer_that_breaks_its_rule_is_noticed():
     projection = model.model.layers[1].mlp.up_proj
     projection.__class__ = Doubled
     assert disagreements(GradientNorms(model)) == ["model.layers.1.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RobertaConfig(**SHAPE, is_decoder=True, type_vocab_size=1),  # positions begin after the pad token's id
+        BertConfig(**SHAPE, is_decoder=True),
+        BlenderbotConfig(vocab_size=61, d_model=24, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_positions_that_all_samples_share(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    norms = GradientNorms(model)
+    assert disagreements(norms) == []
+    check(model, norms, samples=[[token + 1 for token in sample] for sample in [[3, 5, 9, 3], [4, 33, 2], [7, 7]]],
+          scored=[[True] * 4, [True] * 3, [True] * 2])  # fmt: skip
+
+
+def test_a_model_that_cannot_be_listened_to_is_refused_by_name():
+    model = model_of("llama")
+    mlp = model.model.layers[1].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x.transpose(0, 1)).transpose(0, 1)
+    with pytest.raises(UserError, match=r"closed_form cannot differentiate LlamaForCausalLM .model type llama. by lay"):
+        refuse_wrong_rules(model, ScoringConfig(estimator="closed_form"))
 
 
 def test_a_layer_called_twice_is_noticed():
