@@ -10,7 +10,7 @@ No gradient of a parameter is ever made for this, neither of the batch nor of a 
 import contextlib
 import functools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,15 @@ from transformers import PreTrainedModel
 
 from mrd_ray.mrd.autograd import square_norms
 from mrd_ray.mrd.choices import Choices
-from mrd_ray.mrd.gradient_rules import GramCache, by_sample, embedding_overlap, rule_of
+from mrd_ray.mrd.expert_rules import (
+    Measure,
+    experts_forward,
+    is_experts,
+    measured_inside,
+    router_forward,
+    sinks_forward,
+)
+from mrd_ray.mrd.gradient_rules import GramCache, Squares, by_sample, embedding_overlap, is_router, rule_of, square_sum
 from mrd_ray.mrd.likelihood import LOGITS, LogNegLogProb, MicroBatch, TokenMeasures, output_layer_is_plain
 from mrd_ray.mrd.recompute import recomputing
 
@@ -57,11 +65,15 @@ def coverage(model: torch.nn.Module, selected: Collection[str]) -> Coverage:
     slow = [
         name
         for name, modules in holders.items()
-        if any(rule_of(module) is None for module in modules) or (len(modules) > 1 and name not in tied)
+        if not all(map(_has_rule, modules)) or (len(modules) > 1 and name not in tied)
     ]
     fast = {id(module) for name in holders if name not in slow for module in holders[name]}
     layers = [module for module in model.modules() if id(module) in fast]
     return Coverage(layers, frozenset(tied), slow)
+
+
+def _has_rule(layer: torch.nn.Module) -> bool:
+    return rule_of(layer) is not None or measured_inside(layer)
 
 
 class GradientNorms:
@@ -221,15 +233,42 @@ class _Taps:
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         hooks = [module.register_forward_hook(self._leaf) for module in self._embeddings]
-        hooks += [module.register_forward_hook(self._tap, with_kwargs=True) for module in self._coverage.layers]
+        own = {module: vars(module).get("forward") for module in self._coverage.layers if measured_inside(module)}
+        outside = [module for module in self._coverage.layers if module not in own]
+        hooks += [module.register_forward_hook(self._tap, with_kwargs=True) for module in outside]
+        for module in own:
+            module.forward = self._forward_inside(module)
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+            for module, forward in own.items():
+                del module.forward
+                if forward is not None:
+                    module.forward = forward
+
+    def _forward_inside(self, module: torch.nn.Module) -> Callable[..., Any]:
+        """A forward that taps what cannot be seen from outside the layer."""
+        if is_router(module):
+            tap = functools.partial(_Tap.apply, functools.partial(self.measure, module))
+            return functools.partial(router_forward, module, module.forward, tap)
+        add = functools.partial(self._add, module)
+        if is_experts(module):
+            return functools.partial(experts_forward, module, self._shape[0], _Tap.apply, add)
+
+        def copies(sinks: torch.Tensor) -> torch.Tensor:
+            leaf = self._leaf_of(sinks.expand(self._shape[0], *sinks.shape[1:]))
+            leaf.register_hook(lambda gradient: add({"sinks": square_sum(gradient)}))
+            return leaf
+
+        return functools.partial(sinks_forward, module, module.forward, copies)
 
     def _leaf(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        self.leaves.append(self._of_each_sample(output, 2).detach().requires_grad_())
+        return _unseen_view(self._leaf_of(self._of_each_sample(output, 2)))
+
+    def _leaf_of(self, output: torch.Tensor) -> torch.Tensor:
+        self.leaves.append(output.detach().requires_grad_())
         return self.leaves[-1]
 
     def _of_each_sample(self, x: torch.Tensor, width: int) -> torch.Tensor:
@@ -242,14 +281,15 @@ class _Taps:
             return x
         return x.expand(samples, *x.shape[-width:]) if x.dim() == width or x.shape[0] == 1 else x
 
-    def _tap(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+    def _tap(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         # learned positions may be given by name, beside a mask
-        layer_input = kwargs["position_ids"] if kwargs.get("position_ids") is not None else args[0]
+        layer_input = kwargs["position_ids"] if kwargs.get("position_ids") is not None else (*args, *kwargs.values())[0]
+        if not isinstance(layer_input, torch.Tensor) or not isinstance(output, torch.Tensor):
+            return output  # nothing is added up then, which `disagreements` finds
         layer_input = layer_input.to(output.device)  # of a model over several GPUs, it may come from another
         if isinstance(module, torch.nn.Embedding):
             layer_input = self._of_each_sample(layer_input, 1)
-        tapped: torch.Tensor = _Tap.apply(output, layer_input, module, self)
-        return tapped
+        return _Tap.apply(functools.partial(self.measure, module), output, layer_input)
 
     def measure(self, module: torch.nn.Module, layer_input: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add this layer's parameters' shares; `gradient` is that at its output."""
@@ -257,15 +297,21 @@ class _Taps:
         rule = rule_of(module)
         assert rule is not None
         rows = self._shape[0] if self.rows == slice(None) else len(range(*self.rows.indices(self._shape[0])))
-        gradient = by_sample(gradient, rows, self._shape[1])
-        layer_input = by_sample(
-            layer_input if layer_input.is_floating_point() else layer_input[..., None], rows, self._shape[1]
-        )
-        for local, square in rule(module, layer_input, gradient, self._grams).items():
-            if (name := names[local]) in self.squares:
-                self.squares[name][self.rows] += square.to(self._token_ids.device)
+        layer_input = layer_input if layer_input.is_floating_point() else layer_input[..., None]
+        try:
+            layer_input, gradient = (by_sample(x, rows, self._shape[1]) for x in (layer_input, gradient))
+        except ValueError:  # no rule holds for it, then
+            nothing = torch.full((rows,), torch.nan, dtype=torch.float64)
+            self._add(module, dict.fromkeys(names, nothing))
+            return
+        self._add(module, rule(module, layer_input, gradient, self._grams))
         if names.get("weight") in self._coverage.tied:
             self._tie(module, names["weight"], layer_input, gradient)
+
+    def _add(self, module: torch.nn.Module, squares: Squares) -> None:
+        for local, square in squares.items():
+            if (name := self._names[id(module)][local]) in self.squares:
+                self.squares[name][self.rows] += square.to(self._token_ids.device)
 
     def _tie(self, module: torch.nn.Module, name: str, layer_input: torch.Tensor, gradient: torch.Tensor) -> None:
         """2 <g_embed, g_head>: the head's part is kept until the embedding's backward, which comes last."""
@@ -280,25 +326,30 @@ class _Taps:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on a layer's output, whose backward shows the layer's input and the gradient to `_Taps.measure`.
+    """The identity on a layer's output, whose backward tells `measure` the layer's input and the gradient there.
 
     The input is kept as autograd keeps its own tensors, so that checkpointing recomputes it and memory is shared.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, output: torch.Tensor, layer_input: torch.Tensor, module: torch.nn.Module, taps: _Taps
-    ) -> torch.Tensor:
+    def forward(ctx: Any, measure: Measure, output: torch.Tensor, layer_input: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(layer_input)
-        ctx.module, ctx.taps = module, taps
-        return output.view_as(output)
+        ctx.measure = measure
+        return _unseen_view(output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (layer_input,) = ctx.saved_tensors
-        ctx.taps.measure(ctx.module, layer_input, gradient)
-        return gradient, None, None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+        ctx.measure(*ctx.saved_tensors, gradient)
+        return None, gradient, None
+
+
+def _unseen_view(output: torch.Tensor) -> torch.Tensor:
+    """The same memory, as a tensor that autograd lets a model write to in place; no layer with a rule needs its output.
+
+    (It refuses that on views which a function of one's own has made, and on leaves.)
+    """
+    return torch.ops.aten._unsafe_view(output, output.shape)
 
 
 def _slope(values: torch.Tensor, scored: torch.Tensor, of_log_prob: bool) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch.nn import Embedding, LayerNorm, Linear, Module
 from transformers.pytorch_utils import Conv1D
 
 Squares = dict[str, torch.Tensor]
+_CHOICE = {"e_score_correction_bias", "expert_bias"}  # added to the scores of experts for their choice alone
 # Elements of per-sample gradients that the direct product holds at once.
 _DIRECT = 1 << 24
 
@@ -38,36 +39,40 @@ class GramCache:
         """[B, T, n] -> [B, T, T]."""
         # the cached tensor is held, so that its address cannot have become another's
         if self._last is None or self._last[0].data_ptr() != a.data_ptr() or self._last[0].shape != a.shape:
-            self._last = (a, _gram(a))
+            self._last = (a, gram_of(a))
         return self._last[1]
 
 
-def _gram(a: torch.Tensor) -> torch.Tensor:
+def gram_of(a: torch.Tensor) -> torch.Tensor:
+    """[B, T, n] -> [B, T, T]."""
     if a.dtype not in (torch.float32, torch.float64):
         a = a.float()  # products of bf16 are exact in float32, their sums are not in bf16
     return a @ a.mT
 
 
-def _square_sum(x: torch.Tensor) -> torch.Tensor:
+def square_sum(x: torch.Tensor) -> torch.Tensor:
     """[B, ...] -> float64 [B]."""
     return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64).square()
 
 
+def square_of_product(a: torch.Tensor, g: torch.Tensor, gram: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """|G^T A|_F^2 = sum_{t,s} (A A^T)_{ts} (G G^T)_{ts}, whichever costs less. `gram` makes A A^T."""
+    tokens, width = a.shape[1], a.shape[2]
+    if tokens * (width + g.shape[2]) <= width * g.shape[2]:
+        return (gram(a) * gram_of(g)).sum((1, 2), dtype=torch.float64)
+    samples = max(1, _DIRECT // (width * g.shape[2]))
+    products = (b.mT @ c for b, c in zip(g.split(samples), a.split(samples), strict=True))
+    return torch.cat([square_sum(product) for product in products])
+
+
 def linear(layer: Module, a: torch.Tensor, g: torch.Tensor, grams: GramCache) -> Squares:
-    """|G^T A|_F^2 = sum_{t,s} (A A^T)_{ts} (G G^T)_{ts}, whichever costs less; the bias's gradient is sum_t G_t.
+    """The gradient of the weight is G^T A, and that of the bias sum_t G_t.
 
     GPT-2's Conv1D is a linear layer that keeps its weight transposed, which no norm sees.
     """
-    tokens, width = a.shape[1], a.shape[2]
-    if tokens * (width + g.shape[2]) <= width * g.shape[2]:
-        weight = (grams(a) * _gram(g)).sum((1, 2), dtype=torch.float64)
-    else:
-        samples = max(1, _DIRECT // (width * g.shape[2]))
-        products = (b.mT @ c for b, c in zip(g.split(samples), a.split(samples), strict=True))
-        weight = torch.cat([_square_sum(product) for product in products])
-    found = {"weight": weight}
+    found = {"weight": square_of_product(a, g, grams)}
     if getattr(layer, "bias", None) is not None:
-        found["bias"] = _square_sum(g.sum(1, dtype=torch.float64))
+        found["bias"] = square_sum(g.sum(1, dtype=torch.float64))
     return found
 
 
@@ -78,7 +83,7 @@ def embedding(layer: Module, ids: torch.Tensor, g: torch.Tensor, grams: GramCach
     leaves it out).
     """
     same = ids == ids.mT  # ids: [B, T, 1]
-    return {"weight": (_gram(g) * same).sum((1, 2), dtype=torch.float64) * _scale(layer) ** 2}
+    return {"weight": (gram_of(g) * same).sum((1, 2), dtype=torch.float64) * _scale(layer) ** 2}
 
 
 def embedding_overlap(layer: Module, g: torch.Tensor, hidden: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -101,9 +106,9 @@ def layer_norm(layer: Module, a: torch.Tensor, g: torch.Tensor, grams: GramCache
     """y = w x + b with x the standardised input: gradients sum_t G_t x_t and sum_t G_t."""
     assert isinstance(layer, LayerNorm)
     x = torch.nn.functional.layer_norm(a, layer.normalized_shape, eps=layer.eps)
-    found = {"weight": _square_sum((g * x).sum(1, dtype=torch.float64))}
+    found = {"weight": square_sum((g * x).sum(1, dtype=torch.float64))}
     if layer.bias is not None:
-        found["bias"] = _square_sum(g.sum(1, dtype=torch.float64))
+        found["bias"] = square_sum(g.sum(1, dtype=torch.float64))
     return found
 
 
@@ -111,7 +116,24 @@ def rms_norm(layer: Module, a: torch.Tensor, g: torch.Tensor, grams: GramCache) 
     """y = w x, or (1 + w) x in Gemma, with x = input / rms: gradient sum_t G_t x_t."""
     eps: Any = layer.variance_epsilon if hasattr(layer, "variance_epsilon") else layer.eps
     x = torch.nn.functional.rms_norm(a, a.shape[-1:], eps=eps)
-    return {"weight": _square_sum((g * x).sum(1, dtype=torch.float64))}
+    return {"weight": square_sum((g * x).sum(1, dtype=torch.float64))}
+
+
+def is_router(layer: Module) -> bool:
+    """Whether it makes the logits of experts, by F.linear of its weight, and returns what it makes of those too."""
+    own = dict(layer.named_parameters(recurse=False))
+    matrix = own.get("weight")
+    return (
+        type(layer).__name__.endswith(("Router", "Gate"))
+        and matrix is not None
+        and matrix.dim() == 2
+        and own.keys() <= {"weight", "bias", *_CHOICE}
+    )
+
+
+def choice(layer: Module, a: torch.Tensor, g: torch.Tensor, grams: GramCache) -> Squares:
+    """What decides between experts, and does no more, has no gradient."""
+    return {}
 
 
 Rule = Callable[[Module, torch.Tensor, torch.Tensor, GramCache], Squares]
@@ -119,13 +141,16 @@ Rule = Callable[[Module, torch.Tensor, torch.Tensor, GramCache], Squares]
 
 def rule_of(layer: Module) -> Rule | None:
     """The rule for this type of layer, or None."""
-    if isinstance(layer, (Linear, Conv1D)):
+    if isinstance(layer, (Linear, Conv1D)) or is_router(layer):
         return linear
     if isinstance(layer, Embedding):
         return embedding
     if isinstance(layer, LayerNorm):
         return layer_norm
+    own = {name for name, _ in layer.named_parameters(recurse=False)}
     # every model of transformers has an RMSNorm class of its own
-    if type(layer).__name__.endswith("RMSNorm") and [name for name, _ in layer.named_parameters()] == ["weight"]:
+    if type(layer).__name__.endswith("RMSNorm") and own == {"weight"}:
         return rms_norm
+    if own and own <= _CHOICE:
+        return choice
     return None

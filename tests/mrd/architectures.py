@@ -5,17 +5,27 @@ import contextlib
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    Ernie4_5_MoeConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4MoeConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
+    GraniteMoeConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
+    PhimoeConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from mrd_ray.mrd.double import Float64, keep_float64
@@ -39,6 +49,25 @@ CONFIGS = {
     "gpt-neox": GPTNeoXConfig(**SHAPE),
     "opt": OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=16),
 }  # fmt: skip
+_CHOSEN = GROUPED | {"num_experts_per_tok": 2}
+_OWN = _CHOSEN | {"moe_intermediate_size": 16, "pad_token_id": 0}  # experts of another width
+_LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 6}
+EXPERTS = {
+    "mixtral": MixtralConfig(**_CHOSEN, num_local_experts=3),
+    "qwen2-moe": Qwen2MoeConfig(**_OWN, num_experts=4, shared_expert_intermediate_size=16),
+    "qwen3-moe": Qwen3MoeConfig(**_OWN, num_experts=4, head_dim=6),
+    "olmoe": OlmoeConfig(**_CHOSEN, num_experts=4, pad_token_id=0),
+    "gpt-oss": GptOssConfig(**_CHOSEN, num_local_experts=4, head_dim=6, sliding_window=4),
+    "llama4": Llama4TextConfig(**GROUPED, num_experts_per_tok=1, num_local_experts=3, head_dim=6, pad_token_id=0),
+    "phi-moe": PhimoeConfig(**_CHOSEN, num_local_experts=4),
+    "granite-moe": GraniteMoeConfig(**_CHOSEN, num_local_experts=4),
+    "glm4-moe": Glm4MoeConfig(**_OWN, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, head_dim=6),
+    "ernie-moe": Ernie4_5_MoeConfig(**_OWN, moe_num_experts=4, moe_k=2, moe_layer_start_index=1),
+    "deepseek-v3": DeepseekV3Config(
+        **(_OWN | {"num_key_value_heads": 4}), **_LATENT, n_routed_experts=4, n_shared_experts=1, n_group=2,
+        topk_group=1, first_k_dense_replace=1,
+    ),
+}  # fmt: skip
 SAMPLES = [[3, 5, 9, 3, 22, 17, 40, 8], [4, 33, 2], [7, 7], [9, 60, 59, 3, 3, 3, 12, 14, 50, 20, 31, 44]]
 SCORED = [[False] * 4 + [True] * 4, *([True] * len(sample) for sample in SAMPLES[1:])]
 
@@ -46,7 +75,11 @@ SCORED = [[False] * 4 + [True] * 4, *([True] * len(sample) for sample in SAMPLES
 def model_of(name: str, dtype=torch.float64, config=None) -> torch.nn.Module:
     torch.manual_seed(0)
     with Float64() if dtype == torch.float64 else contextlib.nullcontext():
-        model = AutoModelForCausalLM.from_config(config or CONFIGS[name]).to(dtype).eval()
+        return _moved(AutoModelForCausalLM.from_config(config or CONFIGS[name]), dtype)
+
+
+def _moved(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    model = model.to(dtype).eval()
     keep_float64(model)
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms away from 0 and 1
@@ -61,10 +94,18 @@ def mixture_of(dtype=torch.float64, experts: float = 1.0, router: float = 1.0, *
         **GROUPED, num_experts_per_tok=2, bos_token_id=1, eos_token_id=2, **{"num_local_experts": 4} | settings
     )
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").to(dtype).eval()
+    keep_float64(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(experts if "experts" in name else router if "gate" in name else 1.0)
     return model
+
+
+def experts_of(name: str, dtype=torch.float64, implementation: str = "eager") -> torch.nn.Module:
+    """A mixture of experts."""
+    torch.manual_seed(0)
+    with Float64() if dtype == torch.float64 else contextlib.nullcontext():
+        return _moved(AutoModelForCausalLM.from_config(EXPERTS[name], experts_implementation=implementation), dtype)
 
 
 def batch_of(samples=SAMPLES, scored=None) -> MicroBatch:

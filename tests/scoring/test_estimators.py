@@ -13,7 +13,7 @@ import pytest
 import torch
 from runs_of import config, stamps
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, CTRLConfig, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, CTRLConfig, JetMoeConfig, LlamaConfig
 
 from mrd_ray import ScoringConfig, UserError, score
 from mrd_ray.cli import main
@@ -236,11 +236,11 @@ def test_model_that_is_not_causal_is_refused(tiny_model_dir, qa_file, tmp_path):
 
 def test_uncovered_parameters_are_listed_or_differentiated(tiny_model_dir, qa_file, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    mixture = MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=1, num_local_experts=2, **shape)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "kv_channels": 8}
+    mixture = JetMoeConfig(vocab_size=len(tokenizer), num_key_value_heads=1, num_local_experts=2, **shape)
     AutoModelForCausalLM.from_config(mixture).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=r"no rule for 3 of.*experts\.gate_up_proj.*allow_slow_parameters"):
+    with pytest.raises(UserError, match=r"no rule for 6 of.*mlp\.input_linear\.weight.*allow_slow_parameters"):
         score(config(tmp_path / "model", qa_file, tmp_path / "run", **CLOSED))
     found = score(config(tmp_path / "model", qa_file, tmp_path / "run", **CLOSED, scoring__allow_slow_parameters=True))
     for row, norm in zip(found.scores.to_pylist(), directly(tmp_path / "model", found.samples), strict=True):
@@ -248,7 +248,7 @@ def test_uncovered_parameters_are_listed_or_differentiated(tiny_model_dir, qa_fi
     draws = {"scoring__num_draws": 4, "scoring__max_draws": 4, "scoring__target_relative_se": 0.01}
     plain = score(config(tmp_path / "model", qa_file, tmp_path / "plain", **draws))
     (said,) = (event for event in events(tmp_path / "plain") if event["event"] == "without_control")
-    assert re.match(r"Draws are plain ones\. .* no rule covers model.layers.0.mlp.gate", said["message"])
+    assert re.match(r"Draws are plain ones\. .* no rule covers model.layers.0.self_attention", said["message"])
     assert min(row["mrd_se"] / row["mrd"] for row in plain.scores.to_pylist()) > 0.01
     by_name = {"scoring__control_variate": True}
     with pytest.raises(UserError, match=r"scoring\.control_variate: no rule covers .*allow_slow_parameters"):
