@@ -49,8 +49,8 @@ class TraceEstimator:
         """One probe: float64 [B], with mean mu / sigma^2 = -1/2 sum_t Tr(H_t) / P_t over seeds.
 
         Raises NotImplementedError if torch cannot differentiate one of the model's functions twice in forward mode, or
-        if one has a kink: where sigma moves inputs across it, that adds to mu at order sigma^2, and no derivative at
-        theta knows of it.
+        if one has a kink or jumps: where sigma moves inputs across that, it adds to mu at order sigma^2 or before, and
+        no derivative at theta knows of it.
         """
         vocabulary = self.model.config.get_text_config().vocab_size
         samples = max(1, LOGITS // (vocabulary * batch.token_ids.shape[1]))  # bounds the memory of logits
@@ -91,7 +91,7 @@ _KINKED = {
 
 
 class _TwiceDifferentiable(ForwardMode):
-    """Refuses functions with kinks, and spells out what torch 2.13 cannot differentiate twice in forward mode.
+    """Refuses functions with kinks or jumps, and spells out what torch 2.13 cannot differentiate twice in forward mode.
 
     That refuses silu, and gives layer_norm a wrong second derivative: its mean and variance count as constants there.
     """
@@ -99,6 +99,8 @@ class _TwiceDifferentiable(ForwardMode):
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _KINKED:
             raise NotImplementedError(f"{func.__name__} has a kink, whose part of E Delta no second derivative sees")
+        if func in (torch.topk, torch.Tensor.topk):
+            raise NotImplementedError("topk jumps, as where experts change, which no derivative sees")
         if func is torch.nn.functional.silu:
             return args[0] * torch.sigmoid(args[0])
         if func is torch.nn.functional.layer_norm:

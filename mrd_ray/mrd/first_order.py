@@ -97,7 +97,26 @@ def _along(function: Callable[[Weights], Any], theta: Weights, step: Weights) ->
 
 
 class ForwardMode(TorchFunctionMode):
-    """Spells out what torch 2.13 has no forward mode for, and attention, for which it has a slow one alone."""
+    """Spells out what torch 2.13 has no forward mode for, and attention, for which it has a slow one alone.
+
+    Functions with a backward of their own (BLOOM's gelu) have none either; what their forwards are made of has.
+    """
+
+    def __enter__(self) -> "ForwardMode":
+        self._apply = own = vars(torch.autograd.Function)["apply"]
+
+        def apply(function: Any, *args: Any) -> Any:
+            if function.setup_context is not torch.autograd.Function.setup_context:
+                return own.__func__(function, *args)  # made for torch.func
+            return function.forward(_Context(), *args)
+
+        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        super().__exit__(*problem)
+        torch.autograd.Function.apply = self._apply  # type: ignore[method-assign]
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
@@ -105,6 +124,13 @@ class ForwardMode(TorchFunctionMode):
         if func is GROUPED_MM and (kwargs or {}).get("bias") is None:
             return grouped_mm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+class _Context:
+    """Of a function that will have no backward: takes in whatever its forward keeps."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 def _attention(

@@ -5,8 +5,10 @@ import contextlib
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     DeepseekV3Config,
     Ernie4_5_MoeConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4MoeConfig,
@@ -18,6 +20,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    OlmoConfig,
     OlmoeConfig,
     OPTConfig,
     Phi3Config,
@@ -47,6 +50,9 @@ CONFIGS = {
     "phi3": Phi3Config(**GROUPED, pad_token_id=0),
     "gpt2": GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=64, n_inner=48),
     "gpt-neox": GPTNeoXConfig(**SHAPE),
+    "bloom": BloomConfig(vocab_size=61, hidden_size=24, n_layer=2, n_head=4),
+    "falcon": FalconConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4),
+    "olmo": OlmoConfig(**GROUPED, clip_qkv=1.0, pad_token_id=0),
     "opt": OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=16),
 }  # fmt: skip
 _CHOSEN = GROUPED | {"num_experts_per_tok": 2}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from architectures import CONFIGS, SAMPLES, SCORED, SHAPE, batch_of, memorise, model_of
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
-from transformers import AutoModelForCausalLM, BertConfig, BlenderbotConfig, JetMoeConfig, RobertaConfig
+from transformers import AutoModelForCausalLM, BertConfig, BlenderbotConfig, CTRLConfig, JetMoeConfig, RobertaConfig
 
 from mrd_ray import UserError
 from mrd_ray.config import ScoringConfig
@@ -74,6 +74,15 @@ def test_every_architecture(name):
     assert norms.coverage.slow == []
     assert disagreements(norms) == []
     check(model, norms)
+
+
+@pytest.mark.parametrize("selected", [None, "attention"])
+def test_a_model_that_writes_to_embeddings_in_place(selected):
+    torch.manual_seed(0)
+    config = CTRLConfig(vocab_size=61, n_embd=24, n_layer=2, n_head=4, dff=32, n_positions=64)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    names = [name for name, _ in model.named_parameters() if selected is None or selected in name]
+    check(model, GradientNorms(model, names))
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gemma2", "gpt2", "opt"])

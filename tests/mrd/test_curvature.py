@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import CONFIGS, SAMPLES, SCORED, batch_of, model_of
+from architectures import CONFIGS, SAMPLES, SCORED, batch_of, experts_of, model_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -115,6 +115,11 @@ def test_a_function_with_a_kink_is_an_error(function):
 def test_a_model_with_relu_is_refused():
     with pytest.raises(NotImplementedError, match="relu has a kink"):
         aimed(TraceEstimator(model_of("opt")), batch_of(), 5)
+
+
+def test_experts_are_refused():
+    with pytest.raises(NotImplementedError, match="topk jumps"):
+        aimed(TraceEstimator(experts_of("mixtral")), batch_of(), 5)
 
 
 def test_a_function_that_torch_cannot_differentiate_twice_is_an_error():

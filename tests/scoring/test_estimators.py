@@ -248,7 +248,7 @@ def test_uncovered_parameters_are_listed_or_differentiated(tiny_model_dir, qa_fi
     draws = {"scoring__num_draws": 4, "scoring__max_draws": 4, "scoring__target_relative_se": 0.01}
     plain = score(config(tmp_path / "model", qa_file, tmp_path / "plain", **draws))
     (said,) = (event for event in events(tmp_path / "plain") if event["event"] == "without_control")
-    assert re.match(r"Draws are plain ones\. .* no rule covers model.layers.0.self_attention", said["message"])
+    assert re.match(r"Draws are plain ones\. .* no rule covers model.layers.0.mlp", said["message"])
     assert min(row["mrd_se"] / row["mrd"] for row in plain.scores.to_pylist()) > 0.01
     by_name = {"scoring__control_variate": True}
     with pytest.raises(UserError, match=r"scoring\.control_variate: no rule covers .*allow_slow_parameters"):
