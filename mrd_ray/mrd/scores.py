@@ -23,6 +23,8 @@ from mrd_ray.mrd.standard_errors import (
 class Score:
     """Both statistics of one sample, each with its standard error; None where the estimator cannot know it.
 
+    95% of scores lie within two standard errors of the truth, however few the draws (see `standard_errors`).
+
     mean_abs = E|Delta| (Algorithm 1), first order in sigma. abs_mean = |E Delta| (Definition 3.1), second order in
     sigma: with plain draws its standard error is usually larger than itself, which `abs_mean_se` shows.
 
