@@ -109,7 +109,9 @@ def _warnings(scored: pa.Table, mrd: np.ndarray, se: np.ndarray) -> list[str]:
     """What would be wrong to overlook, as in scoring.summary."""
     found = []
     if unclear := int((mrd < 2 * se).sum()):
-        found.append(f"{unclear:,} score(s) are less than twice their standard error: they say little.")
+        found.append(
+            f"{unclear:,} score(s) are less than twice their standard error, so zero is in their 95% interval."
+        )
     if loud := int((_array(scored, "mean_abs") > _array(scored, "num_tokens")).sum()):
         found.append(
             f"{loud:,} sample(s) have log-probabilities that change by more than themselves: sigma is too large."
@@ -194,16 +196,17 @@ def agreement(runs: Sequence[Scores], include_text: bool) -> Agreement | None:
         try:
             found = compare.compare(CompareConfig(run_a=a.about.uri, run_b=b.about.uri))
         except UserError as problem:
-            rows.append([names, None, None, None, None, f"not compared: {problem}"])
+            rows.append([names, None, None, None, None, None, f"not compared: {problem}"])
             continue
         far = "no standard errors to go by" if found.apart is None else f"{found.apart:.1%} over 3 s.e. apart"
         unlike = _unlike(a, b)
         difference = "; ".join(filter(None, (far, unlike)))
-        rows.append([names, found.compared, found.spearman, found.kendall, found.median_ratio, difference])
+        figures = (found.compared, found.spearman, found.kendall, found.median_ratio)
+        rows.append([names, *figures, found.draws, difference])
         if a is runs[0]:
             drawn.append(_scatter(a, b, found, unlike))
             apart.append(_apart(a, b, found, include_text))
-    head = ("runs", "samples", "Spearman", "Kendall", "median ratio", "difference")
+    head = ("runs", "samples", "Spearman", "Kendall", "median ratio", "errors of differences", "difference")
     return Agreement(Table("Agreement of each two runs", head, rows), drawn, apart)
 
 

@@ -103,7 +103,8 @@ class MonteCarlo:
                 result = _result(sample_id, log_prob, part.measures, i)
                 if part.norms is not None:
                     result |= {"gradient_norm": part.norms[i]}
-                found.append(result | _of_draws(of_part[i].tolist(), draws, result, part.norms is not None))
+                std = None if part.norms is None else scoring.sigma * part.norms[i]
+                found.append(result | _of_draws(of_part[i].tolist(), draws, result, std))
         return found
 
     def restore(self) -> None:
@@ -246,17 +247,18 @@ def _result(sample_id: str, log_prob: float, measures: dict[str, list[float]], i
     return {"sample_id": sample_id, "log_prob": log_prob, "error": error, "measures": own}
 
 
-def _of_draws(values: list[list[float]], draws: range, result: Result, controlled: bool) -> Result:
-    """controlled: whether each draw ends with L."""
+def _of_draws(values: list[list[float]], draws: range, result: Result, first_std: float | None) -> Result:
+    """first_std: sigma |g|, if each draw ends with L."""
+    controlled = first_std is not None
     deltas = [of_draw[:-1] for of_draw in values] if controlled else values
     first = [of_draw[-1] for of_draw in values] if controlled else None
     broken = [k for k, pair in zip(draws, deltas, strict=True) if not all(map(math.isfinite, pair))]
     error = result["error"]
     if error is None and broken:
         error = f"its relative change is not finite in {len(broken)} draw(s), the first {broken[0]}: sigma too large?"
-    moments = vars(Moments.of(deltas, first))
+    moments = vars(Moments.of(deltas, first, first_std, draws.start))
     if error is None and controlled and not math.isfinite(result["gradient_norm"]):
         error = "its gradient is not finite"
-    if error is None and any(part != part for name in moments if name != "num_draws" for part in moments[name]):
+    if error is None and any(part != part for name in Moments.sums() for part in moments[name]):
         error = "its relative changes are too large to add up their squares: sigma too large?"
     return {"error": error} | moments

@@ -113,7 +113,9 @@ def show(console: Console, scores: pa.Table, samples: pa.Table, config: ScoreCon
             f"[red]{loud} sample(s) have log-probabilities that change by more than themselves: sigma is too large"
         )
     if unclear := np.count_nonzero(mrd < 2 * mrd_se):
-        console.print(f"[red]{unclear} score(s) are less than twice their standard error: they say little")
+        console.print(
+            f"[red]{unclear} score(s) are less than twice their standard error: zero is in their 95% interval"
+        )
     if bent := np.count_nonzero(nonlinearity > NONLINEAR):
         console.print(f"{bent} sample(s) have a nonlinearity over {NONLINEAR:g}: sigma is not small for them")
     if doubted := doubts(scores):
@@ -165,7 +167,7 @@ def figure(scores: pa.Table, samples: pa.Table, config: ScoreConfig) -> bytes:
         at = np.unique(np.linspace(0, len(mrd) - 1, _POINTS).astype(int))
         sorted_scores.errorbar(at + 1, mrd[at], yerr=se[at], fmt=".", markersize=3, color="#4878a8", ecolor="#b8c8dc")
     histogram.set(title="Distribution of scores", xlabel=name, ylabel="samples")
-    sorted_scores.set(title="Hardest to easiest, ± standard error", xlabel="rank", ylabel=name)
+    sorted_scores.set(title="Hardest to easiest, ± standard error (95%: twice that)", xlabel="rank", ylabel=name)
     titles = ("Hardest to unlearn", "Easiest to unlearn")
     for column, (title, part) in enumerate(zip(titles, ends(order), strict=True)):
         axis = page.add_subplot(grid[1, column])
