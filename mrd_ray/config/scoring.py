@@ -51,9 +51,9 @@ class ScoringConfig(Frozen):
     )
     control_variate: bool | None = Field(
         None,
-        description="monte_carlo: take from each draw what the gradient foretells of it, whose mean is known, at the "
-        "cost of some three forwards a draw. At sigma 1e-5 four draws are then worth thousands. Unset: with "
-        "target_relative_se, where the model and its placement allow it.",
+        description="monte_carlo: take from each draw what the gradient foretells of it, whose mean is known. A draw "
+        "is then a pair, theta + delta and theta - delta, and costs some five forwards; at sigma 1e-5 four are worth "
+        "many thousands of plain ones. Unset: with target_relative_se, where the model and its placement allow it.",
     )
     target_relative_se: float | None = Field(
         None,
@@ -100,6 +100,16 @@ class ScoringConfig(Frozen):
         """Whether Monte Carlo is to have a control variate."""
         unset = self.control_variate is None
         return self.estimator == "monte_carlo" and bool(self.target_relative_se if unset else self.control_variate)
+
+    @property
+    def paired(self) -> bool:
+        """Whether Monte Carlo is to evaluate theta - delta beside theta + delta."""
+        return self.antithetic or self.controlled
+
+    @property
+    def resolves_mean(self) -> bool:
+        """Whether pairs of draws are made for E Delta, which is then to stand out of rounding."""
+        return self.antithetic or (self.controlled and self.statistic == "abs_mean")
 
     @field_validator("parameters")
     @classmethod

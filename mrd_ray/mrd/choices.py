@@ -128,14 +128,16 @@ class Reach:
         jumps: Callable[[dict[int, torch.Tensor]], torch.Tensor],
         deviations: Callable[[dict[int, torch.Tensor]], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """At most so much do flips add to E|Delta|, sum_i P(flip i) |jump i|: float64 [B], infinite if untold.
+        """Moments of what flips add to Delta, sum_i P(flip i) |jump i|^n: float64 [B, 2], n = 1, 2; infinite if untold.
+
+        The first is the most that they add to E|Delta|.
 
         Args:
             jumps: gives Delta [B] of a forward with flips, as `Choices` takes them.
             deviations: gives the standard deviation [B] of what sigma moves each sample's gap by, one of each told
                 alike. Without it the draws must do, which show the half or less of some.
         """
-        found = torch.zeros(len(self._matters), dtype=torch.float64, device=self._matters.device)
+        found = torch.zeros(len(self._matters), 2, dtype=torch.float64, device=self._matters.device)
         turns = [turn for turn, moved in self._moved.items() if moved]
         if not turns:
             return found
@@ -152,8 +154,9 @@ class Reach:
                 nearest = gaps.gather(1, place[:, None])[:, 0] / deviations(self._told(turns, here)).to(gaps.device)
                 here &= (nearest < _REACH)[:, None]
             if here.any():
-                jump = jumps(self._told(turns, here)).abs().to(found.device)
-                found += torch.where(here.any(1), jump * torch.special.ndtr(-nearest.double()), 0.0)
+                jump = jumps(self._told(turns, here)).abs().to(found.device)[:, None]
+                of_flip = torch.special.ndtr(-nearest.double())[:, None] * torch.cat([jump, jump.square()], 1)
+                found += torch.where(here.any(1, keepdim=True), of_flip, 0.0)
         found[(far < _REACH).any(1)] = math.inf
         return found.nan_to_num_(nan=math.inf)
 

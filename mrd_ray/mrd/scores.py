@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -80,6 +80,24 @@ def monte_carlo_score(moments: Moments, antithetic: bool = False, first_std: flo
     else:
         s, nonlinearity = None if mean_se is None else mean_se / student(k - 1) * math.sqrt(k), None
     return Score(mean_abs, mean_abs_se, abs(mean), mean_se, mean, s, nonlinearity)
+
+
+def with_flips(score: Score, flip_squares: float | None, k: int) -> Score:
+    """The score, whose standard errors tell of choices that sigma may flip, too, which k draws may not have met.
+
+    flip_squares: what flips add to E Delta^2 (see `choices`), so that they add this over k to a mean's variance.
+    Infinite where that is not known, and neither are the standard errors then.
+    """
+    if not flip_squares:
+        return score
+    if not math.isfinite(flip_squares):
+        return replace(score, mean_abs_se=None, abs_mean_se=None)
+    least = math.sqrt(flip_squares / k)
+
+    def at_least(se: float | None) -> float | None:
+        return None if se is None else max(se, least)
+
+    return replace(score, mean_abs_se=at_least(score.mean_abs_se), abs_mean_se=at_least(score.abs_mean_se))
 
 
 def _of_draws(moments: Moments, first_std: float) -> tuple[float, float | None]:

@@ -27,11 +27,13 @@ class Finding(NamedTuple):
     """What draws say of one sample.
 
     deltas: Delta_k / s. first: L_k / s, empty if not known. flips: the share of its score that flips of choices add.
+    flip_squares: what they add to E Delta^2.
     """
 
     deltas: list[float]
     first: list[float]
     flips: float
+    flip_squares: float
 
     def off(self, mu: float = 0.0) -> float:
         """Root mean square of Delta_k - L_k - mu, over s. mu: of Delta, over s."""
@@ -93,13 +95,15 @@ class SelfCheck:
                         _append(first[i], self._first_order(batch, self._replica.base, self._replica.step()))
         finally:
             self._replica.restore()
-        flips = [self._flips(*one) for one in zip(reaches, batches, theta, strict=True)] if reaches else None
+        none = [[[0.0, 0.0] for _ in of_batch] for of_batch in norms]
+        flips = [self._flips(*one) for one in zip(reaches, batches, theta, strict=True)] if reaches else none
+        deviations = [[self._sigma * norm for norm in of_batch] for of_batch in norms]
         return [
             [
-                Finding(_over(d, s * self._sigma), _over(f, s * self._sigma), _share(flips[i][j], s) if flips else 0.0)
-                for j, (d, f, s) in enumerate(zip(values[i], first[i], of_batch, strict=True))
+                Finding(_over(d, s), _over(f, s), _share(once, s), twice)
+                for d, f, (once, twice), s in zip(*of_batch, strict=True)
             ]
-            for i, of_batch in enumerate(norms)
+            for of_batch in zip(values, first, flips, deviations, strict=True)
         ]
 
     def _at(self, batch: MicroBatch) -> tuple[torch.Tensor, Gaps]:
@@ -109,8 +113,8 @@ class SelfCheck:
         with Choices() as heard:
             return self.likelihood.log_neg_log_probs(batch), heard.gaps()
 
-    def _flips(self, reach: Reach, batch: MicroBatch, theta: torch.Tensor) -> list[float]:
-        """What flips add to E|Delta| of each sample, over sigma."""
+    def _flips(self, reach: Reach, batch: MicroBatch, theta: torch.Tensor) -> list[list[float]]:
+        """What flips add to E|Delta| and E Delta^2 of each sample."""
 
         def jumps(flips: Gaps) -> torch.Tensor:
             with Choices(flips):
@@ -119,7 +123,7 @@ class SelfCheck:
         def deviations(flips: Gaps) -> torch.Tensor:
             return self._sigma * self._norms.of_gaps(batch, flips)
 
-        return (reach.effect(jumps, deviations if self._exact else None) / self._sigma).tolist()
+        return reach.effect(jumps, deviations if self._exact else None).tolist()
 
 
 def has_choices(model: torch.nn.Module, forward: Callable[[], object]) -> bool:
@@ -138,5 +142,5 @@ def _over(values: list[float], s: float) -> list[float]:
     return [value / s if s else math.copysign(math.inf, value) if value else 0.0 for value in values]
 
 
-def _share(flips: float, norm: float) -> float:
-    return flips / (norm * math.sqrt(2 / math.pi)) if norm else math.inf if flips else 0.0
+def _share(flips: float, s: float) -> float:
+    return flips / (s * math.sqrt(2 / math.pi)) if s else math.inf if flips else 0.0

@@ -39,7 +39,7 @@ class Case(NamedTuple):
 def insufficient(precision: Precision, case: Case) -> str:
     """What is wrong with the case's sigma, and each change of the settings that alone would do."""
     name, scoring = str(case.model.dtype).removeprefix("torch."), case.scoring
-    signal = "the even part, which antithetic draws are for" if scoring.antithetic else "the signal"
+    signal = "the even part, which pairs of draws are for" if scoring.resolves_mean else "the signal"
     if math.isinf(precision.noise_floor):
         found = "changes nothing, or makes it infinite, in some of the samples tried"
     else:
@@ -76,7 +76,7 @@ def ways_out(case: Case) -> list[str]:
 def _does(case: Case, sigma: float) -> bool:
     model, replica, trial, scoring = case
     batch = collate(trial, model.device)
-    return examine(replica, Likelihood(model), batch, sigma, scoring.seed, scoring.antithetic).sufficient
+    return examine(replica, Likelihood(model), batch, sigma, scoring.seed, scoring.resolves_mean).sufficient
 
 
 def _wider_type(case: Case) -> str | None:
@@ -106,7 +106,7 @@ def _closed_form(case: Case) -> str | None:
     """The closed form has no sigma that rounds; it needs rules that hold, and a smooth model for probes."""
     scoring, selected = case.scoring, list(case.replica.base)
     of_draws = [name for name in _OF_DRAWS if getattr(scoring, name)]
-    probes = _PROBES if scoring.antithetic or scoring.statistic == "abs_mean" or scoring.sigma > 1e-4 else 0
+    probes = _PROBES if scoring.resolves_mean or scoring.statistic == "abs_mean" or scoring.sigma > 1e-4 else 0
     changes = {"estimator": "closed_form", "curvature_probes": probes}
     settings = scoring.model_dump(exclude=set(of_draws)) | changes
     advised = ScoringConfig(**settings)  # which may refuse, sigma for example

@@ -115,7 +115,7 @@ def _estimate(job: "_Job") -> Estimate:
         copies, perturbations = (4 if scoring.curvature_probes else 1), scoring.curvature_probes * len(units)
         flops = padded * flops_per_token
     else:
-        signs = 2 if scoring.antithetic else 1
+        signs = 2 if scoring.paired else 1
         copies, perturbations = (
             (3 if scoring.controlled else 2),
             signs * sum(unit.stop_draw - unit.first_draw for unit in units),
@@ -205,7 +205,7 @@ class _Job:
         tflops, source = self._tflops
         token = self.cost.flops_per_token / (tflops * 1e12)
         draws = scoring.estimator == "monte_carlo"
-        perturbed = (2 if scoring.antithetic else 1) if draws else scoring.curvature_probes
+        perturbed = (2 if scoring.paired else 1) if draws else scoring.curvature_probes
         return Rates(
             start_up=0.0,
             theta=token if draws else 0.0,

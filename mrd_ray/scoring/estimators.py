@@ -18,6 +18,7 @@ from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures, sum_lo
 from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
 from mrd_ray.mrd.perturb import Replica, Shard
 from mrd_ray.mrd.precision import examine
+from mrd_ray.mrd.self_check import SelfCheck, has_choices
 from mrd_ray.scoring.advice import Case, insufficient
 from mrd_ray.scoring.control import Control, disagreements_of
 from mrd_ray.scoring.memory import TOO_LARGE, Sample, activation_bytes, collate, fitting, out_of_memory, release
@@ -74,8 +75,18 @@ class MonteCarlo:
                 if scoring.control_variate:  # by name
                     raise
                 self.without_control = str(problem)
-        precision = examine(self._replica, self._likelihood, batch, scoring.sigma, scoring.seed, scoring.antithetic)
-        self.precision = asdict(precision) | {"sufficient": precision.sufficient}
+        self._paired = scoring.antithetic or self._control is not None
+        self._choices: SelfCheck | None = None
+        if self._control is not None and has_choices(model, lambda: model.base_model(batch.token_ids, use_cache=False)):
+            self._choices = SelfCheck(
+                self._replica, self._likelihood, self._control.norms, None, scoring.sigma, scoring.seed,
+                draws=2, choices=True, exact=True,
+            )  # fmt: skip
+        even = self._paired and scoring.resolves_mean
+        given = (self._replica, self._likelihood, batch, scoring.sigma, scoring.seed)
+        precision = examine(*given, even)
+        knows_mean = not self._paired or even or examine(*given, True).sufficient
+        self.precision = asdict(precision) | {"sufficient": precision.sufficient, "knows_mean": knows_mean}
         if not precision.sufficient and not scoring.allow_low_precision:
             raise UserError(insufficient(precision, Case(model, self._replica, trial, scoring)))
 
@@ -94,7 +105,7 @@ class MonteCarlo:
         scoring = self._scoring
         deltas = draw_deltas(
             self._replica, self._likelihood, [part.batch for part in block.parts], [part.theta for part in block.parts],
-            scoring.sigma, scoring.seed, draws, scoring.antithetic, self._control and self._control.first_order,
+            scoring.sigma, scoring.seed, draws, self._paired, self._control and self._control.first_order,
         )  # fmt: skip
         found = list(block.too_large)
         for part, of_part in zip(block.parts, deltas, strict=True):
@@ -102,7 +113,7 @@ class MonteCarlo:
             for i, (sample_id, log_prob) in enumerate(zip(part.sample_ids, log_probs, strict=True)):
                 result = _result(sample_id, log_prob, part.measures, i)
                 if part.norms is not None:
-                    result |= {"gradient_norm": part.norms[i]}
+                    result |= {"gradient_norm": part.norms[i], "flip_squares": part.flips[i] if part.flips else None}
                 std = None if part.norms is None else scoring.sigma * part.norms[i]
                 found.append(result | _of_draws(of_part[i].tolist(), draws, result, std))
         return found
@@ -122,8 +133,19 @@ class MonteCarlo:
                     block.too_large.append({"sample_id": members[0]["sample_id"], "error": TOO_LARGE})
                 else:
                     block.parts.append(found)
+            if self._choices is not None:
+                block.parts = self._with_flips(self._choices, block.parts)
             self._block = block
         return self._block
+
+    def _with_flips(self, choices: SelfCheck, parts: list["_Part"]) -> list["_Part"]:
+        findings = choices(
+            [part.batch for part in parts], [part.theta for part in parts], [part.norms or [] for part in parts]
+        )
+        return [
+            part._replace(flips=[finding.flip_squares for finding in of_part])
+            for part, of_part in zip(parts, findings, strict=True)
+        ]
 
     def _at_theta(self, members: Sequence[Sample], batch: MicroBatch) -> "_Part":
         measures = TokenMeasures(batch) if self._scoring.measures else None
@@ -223,13 +245,14 @@ def estimator_of(
 
 
 class _Part(NamedTuple):
-    """Samples of one forward, at theta (see `draw_deltas`)."""
+    """Samples of one forward, at theta (see `draw_deltas`). flips: what these add to E Delta^2, if any."""
 
     sample_ids: list[str]
     batch: MicroBatch
     theta: torch.Tensor
     measures: dict[str, list[float]]
     norms: list[float] | None
+    flips: list[float] | None = None
 
 
 @dataclass

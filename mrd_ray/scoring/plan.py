@@ -252,7 +252,7 @@ def first_draws(scoring: ScoringConfig) -> range:
 def forwards_per_token(scoring: ScoringConfig) -> float:
     """What a token costs in one draw, or in the closed form, in units of a plain forward."""
     if scoring.estimator == "monte_carlo":
-        return (2.0 if scoring.antithetic else 1.0) + (4.0 if scoring.controlled else 0.0)
+        return (2.0 if scoring.paired else 1.0) + (4.0 if scoring.controlled else 0.0)
     passes = 2 if "log_prob_gradient_norm" in scoring.measures else 1
     return 3.0 * passes + 9.0 * scoring.curvature_probes
 

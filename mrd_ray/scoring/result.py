@@ -35,6 +35,7 @@ RESULT = pa.struct(
         ("mean_by_eighth", _BY_EIGHTH),
         # closed_form, and monte_carlo with a control variate
         ("gradient_norm", pa.float64()),
+        ("flip_squares", pa.float64()),  # of monte_carlo alone
         # closed_form
         ("probes", pa.list_(pa.float64())),
         ("doubt", pa.string()),
@@ -57,6 +58,7 @@ _PRECISION = pa.struct(
         ("cosine", pa.float64()),
         ("noise_floor", pa.float64()),
         ("sufficient", pa.bool_()),
+        ("knows_mean", pa.bool_()),
     ]
 )
 _CHECKED = pa.struct(  # verification.Checked

@@ -14,7 +14,7 @@ from mrd_ray.config import ScoringConfig
 from mrd_ray.data import samples as samples_table
 from mrd_ray.mrd import eighths
 from mrd_ray.mrd.monte_carlo import Moments
-from mrd_ray.mrd.scores import Score, closed_form_score, monte_carlo_score, sampling_weights
+from mrd_ray.mrd.scores import Score, closed_form_score, monte_carlo_score, sampling_weights, with_flips
 
 
 def _field(name: str, kind: pa.DataType, unit: str, nullable: bool = True) -> pa.Field:
@@ -105,8 +105,9 @@ def scores_table(
         unit_id = result["unit_id"][0].as_py()
         precision = result["precision"][0].as_py()
         low = precision is not None and not precision["sufficient"]
+        no_mean = precision is not None and not precision["knows_mean"]
         for part in result["samples"].combine_chunks().flatten().to_pylist():
-            parts[part["sample_id"]].append(part | {"low_precision": low, "unit_id": unit_id})
+            parts[part["sample_id"]].append(part | {"low_precision": low, "no_mean": no_mean, "unit_id": unit_id})
     settle(len(order))
     scores = pa.Table.from_batches(batches, schema).take(np.argsort(order))
     weights = pa.array(sampling_weights(scores["mrd"].to_numpy().astype(float)), from_pandas=True)
@@ -135,6 +136,8 @@ def _row(sample: dict[str, Any], parts: list[dict[str, Any]], scoring: ScoringCo
     score, by_eighth = _score(parts, scoring)
     if (doubt := parts[0]["doubt"]) is not None:
         score = dataclasses.replace(score, mean_abs_se=None, abs_mean_se=None)
+    if any(part["no_mean"] for part in parts):
+        score = dataclasses.replace(score, abs_mean=None, abs_mean_se=None, delta_mean=None, nonlinearity=None)
     if not all(value is None or math.isfinite(value) for value in dataclasses.astuple(score)):
         return row | {"error": "its moments, or what follows from them, are beyond all floats: sigma too large?"}
     if scoring.statistic == "mean_abs":
@@ -167,7 +170,8 @@ def _score(parts: list[dict[str, Any]], scoring: ScoringConfig) -> tuple[Score, 
     moments = Moments.merge([Moments(*(part[name] for name in fields)) for part in parts])
     norms = [part["gradient_norm"] for part in parts]
     first_std = None if None in norms else scoring.sigma * norms[0]
-    score = monte_carlo_score(moments, scoring.antithetic, first_std)
+    paired = scoring.antithetic or first_std is not None
+    score = with_flips(monte_carlo_score(moments, paired, first_std), parts[0]["flip_squares"], moments.num_draws)
     return score, eighths.of_moments(moments, score, scoring.statistic, first_std)
 
 

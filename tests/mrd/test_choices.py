@@ -148,14 +148,14 @@ def test_what_the_gradient_does_not_know_is_found():
 
 
 def test_doubt_takes_mu_into_account():
-    finding = Finding([1.5, -0.5], [1.0, -1.0], 0.0)
+    finding = Finding([1.5, -0.5], [1.0, -1.0], 0.0, 0.0)
     assert finding.doubt() is not None
     assert finding.doubt(mu=0.5) is None
-    assert Finding([1.0], [], 0.0).doubt() is None
-    assert Finding([-6.0], [], 0.0).doubt() is not None
-    assert Finding([1.0], [1.0], 0.02).doubt() is not None
+    assert Finding([1.0], [], 0.0, 0.0).doubt() is None
+    assert Finding([-6.0], [], 0.0, 0.0).doubt() is not None
+    assert Finding([1.0], [1.0], 0.02, 0.0).doubt() is not None
 
 
 def test_reach_without_choices_is_nothing():
     batch = random_batch(2)
-    assert Reach(batch.scored, {}).effect(lambda flips: None).tolist() == [0.0, 0.0]
+    assert Reach(batch.scored, {}).effect(lambda flips: None).tolist() == [[0.0, 0.0]] * 2

@@ -15,6 +15,7 @@ from mrd_ray.errors import UserError
 from mrd_ray.mrd import gradient_rules
 from mrd_ray.scoring import summary
 from mrd_ray.scoring.estimators import estimator_of
+from mrd_ray.scoring.plan import first_draws
 from mrd_ray.scoring.result import RESULT_SCHEMA
 from mrd_ray.scoring.table import scores_table
 
@@ -38,12 +39,13 @@ def samples_of(count: int, tokens: int = 60) -> list[dict]:
 
 def scored(model, samples, **settings):
     """What was checked, and the scores table."""
-    scoring = ScoringConfig(estimator="closed_form", allow_slow_parameters=True, **settings)
+    scoring = ScoringConfig(**({"estimator": "closed_form"} | settings))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     estimator = estimator_of(model, scoring, samples[:4])
-    results = estimator(samples, range(1))
+    results = estimator(samples, first_draws(scoring))
+    estimator.restore()
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-    row = {"unit_id": "one", "checked": estimator.checked, "samples": results}
+    row = {"unit_id": "one", "precision": estimator.precision, "checked": estimator.checked, "samples": results}
     table = pa.table(
         {"sample_id": [s["sample_id"] for s in samples], "scored": [s["scored"] for s in samples]}
         | {name: pa.nulls(len(samples), kind) for name, kind in
@@ -125,3 +127,19 @@ def test_wrong_rules_are_found_on_the_samples_themselves(small, monkeypatch):
     monkeypatch.setattr(gradient_rules, "linear", wrong)
     with pytest.raises(UserError, match="does not agree with autograd on sample 's00'"):
         scored(small, samples_of(4))
+
+
+def test_monte_carlo_is_right_where_the_closed_form_is_in_doubt(mixture):
+    """Within three of its own standard errors, which know of flips that four draws do not meet."""
+    samples = samples_of(48)
+    _, closed = scored(mixture, samples)
+    draws = {"estimator": "monte_carlo", "micro_batch_tokens": 4096}
+    _, found = scored(mixture, samples, num_draws=4, control_variate=True, **draws)
+    _, many = scored(mixture, samples, num_draws=600, seed=5, **draws)
+    doubted = pc.is_valid(closed["doubt"]).to_numpy(zero_copy_only=False)
+    exact, a, b = (table["mrd"].to_numpy() for table in (closed, found, many))
+    se = np.hypot(found["mrd_se"].to_numpy(), many["mrd_se"].to_numpy())
+    assert (np.abs(a - b) <= 3 * se)[doubted].mean() >= 0.95
+    assert (np.abs(exact - b) > 3 * many["mrd_se"].to_numpy())[doubted].any()
+    assert np.abs(a / exact - 1)[~doubted].max() < 0.01
+    assert (found["mrd_se"].to_numpy() < 0.01 * a)[~doubted].all()
