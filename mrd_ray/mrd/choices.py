@@ -127,6 +127,7 @@ class Reach:
         self,
         jumps: Callable[[dict[int, torch.Tensor]], torch.Tensor],
         deviations: Callable[[dict[int, torch.Tensor]], torch.Tensor] | None = None,
+        whole: bool = True,
     ) -> torch.Tensor:
         """Moments of what flips add to Delta, sum_i P(flip i) |jump i|^n: float64 [B, 2], n = 1, 2; infinite if untold.
 
@@ -136,6 +137,7 @@ class Reach:
             jumps: gives Delta [B] of a forward with flips, as `Choices` takes them.
             deviations: gives the standard deviation [B] of what sigma moves each sample's gap by, one of each told
                 alike. Without it the draws must do, which show the half or less of some.
+            whole: whether they are of all parameters; if not, what the draws show counts where it is more.
         """
         found = torch.zeros(len(self._matters), 2, dtype=torch.float64, device=self._matters.device)
         turns = [turn for turn, moved in self._moved.items() if moved]
@@ -151,7 +153,8 @@ class Reach:
                 return found
             far[here] = math.inf
             if deviations is not None:
-                nearest = gaps.gather(1, place[:, None])[:, 0] / deviations(self._told(turns, here)).to(gaps.device)
+                exact = gaps.gather(1, place[:, None])[:, 0] / deviations(self._told(turns, here)).to(gaps.device)
+                nearest = exact if whole else torch.minimum(exact, nearest)
                 here &= (nearest < _REACH)[:, None]
             if here.any():
                 jump = jumps(self._told(turns, here)).abs().to(found.device)[:, None]

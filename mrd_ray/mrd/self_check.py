@@ -123,7 +123,8 @@ class SelfCheck:
         def deviations(flips: Gaps) -> torch.Tensor:
             return self._sigma * self._norms.of_gaps(batch, flips)
 
-        return reach.effect(jumps, deviations if self._exact else None).tolist()
+        whole = not self._norms.coverage.slow
+        return reach.effect(jumps, deviations if self._exact else None, whole).tolist()
 
 
 def has_choices(model: torch.nn.Module, forward: Callable[[], object]) -> bool:
