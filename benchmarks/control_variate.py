@@ -1,5 +1,6 @@
 """What a draw's control variate costs, and how much less is then left to chance."""
 
+import itertools
 import math
 import time
 
@@ -25,7 +26,7 @@ def main(
     threads: int = 1,
     out: str = "benchmarks/results",
 ) -> None:
-    """Benchmark plain draws of Monte Carlo against draws with a control variate, which are the same draws.
+    """Benchmark plain draws of Monte Carlo against pairs with a control variate, of the same noise.
 
     Args:
         model: directory of a model.
@@ -44,7 +45,7 @@ def main(
     results.keep("found", {"size": work.size, **{f"{sigma:g}": of_sigma for sigma, of_sigma in found.items()}})
     figures = []
     for sigma, of in found.items():
-        cost = (of["plain"] + of["first order"]) / of["plain"]
+        cost = (of["plain"] + of["first order"] + of["other sign"]) / of["plain"]
         each = f"sigma {sigma:g}"
         figures += [
             Figure(f"{each}: cost of a draw", cost, detail="over that of a plain one, perturbation included"),
@@ -58,23 +59,32 @@ def main(
 
 
 def _drawn(work: Batches, sigma: float, draws: int) -> Raw:
-    """Seconds of a draw and of its L, and the variances of |Delta| and of |Delta| - |L| over draws, as their ratio."""
+    """Seconds of a draw, of its L and of its other sign; the variance of |Delta| over that of a pair's, less |L|."""
     replica, likelihood = Replica(work.model), Likelihood(work.model)
     first_order = FirstOrder(work.model, replica.base)
     theta = [likelihood.log_neg_log_probs(batch) for batch in work.batches]
-    deltas, first, seconds = [], [], {"plain": 0.0, "first order": 0.0}
-    for k in range(draws):
-        began = time.perf_counter()
-        replica.perturb(sigma, draw_seed(0, k))
+    deltas, others, first = [], [], []
+    seconds = {"plain": 0.0, "first order": 0.0, "other sign": 0.0}
+
+    def drawn(k: int, step: float) -> torch.Tensor:
+        replica.perturb(step, draw_seed(0, k))
         pairs = zip(theta, work.batches, strict=True)
-        deltas.append(torch.cat([delta(at, likelihood.log_neg_log_probs(batch), batch.scored) for at, batch in pairs]))
-        drawn = time.perf_counter()
+        return torch.cat([delta(at, likelihood.log_neg_log_probs(batch), batch.scored) for at, batch in pairs])
+
+    for k in range(draws):
+        times = [time.perf_counter()]
+        deltas.append(drawn(k, sigma))
+        times.append(time.perf_counter())
         step = replica.step()
         first.append(torch.cat([first_order(batch, replica.base, step) for batch in work.batches]))
-        seconds["plain"] += drawn - began
-        seconds["first order"] += time.perf_counter() - drawn
+        times.append(time.perf_counter())
+        others.append(drawn(k, -sigma))
+        times.append(time.perf_counter())
+        for name, (began, ended) in zip(seconds, itertools.pairwise(times), strict=True):
+            seconds[name] += ended - began
     replica.restore()
-    plain, rest = torch.stack(deltas).abs(), torch.stack(deltas).abs() - torch.stack(first).abs()
+    plain, other = torch.stack(deltas).abs(), torch.stack(others).abs()
+    rest = (plain + other) / 2 - torch.stack(first).abs()
     return {
         **{name: of_all / draws for name, of_all in seconds.items()},
         "variance ratio": float(plain.var(0).sum() / rest.var(0).sum()),

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from mrd_ray.mrd.likelihood import LOGITS, MicroBatch, log_neg_log_prob, output_layer_is_plain
 
 Weights = Mapping[str, torch.Tensor]
+# L [B] of a batch, theta and a step, of which `FirstOrder` is one way
+FirstOrders = Callable[[MicroBatch, Weights, Weights], torch.Tensor]
 GROUPED_MM: Any = getattr(torch, "_grouped_mm", None)  # what experts are multiplied by
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mrd_ray.mrd.first_order import FirstOrder
+from mrd_ray.mrd.first_order import FirstOrders
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.perturb import Replica
 
@@ -177,7 +177,7 @@ def draw_deltas(
     seed: int,
     draws: range,
     antithetic: bool = False,
-    first_order: FirstOrder | None = None,
+    first_order: FirstOrders | None = None,
 ) -> list[torch.Tensor]:
     """Delta of every sample for every k in `draws`: per batch, float64 [B, len(draws), 1 or 2] on the CPU.
 

@@ -13,7 +13,7 @@ import torch
 
 from mrd_ray.mrd.choices import Choices, Gaps, Reach
 from mrd_ray.mrd.closed_form import GradientNorms
-from mrd_ray.mrd.first_order import Weights
+from mrd_ray.mrd.first_order import FirstOrders
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import delta, draw_seed
 from mrd_ray.mrd.perturb import Replica
@@ -65,7 +65,7 @@ class SelfCheck:
         replica: Replica,
         likelihood: Likelihood,
         norms: GradientNorms,
-        first_order: Callable[[MicroBatch, Weights, Weights], torch.Tensor] | None,
+        first_order: FirstOrders | None,
         sigma: float,
         seed: int,
         draws: int,

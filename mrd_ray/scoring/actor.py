@@ -103,7 +103,7 @@ class ScoringActor:
                 result["samples"] = self._estimator(samples.to_pylist(), range(unit.first_draw, unit.stop_draw))
                 result["precision"] = self._estimator.precision
                 result["checked"] = self._estimator.checked
-                result["without_control"] = self._estimator.without_control
+                result["says"] = self._estimator.says
                 self._weights.check()
             except UserError as problem:
                 self.fatal = str(problem)

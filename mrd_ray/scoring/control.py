@@ -1,25 +1,30 @@
 """Monte Carlo's control variate, and L itself, for models that they are right for."""
 
+import functools
 from collections.abc import Collection
 from typing import NamedTuple
 
+import torch
 from transformers import PreTrainedModel
 
 from mrd_ray.config import ScoringConfig
 from mrd_ray.errors import UserError
+from mrd_ray.mrd.autograd import along
 from mrd_ray.mrd.autograd_check import agrees, disagreements
 from mrd_ray.mrd.closed_form import GradientNorms
-from mrd_ray.mrd.first_order import FirstOrder
+from mrd_ray.mrd.first_order import FirstOrder, FirstOrders, Weights
+from mrd_ray.mrd.likelihood import MicroBatch
 from mrd_ray.mrd.monte_carlo import draw_seed
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.scoring.memory import activation_bytes, out_of_memory
 
 
 class Control(NamedTuple):
-    """What a control variate needs: |g| of every sample, and L of every draw."""
+    """What a control variate needs: |g| of every sample, and L of every draw. note: of how L is computed, if slowly."""
 
     norms: GradientNorms
-    first_order: FirstOrder
+    first_order: FirstOrders
+    note: str | None
 
     @classmethod
     def of(
@@ -35,10 +40,7 @@ class Control(NamedTuple):
             )
         if wrong := disagreements_of(norms, "scoring.control_variate"):
             raise UserError(f"scoring.control_variate: gradient norms do not agree with autograd, first {wrong[0]}")
-        try:
-            return cls(norms, first_order_of(replica, norms, scoring))
-        except UserError as problem:
-            raise UserError(f"scoring.control_variate: {problem}") from problem
+        return cls(norms, *first_order_of(replica, norms, scoring))
 
 
 def disagreements_of(norms: GradientNorms, setting: str) -> list[str]:
@@ -55,19 +57,35 @@ def disagreements_of(norms: GradientNorms, setting: str) -> list[str]:
         ) from problem
 
 
-def first_order_of(replica: Replica, norms: GradientNorms, scoring: ScoringConfig) -> FirstOrder:
-    """What gives L, tried out on the replica, which is restored. Raises UserError, which says why there is none."""
+class ByAutograd:
+    """L of a few samples, one by one. squares: their |g|^2."""
+
+    def __init__(self, norms: GradientNorms) -> None:
+        self._norms = norms
+        self.squares: list[float] = []
+
+    def __call__(self, batch: MicroBatch, theta: Weights, step: Weights) -> torch.Tensor:
+        """-g . step at theta: float64 [B]."""
+        found = []
+        for row in range(len(batch.token_ids)):
+            alone = MicroBatch(batch.token_ids[row : row + 1], batch.scored[row : row + 1])
+            found.append(along(self._norms.model, theta, functools.partial(self._norms.objective, alone), step))
+        self.squares = [square for _, square in found]
+        return -torch.tensor([value for value, _ in found], dtype=torch.float64)
+
+
+def first_order_of(replica: Replica, norms: GradientNorms, scoring: ScoringConfig) -> tuple[FirstOrders, str | None]:
+    """What gives L, and a note if that is slow. Forward mode is tried out on the replica, which is restored."""
     replica.perturb(scoring.sigma, draw_seed(scoring.seed, 0))
     step = replica.step()
     replica.restore()
     first_order = FirstOrder(norms.model, norms.parameters)
+    why = "torch's forward mode does not agree with autograd on this model"
     try:
-        right = agrees(first_order, norms.parameters, step)
+        if agrees(first_order, norms.parameters, step):
+            return first_order, None
     except RuntimeError as problem:  # NotImplementedError is one
         if out_of_memory(problem):
             raise
-        reason = str(problem).splitlines()[0]
-        raise UserError(f"torch has no forward mode for this model ({reason})") from problem
-    if not right:
-        raise UserError("torch's forward mode does not agree with autograd on this model")
-    return first_order
+        why = f"torch has no forward mode for this model ({str(problem).splitlines()[0]})"
+    return ByAutograd(norms), f"What gradients foretell of draws is computed sample by sample: {why}"

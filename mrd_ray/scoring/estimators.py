@@ -67,14 +67,16 @@ class MonteCarlo:
         self._block: _Block | None = None
         batch = collate(trial, self._device)
         self._control: Control | None = None
-        self.without_control: str | None = None
+        self.says: str | None = None
         if scoring.controlled:
             try:
                 self._control = Control.of(self._replica, model, selected, scoring)
             except UserError as problem:
                 if scoring.control_variate:  # by name
                     raise
-                self.without_control = str(problem)
+                self.says = f"Draws are plain ones. {problem}"
+            else:
+                self.says = self._control.note
         self._paired = scoring.antithetic or self._control is not None
         self._choices: SelfCheck | None = None
         if self._control is not None and has_choices(model, lambda: model.base_model(batch.token_ids, use_cache=False)):
@@ -167,7 +169,7 @@ class ClosedForm:
     """
 
     precision = None
-    without_control = None
+    says = None
 
     def __init__(
         self, model: PreTrainedModel, scoring: ScoringConfig, trial: Sequence[Sample], shards: Shards | None = None

@@ -78,7 +78,7 @@ RESULT_SCHEMA = pa.schema(
         ("seconds", pa.float64()),
         ("fatal", pa.string()),
         ("precision", _PRECISION),  # of monte_carlo
-        ("without_control", pa.string()),  # of monte_carlo: why it has no control variate, though it was to have one
+        ("says", pa.string()),  # of monte_carlo: that it has no control variate, though it was to, or a slow one
         ("checked", _CHECKED),  # of closed_form
         ("samples", pa.list_(RESULT)),
     ]

@@ -220,7 +220,7 @@ class _Rounds:
             )  # fmt: skip
             for count, result in enumerate(finished, 1):
                 (row,) = result.select(
-                    ["unit_id", "worker", "seconds", "fatal", "precision", "checked", "without_control"]
+                    ["unit_id", "worker", "seconds", "fatal", "precision", "checked", "says"]
                 ).to_pylist()
                 if row["fatal"] is not None:
                     raise UserError(row["fatal"])
@@ -230,8 +230,8 @@ class _Rounds:
                     self.run.record("checked", row["checked"])
                     if row["checked"] is not None and (why := row["checked"]["unchecked"]) is not None:
                         self.journal.event("unchecked", f"Not all is checked by draws: {why}")
-                    if (why := row["without_control"]) is not None:
-                        self.journal.event("without_control", f"Draws are plain ones. {why}")
+                    if row["says"] is not None:
+                        self.journal.event("control_variate", row["says"])
                 self.run.write_table(f"units/{row['unit_id']}.parquet", result)
                 unit = plan.Unit.of_id(row["unit_id"])
                 draws = unit.stop_draw - unit.first_draw

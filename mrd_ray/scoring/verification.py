@@ -1,6 +1,5 @@
 """What is checked of the closed form by draws before its scores are given, and which of them are then in doubt."""
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,18 +11,15 @@ from transformers import PreTrainedModel
 
 from mrd_ray.config import ScoringConfig
 from mrd_ray.errors import UserError
-from mrd_ray.mrd.autograd import along
 from mrd_ray.mrd.closed_form import GradientNorms
-from mrd_ray.mrd.first_order import Weights
+from mrd_ray.mrd.first_order import FirstOrders
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import draw_seed
 from mrd_ray.mrd.noise import standard_normal_like
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.mrd.self_check import SelfCheck, has_choices
-from mrd_ray.scoring.control import first_order_of
+from mrd_ray.scoring.control import ByAutograd, first_order_of
 from mrd_ray.scoring.memory import Sample, collate, out_of_memory, release
-
-FirstOrders = Callable[[MicroBatch, Weights, Weights], torch.Tensor]  # of which `FirstOrder` is one
 
 _SAMPLES = 2  # of the trial
 _TOLERANCE = 1e-2  # of a gradient norm
@@ -114,7 +110,7 @@ class Verification:
             return
         theta, squares = norms(batch)
         scored = Scored([sample["sample_id"] for sample in trial], batch, theta, squares.sqrt().tolist())
-        by_autograd = None if sharded else _ByAutograd(norms)
+        by_autograd = None if sharded else ByAutograd(norms)
 
         def check(sigma: float, first_order: FirstOrders | None, choices: bool) -> SelfCheck:
             draws, likelihood = scoring.verify_draws, Likelihood(model)
@@ -138,18 +134,10 @@ class Verification:
                 return
         self.checked.every_sample = self.checked.choices or (doubtful and not sharded)
         if self.checked.every_sample:
-            self._check = check(scoring.sigma, self._first_order(replica, norms, sharded), self.checked.choices)
-
-    def _first_order(self, replica: Replica, norms: GradientNorms, sharded: bool) -> FirstOrders | None:
-        """What gives L of whole micro-batches."""
-        why = "weights are spread over processes"
-        try:
-            if not sharded:
-                return first_order_of(replica, norms, self._scoring)
-        except UserError as problem:
-            why = str(problem)
-        self.checked.unchecked = f"draws of each sample are held against the size of its gradient alone, since {why}"
-        return None
+            first_order = None if sharded else first_order_of(replica, norms, scoring)[0]
+            self._check = check(scoring.sigma, first_order, self.checked.choices)
+            if sharded:
+                self.checked.unchecked = "weights are spread over processes, so that draws count only where far out"
 
     def _leave(self, why: str) -> None:
         self.checked.unchecked, self.checked.every_sample, self._check = why, False, None
@@ -171,23 +159,6 @@ class Verification:
 
 def _rounds_away(model: PreTrainedModel, what: str = "sigma") -> str:
     return f"{str(model.dtype).removeprefix('torch.')} rounds {what} away"
-
-
-class _ByAutograd:
-    """L of a few samples, one by one. squares: their |g|^2."""
-
-    def __init__(self, norms: GradientNorms) -> None:
-        self._norms = norms
-        self.squares: list[float] = []
-
-    def __call__(self, batch: MicroBatch, theta: Weights, step: Weights) -> torch.Tensor:
-        """-g . step at theta: float64 [B]."""
-        found = []
-        for row in range(len(batch.token_ids)):
-            alone = MicroBatch(batch.token_ids[row : row + 1], batch.scored[row : row + 1])
-            found.append(along(self._norms.model, theta, functools.partial(self._norms.objective, alone), step))
-        self.squares = [square for _, square in found]
-        return -torch.tensor([value for value, _ in found], dtype=torch.float64)
 
 
 def _refuse_wrong_norms(scored: Scored, squares: Sequence[float]) -> None:

@@ -247,7 +247,7 @@ def test_uncovered_parameters_are_listed_or_differentiated(tiny_model_dir, qa_fi
         assert row["delta_std"] == pytest.approx(1e-5 * norm, rel=1e-5)
     draws = {"scoring__num_draws": 4, "scoring__max_draws": 4, "scoring__target_relative_se": 0.01}
     plain = score(config(tmp_path / "model", qa_file, tmp_path / "plain", **draws))
-    (said,) = (event for event in events(tmp_path / "plain") if event["event"] == "without_control")
+    (said,) = (event for event in events(tmp_path / "plain") if event["event"] == "control_variate")
     assert re.match(r"Draws are plain ones\. .* no rule covers model.layers.0.mlp", said["message"])
     assert min(row["mrd_se"] / row["mrd"] for row in plain.scores.to_pylist()) > 0.01
     by_name = {"scoring__control_variate": True}
