@@ -44,11 +44,12 @@ class Coverage:
     slow: list[str]
 
 
-def coverage(model: torch.nn.Module, selected: Collection[str]) -> Coverage:
+def coverage(model: torch.nn.Module, selected: Collection[str], without: Collection[str] = ()) -> Coverage:
     """Match parameters to rules by the types of the layers that hold them; works on a model without weights.
 
     Args:
         selected: names as in `model.named_parameters()`, where tied parameters stand once, under their first name.
+        without: those that go without their rules, which do not hold for them.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     holders: dict[str, list[torch.nn.Module]] = {name: [] for name in selected}
@@ -64,11 +65,11 @@ def coverage(model: torch.nn.Module, selected: Collection[str]) -> Coverage:
     slow = [
         name
         for name, modules in holders.items()
-        if not all(map(_has_rule, modules)) or (len(modules) > 1 and name not in tied)
+        if name in without or not all(map(_has_rule, modules)) or (len(modules) > 1 and name not in tied)
     ]
     fast = {id(module) for name in holders if name not in slow for module in holders[name]}
     layers = [module for module in model.modules() if id(module) in fast]
-    return Coverage(layers, frozenset(tied), slow)
+    return Coverage(layers, frozenset(tied.difference(slow)), slow)
 
 
 def _has_rule(layer: torch.nn.Module) -> bool:
@@ -97,6 +98,10 @@ class GradientNorms:
         # A single row of positions would be shared by all samples, and so would be the gradient at their embedding.
         embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
         self._learned_positions = len(embeddings) > 1
+
+    def give_up_rules(self, names: Collection[str]) -> None:
+        """Leave these parameters to autograd, since their rules do not hold (see `autograd_check`)."""
+        self.coverage = coverage(self.model, self.parameters, names)
 
     def __call__(
         self, batch: MicroBatch, measures: TokenMeasures | None = None, of_log_prob: bool = False

@@ -28,13 +28,14 @@ Shards = Callable[[], Mapping[str, Shard]]
 
 def refuse_wrong_rules(model: PreTrainedModel, scoring: ScoringConfig) -> None:
     """Raises UserError if the closed form is wanted, and its rules do not hold for this model, of whole weights."""
-    if scoring.estimator != "closed_form":
+    if scoring.estimator != "closed_form" or scoring.allow_slow_parameters:  # the latter: autograd instead
         return
     selected = models.select(dict(model.named_parameters()), scoring.parameters)
     if wrong := disagreements(GradientNorms(model, selected)):
         raise UserError(
             f"scoring.estimator: closed_form does not agree with autograd on this model, in {len(wrong)} of "
-            f"{len(selected)} parameters, first {wrong[0]}; use monte_carlo, and report the model"
+            f"{len(selected)} parameters, first {wrong[0]}; set scoring.allow_slow_parameters to differentiate them "
+            "sample by sample, or use monte_carlo, and report the model"
         )
 
 
@@ -147,7 +148,12 @@ class _Control(NamedTuple):
                 f"scoring.control_variate: no rule covers {norms.coverage.slow[0]} (scoring.allow_slow_parameters)"
             )
         if wrong := disagreements(norms):
-            raise UserError(f"scoring.control_variate: gradient norms do not agree with autograd, first {wrong[0]}")
+            if not scoring.allow_slow_parameters:
+                raise UserError(
+                    f"scoring.control_variate: gradient norms do not agree with autograd, first {wrong[0]} "
+                    "(scoring.allow_slow_parameters)"
+                )
+            norms.give_up_rules(wrong)
         replica.perturb(scoring.sigma, draw_seed(scoring.seed, 0))
         step = replica.step()
         replica.restore()
@@ -188,6 +194,8 @@ class ClosedForm:
         self._halve = shards is None
         selected = models.select(dict(model.named_parameters()), scoring.parameters)
         self._norms = GradientNorms(model, selected, activation_bytes(model, scoring, shards is not None))
+        if scoring.allow_slow_parameters:  # which needs whole weights
+            self._norms.give_up_rules(disagreements(self._norms))
         self._traces = TraceEstimator(model, selected)
         if scoring.curvature_probes:
             self._traces.aim(draw_seed(scoring.seed, 0))
