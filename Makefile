@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint soak gpu install
+.PHONY: demo test lint models soak gpu install
 
 demo: .venv/installed
 	$(BIN)/mrd-ray demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -15,6 +15,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# some minutes: measures every architecture of the installed transformers, and writes docs/models.md
+models: .venv/installed
+	PYTHONPATH=. $(BIN)/python tests/mrd/zoo_page.py
 
 # twenty minutes of killed actors: make soak MODEL=directory of a small model
 soak: .venv/installed

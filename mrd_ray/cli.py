@@ -197,6 +197,7 @@ def _compare(config: CompareConfig) -> int:
     table.add_row("median of b / a", f"{found.median_ratio:.4g}")
     apart = "no standard errors to go by" if found.apart is None else f"{found.apart:.1%}"
     table.add_row("over 3 standard errors apart", apart)
+    table.add_row("standard errors of differences", found.draws)
     console.print(table)
     worst = Table("a", "b", "apart", "sample", "text", title="Those that disagree most", title_justify="left")
     for row in found.rows[:10]:

@@ -35,6 +35,7 @@ from mrd_ray.model_files import (
     tokenizer_files,
     weight_files,
 )
+from mrd_ray.mrd.double import Float64, keep_float64
 
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -138,7 +139,8 @@ def select(names: Iterable[str], parameters: str) -> list[str]:
 
 def context_length(config: PretrainedConfig) -> int | None:
     """Longest input in tokens, or None where the architecture sets none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if length is None or length > 0 else None  # XLNet has -1
 
 
 def rope_switch(config: PretrainedConfig) -> int | None:
@@ -263,8 +265,9 @@ def _assembled(model: ModelConfig, device_map: str | None) -> tuple[PreTrainedMo
 def _base(
     model: ModelConfig, found: Parts, config: PretrainedConfig, device_map: str | None
 ) -> tuple[PreTrainedModel, weights.Fit]:
+    exact = Float64() if model.dtype == "float64" else contextlib.nullcontext()  # rotary frequencies, too
     try:
-        with found.base_alone() as folder:
+        with found.base_alone() as folder, exact:
             both: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -284,7 +287,7 @@ def _base(
 
 
 def load_model(model: ModelConfig, device: torch.device, spread: bool = False) -> PreTrainedModel:
-    """The model in eval mode and true `model.dtype` arithmetic, no TF32.
+    """The model in eval mode and true `model.dtype` arithmetic: no TF32, and in float64 no casts to float32.
 
     Args:
         spread: over all GPUs of this process instead of `device`, some layers on each.
@@ -305,6 +308,7 @@ def load_model(model: ModelConfig, device: torch.device, spread: bool = False) -
     loaded = loaded.eval() if spread else loaded.to(device).eval()
     for parameter in loaded.parameters():  # an adapter's; not the buffers, whose rotary angles bfloat16 would round
         parameter.data = parameter.data.to(dtype)
+    keep_float64(loaded)
     broken = [name for name, parameter in loaded.named_parameters() if not torch.isfinite(parameter).all()]
     if broken:
         raise UserError(

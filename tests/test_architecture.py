@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # lowest first; a module may import its own layer and those before it
-LAYERS = ["errors", "config", "progress", "storage", "runs", "journal", "model_files", "weights"]
+LAYERS = ["errors", "mrd", "config", "progress", "storage", "runs", "journal", "model_files", "weights"]
 LAYERS += ["adapters", "tokenizer_checks", "models", "saving", "data", "fine_tune"]
-LAYERS += ["mrd", "scoring", "unlearning", "evaluation", "report", "stages", "status", "demo", "command_line", "paper"]
+LAYERS += ["scoring", "unlearning", "evaluation", "report", "stages", "status", "demo", "command_line", "paper"]
 LAYERS += ["cli"]
 FILES = [
     file for file in sorted((ROOT / "mrd_ray").rglob("*.py")) if file.parent != ROOT / "mrd_ray" or file.stem in LAYERS

@@ -23,6 +23,6 @@ class DemoConfig(Frozen):
         description="Go on to unlearn, on two workers; only of the bundled model and set, for want of a retain set.",
     )
     num_draws: PositiveInt = Field(
-        24, description="K of monte_carlo; few, since the demo is for two CPU cores: a standard error of some 15%."
+        24, description="K of monte_carlo; few, since the demo is for two CPU cores: a standard error of some 17%."
     )
     ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))

@@ -72,6 +72,12 @@ class ScoringConfig(Frozen):
         description="closed_form: Hutchinson probes of the Hessian's trace (Theorem 3.2), each some nine forwards. "
         "They give abs_mean, nonlinearity, and the correction that large sigmas need.",
     )
+    verify_draws: NonNegativeInt = Field(
+        2,
+        le=64,
+        description="closed_form: draws that a few samples are held against before any is scored, and every sample of "
+        "a model that chooses experts, or where those few differ. Scores that differ are marked (doubt). 0: no check.",
+    )
     allow_slow_parameters: bool = Field(
         False,
         description="closed_form: parameters that no rule covers are differentiated sample by sample, not refused.",

@@ -1,72 +1,84 @@
 """Gradient norms of one sample by autograd: for parameters that no rule covers, and to hold the rules against."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 
 def square_norms(
-    model: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter], objective: Callable[[], torch.Tensor]
+    model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], objective: Callable[[], torch.Tensor]
 ) -> dict[str, float]:
     """|gradient|^2 of a scalar objective for each parameter, 0 where it has no influence."""
 
-    def square(_: str, gradient: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
-
-    return _of_gradients(model, parameters, objective, square)
+    found = _of_gradients(model, parameters, objective, lambda _, gradient: [_square(gradient)])
+    return {name: values[0] if values else 0.0 for name, values in found.items()}
 
 
 def along(
     model: torch.nn.Module,
-    parameters: Mapping[str, torch.nn.Parameter],
+    parameters: Mapping[str, torch.Tensor],
     objective: Callable[[], torch.Tensor],
     step: Mapping[str, torch.Tensor],
-) -> float:
-    """The derivative of a scalar objective along a step of the parameters."""
+) -> tuple[float, float]:
+    """The derivative of a scalar objective along a step of the parameters, and |gradient|^2."""
 
-    def product(name: str, gradient: torch.Tensor) -> torch.Tensor:
-        return (gradient * step[name]).sum(dtype=torch.float64)
+    def numbers(name: str, gradient: torch.Tensor) -> list[torch.Tensor]:
+        return [(gradient * step[name]).sum(dtype=torch.float64), _square(gradient)]
 
-    return sum(_of_gradients(model, parameters, objective, product).values())
+    found = [values for values in _of_gradients(model, parameters, objective, numbers).values() if values]
+    return math.fsum(values[0] for values in found), math.fsum(values[1] for values in found)
+
+
+def _square(gradient: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
 
 
 def _of_gradients(
     model: torch.nn.Module,
-    parameters: Mapping[str, torch.nn.Parameter],
+    parameters: Mapping[str, torch.Tensor],
     objective: Callable[[], torch.Tensor],
-    number: Callable[[str, torch.Tensor], torch.Tensor],
-) -> dict[str, float]:
-    """A number for each parameter's gradient, which is dropped as soon as it is made; 0 where there is none.
+    numbers: Callable[[str, torch.Tensor], list[torch.Tensor]],
+) -> dict[str, list[float]]:
+    """Numbers for each parameter's gradient, which is dropped as soon as it is made; none where there is none.
 
-    The parameters are left as they were found.
+    The model computes with other tensors on the same memory meanwhile, so that what waits for gradients of its own
+    parameters, such as DeepSpeed, sees none.
     """
-    found = dict.fromkeys(parameters, 0.0)
-    kept = {name: (parameter.requires_grad, parameter.grad) for name, parameter in parameters.items()}
-    # torch leaves the padding row's gradient out; noise does not leave out the row
-    paddings = {m: m.padding_idx for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    hooks = []
+    found: dict[str, list[float]] = {name: [] for name in parameters}
+    leaves = {}
     for name, parameter in parameters.items():
 
-        def measure(parameter: torch.Tensor, name: str = name) -> None:
-            assert parameter.grad is not None
-            found[name] = float(number(name, parameter.grad))
-            parameter.grad = None
+        def measure(leaf: torch.Tensor, name: str = name) -> None:
+            assert leaf.grad is not None
+            found[name] = [float(number) for number in numbers(name, leaf.grad)]
+            leaf.grad = None
 
-        parameter.grad = None
-        hooks.append(parameter.requires_grad_().register_post_accumulate_grad_hook(measure))
+        leaves[f"model.{name}"] = parameter.detach().requires_grad_()
+        leaves[f"model.{name}"].register_post_accumulate_grad_hook(measure)
+    # torch leaves the padding row's gradient out; noise does not leave out the row
+    paddings = {m: m.padding_idx for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     try:
         for embedding in paddings:
             embedding.padding_idx = None
-        with torch.enable_grad():
-            value = objective()
-            if value.requires_grad:
-                value.backward()
+        torch.func.functional_call(_Backward(model, objective, [*leaves.values()]), leaves, ())
     finally:
         for embedding, padding in paddings.items():
             embedding.padding_idx = padding
-        for hook in hooks:
-            hook.remove()
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(kept[name][0])
-            parameter.grad = kept[name][1]
     return found
+
+
+class _Backward(torch.nn.Module):
+    """Differentiates an objective of a model by tensors that are its parameters meanwhile."""
+
+    def __init__(
+        self, model: torch.nn.Module, objective: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor]
+    ) -> None:
+        super().__init__()
+        self.model, self._objective, self._leaves = model, objective, leaves
+
+    def forward(self) -> None:
+        with torch.enable_grad():
+            value = self._objective()
+            if value.requires_grad:
+                value.backward(inputs=self._leaves)

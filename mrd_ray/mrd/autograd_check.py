@@ -49,12 +49,11 @@ def agrees(first_order: FirstOrder, parameters: Mapping[str, torch.nn.Parameter]
     found = first_order(MicroBatch.collate(_SAMPLES, everything, model.device), theta, step).tolist()
     for sample, value in zip(_SAMPLES, found, strict=True):
         of_sample = functools.partial(_objective, model, sample)
-        size = sum(square_norms(model, parameters, of_sample).values()) ** 0.5
-        length = sum(float(delta.double().square().sum()) for delta in step.values()) ** 0.5
-        expected = -along(model, parameters, of_sample, step)
+        expected, square = along(model, parameters, of_sample, step)
+        size, length = square**0.5, sum(float(delta.double().square().sum()) for delta in step.values()) ** 0.5
         count = sum(parameter.numel() for parameter in parameters.values()) ** 0.5
         if (
-            not abs(value - expected) <= 1e-2 * size * length / count
+            not abs(value + expected) <= 1e-2 * size * length / count
         ):  # L has a standard deviation of |g| |delta| / sqrt(n)
             return False
     return True

@@ -14,6 +14,7 @@ def dependence(model: PreTrainedModel) -> str | None:
     Measured on a few tokens: with another last one, and with padding on the right beside another sample.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _WITH_PADDING
+    context = context if context > 0 else _WITH_PADDING  # XLNet has -1, for none
     tokens = torch.tensor([_TOKENS[:context]], device=model.device)
     count = tokens.shape[1]
     other = tokens.clone()

@@ -10,14 +10,15 @@ No gradient of a parameter is ever made for this, neither of the batch nor of a 
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from mrd_ray.mrd.autograd import square_norms
+from mrd_ray.mrd.choices import Choices
+from mrd_ray.mrd.coverage import coverage
 from mrd_ray.mrd.expert_rules import (
     Measure,
     experts_forward,
@@ -29,51 +30,6 @@ from mrd_ray.mrd.expert_rules import (
 from mrd_ray.mrd.gradient_rules import GramCache, Squares, by_sample, embedding_overlap, is_router, rule_of, square_sum
 from mrd_ray.mrd.likelihood import LOGITS, LogNegLogProb, MicroBatch, TokenMeasures, output_layer_is_plain
 from mrd_ray.mrd.recompute import recomputing
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Which layers hold the selected parameters, and which of these no rule covers.
-
-    layers: those whose parameters have a rule. tied: names of parameters that an embedding and
-    an output layer share. slow: names that only autograd, one sample at a time, can answer for.
-    """
-
-    layers: list[torch.nn.Module]
-    tied: frozenset[str]
-    slow: list[str]
-
-
-def coverage(model: torch.nn.Module, selected: Collection[str], without: Collection[str] = ()) -> Coverage:
-    """Match parameters to rules by the types of the layers that hold them; works on a model without weights.
-
-    Args:
-        selected: names as in `model.named_parameters()`, where tied parameters stand once, under their first name.
-        without: those that go without their rules, which do not hold for them.
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    holders: dict[str, list[torch.nn.Module]] = {name: [] for name in selected}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if (name := names[id(parameter)]) in holders:
-                holders[name].append(module)
-    tied = {
-        name
-        for name, modules in holders.items()
-        if len(modules) == 2 and isinstance(modules[0], torch.nn.Embedding) and isinstance(modules[1], torch.nn.Linear)
-    }
-    slow = [
-        name
-        for name, modules in holders.items()
-        if name in without or not all(map(_has_rule, modules)) or (len(modules) > 1 and name not in tied)
-    ]
-    fast = {id(module) for name in holders if name not in slow for module in holders[name]}
-    layers = [module for module in model.modules() if id(module) in fast]
-    return Coverage(layers, frozenset(tied.difference(slow)), slow)
-
-
-def _has_rule(layer: torch.nn.Module) -> bool:
-    return rule_of(layer) is not None or measured_inside(layer)
 
 
 class GradientNorms:
@@ -95,9 +51,6 @@ class GradientNorms:
         self.coverage = coverage(model, self.parameters)
         self._activations = activations
         self._by_groups = output_layer_is_plain(model)
-        # A single row of positions would be shared by all samples, and so would be the gradient at their embedding.
-        embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-        self._learned_positions = len(embeddings) > 1
 
     def give_up_rules(self, names: Collection[str]) -> None:
         """Leave these parameters to autograd, since their rules do not hold (see `autograd_check`)."""
@@ -129,10 +82,26 @@ class GradientNorms:
                 squares |= {name: torch.tensor(values, dtype=torch.float64).to(device) for name, values in slow.items()}
         return theta, squares
 
+    def of_gaps(self, batch: MicroBatch, where: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """|gradient| of the gap of one choice of each sample, of parameters with a rule: float64 [B].
+
+        Args:
+            where: by the choice's turn, which one (see `choices`); zero for a sample of which none is told.
+        """
+        with self._frozen(), recomputing(self.model, self._activations):
+            taps = _Taps(self, batch)
+            with taps.attached():
+                with Choices() as heard:
+                    self.model.base_model(batch.token_ids, use_cache=False)
+                gaps = heard.gaps()
+                total = torch.stack([gaps[turn][here].sum() for turn, here in where.items()]).sum()
+                torch.autograd.grad(total, taps.leaves, allow_unused=True)
+        return torch.stack(list(taps.squares.values())).sum(0).clamp_(min=0.0).sqrt()
+
     def _forward_and_backward(
         self, batch: MicroBatch, taps: "_Taps", measures: TokenMeasures | None, of_log_prob: bool
     ) -> torch.Tensor:
-        inputs, targets = self._inputs(batch), batch.token_ids[:, 1:]
+        inputs, targets = {"input_ids": batch.token_ids, "use_cache": False}, batch.token_ids[:, 1:]
 
         def token_values(where: tuple[slice, torch.Tensor | slice], logits: torch.Tensor, overwrite: bool) -> Any:
             of_logits = targets[where].to(logits.device)
@@ -163,28 +132,20 @@ class GradientNorms:
         torch.autograd.grad(hidden, taps.leaves, gradient)
         return theta
 
-    def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"input_ids": batch.token_ids, "use_cache": False}
-        if self._learned_positions:
-            inputs["position_ids"] = torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device).expand_as(
-                batch.token_ids
-            )
-        return inputs
-
     def _slow(self, batch: MicroBatch, of_log_prob: bool) -> dict[str, list[float]]:
         """Shares of |g|^2 of the parameters without a rule, sample by sample."""
         slow = {name: self.parameters[name] for name in self.coverage.slow}
         squares: dict[str, list[float]] = {name: [] for name in slow}
         for row in range(len(batch.token_ids) if slow else 0):
             alone = MicroBatch(batch.token_ids[row : row + 1], batch.scored[row : row + 1])
-            of_row = square_norms(self.model, slow, functools.partial(self._sum, alone, of_log_prob))
+            of_row = square_norms(self.model, slow, functools.partial(self.objective, alone, of_log_prob))
             for name, square in of_row.items():
                 squares[name].append(square)
         return squares
 
-    def _sum(self, batch: MicroBatch, of_log_prob: bool) -> torch.Tensor:
-        """sum_t log(-P_t), or sum_t P_t, differentiable."""
-        logits = self.model(**self._inputs(batch)).logits[:, :-1]
+    def objective(self, batch: MicroBatch, of_log_prob: bool = False) -> torch.Tensor:
+        """sum_t log(-P_t), or sum_t P_t, of all samples together, differentiable."""
+        logits = self.model(batch.token_ids, use_cache=False).logits[:, :-1]
         values = LogNegLogProb.apply(logits, batch.token_ids[:, 1:], False)
         return (values * _slope(values, batch.scored, of_log_prob)).sum()
 
@@ -264,11 +225,21 @@ class _Taps:
         return functools.partial(sinks_forward, module, module.forward, copies)
 
     def _leaf(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return _unseen_view(self._leaf_of(output))
+        return _unseen_view(self._leaf_of(self._of_each_sample(output, 2)))
 
     def _leaf_of(self, output: torch.Tensor) -> torch.Tensor:
         self.leaves.append(output.detach().requires_grad_())
         return self.leaves[-1]
+
+    def _of_each_sample(self, x: torch.Tensor, width: int) -> torch.Tensor:
+        """A single row of positions, [T, ...] or [1, T, ...], or what they are looked up as, for every sample.
+
+        All samples would share it, and so they would the gradient at their embedding. width: dimensions with [T, ...].
+        """
+        samples, tokens = self._shape
+        if samples == 1 or x.dim() not in (width, width + 1) or x.shape[-width] != tokens:
+            return x
+        return x.expand(samples, *x.shape[-width:]) if x.dim() == width or x.shape[0] == 1 else x
 
     def _tap(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         # learned positions may be given by name, beside a mask
@@ -276,6 +247,8 @@ class _Taps:
         if not isinstance(layer_input, torch.Tensor) or not isinstance(output, torch.Tensor):
             return output  # nothing is added up then, which `disagreements` finds
         layer_input = layer_input.to(output.device)  # of a model over several GPUs, it may come from another
+        if isinstance(module, torch.nn.Embedding):
+            layer_input = self._of_each_sample(layer_input, 1)
         return _Tap.apply(functools.partial(self.measure, module), output, layer_input)
 
     def measure(self, module: torch.nn.Module, layer_input: torch.Tensor, gradient: torch.Tensor) -> None:

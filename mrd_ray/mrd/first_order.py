@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from mrd_ray.mrd.likelihood import LOGITS, MicroBatch, log_neg_log_prob, output_layer_is_plain
 
 Weights = Mapping[str, torch.Tensor]
-_GROUPED: Any = getattr(torch, "_grouped_mm", None)  # what experts are multiplied by
+GROUPED_MM: Any = getattr(torch, "_grouped_mm", None)  # what experts are multiplied by
 
 
 class FirstOrder:
@@ -121,8 +121,8 @@ class ForwardMode(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
-        if func is _GROUPED and (kwargs or {}).get("bias") is None:
-            return _grouped_mm(*args, **(kwargs or {}))
+        if func is GROUPED_MM and (kwargs or {}).get("bias") is None:
+            return grouped_mm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -155,7 +155,7 @@ def _attention(
     return scores.softmax(-1) @ value
 
 
-def _grouped_mm(rows: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor, **_: None) -> torch.Tensor:
+def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor, **_: None) -> torch.Tensor:
     """Of experts: rows [n, in] up to offs[e] are for the e-th of weight [E, in, out]. Float [n, out]."""
     edges = [0, *offs.tolist()]
     pieces = [rows[a:b] @ expert for (a, b), expert in zip(itertools.pairwise(edges), weight, strict=True)]

@@ -1,9 +1,11 @@
 """Algorithm 1 of arXiv 2504.06658: Delta_k = sum_t r_t over draws delta_k = sigma z_k, and its moments."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,6 +38,9 @@ def exact_sum(values: Iterable[float]) -> list[float]:
     return parts
 
 
+EIGHTHS = 8  # the draws k with the same k mod 8: two runs' draws are paired by them where these are the same draws
+
+
 @dataclass(frozen=True)
 class Moments:
     """Partial moments of Delta for one sample over `num_draws` draws; the sums are `exact_sum`s.
@@ -44,8 +49,12 @@ class Moments:
     the even part, their half difference the odd one. A plain draw counts as even, and has no odd part.
 
     sum_abs, sum_abs_squares: of |Delta|, or of the mean |Delta| of the pair. sum, sum_squares: of the even part.
-    sum_odd_squares: of the odd part. The others are of L, what Delta is to first order (see `first_order`), and of its
-    products with |Delta| and the even part; empty if there is no L.
+    sum_odd_squares: of the odd part. The others are of L, what Delta is to first order (see `first_order`), of its
+    products with |Delta| and the even part, and of its sign and sgn(L) |Delta|; empty if there is no L. sum_smooth,
+    sum_smooth_squares: of `smoothed` antithetic pairs; empty without |g|.
+
+    abs_by_eighth, mean_by_eighth: sums of what the draws of each eighth tell of E|Delta|, and of E Delta: what is left
+    of |Delta| and of Delta by the control variate L, times 1. Eight exact sums each.
     """
 
     num_draws: int
@@ -59,17 +68,42 @@ class Moments:
     sum_first_abs: list[float]
     sum_abs_products: list[float]
     sum_products: list[float]
+    sum_signs: list[float]
+    sum_sign_abs: list[float]
+    sum_smooth: list[float]
+    sum_smooth_squares: list[float]
+    abs_by_eighth: list[list[float]]
+    mean_by_eighth: list[list[float]]
 
     @classmethod
-    def of(cls, draws: Sequence[Sequence[float]], first: Sequence[float] | None = None) -> "Moments":
+    def of(
+        cls,
+        draws: Sequence[Sequence[float]],
+        first: Sequence[float] | None = None,
+        first_std: float | None = None,
+        first_draw: int = 0,
+    ) -> "Moments":
         """Moments of one sample, whose draws are [Delta] each, or [Delta at +delta_k, Delta at -delta_k].
 
-        first: L of each draw, if it is known.
+        first: L of each draw, if it is known. first_std: sigma |g|, its standard deviation. first_draw: k of the first.
         """
         absolute = [math.fsum(map(abs, deltas)) / len(deltas) for deltas in draws]
         even = [math.fsum(deltas) / len(deltas) for deltas in draws]
         odd = [(deltas[0] - deltas[1]) / 2 for deltas in draws if len(deltas) == 2]
         known = first or ()
+        signs = [math.copysign(1.0, value) if value else 0.0 for value in known]
+        smooth: list[float] = []
+        of_abs, of_mean = absolute, even
+        if known:
+            of_abs = [a - abs(b) for a, b in zip(absolute, known, strict=True)]
+        if known and not odd:
+            of_mean = [a - b for a, b in zip(even, known, strict=True)]
+        if odd and first_std:
+            of_abs = smooth = [smoothed(*values, first_std) for values in zip(even, odd, known, strict=True)]
+        by_eighth = [
+            [exact_sum(values[(j - first_draw) % EIGHTHS :: EIGHTHS]) for j in range(EIGHTHS)]
+            for values in (of_abs, of_mean)
+        ]
         return cls(
             len(draws),
             exact_sum(absolute),
@@ -82,16 +116,48 @@ class Moments:
             exact_sum(map(abs, known)),
             exact_sum(a * abs(b) for a, b in zip(absolute, known, strict=False)),
             exact_sum(a * b for a, b in zip(even, known, strict=False)),
+            exact_sum(signs),
+            exact_sum(a * b for a, b in zip(absolute, signs, strict=False)),
+            exact_sum(smooth),
+            exact_sum(value * value for value in smooth),
+            *by_eighth,
         )
 
     @classmethod
     def merge(cls, parts: Sequence["Moments"]) -> "Moments":
         """Moments of all the draws of `parts` together."""
-        sums = [field.name for field in dataclasses.fields(cls)[1:]]
-        return cls(
-            sum(part.num_draws for part in parts),
-            *(exact_sum(value for part in parts for value in getattr(part, name)) for name in sums),
-        )
+
+        def by_eighth(name: str) -> list[list[float]]:
+            return [
+                exact_sum(itertools.chain(*of)) for of in zip(*(getattr(part, name) for part in parts), strict=True)
+            ]
+
+        found: dict[str, Any] = {
+            name: exact_sum(value for part in parts for value in getattr(part, name)) for name in cls.sums()
+        }
+        found |= {name: by_eighth(name) for name in ("abs_by_eighth", "mean_by_eighth")}
+        return cls(sum(part.num_draws for part in parts), **found)
+
+    @classmethod
+    def sums(cls) -> list[str]:
+        """Names of the fields that are one exact sum."""
+        return [field.name for field in dataclasses.fields(cls)[1:-2]]
+
+
+def smoothed(even: float, odd: float, first: float, first_std: float) -> float:
+    """What a pair tells of E|Delta| - E|L|, freed of what is large in rare draws alone.
+
+    The mean |Delta| of a pair is max(|O|, |Q|) for its odd and even part: |O|, but for the draws with |L| < |Q|. These
+    add E (|Q| - |O|)+ = E[Q^2 | L = 0] / s sqrt(2 pi) + ..., s = sigma |g|, from a share |Q| / s of all draws: a few
+    draws have none of them, and look far more certain than they are. Q^2 of each draw has that mean if it is weighed by
+    w(x) = 1 - He_2(x) / 2 + He_4(x) / 8, x = L / s, for which E w(x) p(x) = p(0) for polynomials p of degree 4, as
+    E[Q^2 | L] is for small sigma. So this is |O| - |L| + w Q^2 / s sqrt(2 pi); where |Q| is over s, the pair's own.
+    """
+    if abs(even) > first_std:
+        return max(abs(odd), abs(even)) - abs(first)
+    square = (first / first_std) ** 2
+    weight = 1 - (square - 1) / 2 + (square * square - 6 * square + 3) / 8
+    return abs(odd) - abs(first) + weight * even * even / (first_std * math.sqrt(2 * math.pi))
 
 
 def delta(theta: torch.Tensor, perturbed: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,6 @@ from mrd_ray.mrd.perturb import Replica
 # Rounding at 0.3 of the signal's level adds 4% to a score, for it adds in quadrature: as much as 200 draws leave.
 _MAX_NOISE = 0.3
 _MIN_COSINE = 0.99
-_SLANT = math.tan(math.acos(_MIN_COSINE))
 _LOOKED_AT = 1 << 16  # elements of a weight, to see what rounding leaves of sigma z: a float64 copy costs little
 _SMALLER = 64.0  # the noise floor is looked for at sigma over this, where the signal is so much smaller
 
@@ -36,18 +35,6 @@ class Precision:
     def sufficient(self) -> bool:
         """Whether scores would be more than rounding noise."""
         return self.cosine >= _MIN_COSINE and self.noise_floor <= _MAX_NOISE
-
-    def sigma_needed(self, sigma: float, antithetic: bool = False) -> float | None:
-        """A sigma, a power of ten, that rounding would leave ample room for; None where the figures cannot tell.
-
-        Rounding's share falls as sigma rises, for the even part of antithetic draws as its square.
-        """
-        if not (math.isfinite(self.noise_floor) and self.cosine > 0.1):
-            return None
-        noise = self.noise_floor / _MAX_NOISE
-        slant = math.tan(math.acos(min(1.0, self.cosine))) / _SLANT
-        factor = max(1.0, math.sqrt(noise) if antithetic else noise, slant)
-        return float(10.0 ** math.ceil(math.log10(sigma * 3 * factor) - 1e-9))
 
 
 def examine(

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mrd_ray.mrd.double import as_now
+
 
 def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The layers that can be recomputed, by transformers' word."""
@@ -68,7 +70,7 @@ class _Activations:
             for value in (*args, *kwargs.values()):
                 if isinstance(value, torch.Tensor):
                     self._keep(value)
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            return checkpoint(as_now(forward), *args, use_reentrant=False, **kwargs)
         with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
             output = forward(*args, **kwargs)
         self._largest[device] = max(self._largest[device], self._bytes[device] - before)

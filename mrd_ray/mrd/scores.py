@@ -7,11 +7,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from mrd_ray.mrd.monte_carlo import Moments
+from mrd_ray.mrd.standard_errors import (
+    COVERAGE,
+    minus,
+    of_half_normal,
+    of_mean,
+    of_signs,
+    regression,
+    student,
+    total,
+)
 
 
 @dataclass(frozen=True)
 class Score:
     """Both statistics of one sample, each with its standard error; None where the estimator cannot know it.
+
+    95% of scores lie within two standard errors of the truth, however few the draws (see `standard_errors`).
 
     mean_abs = E|Delta| (Algorithm 1), first order in sigma. abs_mean = |E Delta| (Definition 3.1), second order in
     sigma: with plain draws its standard error is usually larger than itself, which `abs_mean_se` shows.
@@ -30,58 +42,136 @@ class Score:
     nonlinearity: float | None
 
 
-_FITTED = 16  # draws from which on the control variate's coefficient is fitted; of fewer it is 1
+_FITTED = 16  # draws from which on the control variates' coefficients are fitted; of fewer they are 1
+_SMOOTH = 0.1  # even part over first order up to which antithetic pairs are `smoothed`
 
 
 def monte_carlo_score(moments: Moments, antithetic: bool = False, first_std: float | None = None) -> Score:
-    """Score of one sample. Standard errors are those of a mean of independent draws, s / sqrt(K); None for one draw.
+    """Score of one sample. Standard errors are calibrated (see `standard_errors`); None for one draw.
 
-    With first_std, sigma |g|, the standard deviation of L, L is the control variate: E|L| = sigma |g| sqrt(2 / pi) and
-    E L = 0 are known, so that
+    With first_std, sigma |g|, the standard deviation of L, L is the control variate: E|L| = sigma |g| sqrt(2 / pi),
+    E L = 0 and E sgn L = 0 are known, so that with d = |Delta| - |L|
 
-        E|Delta| = mean |Delta| - b (mean |L| - E|L|),    E Delta = mean Delta - b mean L
+        E|Delta| = E|L| + E d = E|L| + cov(sgn L, sgn L d),    E Delta = mean Delta - b mean L
 
-    for any b. b = 1 takes out all that is first order; from 16 draws on it is cov / var of these draws, which is better
-    where sigma is large. Antithetic pairs have no first order in their even part, so that E Delta needs no L.
+    The covariance is that of the draws, unbiased for every sigma. To first order it is of sgn L and the even part of
+    Delta, whose mean mu drops out; in mean d it would appear with the sign of most draws. From 16 draws on least
+    squares on L and sgn L takes its place, which is better where sigma is large. Antithetic pairs, too, have no first
+    order in their even part, so that E Delta needs no L.
     """
     k = moments.num_draws
-    if first_std is None:
-        mean_abs, mean_abs_se = _mean(moments.sum_abs, moments.sum_abs_squares, k)
+    if first_std is None or first_std == 0:
+        sums = (total(moments.sum_abs), total(moments.sum_abs_squares))
+        mean_abs, mean_abs_se = sums[0] / k, of_half_normal(*sums, k)
     else:
-        of_first = (moments.sum_first_abs, moments.sum_first_squares, moments.sum_abs_products)
-        known = first_std * math.sqrt(2 / math.pi)
-        mean_abs, mean_abs_se = _controlled(moments.sum_abs, moments.sum_abs_squares, *of_first, known, k)
-    if first_std is None or antithetic:
-        mean, mean_se = _mean(moments.sum, moments.sum_squares, k)
-    else:
-        of_first = (moments.sum_first, moments.sum_first_squares, moments.sum_products)
-        mean, mean_se = _controlled(moments.sum, moments.sum_squares, *of_first, 0.0, k)
+        mean_abs, mean_abs_se = (_of_pairs if antithetic else _of_draws)(moments, first_std)
+    found = None
+    if first_std is not None and not antithetic:
+        found = _on_first(moments)
+    mean, mean_se = found or _mean(total(moments.sum), total(moments.sum_squares), k)
     if first_std is not None and not antithetic:
         # E Delta^2 = E L^2 + mean(Delta^2 - L^2)
-        square = first_std**2 + (math.fsum(moments.sum_squares) - math.fsum(moments.sum_first_squares)) / k - mean**2
+        square = first_std**2 + total(moments.sum_squares, minus(moments.sum_first_squares)) / k - mean**2
         s: float | None = math.sqrt(max(square, 0.0))
         nonlinearity = abs(mean) / s if s else None
     elif antithetic:
-        s = math.sqrt(math.fsum(moments.sum_odd_squares) / k)
+        s = math.sqrt(total(moments.sum_odd_squares) / k)
         nonlinearity = abs(mean) / s if s else None
     else:
-        s, nonlinearity = None if mean_se is None else mean_se * math.sqrt(k), None
+        s, nonlinearity = None if mean_se is None else mean_se / student(k - 1) * math.sqrt(k), None
     return Score(mean_abs, mean_abs_se, abs(mean), mean_se, mean, s, nonlinearity)
+
+
+def _of_draws(moments: Moments, first_std: float) -> tuple[float, float | None]:
+    """E|Delta| of plain draws with a control variate, and its standard error."""
+    k, known = moments.num_draws, first_std * math.sqrt(2 / math.pi)
+    signs, rest = total(moments.sum_signs), total(moments.sum_abs, minus(moments.sum_first_abs))  # sgn L, d
+    signed = total(moments.sum_sign_abs, minus(moments.sum_first))  # sgn L d
+    squares = _squares_of_rest(moments)
+    if k >= _FITTED:
+        of_first, first_abs = total(moments.sum_first), total(moments.sum_first_abs)
+        first_squares = total(moments.sum_first_squares)
+        gram = [[k, signs, of_first], [signs, k, first_abs], [of_first, first_abs, first_squares]]
+        products = [signed, rest, total(moments.sum_abs_products, minus(moments.sum_first_squares))]
+        if found := regression(gram, products, squares, [0.0, 1.0, known], k):
+            return known + found[0], found[1]
+    if k == 1:
+        return known + rest, None
+    return known + (rest - signs * signed / k) / (k - 1), of_signs(signs, signed, squares, k)
+
+
+def _of_pairs(moments: Moments, first_std: float) -> tuple[float, float | None]:
+    """E|Delta| of antithetic pairs with a control variate, and its standard error."""
+    k, known = moments.num_draws, first_std * math.sqrt(2 / math.pi)
+    if moments.sum_smooth_squares and total(moments.sum_squares) <= k * (_SMOOTH * first_std) ** 2:
+        mean, se = _mean(total(moments.sum_smooth), total(moments.sum_smooth_squares), k)
+        return known + mean, se
+    rest = total(moments.sum_abs, minus(moments.sum_first_abs))
+    if k >= _FITTED:
+        first_abs, first_squares = total(moments.sum_first_abs), total(moments.sum_first_squares)
+        products = [rest, total(moments.sum_abs_products, minus(moments.sum_first_squares))]
+        gram = [[k, first_abs], [first_abs, first_squares]]
+        if found := regression(gram, products, _squares_of_rest(moments), [1.0, known], k):
+            return known + found[0], found[1]
+    mean, se = _mean(rest, _squares_of_rest(moments), k)
+    return known + mean, se
+
+
+def _squares_of_rest(moments: Moments) -> float:
+    """Sum of (|Delta| - |L|)^2."""
+    return total(moments.sum_abs_squares, minus(moments.sum_abs_products, 2.0), moments.sum_first_squares)
+
+
+def _on_first(moments: Moments) -> tuple[float, float | None]:
+    """E Delta of plain draws with a control variate, and its standard error."""
+    k = moments.num_draws
+    rest, of_first = total(moments.sum, minus(moments.sum_first)), total(moments.sum_first)
+    first_squares = total(moments.sum_first_squares)
+    squares = total(moments.sum_squares, minus(moments.sum_products, 2.0), moments.sum_first_squares)
+    if k >= _FITTED:
+        products = [rest, total(moments.sum_products, minus(moments.sum_first_squares))]
+        if found := regression([[k, of_first], [of_first, first_squares]], products, squares, [1.0, 0.0], k):
+            return found
+    return _mean(rest, squares, k)
+
+
+def _mean(values: float, squares: float, k: int) -> tuple[float, float | None]:
+    return values / k, of_mean(values, squares, k)
 
 
 def closed_form_score(sigma: float, gradient_norm: float, probes: Sequence[float]) -> Score:
     """Score of one sample from |g|, and from probes of mu / sigma^2 if there are any (see `curvature`).
 
-    The folded normal's mean carries the standard error of mu: dE|Delta| / dmu = erf(mu / s sqrt(2)).
+    Without probes mean_abs has no sampling error, and a standard error of 0, which tells nothing of higher orders.
     """
     s = sigma * gradient_norm
     if not probes:
         return Score(folded_normal_mean(0.0, s), 0.0, None, None, None, s, None)
-    mean, mean_se = _mean([*probes], [probe * probe for probe in probes], len(probes))
-    mu, mu_se = sigma**2 * mean, None if mean_se is None else sigma**2 * mean_se
-    slope = abs(math.erf(mu / (s * math.sqrt(2)))) if s else 1.0
-    mean_abs_se = None if mu_se is None else slope * mu_se
+    k, total_of = len(probes), math.fsum(probes)
+    squares = math.fsum(probe * probe for probe in probes)
+    mu = sigma**2 * total_of / k
+    mu_se = of_mean(sigma**2 * total_of, sigma**4 * squares, k)
+    mean_abs_se = None if mu_se is None else _folded_se(mu, mu_se, s, sigma**2 * math.sqrt(squares / k), k)
     return Score(folded_normal_mean(mu, s), mean_abs_se, abs(mu), mu_se, mu, s, abs(mu) / s if s else None)
+
+
+def _folded_se(mu: float, mu_se: float, s: float, even: float, k: int) -> float:
+    """Of the folded normal's mean from mu, with mu_se from k probes: the sampling error, and what it leaves out.
+
+    The mean rises with |mu|, so that the end of mu's interval bounds its error; where that interval holds zero, only
+    the upper end does, and the quantile is that of one side. What is left out is of the same order sigma^3 as mu^2 / s:
+    the third derivative, and the spread of the even part. They are about as large as what the even part adds; 0.8 of
+    that is the root mean square found on small models, (1 + 4 / k) since few probes may all be small.
+
+    Args:
+        even: root mean square of the even part of Delta, by the probes.
+    """
+    reach = 2 * mu_se
+    if abs(mu) < reach:
+        reach *= student(k - 1, 2 * COVERAGE - 1) / student(k - 1)
+    sampling = (folded_normal_mean(abs(mu) + reach, s) - folded_normal_mean(mu, s)) / 2
+    left_out = 0.8 * (1 + 4 / k) * (folded_normal_mean(even, s) - folded_normal_mean(0.0, s))
+    return math.hypot(sampling, left_out)
 
 
 def folded_normal_mean(mu: float, s: float) -> float:
@@ -89,37 +179,6 @@ def folded_normal_mean(mu: float, s: float) -> float:
     if s == 0:
         return abs(mu)
     return s * math.sqrt(2 / math.pi) * math.exp(-((mu / s) ** 2) / 2) + mu * math.erf(mu / (s * math.sqrt(2)))
-
-
-def _mean(values: Sequence[float], squares: Sequence[float], k: int) -> tuple[float, float | None]:
-    """Mean of k values given parts of their sum and of their sum of squares, and its standard error."""
-    mean = math.fsum(values) / k
-    if k < 2:
-        return mean, None
-    variance = math.fsum(squares) / k - mean * mean
-    return mean, math.sqrt((0.0 if variance < 0 else variance) / (k - 1))  # a max with 0 would make 0 of nan
-
-
-def _controlled(
-    values: Sequence[float],
-    squares: Sequence[float],
-    first: Sequence[float],
-    first_squares: Sequence[float],
-    products: Sequence[float],
-    known: float,
-    k: int,
-) -> tuple[float, float | None]:
-    """Mean of k values by a control variate whose mean is known, and its standard error, from parts of their sums."""
-    mean, of_first = math.fsum(values) / k, math.fsum(first) / k
-    if k < 2:
-        return mean - (of_first - known), None
-    variance = math.fsum(squares) / k - mean**2
-    of_both = math.fsum(products) / k - mean * of_first
-    variance_of_first = math.fsum(first_squares) / k - of_first**2
-    fitted = k >= _FITTED and variance_of_first > 0
-    b = of_both / variance_of_first if fitted else 1.0
-    rest = variance - 2 * b * of_both + b * b * variance_of_first
-    return mean - b * (of_first - known), math.sqrt((0.0 if rest < 0 else rest) / (k - 1 - fitted))
 
 
 def sampling_weights(mrd: np.ndarray) -> np.ndarray:

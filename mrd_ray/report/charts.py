@@ -76,7 +76,7 @@ def by_rank(mrd: np.ndarray, se: np.ndarray) -> Chart:
     part = "all samples" if len(shown) == n else f"{len(shown)} of {n:,} samples, evenly spaced by rank"
     says = f"{part[0].upper()}{part[1:]} from the hardest to unlearn (rank 1) to the easiest (rank {n:,})"
     if np.nanmax(se, initial=0) > 0:
-        says += ", each with its standard error as a bar"
+        says += ", each with its standard error as a bar (a bar twice as long holds the truth in 95% of scores)"
     says += f". The easiest scores {mrd[-1] / mrd[0]:.3g} times as much as the hardest." if mrd[0] > 0 else "."
     title = "Hardest to easiest"
     return Chart(title, says, svg.draw(title, x, y, "rank", "MRD", marks))

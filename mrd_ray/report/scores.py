@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -79,6 +80,7 @@ def section(run: Scores, number: int, include_text: bool) -> ScoreSection:
         tables.append(Table(f"Samples without a score{more}", ("samples", "reason"), rows))
     samples = _samples(pa.concat_tables([scored, unscored]), len(scored), number, run.about.name, include_text)
     says = [f"{len(scored):,} of {len(table):,} samples have a score.", *_warnings(scored, mrd, se)]
+    says += _checked(run.about.manifest.get("checked"))
     return ScoreSection(run.about.name, says, quantiles, drawn, tables, samples)
 
 
@@ -107,7 +109,9 @@ def _warnings(scored: pa.Table, mrd: np.ndarray, se: np.ndarray) -> list[str]:
     """What would be wrong to overlook, as in scoring.summary."""
     found = []
     if unclear := int((mrd < 2 * se).sum()):
-        found.append(f"{unclear:,} score(s) are less than twice their standard error: they say little.")
+        found.append(
+            f"{unclear:,} score(s) are less than twice their standard error, so zero is in their 95% interval."
+        )
     if loud := int((_array(scored, "mean_abs") > _array(scored, "num_tokens")).sum()):
         found.append(
             f"{loud:,} sample(s) have log-probabilities that change by more than themselves: sigma is too large."
@@ -115,9 +119,28 @@ def _warnings(scored: pa.Table, mrd: np.ndarray, se: np.ndarray) -> list[str]:
     limit = summary.NONLINEAR
     if "nonlinearity" in scored.column_names and (bent := int((_array(scored, "nonlinearity") > limit).sum())):
         found.append(f"{bent:,} sample(s) have a nonlinearity over {limit:g}: sigma is not small for them.")
+    if doubted := summary.doubts(scored):
+        found.append(f"{doubted}.")
     if "low_precision" in scored.column_names and any(scored["low_precision"].to_pylist()):
         found.append("These scores are marked low_precision: rounding is not small beside the signal.")
     return found
+
+
+def _checked(checked: dict[str, Any] | None) -> list[str]:
+    """What was checked of the closed form by draws."""
+    if checked is None:
+        return []
+    said = []
+    if checked["worst"] is not None:
+        said.append(
+            f"The closed form was held against {checked['draws']} draws of {checked['samples']} samples: they differ "
+            f"from what the gradient says by {checked['worst']:.2g} of their standard deviation at most."
+        )
+    if checked["every_sample"]:
+        said.append("Every sample was checked so" + (", and choices inside the model." if checked["choices"] else "."))
+    if checked["unchecked"]:
+        said.append(f"What was not checked: {checked['unchecked']}.")
+    return said
 
 
 def _extremes(caption: str, rows: pa.Table, include_text: bool) -> Table:
@@ -173,16 +196,17 @@ def agreement(runs: Sequence[Scores], include_text: bool) -> Agreement | None:
         try:
             found = compare.compare(CompareConfig(run_a=a.about.uri, run_b=b.about.uri))
         except UserError as problem:
-            rows.append([names, None, None, None, None, f"not compared: {problem}"])
+            rows.append([names, None, None, None, None, None, f"not compared: {problem}"])
             continue
         far = "no standard errors to go by" if found.apart is None else f"{found.apart:.1%} over 3 s.e. apart"
         unlike = _unlike(a, b)
         difference = "; ".join(filter(None, (far, unlike)))
-        rows.append([names, found.compared, found.spearman, found.kendall, found.median_ratio, difference])
+        figures = (found.compared, found.spearman, found.kendall, found.median_ratio)
+        rows.append([names, *figures, found.draws, difference])
         if a is runs[0]:
             drawn.append(_scatter(a, b, found, unlike))
             apart.append(_apart(a, b, found, include_text))
-    head = ("runs", "samples", "Spearman", "Kendall", "median ratio", "difference")
+    head = ("runs", "samples", "Spearman", "Kendall", "median ratio", "errors of differences", "difference")
     return Agreement(Table("Agreement of each two runs", head, rows), drawn, apart)
 
 

@@ -102,6 +102,7 @@ class ScoringActor:
             try:
                 result["samples"] = self._estimator(samples.to_pylist(), range(unit.first_draw, unit.stop_draw))
                 result["precision"] = self._estimator.precision
+                result["checked"] = self._estimator.checked
                 result["without_control"] = self._estimator.without_control
                 self._weights.check()
             except UserError as problem:

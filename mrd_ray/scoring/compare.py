@@ -14,6 +14,7 @@ from mrd_ray import storage
 from mrd_ray.config import CompareConfig
 from mrd_ray.data import samples
 from mrd_ray.errors import UserError
+from mrd_ray.mrd.standard_errors import student
 from mrd_ray.runs import Identified, parsed_json, parsed_table
 from mrd_ray.scoring.table import SCHEMA
 
@@ -27,9 +28,10 @@ class Comparison:
 
     compared: how many. only_a, only_b: samples with a score in one run alone. spearman, kendall: rank correlations
     (tau-b). median_ratio: of b to a. apart: share of samples whose scores differ by more than three standard errors of
-    the difference; None if neither run has standard errors. rows: the samples, those most apart first, each with
-    sample_id, a, b, a_se, b_se, z (the difference in standard errors, or its relative size where there are none) and
-    text.
+    the difference; None if neither run has standard errors. paired: samples whose difference has its standard error
+    from the eighths of the draws, whatever the runs share; the others' is that of independent runs. draws: what is
+    known of that, in words. rows: the samples, those most apart first, each with sample_id, a, b, a_se, b_se, z (the
+    difference in standard errors, or its relative size where there are none) and text.
     """
 
     compared: int
@@ -39,6 +41,8 @@ class Comparison:
     kendall: float
     median_ratio: float
     apart: float | None
+    paired: int
+    draws: str
     rows: list[dict[str, Any]]
     settings: tuple[str, str]
 
@@ -71,9 +75,17 @@ def compare(config: CompareConfig) -> Comparison:
     both = np.isfinite(a) & np.isfinite(b)
     if both.sum() < 3:
         raise UserError(f"{config.run_a} and {config.run_b} share {both.sum()} scores; expected at least 3 to compare")
-    noise = np.sqrt(se[0] ** 2 + se[1] ** 2)  # nan where a standard error is not known
+    shared = _share_draws([_identity(run) for run in (config.run_a, config.run_b)], tables)
+    difference, noise = b - a, np.sqrt(se[0] ** 2 + se[1] ** 2)  # nan where a standard error is not known
+    paired = np.zeros(len(a), bool)
+    if len(_estimators(tables)) < 2:
+        of_pairs, noise_of_pairs = _of_eighths(tables)
+        paired = both & np.isfinite(of_pairs)
+        difference, noise = np.where(paired, of_pairs, difference), np.where(paired, noise_of_pairs, noise)
     with np.errstate(divide="ignore", invalid="ignore"):
-        z = np.where(noise > 0, (b - a) / noise, np.where(a == b, 0.0, (b - a) / a))
+        z = np.where(noise > 0, difference / noise, np.where(a == b, 0.0, (b - a) / a))
+    known = noise[both] > 0
+    settled = known.any() and (known | ((noise == 0) & (a == b))[both]).all()
     rows = [
         {"sample_id": ids[0][i], "a": a[i], "b": b[i], "a_se": se[0][i], "b_se": se[1][i], "z": z[i],
          "text": texts[0].get(ids[0][i])}
@@ -88,10 +100,71 @@ def compare(config: CompareConfig) -> Comparison:
         spearman=float(scipy.stats.spearmanr(a[both], b[both]).statistic),
         kendall=float(scipy.stats.kendalltau(a[both], b[both]).statistic),
         median_ratio=ratio,
-        apart=float((np.abs(z[both]) > _STANDARD_ERRORS).mean()) if (noise[both] > 0).all() else None,
+        apart=float((np.abs(z[both]) > _STANDARD_ERRORS).mean()) if settled or paired[both].all() else None,
+        paired=int(paired.sum()),
+        draws=_draws(shared, int((both & ~paired & (noise > 0)).sum()), tables),
         rows=rows,
         settings=(_settings(tables[0]), _settings(tables[1])),
     )
+
+
+def _share_draws(identities: list[dict[str, Any]], tables: list[pa.Table]) -> bool | None:
+    """Whether the runs shake the weights alike; None where a bare table was given, which does not say."""
+    estimators = [
+        table["estimator"].drop_null()[:1].to_pylist() if _has(table, "estimator") else [] for table in tables
+    ]
+    if all(estimators) and estimators[0] != estimators[1]:
+        return False
+    noise = [(identity.get("scoring.seed"), identity.get("noise version")) for identity in identities]
+    return None if None in (*noise[0], *noise[1]) else noise[0] == noise[1]
+
+
+def _estimators(tables: list[pa.Table]) -> set[str]:
+    return {
+        name for table in tables if _has(table, "estimator") for name in table["estimator"].drop_null()[:1].to_pylist()
+    }
+
+
+def _of_eighths(tables: list[pa.Table]) -> tuple[np.ndarray, np.ndarray]:
+    """Difference of each sample's scores, and its standard error, from the eighths of the draws; nan where unknown.
+
+    The eighths' differences are independent of one another even where the two runs are not: Student's t.
+    """
+    if not all(_has(table, "mrd_eighths") for table in tables):
+        return np.full(len(tables[0]), np.nan), np.full(len(tables[0]), np.nan)
+    (a, lengths), (b, other) = (_eighths(table) for table in tables)
+    eighths = np.where((lengths == other) & (lengths > 1), lengths, np.nan)
+    width = min(a.shape[1], b.shape[1])
+    apart = b[:, :width] - a[:, :width]
+    mean = np.nansum(apart, 1) / eighths
+    variance = np.nansum((apart - mean[:, None]) ** 2, 1) / (eighths - 1)
+    factors = np.array([student(max(freedom, 1)) for freedom in range(width + 1)])
+    factor = factors[np.where(np.isnan(eighths), 0, eighths - 1).astype(int)]
+    return mean, factor * np.sqrt(variance / eighths)
+
+
+def _eighths(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Of a table with that column: float64 [n, most], padded with nan, and how many each sample has."""
+    column = table["mrd_eighths"].combine_chunks()
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(int)
+    found = np.full((len(table), lengths.max(initial=0)), np.nan)
+    found[np.arange(found.shape[1]) < lengths[:, None]] = column.flatten().to_numpy(zero_copy_only=False)
+    return found, lengths
+
+
+def _has(table: pa.Table, name: str) -> bool:
+    return name in table.column_names
+
+
+def _draws(shared: bool | None, unpaired: int, tables: list[pa.Table]) -> str:
+    if any(not (table["mrd_se"].to_numpy().astype(float) > 0).any() for table in tables):
+        return "none in one run at least"
+    if not unpaired:
+        return "from the differences of eighths of the draws: what the runs share cancels"
+    if shared is False:
+        return "of independent runs: other seeds, or another estimator"
+    sharing = "since the runs share draws" if shared else "should the runs share draws"
+    return f"as if independent for {unpaired} sample(s), not to be paired; too large {sharing}"
 
 
 def _read(run: str, name: str) -> tuple[str, bytes]:

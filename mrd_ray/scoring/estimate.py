@@ -62,7 +62,7 @@ class Estimate:
     """Figures of a run that has not been made. Bytes and FLOPs are of all draws and samples together.
 
     seconds: from Ray's start to the last unit, which fleets and choice are of. around: reading before, and ending Ray
-    after, where a probe has measured that, else zero; gathering the scores, some 60 us a sample, is left out.
+    after, where a probe has measured that, else zero; gathering the scores, some 0.2 ms a sample, is left out.
     """
 
     samples: int

@@ -1,8 +1,9 @@
 """From samples and draws to what a unit's result holds, one class per estimator; each owns its replica's memory."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +12,16 @@ from transformers import PreTrainedModel
 from mrd_ray import models
 from mrd_ray.config import ScoringConfig
 from mrd_ray.errors import UserError
-from mrd_ray.mrd.autograd_check import agrees, disagreements
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.curvature import TraceEstimator
-from mrd_ray.mrd.first_order import FirstOrder
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures, sum_log_probs
 from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
 from mrd_ray.mrd.perturb import Replica, Shard
-from mrd_ray.mrd.precision import Precision, examine
+from mrd_ray.mrd.precision import examine
+from mrd_ray.scoring.advice import Case, insufficient
+from mrd_ray.scoring.control import Control, disagreements_of
 from mrd_ray.scoring.memory import TOO_LARGE, Sample, activation_bytes, collate, fitting, out_of_memory, release
+from mrd_ray.scoring.verification import Scored, Verification
 
 Result = dict[str, Any]  # of actor.RESULT
 
@@ -31,7 +33,7 @@ def refuse_wrong_rules(model: PreTrainedModel, scoring: ScoringConfig) -> None:
     if scoring.estimator != "closed_form" or scoring.allow_slow_parameters:  # the latter: autograd instead
         return
     selected = models.select(dict(model.named_parameters()), scoring.parameters)
-    if wrong := disagreements(GradientNorms(model, selected)):
+    if wrong := disagreements_of(GradientNorms(model, selected), "scoring.estimator: closed_form"):
         raise UserError(
             f"scoring.estimator: closed_form does not agree with autograd on this model, in {len(wrong)} of "
             f"{len(selected)} parameters, first {wrong[0]}; set scoring.allow_slow_parameters to differentiate them "
@@ -51,6 +53,8 @@ class MonteCarlo:
         UserError: the model's precision cannot carry sigma.
     """
 
+    checked = None
+
     def __init__(
         self, model: PreTrainedModel, scoring: ScoringConfig, trial: Sequence[Sample], shards: Shards | None = None
     ) -> None:
@@ -62,11 +66,11 @@ class MonteCarlo:
         self._replica = Replica(model, selected, shards)
         self._block: _Block | None = None
         batch = collate(trial, self._device)
-        self._control: _Control | None = None
+        self._control: Control | None = None
         self.without_control: str | None = None
         if scoring.controlled:
             try:
-                self._control = _Control.of(self._replica, model, selected, scoring)
+                self._control = Control.of(self._replica, model, selected, scoring)
             except UserError as problem:
                 if scoring.control_variate:  # by name
                     raise
@@ -74,7 +78,7 @@ class MonteCarlo:
         precision = examine(self._replica, self._likelihood, batch, scoring.sigma, scoring.seed, scoring.antithetic)
         self.precision = asdict(precision) | {"sufficient": precision.sufficient}
         if not precision.sufficient and not scoring.allow_low_precision:
-            raise UserError(_insufficient(precision, model.dtype, scoring))
+            raise UserError(insufficient(precision, Case(model, self._replica, trial, scoring)))
 
     def __call__(self, samples: Sequence[Sample], draws: range) -> list[Result]:
         """Results of these samples for these draws; of each half in turn where a perturbed forward lacks memory."""
@@ -100,7 +104,8 @@ class MonteCarlo:
                 result = _result(sample_id, log_prob, part.measures, i)
                 if part.norms is not None:
                     result |= {"gradient_norm": part.norms[i]}
-                found.append(result | _of_draws(of_part[i].tolist(), draws, result, part.norms is not None))
+                std = None if part.norms is None else scoring.sigma * part.norms[i]
+                found.append(result | _of_draws(of_part[i].tolist(), draws, result, std))
         return found
 
     def restore(self) -> None:
@@ -129,54 +134,11 @@ class MonteCarlo:
         return _Part([sample["sample_id"] for sample in members], batch, theta, means, norms)
 
 
-class _Control(NamedTuple):
-    """What a control variate needs: |g| of every sample, and L of every draw."""
-
-    norms: GradientNorms
-    first_order: FirstOrder
-
-    @classmethod
-    def of(
-        cls, replica: Replica, model: PreTrainedModel, selected: Collection[str], scoring: ScoringConfig
-    ) -> "_Control":
-        """Of a model that it is right for, which is tried out. Raises UserError, which says why there is none."""
-        if replica.sharded:
-            raise UserError("scoring.control_variate: none where weights are spread over processes")
-        norms = GradientNorms(model, selected, activation_bytes(model, scoring))
-        if norms.coverage.slow and not scoring.allow_slow_parameters:
-            raise UserError(
-                f"scoring.control_variate: no rule covers {norms.coverage.slow[0]} (scoring.allow_slow_parameters)"
-            )
-        if wrong := disagreements(norms):
-            if not scoring.allow_slow_parameters:
-                raise UserError(
-                    f"scoring.control_variate: gradient norms do not agree with autograd, first {wrong[0]} "
-                    "(scoring.allow_slow_parameters)"
-                )
-            norms.give_up_rules(wrong)
-        replica.perturb(scoring.sigma, draw_seed(scoring.seed, 0))
-        step = replica.step()
-        replica.restore()
-        first_order = FirstOrder(model, selected)
-        try:
-            right = agrees(first_order, norms.parameters, step)
-        except RuntimeError as problem:  # NotImplementedError is one
-            if out_of_memory(problem):
-                raise
-            reason = str(problem).splitlines()[0]
-            raise UserError(
-                f"scoring.control_variate: torch has no forward mode for this model ({reason})"
-            ) from problem
-        if not right:
-            raise UserError("scoring.control_variate: torch's forward mode does not agree with autograd on this model")
-        return cls(norms, first_order)
-
-
 class ClosedForm:
     """Exact gradient norms, and probes of the curvature on request.
 
     Args:
-        trial: a few samples to try a probe on, before any other is scored.
+        trial: a few samples to hold against draws, and to try a probe on, before any other is scored.
         shards: as for `MonteCarlo`.
 
     Raises:
@@ -195,8 +157,12 @@ class ClosedForm:
         selected = models.select(dict(model.named_parameters()), scoring.parameters)
         self._norms = GradientNorms(model, selected, activation_bytes(model, scoring, shards is not None))
         if scoring.allow_slow_parameters:  # which needs whole weights
-            self._norms.give_up_rules(disagreements(self._norms))
+            self._norms.give_up_rules(disagreements_of(self._norms, "scoring.estimator: closed_form"))
         self._traces = TraceEstimator(model, selected)
+        self._verification = Verification(
+            model, self._norms, scoring, trial, lambda: Replica(model, selected, shards), shards is not None
+        )
+        self.checked = asdict(self._verification.checked)
         if scoring.curvature_probes:
             self._traces.aim(draw_seed(scoring.seed, 0))
             try:
@@ -211,8 +177,13 @@ class ClosedForm:
     def __call__(self, samples: Sequence[Sample], draws: range) -> list[Result]:
         """Results of these samples; the closed form has no draws."""
         found: list[Result] = []
-        for members, results in fitting(samples, self._device, self._score, self._halve):
-            found += results or [{"sample_id": members[0]["sample_id"], "error": TOO_LARGE}]
+        scored: list[Scored] = []
+        for members, of_part in fitting(samples, self._device, self._score, self._halve):
+            if of_part is None:
+                found.append({"sample_id": members[0]["sample_id"], "error": TOO_LARGE})
+            else:
+                scored.append(of_part[0])
+                found += of_part[1]
         for k in range(self._scoring.curvature_probes):
             self._traces.aim(draw_seed(self._scoring.seed, k))
             probes = fitting(samples, self._device, lambda _, batch: self._traces.probe(batch).tolist(), self._halve)
@@ -223,12 +194,14 @@ class ClosedForm:
                 if result["error"] is None:
                     result["num_draws"] += 1
                     result["probes"].append(value)
-        return found
+        mu = {one["sample_id"]: self._scoring.sigma**2 * fmean(one["probes"]) for one in found if one.get("probes")}
+        doubts = self._verification.doubts(scored, mu)
+        return [result | {"doubt": doubts.get(result["sample_id"])} for result in found]
 
     def restore(self) -> None:
-        """The model was never changed."""
+        """The model is as it was already."""
 
-    def _score(self, members: Sequence[Sample], batch: MicroBatch) -> list[Result]:
+    def _score(self, members: Sequence[Sample], batch: MicroBatch) -> tuple[Scored, list[Result]]:
         measures = TokenMeasures(batch) if self._scoring.measures else None
         theta, squares = self._norms(batch, measures)
         measured = {} if measures is None else measures.means()
@@ -241,7 +214,7 @@ class ClosedForm:
             if result["error"] is None and not math.isfinite(norms[i]):
                 result["error"] = "its gradient is not finite"
             results.append(result | {"num_draws": 0, "gradient_norm": norms[i], "probes": []})
-        return results
+        return Scored([sample["sample_id"] for sample in members], batch, theta, norms), results
 
 
 def estimator_of(
@@ -277,46 +250,18 @@ def _result(sample_id: str, log_prob: float, measures: dict[str, list[float]], i
     return {"sample_id": sample_id, "log_prob": log_prob, "error": error, "measures": own}
 
 
-def _of_draws(values: list[list[float]], draws: range, result: Result, controlled: bool) -> Result:
-    """controlled: whether each draw ends with L."""
+def _of_draws(values: list[list[float]], draws: range, result: Result, first_std: float | None) -> Result:
+    """first_std: sigma |g|, if each draw ends with L."""
+    controlled = first_std is not None
     deltas = [of_draw[:-1] for of_draw in values] if controlled else values
     first = [of_draw[-1] for of_draw in values] if controlled else None
     broken = [k for k, pair in zip(draws, deltas, strict=True) if not all(map(math.isfinite, pair))]
     error = result["error"]
     if error is None and broken:
         error = f"its relative change is not finite in {len(broken)} draw(s), the first {broken[0]}: sigma too large?"
-    moments = vars(Moments.of(deltas, first))
+    moments = vars(Moments.of(deltas, first, first_std, draws.start))
     if error is None and controlled and not math.isfinite(result["gradient_norm"]):
         error = "its gradient is not finite"
-    if error is None and any(part != part for name in moments if name != "num_draws" for part in moments[name]):
+    if error is None and any(part != part for name in Moments.sums() for part in moments[name]):
         error = "its relative changes are too large to add up their squares: sigma too large?"
     return {"error": error} | moments
-
-
-def _insufficient(precision: Precision, dtype: torch.dtype, scoring: ScoringConfig) -> str:
-    name = str(dtype).removeprefix("torch.")
-    ways_out = []
-    if dtype == torch.bfloat16:
-        ways_out.append("model.dtype: float32")
-    elif scoring.antithetic and dtype != torch.float64:
-        ways_out.append("model.dtype: float64")
-    if scoring.antithetic:
-        ways_out.append("scoring.estimator: closed_form with scoring.curvature_probes")
-    else:
-        ways_out.append(f"scoring.estimator: closed_form, which {name} serves")
-    enough = precision.sigma_needed(scoring.sigma, scoring.antithetic)
-    if dtype != torch.bfloat16:
-        ways_out.append(f"scoring.sigma: {enough if enough and enough <= 1e-3 else 1e-5:g}")
-    signal = "the even part, which antithetic draws are for" if scoring.antithetic else "the signal"
-    if math.isinf(precision.noise_floor):
-        found = "changes nothing, or makes it infinite, in some of the samples tried"
-    else:
-        found = (
-            f"would give rounding noise for scores: it moves {precision.share_moved:.1%} of the weights, by what has a "
-            f"cosine of {precision.cosine:.3f} with the noise, and rounding in the forward is "
-            f"{precision.noise_floor:.2g} of {signal}"
-        )
-    return (
-        f"scoring.sigma: {scoring.sigma:g} in {name}, on scoring.parameters: {scoring.parameters}, {found}. Use "
-        f"{', or '.join(ways_out)}; or scoring.allow_low_precision to go on with marked scores"
-    )

@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 from mrd_ray import models
 from mrd_ray.config import ScoringConfig
 from mrd_ray.errors import UserError
-from mrd_ray.mrd.closed_form import coverage
+from mrd_ray.mrd.coverage import coverage
 from mrd_ray.scoring.pool import Pool
 
 # Perturbing every weight once costs about as much as the forward of so many tokens: 7-10 ns a weight against
 # 2 FLOP a weight and token. True of CPUs (30 GFLOP/s a core) as of GPUs (memory traffic against float32 FLOPs).
 DRAW_TOKENS = 256
-LAYOUT_VERSION = 3  # raise it whenever samples are cut into other micro-batches: units of different ones must not mix
+# raise it whenever samples are cut into other micro-batches, or results hold something else: units must not mix
+LAYOUT_VERSION = 4
 _PADDING = 0.05  # of a micro-batch's positions at most, where it is cut for that
 _LEAST_TOKENS = 512  # a micro-batch is not cut below that for its padding's sake: each forward has its own overhead
 _BLOCK_TOKENS = 64 * DRAW_TOKENS  # a unit's samples: enough that perturbing stays under 2% of it

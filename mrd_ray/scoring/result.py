@@ -1,16 +1,15 @@
 """What a unit comes back as, and how one that was read from a file is known to be whole."""
 
-import dataclasses
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mrd_ray.config import ScoringConfig
-from mrd_ray.mrd.monte_carlo import Moments
+from mrd_ray.mrd.monte_carlo import EIGHTHS, Moments
 from mrd_ray.scoring.plan import Unit
 
 _SUM = pa.list_(pa.float64())  # see monte_carlo.exact_sum
+_BY_EIGHTH = pa.list_(_SUM)
 RESULT = pa.struct(
     [
         ("sample_id", pa.string()),
@@ -28,10 +27,17 @@ RESULT = pa.struct(
         ("sum_first_abs", _SUM),
         ("sum_abs_products", _SUM),
         ("sum_products", _SUM),
+        ("sum_signs", _SUM),
+        ("sum_sign_abs", _SUM),
+        ("sum_smooth", _SUM),
+        ("sum_smooth_squares", _SUM),
+        ("abs_by_eighth", _BY_EIGHTH),
+        ("mean_by_eighth", _BY_EIGHTH),
         # closed_form, and monte_carlo with a control variate
         ("gradient_norm", pa.float64()),
         # closed_form
         ("probes", pa.list_(pa.float64())),
+        ("doubt", pa.string()),
         # scoring.measures
         (
             "measures",
@@ -53,6 +59,16 @@ _PRECISION = pa.struct(
         ("sufficient", pa.bool_()),
     ]
 )
+_CHECKED = pa.struct(  # verification.Checked
+    [
+        ("samples", pa.int64()),
+        ("draws", pa.int64()),
+        ("worst", pa.float64()),
+        ("choices", pa.bool_()),
+        ("every_sample", pa.bool_()),
+        ("unchecked", pa.string()),
+    ]
+)
 RESULT_SCHEMA = pa.schema(
     [
         ("unit_id", pa.string()),
@@ -61,6 +77,7 @@ RESULT_SCHEMA = pa.schema(
         ("fatal", pa.string()),
         ("precision", _PRECISION),  # of monte_carlo
         ("without_control", pa.string()),  # of monte_carlo: why it has no control variate, though it was to have one
+        ("checked", _CHECKED),  # of closed_form
         ("samples", pa.list_(RESULT)),
     ]
 )
@@ -103,7 +120,12 @@ def flaw(result: pa.Table, unit: Unit, scoring: ScoringConfig) -> str | None:
 
 def _flaw_of_moments(scored: pa.StructArray, draws: int) -> str | None:
     first: dict[str, np.ndarray] = {}
-    for name in (field.name for field in dataclasses.fields(Moments)[1:]):
+    for name in ("abs_by_eighth", "mean_by_eighth"):
+        eighths = pc.struct_field(scored, name)
+        wrong = eighths.null_count or pc.any(pc.not_equal(pc.list_value_length(eighths), EIGHTHS)).as_py()
+        if wrong or (of_draws := pc.list_flatten(eighths)).null_count or not _finite(pc.list_flatten(of_draws)):
+            return f"{name} is null, not finite or not of {EIGHTHS} parts"
+    for name in Moments.sums():
         sums = pc.struct_field(scored, name)
         if sums.null_count or not _finite(values := pc.list_flatten(sums)):
             return f"{name} is null or not finite"

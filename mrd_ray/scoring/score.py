@@ -98,8 +98,12 @@ def score(config: ScoreConfig) -> ScoreRun:
 def _identity(scoring: ScoringConfig) -> dict[str, Any]:
     """What a score depends on, the number of draws left out as far as a later run may add some."""
     names = ["estimator", "parameters", "sigma", "micro_batch_tokens", "measures"]
-    names += ["curvature_probes"] if scoring.estimator == "closed_form" else ["antithetic", "target_relative_se"]
-    if scoring.estimator == "monte_carlo" or scoring.curvature_probes:
+    names += (
+        ["curvature_probes", "verify_draws"]
+        if scoring.estimator == "closed_form"
+        else ["antithetic", "target_relative_se"]
+    )
+    if scoring.estimator == "monte_carlo" or scoring.curvature_probes or scoring.verify_draws:
         names += ["seed"]
     if scoring.target_relative_se is not None:  # rounds of draws follow from these
         names += ["statistic", "num_draws", "max_draws"]
@@ -216,13 +220,16 @@ class _Rounds:
             )  # fmt: skip
             for count, result in enumerate(finished, 1):
                 (row,) = result.select(
-                    ["unit_id", "worker", "seconds", "fatal", "precision", "without_control"]
+                    ["unit_id", "worker", "seconds", "fatal", "precision", "checked", "without_control"]
                 ).to_pylist()
                 if row["fatal"] is not None:
                     raise UserError(row["fatal"])
                 if count == 1:
                     meter.working_since(row["seconds"])
                     self.run.record("precision", row["precision"])
+                    self.run.record("checked", row["checked"])
+                    if row["checked"] is not None and (why := row["checked"]["unchecked"]) is not None:
+                        self.journal.event("unchecked", f"Not all is checked by draws: {why}")
                     if (why := row["without_control"]) is not None:
                         self.journal.event("without_control", f"Draws are plain ones. {why}")
                 self.run.write_table(f"units/{row['unit_id']}.parquet", result)

@@ -63,6 +63,18 @@ def errors(scores: pa.Table) -> Counter[str]:
     )
 
 
+def doubts(scores: pa.Table) -> str:
+    """What to say of the scores in doubt, empty if none is."""
+    doubted = scores["doubt"].drop_null().to_pylist() if "doubt" in scores.column_names else []
+    if not doubted:
+        return ""
+    (first, _), *_ = Counter(doubted).most_common(1)
+    return (
+        f"{len(doubted)} score(s) are in doubt and have no standard error. Most often: {first}. "
+        "Score these with monte_carlo and scoring.control_variate"
+    )
+
+
 def settings(config: ScoreConfig) -> str:
     """The settings that a score depends on, in a line."""
     scoring = config.scoring
@@ -101,9 +113,13 @@ def show(console: Console, scores: pa.Table, samples: pa.Table, config: ScoreCon
             f"[red]{loud} sample(s) have log-probabilities that change by more than themselves: sigma is too large"
         )
     if unclear := np.count_nonzero(mrd < 2 * mrd_se):
-        console.print(f"[red]{unclear} score(s) are less than twice their standard error: they say little")
+        console.print(
+            f"[red]{unclear} score(s) are less than twice their standard error: zero is in their 95% interval"
+        )
     if bent := np.count_nonzero(nonlinearity > NONLINEAR):
         console.print(f"{bent} sample(s) have a nonlinearity over {NONLINEAR:g}: sigma is not small for them")
+    if doubted := doubts(scores):
+        console.print(f"[red]{doubted}")
     if len(order) and scores["low_precision"][int(order[0])].as_py():
         console.print("[red]These scores are marked low_precision: rounding is not small beside the signal")
     show_errors(console, errors(scores))
@@ -151,7 +167,7 @@ def figure(scores: pa.Table, samples: pa.Table, config: ScoreConfig) -> bytes:
         at = np.unique(np.linspace(0, len(mrd) - 1, _POINTS).astype(int))
         sorted_scores.errorbar(at + 1, mrd[at], yerr=se[at], fmt=".", markersize=3, color="#4878a8", ecolor="#b8c8dc")
     histogram.set(title="Distribution of scores", xlabel=name, ylabel="samples")
-    sorted_scores.set(title="Hardest to easiest, ± standard error", xlabel="rank", ylabel=name)
+    sorted_scores.set(title="Hardest to easiest, ± standard error (95%: twice that)", xlabel="rank", ylabel=name)
     titles = ("Hardest to unlearn", "Easiest to unlearn")
     for column, (title, part) in enumerate(zip(titles, ends(order), strict=True)):
         axis = page.add_subplot(grid[1, column])

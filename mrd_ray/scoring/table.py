@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from mrd_ray.config import ScoringConfig
 from mrd_ray.data import samples as samples_table
+from mrd_ray.mrd import eighths
 from mrd_ray.mrd.monte_carlo import Moments
 from mrd_ray.mrd.scores import Score, closed_form_score, monte_carlo_score, sampling_weights
 
@@ -21,13 +22,17 @@ def _field(name: str, kind: pa.DataType, unit: str, nullable: bool = True) -> pa
 
 
 _NO_UNIT = "dimensionless"
+_STANDARD_ERROR = (
+    "standard error of mrd: half of the half-width of its 95.45% interval, however few draws (Student's); 0 without "
+    "any sampling error, null if unknown (one draw)"
+)
 PLACE = ("index", "file", "row")  # of a sample in its source: people index a data set by position, not by our ids
 SCHEMA = pa.schema(
     [
         _field("sample_id", pa.string(), "identifier", nullable=False),
         *(samples_table.SCHEMA.field(name) for name in PLACE),
         _field("mrd", pa.float64(), f"{_NO_UNIT}; the statistic chosen with scoring.statistic"),
-        _field("mrd_se", pa.float64(), f"{_NO_UNIT}; standard error of mrd; 0 if exact, null if unknown (one draw)"),
+        _field("mrd_se", pa.float64(), f"{_NO_UNIT}; {_STANDARD_ERROR}"),
         _field("mean_abs", pa.float64(), f"{_NO_UNIT}; E|Delta|, Algorithm 1"),
         _field("abs_mean", pa.float64(), f"{_NO_UNIT}; |E Delta|, Definition 3.1"),
         _field("delta_mean", pa.float64(), f"{_NO_UNIT}; mu = E Delta (antithetic: of the even part)"),
@@ -46,10 +51,16 @@ SCHEMA = pa.schema(
         _field("num_tokens", pa.int64(), "scored tokens", nullable=False),
         _field("log_prob", pa.float64(), "nats; sum of log p over the scored tokens, under the model as it is"),
         _field("weight", pa.float64(), "probability of being sampled in Algorithm 2, proportional to mrd"),
+        _field("doubt", pa.string(), "null, or why this score of the closed form may be wrong; mrd_se is then null"),
         _field("error", pa.string(), "null, or why there is no score"),
+        _field(
+            "mrd_eighths",
+            pa.list_(pa.float64()),
+            f"{_NO_UNIT}; mrd by the draws k with k mod 8 = 0 .. 7 alone, which two runs are compared by; else null",
+        ),
     ]
 )
-REQUIRED = set(SCHEMA.names) - set(PLACE)  # which tables of earlier versions lack
+REQUIRED = set(SCHEMA.names) - {*PLACE, "doubt", "mrd_eighths"}  # which tables of earlier versions lack
 # columns of scoring.measures
 MEASURES = {
     "mean_log_prob": _field("mean_log_prob", pa.float64(), "nats per scored token"),
@@ -121,7 +132,9 @@ def _row(sample: dict[str, Any], parts: list[dict[str, Any]], scoring: ScoringCo
     }
     if row["error"] is not None:
         return row
-    score = _score(parts, scoring)
+    score, by_eighth = _score(parts, scoring)
+    if (doubt := parts[0]["doubt"]) is not None:
+        score = dataclasses.replace(score, mean_abs_se=None, abs_mean_se=None)
     if not all(value is None or math.isfinite(value) for value in dataclasses.astuple(score)):
         return row | {"error": "its moments, or what follows from them, are beyond all floats: sigma too large?"}
     if scoring.statistic == "mean_abs":
@@ -134,23 +147,28 @@ def _row(sample: dict[str, Any], parts: list[dict[str, Any]], scoring: ScoringCo
         | dataclasses.asdict(score)
         | parts[0]["measures"]
         | {
+            "doubt": doubt,
             "num_draws": sum(part["num_draws"] for part in parts),
             "low_precision": any(part["low_precision"] for part in parts),
+            "mrd_eighths": by_eighth,
             "log_prob": log_prob,
             "mean_log_prob": log_prob / row["num_tokens"],
         }
     )
 
 
-def _score(parts: list[dict[str, Any]], scoring: ScoringConfig) -> Score:
+def _score(parts: list[dict[str, Any]], scoring: ScoringConfig) -> tuple[Score, list[float] | None]:
+    """The score, and what each eighth of its draws says of it."""
     if scoring.estimator == "closed_form":
         (part,) = parts
-        return closed_form_score(scoring.sigma, part["gradient_norm"], part["probes"])
+        score = closed_form_score(scoring.sigma, part["gradient_norm"], part["probes"])
+        return score, eighths.of_probes(scoring.sigma, score, scoring.statistic, part["probes"])
     fields = [field.name for field in dataclasses.fields(Moments)]
     moments = Moments.merge([Moments(*(part[name] for name in fields)) for part in parts])
     norms = [part["gradient_norm"] for part in parts]
     first_std = None if None in norms else scoring.sigma * norms[0]
-    return monte_carlo_score(moments, scoring.antithetic, first_std)
+    score = monte_carlo_score(moments, scoring.antithetic, first_std)
+    return score, eighths.of_moments(moments, score, scoring.statistic, first_std)
 
 
 def unsettled(scores: pa.Table, scoring: ScoringConfig) -> np.ndarray:

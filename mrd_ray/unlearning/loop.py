@@ -181,7 +181,8 @@ class Loop:
         """Draw by these scores of this step's model from here on."""
         self.state.scores, self.state.scored_at = scores, self.state.step
         scored = scores["mrd"].drop_null().to_pylist()
-        self._write({"event": "refresh", "mrd_median": median(scored) if scored else None, "seconds": seconds})
+        found = {"mrd_median": median(scored) if scored else None, "doubts": len(scores["doubt"].drop_null())}
+        self._write({"event": "refresh", **found, "seconds": seconds})
 
     def _mrd(self) -> np.ndarray | None:
         return None if self.state.scores is None else self.state.scores["mrd"].to_numpy().astype(np.float64)

@@ -44,7 +44,7 @@ def score_in_place(engine: Engine, samples: pa.Table, scoring: ScoringConfig) ->
         estimator.restore()
         engine.settle()
     results = list({result["sample_id"]: result for result in found}.values())  # the last may have been dealt twice
-    row = {"unit_id": "in place", "precision": estimator.precision, "samples": results}
+    row = {"unit_id": "in place", "precision": estimator.precision, "checked": estimator.checked, "samples": results}
     return scores_table(samples, np.arange(len(samples)), [(0, pa.Table.from_pylist([row], RESULT_SCHEMA))], scoring)
 
 

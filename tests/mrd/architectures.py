@@ -1,5 +1,7 @@
 """Small random models of every architecture that the closed form knows, and samples to score with them."""
 
+import contextlib
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +31,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from mrd_ray.mrd.double import Float64, keep_float64
 from mrd_ray.mrd.likelihood import MicroBatch
 
 SHAPE = {
@@ -75,23 +78,40 @@ SAMPLES = [[3, 5, 9, 3, 22, 17, 40, 8], [4, 33, 2], [7, 7], [9, 60, 59, 3, 3, 3,
 SCORED = [[False] * 4 + [True] * 4, *([True] * len(sample) for sample in SAMPLES[1:])]
 
 
-def model_of(name: str, dtype=torch.float64) -> torch.nn.Module:
+def model_of(name: str, dtype=torch.float64, config=None) -> torch.nn.Module:
     torch.manual_seed(0)
-    return _moved(AutoModelForCausalLM.from_config(CONFIGS[name]), dtype)
+    with Float64() if dtype == torch.float64 else contextlib.nullcontext():
+        return _moved(AutoModelForCausalLM.from_config(config or CONFIGS[name]), dtype)
 
 
 def _moved(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     model = model.to(dtype).eval()
+    keep_float64(model)
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms away from 0 and 1
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
 
 
-def experts_of(name: str, dtype=torch.float64, implementation: str = "eager") -> torch.nn.Module:
-    """A mixture of experts; other implementations than eager have no float64."""
+def mixture_of(dtype=torch.float64, experts: float = 1.0, router: float = 1.0, **settings) -> torch.nn.Module:
+    """A small random Mixtral, the weights of its experts and routers times these."""
     torch.manual_seed(0)
-    return _moved(AutoModelForCausalLM.from_config(EXPERTS[name], experts_implementation=implementation), dtype)
+    config = MixtralConfig(
+        **GROUPED, num_experts_per_tok=2, bos_token_id=1, eos_token_id=2, **{"num_local_experts": 4} | settings
+    )
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").to(dtype).eval()
+    keep_float64(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(experts if "experts" in name else router if "gate" in name else 1.0)
+    return model
+
+
+def experts_of(name: str, dtype=torch.float64, implementation: str = "eager") -> torch.nn.Module:
+    """A mixture of experts."""
+    torch.manual_seed(0)
+    with Float64() if dtype == torch.float64 else contextlib.nullcontext():
+        return _moved(AutoModelForCausalLM.from_config(EXPERTS[name], experts_implementation=implementation), dtype)
 
 
 def batch_of(samples=SAMPLES, scored=None) -> MicroBatch:

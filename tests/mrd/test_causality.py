@@ -12,10 +12,11 @@ from transformers import (
     Phi3Config,
     RobertaConfig,
     RobertaForCausalLM,
+    XLNetConfig,
 )
 
 from mrd_ray import UserError
-from mrd_ray.models import rope_switch
+from mrd_ray.models import context_length, rope_switch
 from mrd_ray.mrd.causality import dependence
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.scoring.actor import refuse_not_causal
@@ -87,6 +88,13 @@ def test_longrope_does_not_depend_on_the_micro_batch():
 def test_a_short_context_is_no_obstacle(context):
     config = GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=context)
     assert dependence(AutoModelForCausalLM.from_config(config).eval()) is None
+
+
+def test_a_context_of_minus_one_is_none():
+    config = XLNetConfig(vocab_size=61, d_model=24, n_layer=2, n_head=4, d_inner=48)
+    assert config.max_position_embeddings == -1
+    assert context_length(config) is None
+    assert dependence(AutoModelForCausalLM.from_config(config).eval()) == "later tokens"
 
 
 def test_a_model_without_finite_logits_is_not_called_otherwise():

@@ -6,22 +6,29 @@ import math
 import peft
 import pytest
 import torch
-from architectures import CONFIGS, GROUPED, SAMPLES, SCORED, batch_of, memorise, model_of
+from architectures import CONFIGS, GROUPED, SAMPLES, SCORED, SHAPE, batch_of, memorise, model_of
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BlenderbotConfig,
     CTRLConfig,
     FalconMambaConfig,
     JambaConfig,
     JetMoeConfig,
     Mamba2Config,
     MambaConfig,
+    RobertaConfig,
     RwkvConfig,
 )
 
+from mrd_ray import UserError
+from mrd_ray.config import ScoringConfig
 from mrd_ray.mrd.autograd_check import disagreements
-from mrd_ray.mrd.closed_form import GradientNorms, coverage
+from mrd_ray.mrd.closed_form import GradientNorms
+from mrd_ray.mrd.coverage import coverage
 from mrd_ray.mrd.likelihood import Likelihood, TokenMeasures
+from mrd_ray.scoring.estimators import refuse_wrong_rules
 
 LONG = [[(7 * i * i + 3 * i) % 60 + 1 for i in range(40)], [(5 * i) % 60 + 1 for i in range(33)]]
 
@@ -58,19 +65,20 @@ def reference(model, sample, scored, selected=None, of_log_prob=False) -> dict[s
     }
 
 
-def check(model, norms=None, samples=SAMPLES, scored=SCORED, tolerance=1e-5, **options):
+def check(model, norms=None, samples=SAMPLES, scored=SCORED, tolerance=None, **options):
     norms = norms or GradientNorms(model)
+    tolerance = tolerance or (1e-9 if model.dtype == torch.float64 else 1e-5)
     theta, squares = norms.by_parameter(batch_of(samples, scored), **options)
     for i, (sample, flags) in enumerate(zip(samples, scored, strict=True)):
         expected = reference(model, sample, flags, squares.keys(), **options)
         total = sum(expected.values())
         for name, square in expected.items():
-            assert float(squares[name][i]) == pytest.approx(square, rel=1e-4, abs=tolerance * total), name
+            assert float(squares[name][i]) == pytest.approx(square, rel=10 * tolerance, abs=tolerance * total), name
         norm = math.sqrt(sum(float(square[i]) for square in squares.values()))
         assert norm == pytest.approx(math.sqrt(total), rel=tolerance)
     expected_theta = Likelihood(model).log_neg_log_probs(batch_of(samples, scored))
     mask = batch_of(samples, scored).scored
-    torch.testing.assert_close(theta[mask], expected_theta[mask], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theta[mask], expected_theta[mask], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -138,7 +146,7 @@ def test_one_by_one_equals_batched():
     norms = GradientNorms(model_of("qwen3"))
     _, together = norms(batch_of())
     alone = [norms(batch_of([sample]))[1] for sample in SAMPLES]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-7, atol=0)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-11, atol=0)
 
 
 def test_memorised_samples_are_finite_and_right():
@@ -186,6 +194,7 @@ def test_the_model_is_left_as_it_was():
     kept = torch.ones_like(model.transformer.wte.weight)
     model.transformer.wte.weight.grad = kept
     forwards = [module.forward for module in model.modules()]
+    hooks = [len(module._forward_hooks) for module in model.modules()]
     norms = GradientNorms(model, activations=0)
     norms(batch_of())
     assert disagreements(norms) == []
@@ -193,7 +202,7 @@ def test_the_model_is_left_as_it_was():
     assert [p is frozen for p in model.parameters() if not p.requires_grad] == [True]
     assert all(p.grad is None for p in model.parameters() if p is not model.transformer.wte.weight)
     assert [module.forward for module in model.modules()] == forwards
-    assert not any(module._forward_hooks for module in model.modules())
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
 def test_uncovered_parameters_are_found_without_weights_and_computed_by_autograd():
@@ -235,6 +244,39 @@ def test_a_layer_that_breaks_its_rule_is_noticed():
     projection = model.model.layers[1].mlp.up_proj
     projection.__class__ = Doubled
     assert disagreements(GradientNorms(model)) == ["model.layers.1.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RobertaConfig(**SHAPE, is_decoder=True, type_vocab_size=1),  # positions begin after the pad token's id
+        BertConfig(**SHAPE, is_decoder=True),
+        BlenderbotConfig(vocab_size=61, d_model=24, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_positions_that_all_samples_share(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    norms = GradientNorms(model)
+    assert disagreements(norms) == []
+    check(model, norms, samples=[[token + 1 for token in sample] for sample in [[3, 5, 9, 3], [4, 33, 2], [7, 7]]],
+          scored=[[True] * 4, [True] * 3, [True] * 2])  # fmt: skip
+
+
+def test_a_model_that_cannot_be_listened_to_is_refused_by_name():
+    model = model_of("llama")
+    mlp = model.model.layers[1].mlp
+    forward = mlp.forward
+
+    def unlike_others(x):
+        if torch.is_grad_enabled():
+            raise TypeError("in inference alone")
+        return forward(x)
+
+    mlp.forward = unlike_others
+    with pytest.raises(UserError, match=r"closed_form cannot differentiate LlamaForCausalLM .model type llama. by lay"):
+        refuse_wrong_rules(model, ScoringConfig(estimator="closed_form"))
 
 
 def test_a_layer_called_twice_is_noticed_and_left_to_autograd():
@@ -320,7 +362,7 @@ def test_recurrent_models_with_autograd_where_rules_do_not_hold(name):
     norms.give_up_rules(disagreements(norms))
     assert norms.coverage.slow
     assert disagreements(norms) == []
-    check(model, norms)
+    check(model, norms, tolerance=1e-6)  # some layers compute in float32
 
 
 def test_lora_on_a_tied_embedding():

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, OPTConfig
 
 from mrd_ray.mrd import likelihood
+from mrd_ray.mrd.double import keep_float64
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, log_neg_log_prob, output_layer_is_plain, sum_log_probs
 
 SMALL = {"vocab_size": 101, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -23,6 +24,7 @@ CONFIGS = {
 def model_of(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]).double().eval()
+    keep_float64(model)
     for parameter in model.requires_grad_(False).parameters():
         parameter.normal_(0.0, 0.3)
     return model
@@ -50,8 +52,7 @@ def test_log_probs_equal_log_softmax_of_the_models_own_logits(name):
     for sample, log_prob in zip(tokens, found, strict=True):
         logits = model(torch.tensor([sample])).logits[0].log_softmax(-1)
         expected = sum(float(logits[t - 1, sample[t]]) for t in range(1, len(sample)))
-        # not 1e-15: transformers computes norms in float32 even in a float64 model
-        assert float(log_prob) == pytest.approx(expected, rel=1e-8)
+        assert float(log_prob) == pytest.approx(expected, rel=1e-13)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

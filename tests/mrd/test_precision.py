@@ -31,12 +31,6 @@ def test_noise_floor_grows_as_sigma_falls():
     assert not figures(torch.float32, 1e-9).sufficient
 
 
-def test_suggested_sigma_suffices():
-    found = figures(torch.float32, 1e-8)
-    assert not found.sufficient
-    assert figures(torch.float32, found.sigma_needed(1e-8)).sufficient
-
-
 def test_bfloat16_swallows_the_papers_sigma():
     found = figures(torch.bfloat16, 1e-5)
     assert not found.sufficient
@@ -66,7 +60,6 @@ def test_noise_without_effect_is_not_sufficient():
     found = examine(Replica(model, ["model.norm.weight"]), Likelihood(model), batch_of(), 1e-3, seed=0)
     assert not found.sufficient
     assert found.noise_floor == float("inf")
-    assert found.sigma_needed(1e-3) is None
 
 
 def test_share_and_cosine_are_those_of_the_rounded_weights():
@@ -90,7 +83,8 @@ def test_the_replica_is_restored():
 @pytest.mark.parametrize(("dtype", "sigma", "enough"), [
     (torch.float32, 1e-6, False), (torch.float32, 1e-3, True), (torch.float64, 1e-6, True),
 ])  # fmt: skip
-def test_antithetic_draws_need_their_even_part_to_stand_out(dtype, sigma, enough):
-    model = model_of("gpt2", dtype)  # LayerNorm keeps float64, where RMSNorm computes in float32
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_antithetic_draws_need_their_even_part_to_stand_out(name, dtype, sigma, enough):
+    model = model_of(name, dtype)
     found = examine(Replica(model), Likelihood(model), batch_of(), sigma, seed=0, antithetic=True)
     assert found.sufficient == enough

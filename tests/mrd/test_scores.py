@@ -8,6 +8,11 @@ from mrd_ray.mrd.monte_carlo import Moments
 from mrd_ray.mrd.scores import closed_form_score, folded_normal_mean, monte_carlo_score, sampling_weights
 
 
+def factor(freedom):
+    """Half the interval that holds what two standard deviations of a normal do."""
+    return stats.t.ppf(stats.norm.cdf(2), freedom) / 2
+
+
 def score(deltas):
     return monte_carlo_score(Moments.of([[delta] for delta in deltas]))
 
@@ -16,9 +21,9 @@ def test_both_statistics_and_their_standard_errors():
     deltas = np.random.default_rng(0).normal(1e-4, 3e-3, 200)
     found = score(deltas.tolist())
     assert found.mean_abs == pytest.approx(np.abs(deltas).mean(), rel=1e-12)
-    assert found.mean_abs_se == pytest.approx(stats.sem(np.abs(deltas)), rel=1e-9)
+    assert found.mean_abs_se == pytest.approx(stats.sem(np.abs(deltas)), rel=0.02)
     assert found.abs_mean == pytest.approx(abs(deltas.mean()), rel=1e-12)
-    assert found.abs_mean_se == pytest.approx(stats.sem(deltas), rel=1e-9)
+    assert found.abs_mean_se == pytest.approx(stats.sem(deltas) * factor(199), rel=1e-9)
     assert found.delta_std == pytest.approx(deltas.std(ddof=1), rel=1e-9)
     assert found.nonlinearity is None
 
@@ -57,10 +62,11 @@ def test_closed_form_without_and_with_curvature():
     assert (plain.mean_abs_se, plain.abs_mean, plain.nonlinearity) == (0.0, None, None)
     probes = np.random.default_rng(0).normal(4e4, 1e4, 64)
     bent = closed_form_score(1e-3, 50.0, probes.tolist())
-    mu, se = 1e-6 * probes.mean(), 1e-6 * stats.sem(probes)
+    mu, se = 1e-6 * probes.mean(), 1e-6 * stats.sem(probes) * factor(63)
     assert bent.mean_abs == pytest.approx(folded_normal_mean(mu, 0.05))
     assert bent.abs_mean == pytest.approx(mu)
     assert bent.abs_mean_se == pytest.approx(se)
     assert bent.nonlinearity == pytest.approx(mu / 0.05)
-    slope = (folded_normal_mean(mu + 1e-7, 0.05) - folded_normal_mean(mu - 1e-7, 0.05)) / 2e-7
-    assert bent.mean_abs_se == pytest.approx(slope * se, rel=1e-5)
+    sampling = (folded_normal_mean(mu + 2 * se, 0.05) - folded_normal_mean(mu, 0.05)) / 2
+    added = folded_normal_mean(mu, 0.05) - folded_normal_mean(0, 0.05)  # by mu: what higher orders may be like
+    assert sampling + 0.3 * added < bent.mean_abs_se < sampling + added

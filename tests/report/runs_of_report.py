@@ -84,7 +84,7 @@ def score_run(run: Path, like: Path, n: int, words: int) -> None:
         "num_draws": np.where(failed, 0, 200), "sigma": np.full(n, 1e-5), "estimator": ["monte_carlo"] * n,
         "low_precision": np.zeros(n, bool), "num_tokens": rng.integers(5, 90, n),
         "log_prob": np.where(failed, np.nan, -rng.gamma(3, 4, n)), "weight": mrd / np.nansum(mrd),
-        "error": np.where(failed, "column 'text' is empty", None),
+        "error": np.where(failed, "column 'text' is empty", None), "mrd_eighths": [None] * n,
     }  # fmt: skip
     arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in table.SCHEMA]
     pq.write_table(pa.Table.from_arrays(arrays, schema=table.SCHEMA), run / "scores.parquet")

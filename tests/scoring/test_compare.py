@@ -10,11 +10,14 @@ from scipy import stats
 
 from mrd_ray import CompareConfig, UserError, compare
 from mrd_ray.cli import main
+from mrd_ray.mrd import eighths
+from mrd_ray.mrd.monte_carlo import Moments
+from mrd_ray.mrd.scores import monte_carlo_score
 
 IDS = [f"s{i:03d}" for i in range(60)]
 
 
-def write(path, mrd, se=None, ids=IDS, texts=None, tokens=9, score_on="all"):
+def write(path, mrd, se=None, ids=IDS, texts=None, tokens=9, score_on="all", by_eighth=None, **identity):
     path.mkdir()
     scores = pa.table(
         {
@@ -26,13 +29,24 @@ def write(path, mrd, se=None, ids=IDS, texts=None, tokens=9, score_on="all"):
             "sigma": [1e-5] * len(ids),
             "num_draws": [200] * len(ids),
             "num_tokens": [tokens] * len(ids),
+            "mrd_eighths": pa.array(by_eighth or [None] * len(ids), pa.list_(pa.float64())),
         }
     )
     pq.write_table(scores, path / "scores.parquet")
     texts = texts or [f"text of {i}" for i in ids]
     pq.write_table(pa.table({"sample_id": ids, "text": texts}), path / "samples.parquet")
-    (path / "manifest.json").write_text(json.dumps({"identity": {"tokenizer": "t", "data.score_on": score_on}}))
+    identity = {"tokenizer": "t", "data.score_on": score_on, "noise version": 1} | identity
+    (path / "manifest.json").write_text(json.dumps({"identity": identity}))
     return str(path)
+
+
+def of_draws(path, deltas, seed):
+    """A run whose samples have these Delta: [samples, K]."""
+    moments = [Moments.of([[delta] for delta in row]) for row in deltas.tolist()]
+    scores = [monte_carlo_score(one) for one in moments]
+    parts = [eighths.of_moments(*one, "mean_abs", None) for one in zip(moments, scores, strict=True)]
+    mrd, se = [one.mean_abs for one in scores], [one.mean_abs_se for one in scores]
+    return write(path, mrd, se, [f"s{i:04d}" for i in range(len(mrd))], by_eighth=parts, **{"scoring.seed": seed})
 
 
 def test_figures_are_scipys(tmp_path, capsys):
@@ -57,6 +71,45 @@ def test_figures_are_scipys(tmp_path, capsys):
     assert "text of s007" in printed
     assert f"{found.spearman:.4f}" in printed
     assert (tmp_path / "scatter.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("draws", [(2, 2), (4, 4), (24, 24), (24, 50)])
+@pytest.mark.parametrize("shared", [0.0, 0.8, 0.999])
+def test_a_difference_is_within_two_standard_errors_whatever_the_runs_share(tmp_path, draws, shared):
+    """Two models that give each sample the same score, shaken alike or not."""
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(2000, max(draws)))
+    b = shared * a + np.sqrt(1 - shared**2) * rng.normal(size=a.shape)
+    runs = [of_draws(tmp_path / name, x[:, :k], 7) for name, x, k in zip("ab", (a, b), draws, strict=True)]
+    found = compare(CompareConfig(run_a=runs[0], run_b=runs[1]))
+    assert found.paired == 2000
+    z = np.abs([row["z"] for row in found.rows])
+    assert 0.93 < (z < 2).mean() < 0.97
+    assert found.apart == (z > 3).mean() < 0.035
+    assert "what the runs share cancels" in found.draws
+    bare = compare(CompareConfig(run_a=f"{runs[0]}/scores.parquet", run_b=f"{runs[1]}/scores.parquet"))
+    assert (bare.paired, bare.apart) == (2000, found.apart)
+
+
+def test_other_seeds_with_other_numbers_of_draws_are_independent(tmp_path):
+    rng = np.random.default_rng(0)
+    runs = [of_draws(tmp_path / name, rng.normal(size=(1000, k)), k) for name, k in (("a", 6), ("b", 200))]
+    found = compare(CompareConfig(run_a=runs[0], run_b=runs[1]))
+    assert (found.paired, found.draws) == (0, "of independent runs: other seeds, or another estimator")
+    assert 0.93 < np.mean([abs(row["z"]) < 2 for row in found.rows]) < 0.985
+
+
+def test_shared_draws_that_cannot_be_paired_are_told(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    runs = [of_draws(tmp_path / name, rng.normal(size=(100, k)), 7) for name, k in (("a", 4), ("b", 24))]
+    assert main(["compare", *runs, "--out", str(tmp_path / "scatter.png")]) == 0
+    assert "as if independent for 100 sample(s), not to be paired; too large since the runs" in capsys.readouterr().out
+
+
+def test_a_run_agrees_with_itself(tmp_path):
+    run = of_draws(tmp_path / "a", np.random.default_rng(0).normal(size=(20, 8)), 7)
+    found = compare(CompareConfig(run_a=run, run_b=run))
+    assert (found.apart, {row["z"] for row in found.rows}) == (0.0, {0.0})
 
 
 def test_exact_scores_have_no_standard_errors_to_go_by(tmp_path):

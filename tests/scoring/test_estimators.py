@@ -96,20 +96,20 @@ def test_a_gpu_scores_as_a_cpu(tiny_model_dir, qa_file, tmp_path, settings, dtyp
 
 
 def test_adaptive_draws_settle_every_sample(tiny_model_dir, qa_file, tmp_path):
-    adaptive = {"scoring__num_draws": 16, "scoring__target_relative_se": 0.16, "scoring__max_draws": 32}
+    adaptive = {"scoring__num_draws": 16, "scoring__target_relative_se": 0.21, "scoring__max_draws": 32}
     adaptive |= {"scoring__control_variate": False}
     found = score(config(tiny_model_dir, qa_file, tmp_path, **adaptive, scoring__sigma=1e-3))
     rows = found.scores.to_pylist()
     assert {row["num_draws"] for row in rows} == {16, 32}
     for row in rows:
-        assert row["mrd_se"] <= 0.16 * row["mrd"] or row["num_draws"] == 32
+        assert row["mrd_se"] <= 0.21 * row["mrd"] or row["num_draws"] == 32
     victim = next((tmp_path / "units").glob("r01_*"))
     victim.unlink()  # as if the driver had been killed in the middle of the last round
     before = stamps(tmp_path)
     again = score(config(tiny_model_dir, qa_file, tmp_path, **adaptive, scoring__sigma=1e-3))
     assert again.scores.equals(found.scores)
     assert before.items() < stamps(tmp_path).items()
-    with pytest.raises(UserError, match=r"scoring\.target_relative_se: 0\.16 there, 0\.1 now"):
+    with pytest.raises(UserError, match=r"scoring\.target_relative_se: 0\.21 there, 0\.1 now"):
         score(config(tiny_model_dir, qa_file, tmp_path, **adaptive | {"scoring__target_relative_se": 0.1}))
 
 

@@ -1,14 +1,13 @@
 """Units, however cut and whatever the rounds, are gathered into a row for every sample."""
 
-import dataclasses
-
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from mrd_ray.config import ScoringConfig
 from mrd_ray.data import samples as samples_table
-from mrd_ray.mrd.monte_carlo import Moments
+from mrd_ray.mrd.monte_carlo import Moments, exact_sum
+from mrd_ray.mrd.standard_errors import of_half_normal
 from mrd_ray.scoring import plan, table
 from mrd_ray.scoring.result import RESULT_SCHEMA, flaw
 from mrd_ray.scoring.score import lengths
@@ -44,11 +43,16 @@ def result(unit: plan.Unit, layout: plan.Layout) -> pa.Table:
             "sample_id": f"s{i:03d}", "log_prob": -1.0 - unit.round, "num_draws": len(draws), "measures": {},
             "sum_abs": [float(sum(i + k for k in draws))], "sum_abs_squares": [float(sum((i + k) ** 2 for k in draws))],
             "sum": [float(sum(i + k for k in draws))], "sum_squares": [float(sum((i + k) ** 2 for k in draws))],
-            **{field.name: [] for field in dataclasses.fields(Moments)[5:]},
+            **{name: [] for name in Moments.sums()[4:]},
+            **{name: eighths(i, draws) for name in ("abs_by_eighth", "mean_by_eighth")},
         }
         for i in indices.tolist()
     ]  # fmt: skip
     return pa.Table.from_pylist([{"unit_id": unit.unit_id, "samples": found}], RESULT_SCHEMA)
+
+
+def eighths(i: int, draws: range) -> list[list[float]]:
+    return [exact_sum(float(i + k) for k in draws if k % 8 == j) for j in range(8)]
 
 
 def gathered(actors: int) -> pa.Table:
@@ -80,7 +84,8 @@ def test_every_sample_gets_its_own_draws_and_nothing_else(monkeypatch, batch):
         assert row["error"] is None
         assert row["num_draws"] == len(draws)
         assert row["mrd"] == pytest.approx(draws.mean())
-        assert row["mrd_se"] == pytest.approx(draws.std(ddof=1) / len(draws) ** 0.5)
+        assert row["mrd_se"] == of_half_normal(draws.sum(), (draws**2).sum(), len(draws))
+        assert row["mrd_eighths"] == [draws[j::8].mean() for j in range(min(8, len(draws)))]
         assert row["log_prob"] == -1.0  # of round 0, whatever comes first
         assert row["num_tokens"] == TOKENS[i] - 1
     assert sum(row for row in one["weight"].to_pylist() if row) == pytest.approx(1)
@@ -118,6 +123,9 @@ def of_first_unit(**changes) -> tuple[pa.Table, plan.Unit]:
         ({"sum_abs": None}, "sum_abs is null"),
         ({"sum": [None]}, "sum is null"),
         ({"sum_squares": [float("inf")]}, "sum_squares is null or not finite"),
+        ({"abs_by_eighth": None}, "abs_by_eighth is null"),
+        ({"mean_by_eighth": [[1.0]] * 7}, "not of 8 parts"),
+        ({"mean_by_eighth": [[float("nan")]] * 8}, "mean_by_eighth is null, not finite"),
         ({"sum_abs": []}, "the moments are of no draws"),
         ({"sum_abs": [1000.0], "sum": [10.0]}, "the moments are of no draws"),
         ({"sum_abs": [-11.0]}, "the moments are of no draws"),

@@ -1,0 +1,169 @@
+"""Discrete choices inside a model, such as a router's experts: how close each was, and what it is worth.
+
+Where sigma flips a choice, Delta jumps. No gradient knows of that, and a few draws can miss a flip that is rare. So the
+gap of each choice, by which the last one chosen is ahead of the next, is held against how far sigma moves it, and the
+flips within reach are tried.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_TOP_K = {torch.topk, torch.Tensor.topk}
+_LARGEST = {torch.argmax, torch.Tensor.argmax, torch.max, torch.Tensor.max}  # along a dimension
+_REACH = 5.0  # standard deviations of what sigma moves a gap by; beyond, a flip comes in 3 of 10 million draws
+_UNEVEN = 3.0  # some positions' gaps are moved so many times farther than two draws and the median one show
+_MEDIAN = 0.6745  # of the absolute value of a standard normal
+_TRIED = 16  # flips of a sample, one by one
+
+Gaps = dict[int, torch.Tensor]  # by the choice's turn in the forward
+
+
+class Choices(TorchFunctionMode):
+    """Within this block, listens to every choice of the largest of some numbers.
+
+    Args:
+        flips: by the choice's turn, where to take the next one in place of the last one chosen: bool, as its gaps.
+    """
+
+    def __init__(self, flips: Mapping[int, torch.Tensor] | None = None) -> None:
+        super().__init__()
+        self._flips = flips or {}
+        self._gaps: list[torch.Tensor] = []
+        self._indices: list[torch.Tensor] = []  # held, so that no other object is taken for one of them
+        self._used: set[int] = set()
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = {id(value) for value in (*args, *kwargs.values())}
+        self._used |= {turn for turn, indices in enumerate(self._indices) if id(indices) in given}
+        found = func(*args, **kwargs)
+        if (func in _TOP_K or func in _LARGEST) and args[0].is_floating_point():
+            return self._listen(func, found, *args, **kwargs)
+        return found
+
+    def _listen(self, func: Callable, found: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        settings = dict(zip(("k", "dim") if func in _TOP_K else ("dim",), args, strict=False)) | kwargs
+        dim, k = settings.get("dim", -1 if func in _TOP_K else None), settings.get("k", 1)
+        if not isinstance(dim, int) or not settings.get("largest", True):
+            return found
+        x = x.movedim(dim, -1)
+        if len(self._gaps) in self._flips:
+            found = _flipped(found, x.detach(), k, dim, self._flips[len(self._gaps)])
+        self._indices.append(found if isinstance(found, torch.Tensor) else found[1])
+        self._gaps.append(_gap(x, k))
+        return found
+
+    def gaps(self) -> Gaps:
+        """Of the choices whose indices were used: some models take the largest for their values alone."""
+        return {turn: self._gaps[turn] for turn in sorted(self._used)}
+
+
+def _gap(x: torch.Tensor, k: int) -> torch.Tensor:
+    """[..., n] -> float32 [...], infinite where nothing was left out, or could be chosen instead.
+
+    Probabilities are taken as logits, whose gaps move by much the same at each position.
+    """
+    if k >= x.shape[-1]:
+        return torch.full(x.shape[:-1], math.inf, device=x.device)
+    best = x.topk(k + 1, -1).values[..., k - 1 :].double()
+    if ((x > 0) & (x < 1)).all():
+        best = best.logit()
+    return (best[..., 0] - best[..., 1]).nan_to_num_(nan=math.inf, posinf=math.inf).float()
+
+
+def _flipped(found: Any, x: torch.Tensor, k: int, dim: int, where: torch.Tensor) -> Any:
+    """What was found, with the next one for the last one chosen where told."""
+    best = x.topk(k + 1, -1)
+    (last, other), value = best.indices[..., k - 1 :, None].unbind(-2), best.values[..., k:]
+    if isinstance(found, torch.Tensor):
+        return torch.where(where.view(found.shape), other.view(found.shape), found)
+    if found[1].dim() < x.dim():  # of max
+        values, indices = (part[..., None] for part in found)
+    else:
+        values, indices = (part.movedim(dim, -1) for part in found)
+    here = where.view(*x.shape[:-1], 1) & (indices == last)
+    parts = torch.where(here, value, values), torch.where(here, other, indices)
+    if found[1].dim() < x.dim():
+        return type(found)([part[..., 0] for part in parts])
+    return type(found)([part.movedim(-1, dim) for part in parts])
+
+
+class Reach:
+    """What flips within sigma's reach add to the scores of a batch's samples.
+
+    Args:
+        scored: of the batch, bool [B, T - 1].
+        gaps: at theta.
+    """
+
+    def __init__(self, scored: torch.Tensor, gaps: Gaps) -> None:
+        self._matters = torch.nn.functional.pad(scored.flip(1).cumsum(1).flip(1) > 0, (0, 1))  # to later targets
+        self._gaps = {turn: self._by_position(gap) for turn, gap in gaps.items()}
+        self._shapes = {turn: gap.shape for turn, gap in gaps.items()}
+        self._moved: dict[int, list[float]] = {turn: [] for turn in gaps}  # by each draw, the median
+        self._own = {turn: torch.zeros_like(gap) for turn, gap in self._gaps.items()}  # by the draw that did most
+
+    def _by_position(self, gap: torch.Tensor) -> torch.Tensor:
+        """[B, T n], infinite where the position does not matter. Raises ValueError if samples cannot be told apart."""
+        samples, tokens = self._matters.shape
+        if gap.numel() % (samples * tokens):
+            raise ValueError(f"a choice of shape {tuple(gap.shape)} for {samples} samples of {tokens} tokens")
+        gap = gap.to(self._matters.device).reshape(samples, tokens, -1)
+        return torch.where(self._matters[..., None], gap, math.inf).flatten(1)
+
+    def draw(self, gaps: Gaps) -> None:
+        """Take in the same choices' gaps at a draw."""
+        for turn, at_theta in self._gaps.items():
+            by = (self._by_position(gaps[turn]) - at_theta).abs().nan_to_num_(nan=0.0)
+            torch.maximum(self._own[turn], by, out=self._own[turn])
+            if len(known := by[at_theta.isfinite()]):
+                self._moved[turn].append(float(known.median()))
+
+    def effect(
+        self,
+        jumps: Callable[[dict[int, torch.Tensor]], torch.Tensor],
+        deviations: Callable[[dict[int, torch.Tensor]], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """At most so much do flips add to E|Delta|, sum_i P(flip i) |jump i|: float64 [B], infinite if untold.
+
+        Args:
+            jumps: gives Delta [B] of a forward with flips, as `Choices` takes them.
+            deviations: gives the standard deviation [B] of what sigma moves each sample's gap by, one of each told
+                alike. Without it the draws must do, which show the half or less of some.
+        """
+        found = torch.zeros(len(self._matters), dtype=torch.float64, device=self._matters.device)
+        turns = [turn for turn, moved in self._moved.items() if moved]
+        if not turns:
+            return found
+        gaps = torch.cat([self._gaps[turn] for turn in turns], 1)  # all choices of a sample
+        far = torch.cat([self._far(turn) for turn in turns], 1)
+        limit = _REACH * (_UNEVEN if deviations else 1.0)
+        for _ in range(_TRIED):
+            nearest, place = far.min(1)
+            here = torch.zeros_like(far, dtype=torch.bool).scatter_(1, place[:, None], (nearest < limit)[:, None])
+            if not here.any():
+                return found
+            far[here] = math.inf
+            if deviations is not None:
+                nearest = gaps.gather(1, place[:, None])[:, 0] / deviations(self._told(turns, here)).to(gaps.device)
+                here &= (nearest < _REACH)[:, None]
+            if here.any():
+                jump = jumps(self._told(turns, here)).abs().to(found.device)
+                found += torch.where(here.any(1), jump * torch.special.ndtr(-nearest.double()), 0.0)
+        found[(far < _REACH).any(1)] = math.inf
+        return found.nan_to_num_(nan=math.inf)
+
+    def _told(self, turns: list[int], here: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Places among all choices of a sample, by turn."""
+        parts = zip(turns, here.split([self._gaps[turn].shape[1] for turn in turns], 1), strict=True)
+        return {turn: part.reshape(self._shapes[turn]) for turn, part in parts if part.any()}
+
+    def _far(self, turn: int) -> torch.Tensor:
+        """Each gap in standard deviations of what sigma moves it by, as far as the draws show: [B, T n]."""
+        moved = self._moved[turn]
+        scale = math.sqrt(sum(one * one for one in moved) / len(moved)) / _MEDIAN
+        return (self._gaps[turn] / self._own[turn].clamp(min=scale)).nan_to_num_(nan=math.inf)

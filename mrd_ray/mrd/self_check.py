@@ -1,0 +1,142 @@
+"""Holds the closed form against draws: Delta_k, what sigma z_k does to a sample, beside L_k, what its gradient says.
+
+The closed form takes Delta for L + mu. Both share a draw's noise, so a few draws show by how much that is wrong: where
+the model has jumps or kinks, where a rule is wrong, where something is cast to too few bits. Choices that sigma can
+flip are looked for as well (see `choices`), since a few draws may not meet one.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from mrd_ray.mrd.choices import Choices, Gaps, Reach
+from mrd_ray.mrd.closed_form import GradientNorms
+from mrd_ray.mrd.first_order import Weights
+from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
+from mrd_ray.mrd.monte_carlo import delta, draw_seed
+from mrd_ray.mrd.perturb import Replica
+
+_OFF = 0.3  # of s; what L does not foretell of Delta, in quadrature, adds 4% to a score then
+_TAIL = 4.5  # standard deviations; a normal Delta is beyond them in 7 of a million draws
+_FLIPS = 0.01  # of a score
+
+
+class Finding(NamedTuple):
+    """What draws say of one sample.
+
+    deltas: Delta_k / s. first: L_k / s, empty if not known. flips: the share of its score that flips of choices add.
+    """
+
+    deltas: list[float]
+    first: list[float]
+    flips: float
+
+    def off(self, mu: float = 0.0) -> float:
+        """Root mean square of Delta_k - L_k - mu, over s. mu: of Delta, over s."""
+        return math.sqrt(sum((d - f - mu) ** 2 for d, f in zip(self.deltas, self.first, strict=True)) / len(self.first))
+
+    def doubt(self, mu: float = 0.0) -> str | None:
+        """Why the closed form is not to be trusted, or None."""
+        if self.flips > _FLIPS:
+            return "sigma can flip a choice inside the model, such as of experts, that its score depends on"
+        if self.first and not self.off(mu) <= _OFF:
+            return f"draws differ from what its gradient foretells by {self.off(mu):.2g} of their standard deviation"
+        if not self.first and not max(abs(d - mu) for d in self.deltas) <= _TAIL:
+            return "a draw is farther out than its gradient allows for"
+        return None
+
+
+class SelfCheck:
+    """Findings for samples whose gradient norms are known. The model is at theta before and after.
+
+    Args:
+        norms: of the replica's model.
+        first_order: gives L, as `FirstOrder` does; None if nothing can, and only draws that are far out are found.
+        choices: whether to look for choices within reach.
+        exact: whether `norms` may say how far sigma moves a choice, which takes the whole weights.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        likelihood: Likelihood,
+        norms: GradientNorms,
+        first_order: Callable[[MicroBatch, Weights, Weights], torch.Tensor] | None,
+        sigma: float,
+        seed: int,
+        draws: int,
+        choices: bool,
+        exact: bool,
+    ) -> None:
+        self._replica, self.likelihood, self._norms, self._first_order = replica, likelihood, norms, first_order
+        self._sigma, self._seed, self._draws = sigma, seed, draws
+        self._choices, self._exact = choices, exact
+
+    def __call__(
+        self, batches: Sequence[MicroBatch], theta: Sequence[torch.Tensor], norms: Sequence[Sequence[float]]
+    ) -> list[list[Finding]]:
+        """Findings by batch. theta: log(-P_t). norms: |g|."""
+        reaches = [Reach(batch.scored, self._at(batch)[1]) for batch in batches] if self._choices else []
+        values: list[list[list[float]]] = [[[] for _ in of_batch] for of_batch in norms]
+        first: list[list[list[float]]] = [[[] for _ in of_batch] for of_batch in norms]
+        try:
+            for k in range(self._draws):
+                self._replica.perturb(self._sigma, draw_seed(self._seed, k))
+                for i, (batch, at_theta) in enumerate(zip(batches, theta, strict=True)):
+                    perturbed, gaps = self._at(batch)
+                    if reaches:
+                        reaches[i].draw(gaps)
+                    _append(values[i], delta(at_theta, perturbed, batch.scored))
+                    if self._first_order is not None:
+                        _append(first[i], self._first_order(batch, self._replica.base, self._replica.step()))
+        finally:
+            self._replica.restore()
+        flips = [self._flips(*one) for one in zip(reaches, batches, theta, strict=True)] if reaches else None
+        return [
+            [
+                Finding(_over(d, s * self._sigma), _over(f, s * self._sigma), _share(flips[i][j], s) if flips else 0.0)
+                for j, (d, f, s) in enumerate(zip(values[i], first[i], of_batch, strict=True))
+            ]
+            for i, of_batch in enumerate(norms)
+        ]
+
+    def _at(self, batch: MicroBatch) -> tuple[torch.Tensor, Gaps]:
+        """log(-P_t) under the present weights, and the gaps of choices."""
+        if not self._choices:
+            return self.likelihood.log_neg_log_probs(batch), {}
+        with Choices() as heard:
+            return self.likelihood.log_neg_log_probs(batch), heard.gaps()
+
+    def _flips(self, reach: Reach, batch: MicroBatch, theta: torch.Tensor) -> list[float]:
+        """What flips add to E|Delta| of each sample, over sigma."""
+
+        def jumps(flips: Gaps) -> torch.Tensor:
+            with Choices(flips):
+                return delta(theta, self.likelihood.log_neg_log_probs(batch), batch.scored)
+
+        def deviations(flips: Gaps) -> torch.Tensor:
+            return self._sigma * self._norms.of_gaps(batch, flips)
+
+        return (reach.effect(jumps, deviations if self._exact else None) / self._sigma).tolist()
+
+
+def has_choices(model: torch.nn.Module, forward: Callable[[], object]) -> bool:
+    """Whether a forward makes discrete choices among numbers that the parameters decide."""
+    with torch.no_grad(), Choices() as heard:
+        forward()
+        return any(gap.isfinite().any() for gap in heard.gaps().values())
+
+
+def _append(lists: list[list[float]], values: torch.Tensor) -> None:
+    for one, value in zip(lists, values.tolist(), strict=True):
+        one.append(value)
+
+
+def _over(values: list[float], s: float) -> list[float]:
+    return [value / s if s else math.copysign(math.inf, value) if value else 0.0 for value in values]
+
+
+def _share(flips: float, norm: float) -> float:
+    return flips / (norm * math.sqrt(2 / math.pi)) if norm else math.inf if flips else 0.0

@@ -1,0 +1,214 @@
+"""What is checked of the closed form by draws before its scores are given, and which of them are then in doubt."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from mrd_ray.config import ScoringConfig
+from mrd_ray.errors import UserError
+from mrd_ray.mrd.autograd import along
+from mrd_ray.mrd.closed_form import GradientNorms
+from mrd_ray.mrd.first_order import Weights
+from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
+from mrd_ray.mrd.monte_carlo import draw_seed
+from mrd_ray.mrd.noise import standard_normal_like
+from mrd_ray.mrd.perturb import Replica
+from mrd_ray.mrd.self_check import SelfCheck, has_choices
+from mrd_ray.scoring.control import first_order_of
+from mrd_ray.scoring.memory import Sample, collate, out_of_memory, release
+
+FirstOrders = Callable[[MicroBatch, Weights, Weights], torch.Tensor]  # of which `FirstOrder` is one
+
+_SAMPLES = 2  # of the trial
+_TOLERANCE = 1e-2  # of a gradient norm
+_SMALLER = (1 / 64, 1 / 16, 1 / 4)  # of sigma, to tell rounding from what the model does
+_LOOKED_AT, _MIN_COSINE = 1 << 14, 0.99  # elements of a weight; between the noise and what it moves weights by
+_CHOICES_UNCHECKED = "it depends on choices inside the model, such as of experts, and these could not be checked"
+
+
+class Scored(NamedTuple):
+    """A micro-batch with what the closed form found. theta: log(-P_t). norms: |g|."""
+
+    sample_ids: list[str]
+    batch: MicroBatch
+    theta: torch.Tensor
+    norms: list[float]
+
+
+@dataclass
+class Checked:
+    """What was checked, for the manifest.
+
+    samples, draws: of the trial. worst: its worst sample's root mean square of Delta_k - L_k, over s; None where L is
+    not known, and only draws that are far out count. choices: whether the model makes discrete choices. every_sample:
+    whether each sample is checked so, in the run. unchecked: why not all of it could be, or None.
+    """
+
+    samples: int = 0
+    draws: int = 0
+    worst: float | None = None
+    choices: bool = False
+    every_sample: bool = False
+    unchecked: str | None = None
+
+
+class Verification:
+    """The trial, and the check of each sample where the model or the trial calls for one.
+
+    The trial's gradient norms are held against autograd too.
+
+    Raises UserError if those disagree.
+
+    Args:
+        norms: of the model, at theta now.
+        trial: the first of these are checked now.
+        replica: makes one of the model.
+        sharded: whether weights are spread over processes, which must all call this alike.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        norms: GradientNorms,
+        scoring: ScoringConfig,
+        trial: Sequence[Sample],
+        replica: Callable[[], Replica],
+        sharded: bool,
+    ) -> None:
+        self._scoring = scoring
+        self._check: SelfCheck | None = None
+        self.checked = Checked()
+        if not scoring.verify_draws:
+            self.checked.unchecked = "scoring.verify_draws is 0"
+            return
+        try:
+            self._try(model, norms, trial[:_SAMPLES], replica, sharded)
+        except RuntimeError as problem:
+            if sharded or not out_of_memory(problem):
+                raise
+            self._leave("the device lacks memory for a perturbed copy of the weights")
+        release(model.device)
+
+    def _try(
+        self,
+        model: PreTrainedModel,
+        norms: GradientNorms,
+        trial: Sequence[Sample],
+        make_replica: Callable[[], Replica],
+        sharded: bool,
+    ) -> None:
+        scoring, batch = self._scoring, collate(trial, model.device)
+        self.checked.choices = has_choices(model, lambda: model.base_model(batch.token_ids, use_cache=False))
+        if model.dtype not in (torch.float32, torch.float64):
+            self._leave(_rounds_away(model))
+            return
+        replica = make_replica()
+        if not sharded and not _carried(replica, scoring, 1.0):
+            self._leave(_rounds_away(model))
+            return
+        theta, squares = norms(batch)
+        scored = Scored([sample["sample_id"] for sample in trial], batch, theta, squares.sqrt().tolist())
+        by_autograd = None if sharded else _ByAutograd(norms)
+
+        def check(sigma: float, first_order: FirstOrders | None, choices: bool) -> SelfCheck:
+            draws, likelihood = scoring.verify_draws, Likelihood(model)
+            return SelfCheck(
+                replica, likelihood, norms, first_order, sigma, scoring.seed, draws, choices, exact=not sharded
+            )
+
+        (findings,) = check(scoring.sigma, by_autograd, self.checked.choices)([batch], [theta], [scored.norms])
+        self.checked.samples, self.checked.draws = len(trial), scoring.verify_draws
+        doubtful = any(finding.doubt() for finding in findings)
+        if by_autograd is not None:
+            _refuse_wrong_norms(scored, by_autograd.squares)
+            self.checked.worst = max(finding.off() for finding in findings)
+            smaller = next((one for one in _SMALLER if _carried(replica, scoring, one)), 1.0)
+            if doubtful and smaller < 1:
+                (found,) = check(scoring.sigma * smaller, by_autograd, False)([batch], [theta], [scored.norms])
+                # of rounding there is as much as before, of what the model does far less
+                rounding = max(finding.off() for finding in found) * math.sqrt(smaller) > self.checked.worst
+            if doubtful and (smaller == 1 or rounding):
+                self._leave(_rounds_away(model, "what sigma does to the samples"))
+                return
+        self.checked.every_sample = self.checked.choices or (doubtful and not sharded)
+        if self.checked.every_sample:
+            self._check = check(scoring.sigma, self._first_order(replica, norms, sharded), self.checked.choices)
+
+    def _first_order(self, replica: Replica, norms: GradientNorms, sharded: bool) -> FirstOrders | None:
+        """What gives L of whole micro-batches."""
+        why = "weights are spread over processes"
+        try:
+            if not sharded:
+                return first_order_of(replica, norms, self._scoring)
+        except UserError as problem:
+            why = str(problem)
+        self.checked.unchecked = f"draws of each sample are held against the size of its gradient alone, since {why}"
+        return None
+
+    def _leave(self, why: str) -> None:
+        self.checked.unchecked, self.checked.every_sample, self._check = why, False, None
+
+    def doubts(self, scored: Sequence[Scored], mu: Mapping[str, float]) -> dict[str, str]:
+        """Why scores are in doubt, by sample_id of those that are. mu: E Delta, where it is known."""
+        ids = [sample_id for one in scored for sample_id in one.sample_ids]
+        if self._check is None:
+            return dict.fromkeys(ids, _CHOICES_UNCHECKED) if self.checked.choices and self.checked.unchecked else {}
+        batches, theta, norms = zip(*((one.batch, one.theta, one.norms) for one in scored), strict=True)
+        findings = [finding for of_batch in self._check(batches, theta, norms) for finding in of_batch]
+        found = {}
+        for sample_id, finding, norm in zip(ids, findings, itertools.chain(*norms), strict=True):
+            s = self._scoring.sigma * norm
+            if (doubt := finding.doubt(mu.get(sample_id, 0.0) / s if s else 0.0)) is not None:
+                found[sample_id] = doubt
+        return found
+
+
+def _rounds_away(model: PreTrainedModel, what: str = "sigma") -> str:
+    return f"{str(model.dtype).removeprefix('torch.')} rounds {what} away"
+
+
+class _ByAutograd:
+    """L of a few samples, one by one. squares: their |g|^2."""
+
+    def __init__(self, norms: GradientNorms) -> None:
+        self._norms = norms
+        self.squares: list[float] = []
+
+    def __call__(self, batch: MicroBatch, theta: Weights, step: Weights) -> torch.Tensor:
+        """-g . step at theta: float64 [B]."""
+        found = []
+        for row in range(len(batch.token_ids)):
+            alone = MicroBatch(batch.token_ids[row : row + 1], batch.scored[row : row + 1])
+            found.append(along(self._norms.model, theta, functools.partial(self._norms.objective, alone), step))
+        self.squares = [square for _, square in found]
+        return -torch.tensor([value for value, _ in found], dtype=torch.float64)
+
+
+def _refuse_wrong_norms(scored: Scored, squares: Sequence[float]) -> None:
+    """Raises UserError if the norms are not those of autograd."""
+    for sample_id, norm, square in zip(scored.sample_ids, scored.norms, squares, strict=True):
+        expected = math.sqrt(square)
+        if not abs(norm - expected) <= _TOLERANCE * expected and math.isfinite(norm):
+            raise UserError(
+                f"scoring.estimator: closed_form does not agree with autograd on sample {sample_id!r}, whose gradient "
+                f"norm is {expected:.4g}, not {norm:.4g}; use monte_carlo, and report the model"
+            )
+
+
+def _carried(replica: Replica, scoring: ScoringConfig, share: float) -> bool:
+    """Whether the weights' precision takes in z times this share of sigma, by the middle of each."""
+    sums = torch.zeros(3, dtype=torch.float64)  # sigma z step, (sigma z)^2, step^2
+    for name, base in replica.base.items():
+        first = max(0, base.numel() - _LOOKED_AT) // 2
+        part = base.view(-1)[first : first + _LOOKED_AT]
+        noise = share * scoring.sigma * standard_normal_like(part, draw_seed(scoring.seed, 0), name, first).double()
+        step = (part + noise.to(part.dtype)).double() - part.double()
+        sums += torch.stack([(noise * step).sum(), noise.square().sum(), step.square().sum()]).cpu()
+    product, intended, realised = sums.tolist()
+    return product >= _MIN_COSINE * math.sqrt(intended * realised) > 0
