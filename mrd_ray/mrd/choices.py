@@ -149,7 +149,9 @@ class Reach:
                 return found
             far[here] = math.inf
             if deviations is not None:
-                nearest = gaps.gather(1, place[:, None])[:, 0] / deviations(self._told(turns, here)).to(gaps.device)
+                moved = deviations(self._told(turns, here)).to(gaps.device)
+                # zero where a model keeps gradients from a choice, as some sparse attention does: the draws must do
+                nearest = torch.where(moved > 0, gaps.gather(1, place[:, None])[:, 0] / moved, nearest)
                 here &= (nearest < _REACH)[:, None]
             if here.any():
                 jump = jumps(self._told(turns, here)).abs().to(found.device)

@@ -95,7 +95,8 @@ class GradientNorms:
                     self.model.base_model(batch.token_ids, use_cache=False)
                 gaps = heard.gaps()
                 total = torch.stack([gaps[turn][here].sum() for turn, here in where.items()]).sum()
-                torch.autograd.grad(total, taps.leaves, allow_unused=True)
+                if total.requires_grad:  # some indexers of sparse attention have no gradient
+                    torch.autograd.grad(total, taps.leaves, allow_unused=True)
         return torch.stack(list(taps.squares.values())).sum(0).clamp_(min=0.0).sqrt()
 
     def _forward_and_backward(
