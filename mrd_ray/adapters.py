@@ -116,6 +116,7 @@ def shape(model: PreTrainedModel, folder: Path, found: Mapping[str, Shape]) -> N
             model.add_adapter(_without_values(adapter))
     except Exception as problem:
         raise _does_not_fit(folder, adapter, problem) from problem
+    _refuse_shared_factors(model, adapter, folder)
     _put_tokens_in(model)
 
 
@@ -141,6 +142,7 @@ def put_on(model: PreTrainedModel, folder: Path, files: list[Path]) -> Fit:
         raise
     except Exception as problem:
         raise _does_not_fit(folder, adapter, problem) from problem
+    _refuse_shared_factors(model, adapter, folder)
     fit = Fit.of(loading.to_dict())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     loaded = {id(parameter) for name, parameter in parameters.items() if name not in fit.missing}
@@ -261,6 +263,21 @@ def _tie_again(model: PreTrainedModel, adapter: Any, given: set[int]) -> None:
         inputs.weight = outputs.weight
     elif inputs.weight.is_meta or torch.equal(inputs.weight, outputs.weight):
         outputs.weight = inputs.weight
+
+
+def _refuse_shared_factors(model: PreTrainedModel, adapter: Any, folder: Path) -> None:
+    """Raises UserError if embedding and head have one pair of factors, which PEFT keeps as parameters of each.
+
+    Both would take noise, and the gradients of both be counted, as if they were not the same.
+    """
+    factors = hasattr(model.get_input_embeddings(), "lora_embedding_A") and hasattr(
+        model.get_output_embeddings(), "lora_A"
+    )
+    if factors and getattr(adapter, "ensure_weight_tying", False):
+        raise UserError(
+            f"model.path: {folder} holds LoRA factors that embedding and head share (ensure_weight_tying), which is "
+            f"not supported; {MERGE}"
+        )
 
 
 def _put_tokens_in(model: PreTrainedModel) -> None:

@@ -71,6 +71,7 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
             "give the model as it was before quantisation"
         )
     _ignore_pad_outside_vocabulary(config)
+    config.return_dict = config.get_text_config().return_dict = True  # some configs ask for tuples
     return config
 
 

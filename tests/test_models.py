@@ -283,3 +283,23 @@ def test_code_of_a_tokenizer_runs_on_request_alone(tmp_path, tiny_model_dir):
     with pytest.raises(UserError, match=r"model\.tokenizer: .* needs Python code .*model\.trust_remote_code: true"):
         models.load_tokenizer(of(tiny_model_dir, tokenizer=str(folder)))
     assert models.load_tokenizer(of(tiny_model_dir, tokenizer=str(folder), trust_remote_code=True)).odd
+
+
+def test_outputs_have_names_whatever_the_config_says(tmp_path, tiny_model_dir):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"return_dict": False}))
+    tokens = torch.tensor([[1, 2]])
+    model = models.load_model(of(folder), CPU)
+    assert model(tokens).logits.shape[:2] == model.base_model(tokens).last_hidden_state.shape[:2]
+
+
+def test_factors_that_embedding_and_head_share_are_refused(tmp_path, tiny_model_dir):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    shape = peft.LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), shape)
+    adapted.save_pretrained(tmp_path / "lora")
+    for attempt in (models.skeleton, lambda model: models.load_model(model, CPU)):
+        with pytest.raises(UserError, match=r"ensure_weight_tying.*merge it first"):
+            attempt(of(tmp_path / "lora"))

@@ -80,7 +80,8 @@ class ScoringConfig(Frozen):
     )
     allow_slow_parameters: bool = Field(
         False,
-        description="closed_form: parameters that no rule covers are differentiated sample by sample, not refused.",
+        description="closed_form: parameters that no rule covers, or one that does not hold in this model, are "
+        "differentiated sample by sample, not refused.",
     )
     activation_gib: PositiveFloat | None = Field(
         None,

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from mrd_ray.errors import UserError
+
 _TOP_K = {torch.topk, torch.Tensor.topk}
 _LARGEST = {torch.argmax, torch.Tensor.argmax, torch.max, torch.Tensor.max}  # along a dimension
 _REACH = 5.0  # standard deviations of what sigma moves a gap by; beyond, a flip comes in 3 of 10 million draws
@@ -108,10 +110,13 @@ class Reach:
         self._own = {turn: torch.zeros_like(gap) for turn, gap in self._gaps.items()}  # by the draw that did most
 
     def _by_position(self, gap: torch.Tensor) -> torch.Tensor:
-        """[B, T n], infinite where the position does not matter. Raises ValueError if samples cannot be told apart."""
+        """[B, T n], infinite where the position does not matter. Raises UserError if samples cannot be told apart."""
         samples, tokens = self._matters.shape
         if gap.numel() % (samples * tokens):
-            raise ValueError(f"a choice of shape {tuple(gap.shape)} for {samples} samples of {tokens} tokens")
+            raise UserError(
+                f"scoring.verify_draws: this model makes a choice of shape {tuple(gap.shape)} for {samples} samples of "
+                f"{tokens} tokens, which cannot be laid to any of them; use monte_carlo, or set 0 for no check"
+            )
         gap = gap.to(self._matters.device).reshape(samples, tokens, -1)
         return torch.where(self._matters[..., None], gap, math.inf).flatten(1)
 
@@ -153,8 +158,10 @@ class Reach:
                 return found
             far[here] = math.inf
             if deviations is not None:
-                exact = gaps.gather(1, place[:, None])[:, 0] / deviations(self._told(turns, here)).to(gaps.device)
-                nearest = exact if whole else torch.minimum(exact, nearest)
+                moved = deviations(self._told(turns, here)).to(gaps.device)
+                exact = gaps.gather(1, place[:, None])[:, 0] / moved
+                # zero where a model keeps gradients from a choice, as some sparse attention does: the draws must do
+                nearest = torch.where(moved > 0, exact if whole else torch.minimum(exact, nearest), nearest)
                 here &= (nearest < _REACH)[:, None]
             if here.any():
                 jump = jumps(self._told(turns, here)).abs().to(found.device)[:, None]

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from mrd_ray.mrd.autograd import square_norms
 from mrd_ray.mrd.choices import Choices
+from mrd_ray.mrd.coverage import coverage
 from mrd_ray.mrd.expert_rules import (
     Measure,
     experts_forward,
@@ -30,50 +30,6 @@ from mrd_ray.mrd.expert_rules import (
 from mrd_ray.mrd.gradient_rules import GramCache, Squares, by_sample, embedding_overlap, is_router, rule_of, square_sum
 from mrd_ray.mrd.likelihood import LOGITS, LogNegLogProb, MicroBatch, TokenMeasures, output_layer_is_plain
 from mrd_ray.mrd.recompute import recomputing
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Which layers hold the selected parameters, and which of these no rule covers.
-
-    layers: those whose parameters have a rule. tied: names of parameters that an embedding and
-    an output layer share. slow: names that only autograd, one sample at a time, can answer for.
-    """
-
-    layers: list[torch.nn.Module]
-    tied: frozenset[str]
-    slow: list[str]
-
-
-def coverage(model: torch.nn.Module, selected: Collection[str]) -> Coverage:
-    """Match parameters to rules by the types of the layers that hold them; works on a model without weights.
-
-    Args:
-        selected: names as in `model.named_parameters()`, where tied parameters stand once, under their first name.
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    holders: dict[str, list[torch.nn.Module]] = {name: [] for name in selected}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if (name := names[id(parameter)]) in holders:
-                holders[name].append(module)
-    tied = {
-        name
-        for name, modules in holders.items()
-        if len(modules) == 2 and isinstance(modules[0], torch.nn.Embedding) and isinstance(modules[1], torch.nn.Linear)
-    }
-    slow = [
-        name
-        for name, modules in holders.items()
-        if not all(map(_has_rule, modules)) or (len(modules) > 1 and name not in tied)
-    ]
-    fast = {id(module) for name in holders if name not in slow for module in holders[name]}
-    layers = [module for module in model.modules() if id(module) in fast]
-    return Coverage(layers, frozenset(tied), slow)
-
-
-def _has_rule(layer: torch.nn.Module) -> bool:
-    return rule_of(layer) is not None or measured_inside(layer)
 
 
 class GradientNorms:
@@ -95,6 +51,10 @@ class GradientNorms:
         self.coverage = coverage(model, self.parameters)
         self._activations = activations
         self._by_groups = output_layer_is_plain(model)
+
+    def give_up_rules(self, names: Collection[str]) -> None:
+        """Leave these parameters to autograd, since their rules do not hold (see `autograd_check`)."""
+        self.coverage = coverage(self.model, self.parameters, names)
 
     def __call__(
         self, batch: MicroBatch, measures: TokenMeasures | None = None, of_log_prob: bool = False
@@ -135,7 +95,8 @@ class GradientNorms:
                     self.model.base_model(batch.token_ids, use_cache=False)
                 gaps = heard.gaps()
                 total = torch.stack([gaps[turn][here].sum() for turn, here in where.items()]).sum()
-                torch.autograd.grad(total, taps.leaves, allow_unused=True)
+                if total.requires_grad:  # some indexers of sparse attention have no gradient
+                    torch.autograd.grad(total, taps.leaves, allow_unused=True)
         return torch.stack(list(taps.squares.values())).sum(0).clamp_(min=0.0).sqrt()
 
     def _forward_and_backward(

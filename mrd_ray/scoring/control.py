@@ -39,7 +39,12 @@ class Control(NamedTuple):
                 f"scoring.control_variate: no rule covers {norms.coverage.slow[0]} (scoring.allow_slow_parameters)"
             )
         if wrong := disagreements_of(norms, "scoring.control_variate"):
-            raise UserError(f"scoring.control_variate: gradient norms do not agree with autograd, first {wrong[0]}")
+            if not scoring.allow_slow_parameters:
+                raise UserError(
+                    f"scoring.control_variate: gradient norms do not agree with autograd, first {wrong[0]} "
+                    "(scoring.allow_slow_parameters)"
+                )
+            norms.give_up_rules(wrong)
         return cls(norms, *first_order_of(replica, norms, scoring))
 
 

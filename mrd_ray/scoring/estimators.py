@@ -31,13 +31,14 @@ Shards = Callable[[], Mapping[str, Shard]]
 
 def refuse_wrong_rules(model: PreTrainedModel, scoring: ScoringConfig) -> None:
     """Raises UserError if the closed form is wanted, and its rules do not hold for this model, of whole weights."""
-    if scoring.estimator != "closed_form":
+    if scoring.estimator != "closed_form" or scoring.allow_slow_parameters:  # the latter: autograd instead
         return
     selected = models.select(dict(model.named_parameters()), scoring.parameters)
     if wrong := disagreements_of(GradientNorms(model, selected), "scoring.estimator: closed_form"):
         raise UserError(
             f"scoring.estimator: closed_form does not agree with autograd on this model, in {len(wrong)} of "
-            f"{len(selected)} parameters, first {wrong[0]}; use monte_carlo, and report the model"
+            f"{len(selected)} parameters, first {wrong[0]}; set scoring.allow_slow_parameters to differentiate them "
+            "sample by sample, or use monte_carlo, and report the model"
         )
 
 
@@ -179,6 +180,8 @@ class ClosedForm:
         self._halve = shards is None
         selected = models.select(dict(model.named_parameters()), scoring.parameters)
         self._norms = GradientNorms(model, selected, activation_bytes(model, scoring, shards is not None))
+        if scoring.allow_slow_parameters:  # which needs whole weights
+            self._norms.give_up_rules(disagreements_of(self._norms, "scoring.estimator: closed_form"))
         self._traces = TraceEstimator(model, selected)
         self._verification = Verification(
             model, self._norms, scoring, trial, lambda: Replica(model, selected, shards), shards is not None

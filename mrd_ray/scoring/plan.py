@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from mrd_ray import models
 from mrd_ray.config import ScoringConfig
 from mrd_ray.errors import UserError
-from mrd_ray.mrd.closed_form import coverage
+from mrd_ray.mrd.coverage import coverage
 from mrd_ray.scoring.pool import Pool
 
 # Perturbing every weight once costs about as much as the forward of so many tokens: 7-10 ns a weight against

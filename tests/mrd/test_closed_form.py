@@ -6,14 +6,27 @@ import math
 import peft
 import pytest
 import torch
-from architectures import CONFIGS, SAMPLES, SCORED, SHAPE, batch_of, memorise, model_of
+from architectures import CONFIGS, GROUPED, SAMPLES, SCORED, SHAPE, batch_of, memorise, model_of
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
-from transformers import AutoModelForCausalLM, BertConfig, BlenderbotConfig, CTRLConfig, JetMoeConfig, RobertaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BlenderbotConfig,
+    CTRLConfig,
+    FalconMambaConfig,
+    JambaConfig,
+    JetMoeConfig,
+    Mamba2Config,
+    MambaConfig,
+    RobertaConfig,
+    RwkvConfig,
+)
 
 from mrd_ray import UserError
 from mrd_ray.config import ScoringConfig
 from mrd_ray.mrd.autograd_check import disagreements
-from mrd_ray.mrd.closed_form import GradientNorms, coverage
+from mrd_ray.mrd.closed_form import GradientNorms
+from mrd_ray.mrd.coverage import coverage
 from mrd_ray.mrd.likelihood import Likelihood, TokenMeasures
 from mrd_ray.scoring.estimators import refuse_wrong_rules
 
@@ -36,7 +49,7 @@ def reference(model, sample, scored, selected=None, of_log_prob=False) -> dict[s
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None  # torch leaves the padding row's gradient out; noise does not leave out the row
     model.requires_grad_(True)
-    logits = model(torch.tensor([sample])).logits[0]
+    logits = model(torch.tensor([sample]), use_cache=False).logits[0]
     total = 0.0
     for t in range(1, len(sample)):
         if scored[t]:
@@ -52,8 +65,9 @@ def reference(model, sample, scored, selected=None, of_log_prob=False) -> dict[s
     }
 
 
-def check(model, norms=None, samples=SAMPLES, scored=SCORED, **options):
-    norms, tolerance = norms or GradientNorms(model), 1e-9 if model.dtype == torch.float64 else 1e-5
+def check(model, norms=None, samples=SAMPLES, scored=SCORED, tolerance=None, **options):
+    norms = norms or GradientNorms(model)
+    tolerance = tolerance or (1e-9 if model.dtype == torch.float64 else 1e-5)
     theta, squares = norms.by_parameter(batch_of(samples, scored), **options)
     for i, (sample, flags) in enumerate(zip(samples, scored, strict=True)):
         expected = reference(model, sample, flags, squares.keys(), **options)
@@ -265,10 +279,102 @@ def test_a_model_that_cannot_be_listened_to_is_refused_by_name():
         refuse_wrong_rules(model, ScoringConfig(estimator="closed_form"))
 
 
-def test_a_layer_called_twice_is_noticed():
-    model = model_of("llama")
+def test_a_layer_called_twice_is_noticed_and_left_to_autograd():
+    model = model_of("llama-tied")
     model.model.layers[1] = model.model.layers[0]
-    assert disagreements(GradientNorms(model)) != []
+    norms = GradientNorms(model)
+    wrong = disagreements(norms)
+    assert wrong
+    norms.give_up_rules(wrong)
+    assert norms.coverage.slow == wrong
+    assert disagreements(norms) == []
+    check(model, norms)
+
+
+def test_tied_weights_left_to_autograd():
+    model = model_of("llama-tied")
+    norms = GradientNorms(model)
+    norms.give_up_rules(["model.embed_tokens.weight"])
+    check(model, norms)
+
+
+class Pair(torch.nn.Linear):
+    """Gives a tuple, as some routers do."""
+
+    def forward(self, x):
+        return (super().forward(x),)
+
+
+class Unpacked(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)[0]
+
+
+class Reordered(torch.nn.Module):
+    """A layer whose input has no order of samples."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(torch.cat([x, x[:1]]))[:-1]
+
+
+@pytest.mark.parametrize("wrapper", [Unpacked, Reordered])
+def test_a_layer_that_cannot_be_measured_is_noticed_and_left_to_autograd(wrapper):
+    model = model_of("llama")
+    mlp = model.model.layers[1].mlp
+    if wrapper is Unpacked:
+        mlp.up_proj.__class__ = Pair
+    mlp.up_proj = wrapper(mlp.up_proj)
+    norms = GradientNorms(model)
+    assert disagreements(norms) == ["model.layers.1.mlp.up_proj.inner.weight"]
+    norms.give_up_rules(disagreements(norms))
+    check(model, norms)
+
+
+def recurrent(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    mamba = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "state_size": 4}
+    configs = {
+        "mamba": MambaConfig(**mamba),
+        "falcon-mamba": FalconMambaConfig(**mamba),
+        "mamba2": Mamba2Config(**mamba, num_heads=6, head_dim=8, n_groups=1, chunk_size=8),
+        "rwkv": RwkvConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, attention_hidden_size=24),
+        "jamba": JambaConfig(
+            **GROUPED, num_experts=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
+            expert_layer_offset=1, use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4,
+        ),
+    }  # fmt: skip
+    ways = {"experts_implementation": "eager"} if name == "jamba" else {}
+    return AutoModelForCausalLM.from_config(configs[name], **ways).double().eval()
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon-mamba", "mamba2", "rwkv", "jamba"])
+def test_recurrent_models_with_autograd_where_rules_do_not_hold(name):
+    model = recurrent(name)
+    norms = GradientNorms(model)
+    norms.give_up_rules(disagreements(norms))
+    assert norms.coverage.slow
+    assert disagreements(norms) == []
+    check(model, norms, tolerance=1e-6)  # some layers compute in float32
+
+
+def test_lora_on_a_tied_embedding():
+    model = model_of("llama-tied")
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["embed_tokens"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    norms = GradientNorms(model.eval())
+    assert norms.coverage.tied == {"model.embed_tokens.base_layer.weight"}
+    check(model, norms)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

@@ -16,7 +16,7 @@ from zoo_shrink import shrunk
 
 from mrd_ray import UserError
 from mrd_ray.config import ScoringConfig
-from mrd_ray.mrd.closed_form import coverage
+from mrd_ray.mrd.coverage import coverage
 from mrd_ray.scoring.actor import refuse_not_causal
 from mrd_ray.scoring.estimators import estimator_of, refuse_wrong_rules
 
