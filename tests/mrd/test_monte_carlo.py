@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from architectures import memorise
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -224,7 +225,8 @@ def test_antithetic_pairs_are_both_signs_of_the_same_noise():
         a, b = np.array(a), np.array(b)
         assert found.mean_abs == pytest.approx((np.abs(a) + np.abs(b)).mean() / 2, rel=1e-7)
         assert found.delta_mean == pytest.approx((a + b).mean() / 2, rel=1e-5)
-        assert found.abs_mean_se == pytest.approx(((a + b) / 2).std(ddof=1) / K**0.5, rel=1e-5)
+        students = scipy.stats.t.ppf(scipy.stats.norm.cdf(2), K - 1) / 2
+        assert found.abs_mean_se == pytest.approx(students * ((a + b) / 2).std(ddof=1) / K**0.5, rel=1e-5)
         assert found.delta_std == pytest.approx(((a - b) ** 2).mean() ** 0.5 / 2, rel=1e-7)
         assert found.nonlinearity == pytest.approx(abs((a + b).mean()) / 2 / found.delta_std, rel=1e-5)
 
