@@ -20,7 +20,7 @@ from mrd_ray.mrd.perturb import Replica
 
 _OFF = 0.3  # of s; what L does not foretell of Delta, in quadrature, adds 4% to a score then
 _TAIL = 4.5  # standard deviations; a normal Delta is beyond them in 7 of a million draws
-_FLIPS = 0.01  # of a score
+_FLIPS = 0.001  # of a score
 
 
 class Finding(NamedTuple):
@@ -39,11 +39,15 @@ class Finding(NamedTuple):
         """Root mean square of Delta_k - L_k - mu, over s. mu: of Delta, over s."""
         return math.sqrt(sum((d - f - mu) ** 2 for d, f in zip(self.deltas, self.first, strict=True)) / len(self.first))
 
+    def differs(self, mu: float = 0.0) -> bool:
+        """Whether draws are not what the gradient says."""
+        return bool(self.first) and not self.off(mu) <= _OFF
+
     def doubt(self, mu: float = 0.0) -> str | None:
         """Why the closed form is not to be trusted, or None."""
         if self.flips > _FLIPS:
             return "sigma can flip a choice inside the model, such as of experts, that its score depends on"
-        if self.first and not self.off(mu) <= _OFF:
+        if self.differs(mu):
             return f"draws differ from what its gradient foretells by {self.off(mu):.2g} of their standard deviation"
         if not self.first and not max(abs(d - mu) for d in self.deltas) <= _TAIL:
             return "a draw is farther out than its gradient allows for"

@@ -124,12 +124,13 @@ class Verification:
         if by_autograd is not None:
             _refuse_wrong_norms(scored, by_autograd.squares)
             self.checked.worst = max(finding.off() for finding in findings)
+            differing = any(finding.differs() for finding in findings)
             smaller = next((one for one in _SMALLER if _carried(replica, scoring, one)), 1.0)
-            if doubtful and smaller < 1:
+            if differing and smaller < 1:
                 (found,) = check(scoring.sigma * smaller, by_autograd, False)([batch], [theta], [scored.norms])
                 # of rounding there is as much as before, of what the model does far less
                 rounding = max(finding.off() for finding in found) * math.sqrt(smaller) > self.checked.worst
-            if doubtful and (smaller == 1 or rounding):
+            if differing and (smaller == 1 or rounding):
                 self._leave(_rounds_away(model, "what sigma does to the samples"))
                 return
         self.checked.every_sample = self.checked.choices or (doubtful and not sharded)
