@@ -31,7 +31,7 @@ class Comparison:
     the difference; None if neither run has standard errors. paired: samples whose difference has its standard error
     from the eighths of the draws, whatever the runs share; the others' is that of independent runs. draws: what is
     known of that, in words. rows: the samples, those most apart first, each with sample_id, a, b, a_se, b_se, z (the
-    difference in standard errors, or its relative size where there are none) and text.
+    difference in standard errors, or its relative size if some sample has none) and text.
     """
 
     compared: int
@@ -85,7 +85,10 @@ def compare(config: CompareConfig) -> Comparison:
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.where(noise > 0, difference / noise, np.where(a == b, 0.0, (b - a) / a))
     known = noise[both] > 0
-    settled = known.any() and (known | ((noise == 0) & (a == b))[both]).all()
+    settled = (known.any() and (known | ((noise == 0) & (a == b))[both]).all()) or paired[both].all()
+    if not settled:  # all in one unit, for what is most apart to come first
+        with np.errstate(divide="ignore", invalid="ignore"):
+            z = np.where(a == b, 0.0, (b - a) / a)
     rows = [
         {"sample_id": ids[0][i], "a": a[i], "b": b[i], "a_se": se[0][i], "b_se": se[1][i], "z": z[i],
          "text": texts[0].get(ids[0][i])}
@@ -100,7 +103,7 @@ def compare(config: CompareConfig) -> Comparison:
         spearman=float(scipy.stats.spearmanr(a[both], b[both]).statistic),
         kendall=float(scipy.stats.kendalltau(a[both], b[both]).statistic),
         median_ratio=ratio,
-        apart=float((np.abs(z[both]) > _STANDARD_ERRORS).mean()) if settled or paired[both].all() else None,
+        apart=float((np.abs(z[both]) > _STANDARD_ERRORS).mean()) if settled else None,
         paired=int(paired.sum()),
         draws=_draws(shared, int((both & ~paired & (noise > 0)).sum()), tables),
         rows=rows,

@@ -156,6 +156,16 @@ def test_unknown_standard_errors_settle_nothing(tmp_path):
     assert compare(CompareConfig(run_a=runs[0], run_b=runs[1])).apart is None
 
 
+def test_scores_in_doubt_stand_by_relative_size_among_the_others(tmp_path):
+    """b has one without a standard error, which is halved; another is off by four of them, but by 0.4% only."""
+    a, b = [1.0] * 60, [1.0] * 60
+    b[3], b[7] = 0.5, 1.004
+    runs = [write(tmp_path / "a", a, [1e-3] * 60), write(tmp_path / "b", b, [0.0] * 3 + [None] + [0.0] * 56)]
+    found = compare(CompareConfig(run_a=runs[0], run_b=runs[1]))
+    assert found.apart is None
+    assert [(row["sample_id"], pytest.approx(row["z"])) for row in found.rows[:2]] == [("s003", -0.5), ("s007", 0.004)]
+
+
 def test_ids_that_stand_twice_are_refused(tmp_path):
     runs = [write(tmp_path / name, [1.0] * 60, ids=[*IDS[:-1], IDS[0]]) for name in "ab"]
     with pytest.raises(UserError, match="a: sample ids stand more than once"):
