@@ -134,11 +134,14 @@ def drawn(model: PreTrainedModel, batch: MicroBatch, draws: int) -> tuple[torch.
         for turn in squares:
             squares[turn] += (gaps[turn] - at_theta[turn]).square()
     replica.restore()
-    near = [(gap <= _FAR * (squares[turn] / draws).sqrt()).view(len(s), -1)[:, :-1] for turn, gap in at_theta.items()]
+    near = [
+        (gap <= _FAR * (squares[turn] / draws).sqrt()).view(len(s), batch.token_ids.shape[1], -1)[:, :-1].flatten(1)
+        for turn, gap in at_theta.items()
+    ]
     return jumped, ~torch.cat(near, 1).any(1)
 
 
 def heard(likelihood: Likelihood, batch: MicroBatch) -> tuple[torch.Tensor, Gaps]:
     """log(-P_t), and the gaps of the routers' choices."""
-    with Choices() as choices:
+    with Choices(positions=batch.token_ids.numel()) as choices:
         return likelihood.log_neg_log_probs(batch), choices.gaps()

@@ -16,6 +16,14 @@ from mrd_ray.errors import UserError
 
 _TOP_K = {torch.topk, torch.Tensor.topk}
 _LARGEST = {torch.argmax, torch.Tensor.argmax, torch.max, torch.Tensor.max}  # along a dimension
+_COMPARED = {
+    getattr(of, name)
+    for of, names in (
+        (torch, ("gt", "ge", "lt", "le")),
+        (torch.Tensor, ("gt", "ge", "lt", "le", "__gt__", "__ge__", "__lt__", "__le__")),
+    )
+    for name in names
+}
 _REACH = 5.0  # standard deviations of what sigma moves a gap by; beyond, a flip comes in 3 of 10 million draws
 _UNEVEN = 3.0  # some positions' gaps are moved so many times farther than two draws and the median one show
 _MEDIAN = 0.6745  # of the absolute value of a standard normal
@@ -25,14 +33,17 @@ Gaps = dict[int, torch.Tensor]  # by the choice's turn in the forward
 
 
 class Choices(TorchFunctionMode):
-    """Within this block, listens to every choice of the largest of some numbers.
+    """Within this block, listens to every choice of the largest of some numbers, and to comparisons of numbers.
 
     Args:
         flips: by the choice's turn, where to take the next one in place of the last one chosen: bool, as its gaps.
+            Where to turn a comparison's outcome around.
+        positions: B T of the batch; comparisons of so many numbers, or a multiple, are listened to. 0: of none.
     """
 
-    def __init__(self, flips: Mapping[int, torch.Tensor] | None = None) -> None:
+    def __init__(self, flips: Mapping[int, torch.Tensor] | None = None, positions: int = 0) -> None:
         super().__init__()
+        self._positions = positions
         self._flips = flips or {}
         self._gaps: list[torch.Tensor] = []
         self._indices: list[torch.Tensor] = []  # held, so that no other object is taken for one of them
@@ -45,6 +56,16 @@ class Choices(TorchFunctionMode):
         found = func(*args, **kwargs)
         if (func in _TOP_K or func in _LARGEST) and args[0].is_floating_point():
             return self._listen(func, found, *args, **kwargs)
+        if func in _COMPARED and self._positions and found.numel() % self._positions == 0:
+            return self._compare(found, *args) if any(map(_is_number, args)) else found
+        return found
+
+    def _compare(self, found: torch.Tensor, x: Any, y: Any) -> torch.Tensor:
+        turn = len(self._gaps)
+        if turn in self._flips:
+            found = found ^ self._flips[turn].view(found.shape)
+        self._indices.append(found)
+        self._gaps.append(torch.as_tensor(x - y).abs().nan_to_num(nan=math.inf, posinf=math.inf).float())
         return found
 
     def _listen(self, func: Callable, found: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -60,8 +81,12 @@ class Choices(TorchFunctionMode):
         return found
 
     def gaps(self) -> Gaps:
-        """Of the choices whose indices were used: some models take the largest for their values alone."""
+        """Of the choices whose indices, or outcomes, were used: some models take the largest for their values alone."""
         return {turn: self._gaps[turn] for turn in sorted(self._used)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _gap(x: torch.Tensor, k: int) -> torch.Tensor:

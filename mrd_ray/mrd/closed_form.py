@@ -91,7 +91,7 @@ class GradientNorms:
         with self._frozen(), recomputing(self.model, self._activations):
             taps = _Taps(self, batch)
             with taps.attached():
-                with Choices() as heard:
+                with Choices(positions=batch.token_ids.numel()) as heard:
                     self.model.base_model(batch.token_ids, use_cache=False)
                 gaps = heard.gaps()
                 total = torch.stack([gaps[turn][here].sum() for turn, here in where.items()]).sum()

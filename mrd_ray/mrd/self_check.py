@@ -6,10 +6,11 @@ flip are looked for as well (see `choices`), since a few draws may not meet one.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from mrd_ray.mrd.choices import Choices, Gaps, Reach
 from mrd_ray.mrd.closed_form import GradientNorms
@@ -114,14 +115,14 @@ class SelfCheck:
         """log(-P_t) under the present weights, and the gaps of choices."""
         if not self._choices:
             return self.likelihood.log_neg_log_probs(batch), {}
-        with Choices() as heard:
+        with Choices(positions=batch.token_ids.numel()) as heard:
             return self.likelihood.log_neg_log_probs(batch), heard.gaps()
 
     def _flips(self, reach: Reach, batch: MicroBatch, theta: torch.Tensor) -> list[list[float]]:
         """What flips add to E|Delta| and E Delta^2 of each sample."""
 
         def jumps(flips: Gaps) -> torch.Tensor:
-            with Choices(flips):
+            with Choices(flips, batch.token_ids.numel()):
                 return delta(theta, self.likelihood.log_neg_log_probs(batch), batch.scored)
 
         def deviations(flips: Gaps) -> torch.Tensor:
@@ -131,11 +132,15 @@ class SelfCheck:
         return reach.effect(jumps, deviations if self._exact else None, whole).tolist()
 
 
-def has_choices(model: torch.nn.Module, forward: Callable[[], object]) -> bool:
-    """Whether a forward makes discrete choices among numbers that the parameters decide."""
-    with torch.no_grad(), Choices() as heard:
-        forward()
-        return any(gap.isfinite().any() for gap in heard.gaps().values())
+def has_choices(model: PreTrainedModel, token_ids: torch.Tensor) -> bool:
+    """Whether a forward makes discrete choices among numbers that depend on its tokens [B, T], unlike masks."""
+    both = []
+    for tokens in (token_ids, token_ids.flip(1)):
+        with torch.no_grad(), Choices(positions=token_ids.numel()) as heard:
+            model.base_model(tokens, use_cache=False)
+            both.append(heard.gaps())
+    a, b = both
+    return a.keys() != b.keys() or any(((a[turn] != b[turn]) & a[turn].isfinite()).any() for turn in a)
 
 
 def _append(lists: list[list[float]], values: torch.Tensor) -> None:

@@ -80,7 +80,7 @@ class MonteCarlo:
                 self.says = self._control.note
         self._paired = scoring.antithetic or self._control is not None
         self._choices: SelfCheck | None = None
-        if self._control is not None and has_choices(model, lambda: model.base_model(batch.token_ids, use_cache=False)):
+        if self._control is not None and has_choices(model, batch.token_ids):
             self._choices = SelfCheck(
                 self._replica, self._likelihood, self._control.norms, None, scoring.sigma, scoring.seed,
                 draws=2, choices=True, exact=True,

@@ -100,7 +100,7 @@ class Verification:
         sharded: bool,
     ) -> None:
         scoring, batch = self._scoring, collate(trial, model.device)
-        self.checked.choices = has_choices(model, lambda: model.base_model(batch.token_ids, use_cache=False))
+        self.checked.choices = has_choices(model, batch.token_ids)
         if model.dtype not in (torch.float32, torch.float64):
             self._leave(_rounds_away(model))
             return
