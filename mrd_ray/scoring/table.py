@@ -24,7 +24,7 @@ def _field(name: str, kind: pa.DataType, unit: str, nullable: bool = True) -> pa
 _NO_UNIT = "dimensionless"
 _STANDARD_ERROR = (
     "standard error of mrd: half of the half-width of its 95.45% interval, however few draws (Student's); 0 without "
-    "any sampling error, null if unknown (one draw)"
+    "any sampling error, null if unknown (one draw; in doubt; flips of choices that cannot be told)"
 )
 PLACE = ("index", "file", "row")  # of a sample in its source: people index a data set by position, not by our ids
 SCHEMA = pa.schema(
@@ -35,9 +35,15 @@ SCHEMA = pa.schema(
         _field("mrd_se", pa.float64(), f"{_NO_UNIT}; {_STANDARD_ERROR}"),
         _field("mean_abs", pa.float64(), f"{_NO_UNIT}; E|Delta|, Algorithm 1"),
         _field("abs_mean", pa.float64(), f"{_NO_UNIT}; |E Delta|, Definition 3.1"),
-        _field("delta_mean", pa.float64(), f"{_NO_UNIT}; mu = E Delta (antithetic: of the even part)"),
         _field(
-            "delta_std", pa.float64(), f"{_NO_UNIT}; s, standard deviation of Delta (antithetic: of the odd part alone)"
+            "delta_mean",
+            pa.float64(),
+            f"{_NO_UNIT}; mu = E Delta (pairs: of the even part; null if rounding swamps it)",
+        ),
+        _field(
+            "delta_std",
+            pa.float64(),
+            f"{_NO_UNIT}; s, standard deviation of Delta (pairs: of the odd part alone)",
         ),
         _field(
             "nonlinearity",
