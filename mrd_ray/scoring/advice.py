@@ -62,7 +62,7 @@ def insufficient(precision: Precision, case: Case) -> str:
 def ways_out(case: Case) -> list[str]:
     """Changes of the settings that did when they were tried."""
     ways = []
-    for attempt in (_wider_type, _closed_form, _larger_sigma):
+    for attempt in (_wider_type, _closed_form, _other_sigma):
         case.replica.restore()
         try:
             way = attempt(case)
@@ -128,8 +128,10 @@ def _has_curvature(case: Case) -> bool:
         return False
 
 
-def _larger_sigma(case: Case) -> str | None:
-    for sigma in (10.0**power for power in _POWERS):
-        if sigma > case.scoring.sigma and _does(case, sigma):
+def _other_sigma(case: Case) -> str | None:
+    """The least larger one that does, or the paper's where it is larger than any tried."""
+    powers = [10.0**power for power in _POWERS]
+    for sigma in [sigma for sigma in powers if sigma > case.scoring.sigma] or [1e-5]:
+        if _does(case, sigma):
             return f"scoring.sigma: {sigma:g}"
     return None

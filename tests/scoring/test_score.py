@@ -34,6 +34,7 @@ from mrd_ray import (
     write_report,
 )
 from mrd_ray.cli import main
+from mrd_ray.mrd.double import Float64, keep_float64
 from mrd_ray.mrd.monte_carlo import draw_seed
 from mrd_ray.mrd.noise import standard_normal
 from mrd_ray.scoring.actor import ScoringActor, Task
@@ -70,7 +71,9 @@ def test_equals_algorithm_1(tiny_model_dir, qa_file, tmp_path):
     """In float64, through the main job; float32 and memorised samples are held against it in tests/mrd."""
     settings = {"model__dtype": "float64", "scoring__seed": 7, "data__score_on": "response"}
     found = score(config(tiny_model_dir, qa_file, tmp_path, **settings))
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+    with Float64():
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float64).eval()
+    keep_float64(model)
     for row, sample in zip(found.scores.to_pylist(), found.samples.to_pylist(), strict=True):
         mean_abs, abs_mean = algorithm_1(model, sample["token_ids"], sample["scored"], 1e-5, 7, 12)
         assert row["mean_abs"] == row["mrd"] == pytest.approx(mean_abs, rel=1e-9)
