@@ -57,7 +57,8 @@ class Choices(TorchFunctionMode):
         if (func in _TOP_K or func in _LARGEST) and args[0].is_floating_point():
             return self._listen(func, found, *args, **kwargs)
         if func in _COMPARED and self._positions and found.numel() % self._positions == 0:
-            return self._compare(found, *args) if any(map(_is_number, args)) else found
+            x, y = (*args, *kwargs.values())[:2]
+            return self._compare(found, x, y) if _is_number(x) or _is_number(y) else found
         return found
 
     def _compare(self, found: torch.Tensor, x: Any, y: Any) -> torch.Tensor:

@@ -135,7 +135,7 @@ class SelfCheck:
 def has_choices(model: PreTrainedModel, token_ids: torch.Tensor) -> bool:
     """Whether a forward makes discrete choices among numbers that depend on its tokens [B, T], unlike masks."""
     both = []
-    for tokens in (token_ids, token_ids.flip(1)):
+    for tokens in (token_ids, torch.where(token_ids > 0, token_ids - 1, 1)):  # each another one
         with torch.no_grad(), Choices(positions=token_ids.numel()) as heard:
             model.base_model(tokens, use_cache=False)
             both.append(heard.gaps())

@@ -26,6 +26,7 @@ _TOLERANCE = 1e-2  # of a gradient norm
 _SMALLER = (1 / 64, 1 / 16, 1 / 4)  # of sigma, to tell rounding from what the model does
 _LOOKED_AT, _MIN_COSINE = 1 << 14, 0.99  # elements of a weight; between the noise and what it moves weights by
 _CHOICES_UNCHECKED = "it depends on choices inside the model, such as of experts, and these could not be checked"
+_NO_MEMORY = "the device lacks memory to check it by draws"
 
 
 class Scored(NamedTuple):
@@ -77,7 +78,7 @@ class Verification:
         replica: Callable[[], Replica],
         sharded: bool,
     ) -> None:
-        self._scoring = scoring
+        self._scoring, self._sharded = scoring, sharded
         self._check: SelfCheck | None = None
         self.checked = Checked()
         if not scoring.verify_draws:
@@ -148,8 +149,13 @@ class Verification:
         ids = [sample_id for one in scored for sample_id in one.sample_ids]
         if self._check is None:
             return dict.fromkeys(ids, _CHOICES_UNCHECKED) if self.checked.choices and self.checked.unchecked else {}
-        batches, theta, norms = zip(*((one.batch, one.theta, one.norms) for one in scored), strict=True)
-        findings = [finding for of_batch in self._check(batches, theta, norms) for finding in of_batch]
+        batches, theta, norms = ([getattr(one, name) for one in scored] for name in ("batch", "theta", "norms"))
+        try:
+            findings = [finding for of_batch in self._check(batches, theta, norms) for finding in of_batch]
+        except RuntimeError as problem:
+            if self._sharded or not out_of_memory(problem):
+                raise
+            return dict.fromkeys(ids, _NO_MEMORY)
         found = {}
         for sample_id, finding, norm in zip(ids, findings, itertools.chain(*norms), strict=True):
             s = self._scoring.sigma * norm

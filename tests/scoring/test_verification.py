@@ -143,3 +143,21 @@ def test_monte_carlo_is_right_where_the_closed_form_is_in_doubt(mixture):
     assert (np.abs(exact - b) > 3 * many["mrd_se"].to_numpy())[doubted].any()
     assert np.abs(a / exact - 1)[~doubted].max() < 0.01
     assert (found["mrd_se"].to_numpy() < 0.01 * a)[~doubted].all()
+
+
+def test_what_there_is_no_memory_to_check_is_in_doubt(mixture, monkeypatch):
+    samples = samples_of(2)
+    estimator = estimator_of(mixture, ScoringConfig(estimator="closed_form"), samples)
+
+    def lacking(*_):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr("mrd_ray.scoring.verification.SelfCheck.__call__", lacking)
+    assert {result["doubt"] for result in estimator(samples, range(1))} == {
+        "the device lacks memory to check it by draws"
+    }
+
+
+def test_a_unit_without_a_sample_that_fits_has_no_doubts(mixture):
+    estimator = estimator_of(mixture, ScoringConfig(estimator="closed_form"), samples_of(2))
+    assert estimator([], range(1)) == []
