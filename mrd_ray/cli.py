@@ -195,15 +195,13 @@ def _compare(config: CompareConfig) -> int:
     table.add_row("Spearman correlation", f"{found.spearman:.4f}")
     table.add_row("Kendall correlation", f"{found.kendall:.4f}")
     table.add_row("median of b / a", f"{found.median_ratio:.4g}")
-    apart = "no standard errors to go by" if found.apart is None else f"{found.apart:.1%}"
-    table.add_row("over 3 standard errors apart", apart)
+    table.add_row("over 3 standard errors apart", found.share_apart)
     table.add_row("standard errors of differences", found.draws)
     console.print(table)
     worst = Table("a", "b", "apart", "sample", "text", title="Those that disagree most", title_justify="left")
     for row in found.rows[:10]:
-        apart = f"{row['b'] / row['a'] - 1:+.1%}" if found.apart is None else f"{row['z']:+.1f} s.e."
         text = short(row["text"] or "", 200)
-        worst.add_row(f"{row['a']:.3g}", f"{row['b']:.3g}", apart, escape(row["sample_id"]), escape(text))
+        worst.add_row(f"{row['a']:.3g}", f"{row['b']:.3g}", found.how_far(row), escape(row["sample_id"]), escape(text))
     console.print(worst)
     console.print(f"Scatter plot: {config.out}", soft_wrap=True, markup=False)
     return DONE

@@ -49,12 +49,11 @@ class Moments:
     the even part, their half difference the odd one. A plain draw counts as even, and has no odd part.
 
     sum_abs, sum_abs_squares: of |Delta|, or of the mean |Delta| of the pair. sum, sum_squares: of the even part.
-    sum_odd_squares: of the odd part. The others are of L, what Delta is to first order (see `first_order`), of its
-    products with |Delta| and the even part, and of its sign and sgn(L) |Delta|; empty if there is no L. sum_smooth,
-    sum_smooth_squares: of `smoothed` antithetic pairs; empty without |g|.
+    sum_odd_squares: of the odd part. The others are of antithetic draws with L, what Delta is to first order (see
+    `first_order`): of |L|, of its products with |Delta|, and of `smoothed` pairs; empty if there is no L.
 
     abs_by_eighth, mean_by_eighth: sums of what the draws of each eighth tell of E|Delta|, and of E Delta: what is left
-    of |Delta| and of Delta by the control variate L, times 1. Eight exact sums each.
+    of |Delta| by the control variate |L|, times 1, and the even part. Eight exact sums each.
     """
 
     num_draws: int
@@ -63,13 +62,9 @@ class Moments:
     sum: list[float]
     sum_squares: list[float]
     sum_odd_squares: list[float]
-    sum_first: list[float]
     sum_first_squares: list[float]
     sum_first_abs: list[float]
     sum_abs_products: list[float]
-    sum_products: list[float]
-    sum_signs: list[float]
-    sum_sign_abs: list[float]
     sum_smooth: list[float]
     sum_smooth_squares: list[float]
     abs_by_eighth: list[list[float]]
@@ -85,24 +80,20 @@ class Moments:
     ) -> "Moments":
         """Moments of one sample, whose draws are [Delta] each, or [Delta at +delta_k, Delta at -delta_k].
 
-        first: L of each draw, if it is known. first_std: sigma |g|, its standard deviation. first_draw: k of the first.
+        first: L of each draw, which must be a pair, if it is known. first_std: sigma |g|, its standard deviation.
+        first_draw: k of the first.
         """
         absolute = [math.fsum(map(abs, deltas)) / len(deltas) for deltas in draws]
         even = [math.fsum(deltas) / len(deltas) for deltas in draws]
         odd = [(deltas[0] - deltas[1]) / 2 for deltas in draws if len(deltas) == 2]
         known = first or ()
-        signs = [math.copysign(1.0, value) if value else 0.0 for value in known]
         smooth: list[float] = []
-        of_abs, of_mean = absolute, even
-        if known:
-            of_abs = [a - abs(b) for a, b in zip(absolute, known, strict=True)]
-        if known and not odd:
-            of_mean = [a - b for a, b in zip(even, known, strict=True)]
-        if odd and first_std:
+        of_abs = [a - abs(b) for a, b in zip(absolute, known, strict=True)] if known else absolute
+        if first_std:
             of_abs = smooth = [smoothed(*values, first_std) for values in zip(even, odd, known, strict=True)]
         by_eighth = [
             [exact_sum(values[(j - first_draw) % EIGHTHS :: EIGHTHS]) for j in range(EIGHTHS)]
-            for values in (of_abs, of_mean)
+            for values in (of_abs, even)
         ]
         return cls(
             len(draws),
@@ -111,13 +102,9 @@ class Moments:
             exact_sum(even),
             exact_sum(value * value for value in even),
             exact_sum(value * value for value in odd),
-            exact_sum(known),
             exact_sum(value * value for value in known),
             exact_sum(map(abs, known)),
             exact_sum(a * abs(b) for a, b in zip(absolute, known, strict=False)),
-            exact_sum(a * b for a, b in zip(even, known, strict=False)),
-            exact_sum(signs),
-            exact_sum(a * b for a, b in zip(absolute, signs, strict=False)),
             exact_sum(smooth),
             exact_sum(value * value for value in smooth),
             *by_eighth,

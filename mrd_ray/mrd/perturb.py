@@ -45,6 +45,7 @@ class Replica:
         everything = shards() if shards is not None else {n: Shard(p.data, 0) for n, p in model.named_parameters()}
         theta = {name: everything[name].tensor for name in everything if selected is None or name in selected}
         self.base = theta if shards is None else {name: tensor.clone() for name, tensor in theta.items()}
+        self.starts = {name: everything[name].start for name in theta}  # first flat element of each
         self._copies: dict[str, torch.Tensor] = {}  # the working copy, where there are no shards
         self._steps: dict[str, torch.Tensor] = {}
         self._threads = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="noise")

@@ -7,12 +7,12 @@ import torch
 
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import draw_deltas, draw_seed
-from mrd_ray.mrd.noise import standard_normal_like
+from mrd_ray.mrd.noise import add_noise, standard_normal_like
 from mrd_ray.mrd.perturb import Replica
 
 # Rounding at 0.3 of the signal's level adds 4% to a score, for it adds in quadrature: as much as 200 draws leave.
 _MAX_NOISE = 0.3
-_MIN_COSINE = 0.99
+MIN_COSINE = 0.99  # between sigma z and what it moves weights by
 _LOOKED_AT = 1 << 16  # elements of a weight, to see what rounding leaves of sigma z: a float64 copy costs little
 _SMALLER = 64.0  # the noise floor is looked for at sigma over this, where the signal is so much smaller
 
@@ -34,7 +34,7 @@ class Precision:
     @property
     def sufficient(self) -> bool:
         """Whether scores would be more than rounding noise."""
-        return self.cosine >= _MIN_COSINE and self.noise_floor <= _MAX_NOISE
+        return self.cosine >= MIN_COSINE and self.noise_floor <= _MAX_NOISE
 
 
 def examine(
@@ -61,26 +61,27 @@ def examine(
         return deltas.mean(2)
 
     signal, smaller = parts(sigma), parts(sigma / _SMALLER)
-    moved, cosine = _realised(replica, sigma, draw_seed(seed, 0))
     replica.restore()
+    moved, cosine = realised(replica, sigma, draw_seed(seed, 0))
     rounding = smaller - signal / _SMALLER ** (2 if antithetic else 1)
     worst = float((rounding.square().mean(1) / signal.square().mean(1)).sqrt().max())  # nan, too, if there is one
     return Precision(moved, cosine, worst if math.isfinite(worst) else math.inf)
 
 
-def _realised(replica: Replica, sigma: float, seed: int) -> tuple[float, float]:
-    """Share of weights moved, and cosine between what they should move by and do; by the middle of large weights."""
-    replica.perturb(sigma, seed)
+def realised(replica: Replica, sigma: float, seed: int) -> tuple[float, float]:
+    """Share of weights that sigma z moves, and cosine between sigma z and what they move by.
+
+    By the middle of large weights, and of the parts that this process holds.
+    """
     sums = torch.zeros(5, dtype=torch.float64)  # weights, those moved, step z, z z, step step
-    for name, (tensor, start) in replica.working().items():
-        size = tensor.numel()
-        first = max(0, size - _LOOKED_AT) // 2
-        here = slice(first, min(size, first + _LOOKED_AT))
-        moved = tensor.view(-1)[here]
-        step = moved.double() - replica.base[name].view(-1)[here].double()
-        z = standard_normal_like(moved, seed, name, start + first).double()
+    for name, base in replica.base.items():
+        first = max(0, base.numel() - _LOOKED_AT) // 2
+        part, start = base.view(-1)[first : first + _LOOKED_AT], replica.starts[name] + first
+        moved = torch.empty_like(part)
+        add_noise(moved, part, sigma, seed, name, start)
+        step, z = moved.double() - part.double(), standard_normal_like(part, seed, name, start).double()
         of_part = torch.stack([torch.ones_like(z), (step != 0).double(), step * z, z * z, step * step]).sum(1).cpu()
-        sums += of_part * (size / max(1, len(z)))
+        sums += of_part * (base.numel() / max(1, len(z)))
     count, changed, product, intended, realised = sums.tolist()
     if not count:  # a process may hold no part of few weights; others answer for them
         return 1.0, 1.0

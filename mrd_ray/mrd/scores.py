@@ -12,7 +12,6 @@ from mrd_ray.mrd.standard_errors import (
     minus,
     of_half_normal,
     of_mean,
-    of_signs,
     regression,
     student,
     total,
@@ -42,40 +41,30 @@ class Score:
     nonlinearity: float | None
 
 
-_FITTED = 16  # draws from which on the control variates' coefficients are fitted; of fewer they are 1
+_FITTED = 16  # draws from which on the control variate's coefficient is fitted; of fewer it is 1
 _SMOOTH = 0.1  # even part over first order up to which antithetic pairs are `smoothed`
 
 
 def monte_carlo_score(moments: Moments, antithetic: bool = False, first_std: float | None = None) -> Score:
     """Score of one sample. Standard errors are calibrated (see `standard_errors`); None for one draw.
 
-    With first_std, sigma |g|, the standard deviation of L, L is the control variate: E|L| = sigma |g| sqrt(2 / pi),
-    E L = 0 and E sgn L = 0 are known, so that with d = |Delta| - |L|
+    With first_std, sigma |g|, the standard deviation of L, draws are antithetic pairs with L as control variate:
+    E|L| = sigma |g| sqrt(2 / pi) is known, so that
 
-        E|Delta| = E|L| + E d = E|L| + cov(sgn L, sgn L d),    E Delta = mean Delta - b mean L
+        E|Delta| = E|L| + E(|Delta| - |L|)
 
-    The covariance is that of the draws, unbiased for every sigma. To first order it is of sgn L and the even part of
-    Delta, whose mean mu drops out; in mean d it would appear with the sign of most draws. From 16 draws on least
-    squares on L and sgn L takes its place, which is better where sigma is large. Antithetic pairs, too, have no first
-    order in their even part, so that E Delta needs no L.
+    which is unbiased for every sigma. Where the even part is small beside L, pairs are `smoothed`; elsewhere, from 16
+    draws on, the coefficient of |L| is fitted by least squares. E Delta needs no L: the even part has no first order.
     """
     k = moments.num_draws
-    if first_std is None or first_std == 0:
-        sums = (total(moments.sum_abs), total(moments.sum_abs_squares))
-        mean_abs, mean_abs_se = sums[0] / k, of_half_normal(*sums, k)
+    if first_std:
+        mean_abs, mean_abs_se = _controlled(moments, first_std)
     else:
-        mean_abs, mean_abs_se = (_of_pairs if antithetic else _of_draws)(moments, first_std)
-    found = None
-    if first_std is not None and not antithetic:
-        found = _on_first(moments)
-    mean, mean_se = found or _mean(total(moments.sum), total(moments.sum_squares), k)
-    if first_std is not None and not antithetic:
-        # E Delta^2 = E L^2 + mean(Delta^2 - L^2)
-        square = first_std**2 + total(moments.sum_squares, minus(moments.sum_first_squares)) / k - mean**2
-        s: float | None = math.sqrt(max(square, 0.0))
-        nonlinearity = abs(mean) / s if s else None
-    elif antithetic:
-        s = math.sqrt(total(moments.sum_odd_squares) / k)
+        mean_abs = total(moments.sum_abs) / k
+        mean_abs_se = of_half_normal(total(moments.sum_abs), total(moments.sum_abs_squares), k)
+    mean, mean_se = _mean(total(moments.sum), total(moments.sum_squares), k)
+    if antithetic:
+        s: float | None = math.sqrt(total(moments.sum_odd_squares) / k)
         nonlinearity = abs(mean) / s if s else None
     else:
         s, nonlinearity = None if mean_se is None else mean_se / student(k - 1) * math.sqrt(k), None
@@ -100,26 +89,8 @@ def with_flips(score: Score, flip_squares: float | None, k: int) -> Score:
     return replace(score, mean_abs_se=at_least(score.mean_abs_se), abs_mean_se=at_least(score.abs_mean_se))
 
 
-def _of_draws(moments: Moments, first_std: float) -> tuple[float, float | None]:
-    """E|Delta| of plain draws with a control variate, and its standard error."""
-    k, known = moments.num_draws, first_std * math.sqrt(2 / math.pi)
-    signs, rest = total(moments.sum_signs), total(moments.sum_abs, minus(moments.sum_first_abs))  # sgn L, d
-    signed = total(moments.sum_sign_abs, minus(moments.sum_first))  # sgn L d
-    squares = _squares_of_rest(moments)
-    if k >= _FITTED:
-        of_first, first_abs = total(moments.sum_first), total(moments.sum_first_abs)
-        first_squares = total(moments.sum_first_squares)
-        gram = [[k, signs, of_first], [signs, k, first_abs], [of_first, first_abs, first_squares]]
-        products = [signed, rest, total(moments.sum_abs_products, minus(moments.sum_first_squares))]
-        if found := regression(gram, products, squares, [0.0, 1.0, known], k):
-            return known + found[0], found[1]
-    if k == 1:
-        return known + rest, None
-    return known + (rest - signs * signed / k) / (k - 1), of_signs(signs, signed, squares, k)
-
-
-def _of_pairs(moments: Moments, first_std: float) -> tuple[float, float | None]:
-    """E|Delta| of antithetic pairs with a control variate, and its standard error."""
+def _controlled(moments: Moments, first_std: float) -> tuple[float, float | None]:
+    """E|Delta| by the control variate, and its standard error."""
     k, known = moments.num_draws, first_std * math.sqrt(2 / math.pi)
     if moments.sum_smooth_squares and total(moments.sum_squares) <= k * (_SMOOTH * first_std) ** 2:
         mean, se = _mean(total(moments.sum_smooth), total(moments.sum_smooth_squares), k)
@@ -138,19 +109,6 @@ def _of_pairs(moments: Moments, first_std: float) -> tuple[float, float | None]:
 def _squares_of_rest(moments: Moments) -> float:
     """Sum of (|Delta| - |L|)^2."""
     return total(moments.sum_abs_squares, minus(moments.sum_abs_products, 2.0), moments.sum_first_squares)
-
-
-def _on_first(moments: Moments) -> tuple[float, float | None]:
-    """E Delta of plain draws with a control variate, and its standard error."""
-    k = moments.num_draws
-    rest, of_first = total(moments.sum, minus(moments.sum_first)), total(moments.sum_first)
-    first_squares = total(moments.sum_first_squares)
-    squares = total(moments.sum_squares, minus(moments.sum_products, 2.0), moments.sum_first_squares)
-    if k >= _FITTED:
-        products = [rest, total(moments.sum_products, minus(moments.sum_first_squares))]
-        if found := regression([[k, of_first], [of_first, first_squares]], products, squares, [1.0, 0.0], k):
-            return found
-    return _mean(rest, squares, k)
 
 
 def _mean(values: float, squares: float, k: int) -> tuple[float, float | None]:

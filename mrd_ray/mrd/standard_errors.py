@@ -52,32 +52,6 @@ def of_half_normal(values: float, squares: float, k: int) -> float | None:
     return (1 + 2.221 / k + 3.87 / k**2 + 1.791 / k**3) * math.sqrt(variance / k)
 
 
-def of_signs(signs: float, values: float, squares: float, k: int) -> float | None:
-    """Of the covariance of k signs e_i with values c_i that do not depend on them: E e = 0, so that it estimates E e c.
-
-    Given the c_i and the number of positive signs, the correlation r of normal c_i with the e_i has the density
-    (1 - r^2)^((k - 4) / 2); where all signs agree, with probability 2^(1 - k), the covariance is zero. For k = 2 the
-    covariance is all the deviation there is, and the squares themselves must do: where E c is large beside the spread
-    of c, two standard errors then hold every score.
-    """
-    if k < 2:
-        return None
-    agreeing = 2.0 ** (1 - k)
-    if k == 2:
-        spread, coverage = squares, (0.94 - agreeing) / (1 - agreeing)
-    else:
-        spread, coverage = squares - values**2 / k, (COVERAGE - agreeing) / (1 - agreeing)
-    of_signs = (signs / k) ** 2
-    room = 1 - of_signs if of_signs < 1 else 1 - 1 / k
-    return _correlation(max(k - 2, 1), coverage) * math.sqrt(room * _positive(spread) * k) / (k - 1) / 2
-
-
-@functools.lru_cache(maxsize=4096)
-def _correlation(freedom: int, coverage: float) -> float:
-    """The r that |correlation| of independent values stays under with this probability."""
-    return math.sqrt(scipy.special.betaincinv(0.5, freedom / 2, coverage))
-
-
 def regression(
     gram: Sequence[Sequence[float]], products: Sequence[float], squares: float, at: Sequence[float], k: int
 ) -> tuple[float, float] | None:

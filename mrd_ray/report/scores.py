@@ -198,7 +198,7 @@ def agreement(runs: Sequence[Scores], include_text: bool) -> Agreement | None:
         except UserError as problem:
             rows.append([names, None, None, None, None, None, f"not compared: {problem}"])
             continue
-        far = "no standard errors to go by" if found.apart is None else f"{found.apart:.1%} over 3 s.e. apart"
+        far = found.share_apart if found.apart is None else f"over 3 s.e. apart: {found.share_apart}"
         unlike = _unlike(a, b)
         difference = "; ".join(filter(None, (far, unlike)))
         figures = (found.compared, found.spearman, found.kendall, found.median_ratio)
@@ -227,8 +227,6 @@ def _apart(a: Scores, b: Scores, found: compare.Comparison, include_text: bool) 
     head = ["sample", *(["text"] if include_text else []), a.about.name, b.about.name, "apart"]
     rows: list[list[Cell]] = []
     for row in found.rows[: _SHOWN // 2]:
-        relative = f"{row['b'] / row['a'] - 1:+.1%}" if row["a"] else "-"
-        apart = relative if found.apart is None else f"{row['z']:+.1f} s.e."
         text = [Text(row["text"])] if include_text else []
-        rows.append([Text(row["sample_id"]), *text, row["a"], row["b"], apart])
+        rows.append([Text(row["sample_id"]), *text, row["a"], row["b"], found.how_far(row)])
     return Table(f"Where {b.about.name} and {a.about.name} disagree most", head, rows)

@@ -27,11 +27,12 @@ class Comparison:
     """Agreement of two runs over the samples that both have a score for.
 
     compared: how many. only_a, only_b: samples with a score in one run alone. spearman, kendall: rank correlations
-    (tau-b). median_ratio: of b to a. apart: share of samples whose scores differ by more than three standard errors of
-    the difference; None if neither run has standard errors. paired: samples whose difference has its standard error
-    from the eighths of the draws, whatever the runs share; the others' is that of independent runs. draws: what is
-    known of that, in words. rows: the samples, those most apart first, each with sample_id, a, b, a_se, b_se, z (the
-    difference in standard errors, or its relative size if some sample has none) and text.
+    (tau-b). median_ratio: of b to a. judged: how many of them have a standard error of their difference. apart: share
+    of these whose scores differ by more than three of it; None if there are none. paired: samples whose difference has
+    its standard error from the eighths of the draws, whatever the runs share; the others' is that of independent runs.
+    draws: what is known of that, in words. rows: the samples, each with sample_id, a, b, a_se, b_se, z (the difference
+    in standard errors, nan where it has none) and text. Those most apart come first: in standard errors if each has
+    one, else in relative size.
     """
 
     compared: int
@@ -40,11 +41,26 @@ class Comparison:
     spearman: float
     kendall: float
     median_ratio: float
+    judged: int
     apart: float | None
     paired: int
     draws: str
     rows: list[dict[str, Any]]
     settings: tuple[str, str]
+
+    @property
+    def share_apart(self) -> str:
+        """`apart` in words."""
+        if self.apart is None:
+            return "no standard errors to go by"
+        of = "" if self.judged == self.compared else f" of {self.judged:,} that have standard errors"
+        return f"{self.apart:.1%}{of}"
+
+    def how_far(self, row: dict[str, Any]) -> str:
+        """How far a row's scores are apart, in the unit that the rows are ordered by."""
+        if self.judged == self.compared:
+            return f"{row['z']:+.1f} s.e."
+        return f"{row['b'] / row['a'] - 1:+.1%}" if row["a"] else "-"
 
 
 def compare(config: CompareConfig) -> Comparison:
@@ -83,19 +99,18 @@ def compare(config: CompareConfig) -> Comparison:
         paired = both & np.isfinite(of_pairs)
         difference, noise = np.where(paired, of_pairs, difference), np.where(paired, noise_of_pairs, noise)
     with np.errstate(divide="ignore", invalid="ignore"):
-        z = np.where(noise > 0, difference / noise, np.where(a == b, 0.0, (b - a) / a))
-    known = noise[both] > 0
-    settled = (known.any() and (known | ((noise == 0) & (a == b))[both]).all()) or paired[both].all()
-    if not settled:  # all in one unit, for what is most apart to come first
-        with np.errstate(divide="ignore", invalid="ignore"):
-            z = np.where(a == b, 0.0, (b - a) / a)
+        relative = np.where(a == b, 0.0, (b - a) / a)
+        z = np.where(noise > 0, difference / noise, np.where(a == b, 0.0, np.inf))
+        ratio = float(np.nanmedian(b[both] / a[both]))
+    known = both & (noise > 0)
+    judged = known | paired | (both & (noise == 0) & (a == b) & known.any())
+    z = np.where(judged, z, np.nan)
+    order = np.abs(z if judged[both].all() else relative)
     rows = [
         {"sample_id": ids[0][i], "a": a[i], "b": b[i], "a_se": se[0][i], "b_se": se[1][i], "z": z[i],
          "text": texts[0].get(ids[0][i])}
-        for i in sorted(np.flatnonzero(both), key=lambda i: -abs(z[i]))
+        for i in sorted(np.flatnonzero(both), key=lambda i: -order[i])
     ]  # fmt: skip
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = float(np.nanmedian(b[both] / a[both]))
     return Comparison(
         compared=int(both.sum()),
         only_a=int((np.isfinite(a) & ~both).sum()),
@@ -103,9 +118,10 @@ def compare(config: CompareConfig) -> Comparison:
         spearman=float(scipy.stats.spearmanr(a[both], b[both]).statistic),
         kendall=float(scipy.stats.kendalltau(a[both], b[both]).statistic),
         median_ratio=ratio,
-        apart=float((np.abs(z[both]) > _STANDARD_ERRORS).mean()) if settled else None,
+        judged=int(judged.sum()),
+        apart=float((np.abs(z[judged]) > _STANDARD_ERRORS).mean()) if judged.any() else None,
         paired=int(paired.sum()),
-        draws=_draws(shared, int((both & ~paired & (noise > 0)).sum()), tables),
+        draws=_draws(shared, int(judged.sum()), int((known & ~paired).sum())),
         rows=rows,
         settings=(_settings(tables[0]), _settings(tables[1])),
     )
@@ -159,9 +175,9 @@ def _has(table: pa.Table, name: str) -> bool:
     return name in table.column_names
 
 
-def _draws(shared: bool | None, unpaired: int, tables: list[pa.Table]) -> str:
-    if any(not (table["mrd_se"].to_numpy().astype(float) > 0).any() for table in tables):
-        return "none in one run at least"
+def _draws(shared: bool | None, judged: int, unpaired: int) -> str:
+    if not judged:
+        return "none: no score of one run, or of neither, has a standard error"
     if not unpaired:
         return "from the differences of eighths of the draws: what the runs share cancels"
     if shared is False:
@@ -248,7 +264,7 @@ def figure(found: Comparison, config: CompareConfig) -> bytes:
     a, b, a_se, b_se, z = (
         np.array([row[name] for row in found.rows], float) for name in ("a", "b", "a_se", "b_se", "z")
     )
-    apart = np.abs(z) > _STANDARD_ERRORS if found.apart is not None else np.zeros(len(a), bool)
+    apart = np.abs(z) > _STANDARD_ERRORS  # not where z is nan
     for mask, colour, label in (
         (~apart, "#4878a8", f"{(~apart).sum()} samples"),
         (apart, "#c44e52", f"{apart.sum()} over {_STANDARD_ERRORS:g} standard errors apart"),

@@ -20,7 +20,7 @@ from mrd_ray.scoring.pool import Pool
 # 2 FLOP a weight and token. True of CPUs (30 GFLOP/s a core) as of GPUs (memory traffic against float32 FLOPs).
 DRAW_TOKENS = 256
 # raise it whenever samples are cut into other micro-batches, or results hold something else: units must not mix
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 _PADDING = 0.05  # of a micro-batch's positions at most, where it is cut for that
 _LEAST_TOKENS = 512  # a micro-batch is not cut below that for its padding's sake: each forward has its own overhead
 _BLOCK_TOKENS = 64 * DRAW_TOKENS  # a unit's samples: enough that perturbing stays under 2% of it

@@ -15,8 +15,8 @@ from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.first_order import FirstOrders
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import draw_seed
-from mrd_ray.mrd.noise import standard_normal_like
 from mrd_ray.mrd.perturb import Replica
+from mrd_ray.mrd.precision import MIN_COSINE, realised
 from mrd_ray.mrd.self_check import SelfCheck, has_choices
 from mrd_ray.scoring.control import ByAutograd, first_order_of
 from mrd_ray.scoring.memory import Sample, collate, out_of_memory, release
@@ -24,7 +24,6 @@ from mrd_ray.scoring.memory import Sample, collate, out_of_memory, release
 _SAMPLES = 2  # of the trial
 _TOLERANCE = 1e-2  # of a gradient norm
 _SMALLER = (1 / 64, 1 / 16, 1 / 4)  # of sigma, to tell rounding from what the model does
-_LOOKED_AT, _MIN_COSINE = 1 << 14, 0.99  # elements of a weight; between the noise and what it moves weights by
 _CHOICES_UNCHECKED = "it depends on choices inside the model, such as of experts, and these could not be checked"
 _NO_MEMORY = "the device lacks memory to check it by draws"
 
@@ -106,7 +105,7 @@ class Verification:
             self._leave(_rounds_away(model))
             return
         replica = make_replica()
-        if not sharded and not _carried(replica, scoring, 1.0):
+        if not sharded and not _carried(replica, scoring.sigma, scoring.seed):
             self._leave(_rounds_away(model))
             return
         theta, squares = norms(batch)
@@ -126,7 +125,7 @@ class Verification:
             _refuse_wrong_norms(scored, by_autograd.squares)
             self.checked.worst = max(finding.off() for finding in findings)
             differing = any(finding.differs() for finding in findings)
-            smaller = next((one for one in _SMALLER if _carried(replica, scoring, one)), 1.0)
+            smaller = next((one for one in _SMALLER if _carried(replica, scoring.sigma * one, scoring.seed)), 1.0)
             if differing and smaller < 1:
                 (found,) = check(scoring.sigma * smaller, by_autograd, False)([batch], [theta], [scored.norms])
                 # of rounding there is as much as before, of what the model does far less
@@ -179,14 +178,6 @@ def _refuse_wrong_norms(scored: Scored, squares: Sequence[float]) -> None:
             )
 
 
-def _carried(replica: Replica, scoring: ScoringConfig, share: float) -> bool:
-    """Whether the weights' precision takes in z times this share of sigma, by the middle of each."""
-    sums = torch.zeros(3, dtype=torch.float64)  # sigma z step, (sigma z)^2, step^2
-    for name, base in replica.base.items():
-        first = max(0, base.numel() - _LOOKED_AT) // 2
-        part = base.view(-1)[first : first + _LOOKED_AT]
-        noise = share * scoring.sigma * standard_normal_like(part, draw_seed(scoring.seed, 0), name, first).double()
-        step = (part + noise.to(part.dtype)).double() - part.double()
-        sums += torch.stack([(noise * step).sum(), noise.square().sum(), step.square().sum()]).cpu()
-    product, intended, realised = sums.tolist()
-    return product >= _MIN_COSINE * math.sqrt(intended * realised) > 0
+def _carried(replica: Replica, sigma: float, seed: int) -> bool:
+    """Whether the weights' precision takes in sigma z."""
+    return realised(replica, sigma, draw_seed(seed, 0))[1] >= MIN_COSINE

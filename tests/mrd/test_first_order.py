@@ -45,31 +45,32 @@ def test_is_the_derivative_along_a_draw(name):
     assert not agrees(FirstOrder(model, without_one), parameters, step)
 
 
-def drawn(model, sigma, draws, controlled=True, antithetic=False, selected=None) -> list:
+def moments(draws, first_std):
+    return Moments.of([one[:-1] for one in draws], [one[-1] for one in draws], first_std)
+
+
+def drawn(model, sigma, draws, controlled=True, selected=None) -> list:
     batch = batch_of(scored=SCORED)
     selected = selected or dict(model.named_parameters())
     replica, likelihood, first_order = Replica(model, selected), Likelihood(model), FirstOrder(model, selected)
     norms = GradientNorms(model, selected)(batch)[1].sqrt().tolist()
     theta = [likelihood.log_neg_log_probs(batch)]
-    given = (sigma, 0, draws, antithetic, first_order if controlled else None)
+    given = (sigma, 0, draws, True, first_order if controlled else None)
     (values,) = draw_deltas(replica, likelihood, [batch], theta, *given)
     replica.restore()
     if not controlled:
-        return [monte_carlo_score(Moments.of(of_sample), antithetic) for of_sample in values.tolist()]
+        return [monte_carlo_score(Moments.of(of_sample), antithetic=True) for of_sample in values.tolist()]
     return [
-        monte_carlo_score(
-            Moments.of([one[:-1] for one in of_sample], [one[-1] for one in of_sample]), antithetic, sigma * norm
-        )
+        monte_carlo_score(moments(of_sample, sigma * norm), antithetic=True, first_std=sigma * norm)
         for of_sample, norm in zip(values.tolist(), norms, strict=True)
     ]
 
 
-@pytest.mark.parametrize("antithetic", [False, True])
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma2", "opt"])
-def test_four_draws_are_worth_thousands(name, antithetic):
+def test_four_draws_are_worth_thousands(name):
     """At sigma 1e-5 they are within a thousandth or so of sigma |g| sqrt(2 / pi), and say so."""
     model = model_of(name)
-    found = drawn(model, SIGMA, range(4), antithetic=antithetic)
+    found = drawn(model, SIGMA, range(4))
     norms = GradientNorms(model)(batch_of(scored=SCORED))[1].sqrt().tolist()
     for score, norm in zip(found, norms, strict=True):
         assert score.mean_abs_se < 0.01 * score.mean_abs
@@ -77,22 +78,13 @@ def test_four_draws_are_worth_thousands(name, antithetic):
 
 
 @pytest.mark.parametrize("sigma", [1e-4, 1e-2, 3e-2])
-def test_agrees_with_many_plain_draws_at_every_sigma(sigma):
+def test_agrees_with_many_draws_at_every_sigma(sigma):
     model = model_of("llama-tied")
     plain, found = drawn(model, sigma, range(100, 700), controlled=False), drawn(model, sigma, range(100))
     for a, b in zip(plain, found, strict=True):
         assert abs(a.mean_abs - b.mean_abs) < 4 * math.hypot(a.mean_abs_se, b.mean_abs_se)
         assert abs(a.delta_mean - b.delta_mean) < 4 * math.hypot(a.abs_mean_se, b.abs_mean_se)
         assert b.delta_std == pytest.approx(a.delta_std, rel=0.2)
-
-
-def test_resolves_the_mean_that_plain_draws_cannot():
-    """mu is second order in sigma, and without what is first order even 32 draws see it."""
-    model = model_of("llama-tied")
-    controlled, pairs = drawn(model, 1e-4, range(32)), drawn(model, 1e-4, range(32), controlled=False, antithetic=True)
-    for a, b in zip(controlled, pairs, strict=True):
-        assert abs(a.delta_mean - b.delta_mean) < 4 * math.hypot(a.abs_mean_se, b.abs_mean_se)
-        assert a.abs_mean_se < 1.5 * b.abs_mean_se
 
 
 def test_of_some_parameters():
@@ -105,12 +97,15 @@ def test_of_some_parameters():
 
 
 def test_moments_of_draws_add_up():
+    draws = drawn_pairs()
+    whole, parts = moments(draws, 0.1), [moments(draws[a:b], 0.1) for a, b in ((0, 3), (3, 19), (19, 20))]
+    assert monte_carlo_score(Moments.merge(parts), True, 0.1) == monte_carlo_score(whole, True, 0.1)
+
+
+def drawn_pairs():
     model = model_of("gpt2")
     batch = MicroBatch.collate([SAMPLES[0]], [SCORED[0]], model.device)
     replica, likelihood = Replica(model), Likelihood(model)
     first_order, theta = FirstOrder(model, dict(model.named_parameters())), [likelihood.log_neg_log_probs(batch)]
-    (values,) = draw_deltas(replica, likelihood, [batch], theta, 1e-3, 0, range(20), first_order=first_order)
-    deltas, first = [[one[0]] for one in values[0].tolist()], [one[1] for one in values[0].tolist()]
-    whole = Moments.of(deltas, first)
-    parts = [Moments.of(deltas[a:b], first[a:b]) for a, b in ((0, 3), (3, 19), (19, 20))]
-    assert monte_carlo_score(Moments.merge(parts), first_std=0.1) == monte_carlo_score(whole, first_std=0.1)
+    (values,) = draw_deltas(replica, likelihood, [batch], theta, 1e-3, 0, range(20), True, first_order)
+    return values[0].tolist()

@@ -120,6 +120,28 @@ def test_exact_scores_have_no_standard_errors_to_go_by(tmp_path):
     assert found.rows[0]["sample_id"] == "s000"  # 1 against 2, the largest relative difference
 
 
+def test_a_score_without_a_standard_error_leaves_the_others_judged(tmp_path, capsys):
+    a = np.arange(1.0, 61)
+    errors = [None, *[0.05] * 59]
+    runs = [write(tmp_path / name, (a + step).tolist(), errors) for name, step in (("a", 0.0), ("b", 1.0))]
+    found = compare(CompareConfig(run_a=runs[0], run_b=runs[1]))
+    assert (found.compared, found.judged, found.apart) == (60, 59, 1.0)
+    assert (found.rows[0]["sample_id"], np.isnan(found.rows[0]["z"])) == ("s000", True)  # twice as large
+    assert main(["compare", *runs, "--out", str(tmp_path / "scatter.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "100.0% of 59 that have standard errors" in printed
+    assert "+100.0%" in printed
+
+
+def test_an_exact_score_is_judged_by_the_draws_of_the_other_run(tmp_path):
+    a = np.arange(1.0, 61)
+    runs = [write(tmp_path / "a", a.tolist(), [0.0] * 60), write(tmp_path / "b", (a + 0.2).tolist(), [0.1] * 60)]
+    found = compare(CompareConfig(run_a=runs[0], run_b=runs[1]))
+    assert (found.judged, found.apart) == (60, 0.0)
+    assert "none" not in found.draws
+    assert found.rows[0]["z"] == pytest.approx(2)
+
+
 def test_other_samples_are_refused(tmp_path):
     scores = list(np.arange(60.0))
     a = write(tmp_path / "a", scores)
@@ -162,8 +184,9 @@ def test_scores_in_doubt_stand_by_relative_size_among_the_others(tmp_path):
     b[3], b[7] = 0.5, 1.004
     runs = [write(tmp_path / "a", a, [1e-3] * 60), write(tmp_path / "b", b, [0.0] * 3 + [None] + [0.0] * 56)]
     found = compare(CompareConfig(run_a=runs[0], run_b=runs[1]))
-    assert found.apart is None
-    assert [(row["sample_id"], pytest.approx(row["z"])) for row in found.rows[:2]] == [("s003", -0.5), ("s007", 0.004)]
+    assert [row["sample_id"] for row in found.rows[:2]] == ["s003", "s007"]
+    assert [found.how_far(row) for row in found.rows[:2]] == ["-50.0%", "+0.4%"]
+    assert (found.judged, found.apart) == (59, 1 / 59)
 
 
 def test_ids_that_stand_twice_are_refused(tmp_path):
