@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import hashlib
-import json
+import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,15 +14,18 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from mrd_ray import storage
+from mrd_ray import foreign, storage
 from mrd_ray.config import ModelConfig
 from mrd_ray.errors import UserError
 
 SAFE, _PICKLED = "model.safetensors", "pytorch_model*.bin"
 SAFE_ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 _OF_TOKENIZERS = ["tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json"]
 _OF_TOKENIZERS += ["chat_template*", "additional_chat_templates/*"]
 _OF_TOKENIZERS += ["*.tiktoken", "*.spm", "spiece.model", "sentencepiece*", "tekken.json"]
+# numbers in config.json that things are made by, one by one: more would take all memory before anything is checked
+_LIMITS = {"layer": 10_000, "expert": 100_000, "num_labels": 1_000_000, "(num|n)_.*head": 1_000_000}
 _OF_MODELS = ("*config.json", "LICENSE*", "NOTICE*")
 
 
@@ -80,9 +84,13 @@ def parts(model: ModelConfig) -> Parts:
     path = directory(model)
     refuse_pointers("model.path", sorted(path.glob("*config.json")))
     if not (path / ADAPTER_CONFIG).is_file():
+        if model.base is not None:
+            raise UserError(
+                f"model.base: {path} holds no adapter ({ADAPTER_CONFIG}), so it has no base model; leave it out"
+            )
         return Parts(path, None)
     beside = [*safetensors_of(path), *sorted(path.glob(_PICKLED))]
-    base = _base_of(path, bool(beside))
+    base = _base_of(model, path, bool(beside))
     refuse_pointers("model.path", sorted(base.glob("*config.json")))
     if base.resolve() == path.resolve():
         if not beside:
@@ -113,22 +121,37 @@ def refuse_pointers(setting: str, files: Iterable[Path]) -> None:
             storage.refuse_lfs_pointer(setting, file, content.read(64))
 
 
-def _base_of(adapter: Path, beside: bool) -> Path:
+def _base_of(model: ModelConfig, adapter: Path, beside: bool) -> Path:
     """The directory of an adapter's base model. beside: whether a whole model is in the same directory."""
-    try:
-        settings = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        base, revision = settings["base_model_name_or_path"], settings.get("revision")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        base = revision = None
-    if not isinstance(base, str) or not base:
+    if model.base is not None:
+        return fetch("model.base", model.base)
+    settings = foreign.read_json("model.path", adapter / ADAPTER_CONFIG)
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    said = f"model.path: {adapter / ADAPTER_CONFIG}, base_model_name_or_path,"
+    remedy = "Name the adapter's model by --model.base: a directory, a hub id or a URI"
+    if beside:
+        remedy += f" ({adapter} for the whole model beside the adapter)"
+    if base is None or base == "":
+        raise UserError(f"{said} is not set. {remedy}")
+    foreign.refuse_address(said, base)
+    there = Path(os.path.normpath(adapter / base))
+    if there.is_dir() and there.is_relative_to(os.path.normpath(adapter)):
+        return there
+    if Path(base).expanduser().is_dir():
         raise UserError(
-            f"model.path: {adapter / ADAPTER_CONFIG} does not name the adapter's model; set its base_model_name_or_path"
+            f"{said} is {base!r}, a folder outside the adapter's own, which is not read because an adapter names it. "
+            f"If that is the adapter's model, say so: --model.base {base}"
+        )
+    if not foreign.is_hub_id(base):
+        raise UserError(f"{said} is {base!r}, which is neither a folder in {adapter} nor a hub id. {remedy}")
+    if not isinstance(revision, str | None) or (revision and not _REVISION.fullmatch(revision)):
+        raise UserError(
+            f"model.path: {adapter / ADAPTER_CONFIG}, revision, is {revision!r:.80}; expected a commit or tag"
         )
     try:
-        return fetch(f"model.path: {adapter / ADAPTER_CONFIG}, base_model_name_or_path", base, revision or None)
+        return fetch(said, base, revision or None)
     except UserError as problem:
-        own = f", or {adapter} for the whole model beside the adapter" if beside else ""
-        raise UserError(f"{problem} Write the base model's directory or hub id there{own}") from problem
+        raise UserError(f"{problem} {remedy}") from problem
 
 
 def _same(some: tuple[Path, ...], others: tuple[Path, ...]) -> bool:
@@ -197,17 +220,19 @@ def safetensors_of(folder: Path) -> list[Path]:
 
 
 def _named_by(index: Path) -> list[Path]:
-    """The files that an index names. Raises UserError if it is none."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [index.parent / name for name in names]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"model.path: {index} is no index of safetensors; copy the model again") from None
+    """The files that an index names, all beside it. Raises UserError if it is none."""
+    named = foreign.read_json("model.path", index).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise UserError(f"model.path: {index} is no index of weights (weight_map); copy the model again")
+    files = {name: foreign.below(f"model.path: {index}, weight_map,", index.parent, name) for name in named.values()}
+    return [files[name] for name in sorted(files)]
 
 
 def _pickles(folder: Path, pattern: str, model: ModelConfig) -> list[Path]:
     """Raises UserError if there are any and the settings do not allow them, or if one is a Git LFS pointer."""
     files = sorted(folder.glob(pattern))
+    for index in folder.glob(f"{pattern}.index.json"):
+        _named_by(index)
     refuse_pointers("model.path", files)
     if files and not model.allow_pickle:
         raise UserError(
@@ -234,8 +259,42 @@ def files_digest(model: ModelConfig) -> str:
     if found.adapter is not None:
         files.append(found.adapter / ADAPTER_CONFIG)
     if model.trust_remote_code:
-        files += sorted(base.rglob("*.py"))
+        files += code_files(base)
     return content_digest(files)
+
+
+def code_files(folder: Path) -> list[Path]:
+    """The Python files of a model or tokenizer."""
+    return sorted(folder.rglob("*.py"))
+
+
+def refuse_wild_settings(setting: str, folder: Path, trust_remote_code: bool = False) -> None:
+    """Raises UserError, which names the setting, if a model's or tokenizer's settings reach out of its folder.
+
+    They may ask for code from another repository or from the hub, for files elsewhere, or for more layers than any
+    model has.
+    """
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        settings = foreign.read_json(setting, file) if file.is_file() else {}
+        if trust_remote_code:
+            foreign.refuse_code_elsewhere(setting, file, settings.get("auto_map"))
+        for key, value in foreign.values(settings):
+            said = f"{setting}: {file}, {key},"
+            if key.endswith("implementation") and isinstance(value, str) and "/" in value:
+                raise UserError(f"{said} is {value!r:.200}, code from the hub, which no model may choose; leave it out")
+            most = next((limit for part, limit in _LIMITS.items() if re.search(part, key)), math.inf)
+            if isinstance(value, int | float) and abs(value) > most:
+                raise UserError(f"{said} is {value!r:.80}; expected {most:,} at most")
+            # what a tokenizer was once made from is often left there, and is not on this machine
+            if key.endswith("_file") and isinstance(value, str) and _exists(folder / Path(value).expanduser()):
+                foreign.below(said, folder, value)
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except (OSError, ValueError):  # a name that is too long, or one that may not be looked for
+        return False
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
@@ -253,7 +312,7 @@ def refuse_tokenizer_pointers(folder: Path) -> None:
 
 def descriptions(folder: Path) -> dict[str, Path]:
     """What describes a model, by path below the folder: its settings, code and licence; no weights, no tokenizer."""
-    code = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*.py"))}
+    code = {str(file.relative_to(folder)): file for file in code_files(folder)}
     return {
         name: file
         for name, file in (_matching(folder, _OF_MODELS) | code).items()

@@ -28,10 +28,13 @@ from mrd_ray.model_files import (
     SAFE,
     Parts,
     adapter_files,
+    code_files,
+    content_digest,
     directory,
     fetch,
     parts,
     refuse_tokenizer_pointers,
+    refuse_wild_settings,
     tokenizer_files,
     weight_files,
 )
@@ -51,6 +54,7 @@ def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
 def load_config(model: ModelConfig) -> PretrainedConfig:
     """The architecture's configuration, of an adapter's base model if `model` is an adapter. Raises UserError."""
     base = parts(model).base
+    refuse_wild_settings("model.path", base, model.trust_remote_code)
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code)
@@ -62,8 +66,6 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
             f"model.path: {base / 'config.json'} takes weights from {elsewhere} (transformers_weights), which no "
             f"digest covers; rename it to {SAFE}, and leave that setting out"
         )
-    if model.trust_remote_code:
-        _refuse_code_from_elsewhere(base, getattr(config, "auto_map", None) or {})
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise UserError(
@@ -81,16 +83,6 @@ def _ignore_pad_outside_vocabulary(config: PretrainedConfig) -> None:
         pad, rows = getattr(one, "pad_token_id", None), getattr(one, "vocab_size", None)
         if pad is not None and isinstance(rows, int) and not 0 <= pad < rows:
             one.pad_token_id = None
-
-
-def _refuse_code_from_elsewhere(base: Path, auto_map: dict[str, Any]) -> None:
-    """Raises UserError if a class is to come from another repository, whose code could differ from node to node."""
-    for reference in auto_map.values():
-        if "--" in str(reference):
-            raise UserError(
-                f"model.path: {base / 'config.json'} takes code from another repository ({reference}), which no digest "
-                "of this one covers; copy its .py files beside it, and leave out the part up to -- there"
-            )
 
 
 def _refuse_code(setting: str, path: Path, problem: Exception) -> None:
@@ -194,6 +186,7 @@ def load_tokenizer(model: ModelConfig, console: Console | None = None) -> PreTra
     """
     path = tokenizer_directory(model)
     refuse_tokenizer_pointers(path)
+    refuse_wild_settings("model.tokenizer", path, model.trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except Exception as problem:  # each tokenizer, or its own code, objects in a way of its own
@@ -208,7 +201,7 @@ def load_tokenizer(model: ModelConfig, console: Console | None = None) -> PreTra
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of everything that decides how text becomes tokens."""
+    """Digest of everything that decides how text becomes tokens, but for code that a tokenizer brings."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         del rules["truncation"], rules["padding"]  # left there by the last call, and set anew by each
@@ -216,6 +209,14 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         backend = repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(f"{backend}\0{tokenizer.chat_template}".encode()).hexdigest()
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> str:
+    """Its digest, and that of the code that the settings let it bring."""
+    digest = tokenizer_digest(tokenizer)
+    if not model.trust_remote_code or not (code := code_files(tokenizer_directory(model))):
+        return digest
+    return f"{digest} {content_digest(code)}"
 
 
 @contextlib.contextmanager

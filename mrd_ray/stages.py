@@ -37,9 +37,7 @@ class Stages:
         )
         own = {name: getattr(config, name) for name in UnlearnConfig.model_fields}
         unlearn = UnlearnConfig(**own | {"run": folder("unlearn")})
-        result = config.model.model_copy(
-            update={"path": f"{unlearn.run.dir}/model", "revision": None, "tokenizer": None}
-        )
+        result = unlearn.result(f"{unlearn.run.dir}/model")
         models = {"before": config.model, "after": result}
         evaluations = {}
         if config.evaluation.sets or config.evaluation.zero_shot:

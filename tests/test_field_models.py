@@ -36,8 +36,15 @@ def made(shared, stories_dir, tmp_path_factory):
     return root / "models", root / "adapters", losses
 
 
-def load(path, **settings):
-    model = ModelConfig(path=str(path), **settings)
+def of(path) -> ModelConfig:
+    """The model there; of an adapter, its base model is the one that it names."""
+    named = path / "adapter_config.json"
+    base = json.loads(named.read_text())["base_model_name_or_path"] if named.is_file() else None
+    return ModelConfig(path=str(path), base=base)
+
+
+def load(path):
+    model = of(path)
     loaded = models.load_model(model, torch.device("cpu"))
     rows = [len(one.get_input_embeddings().weight) for one in (loaded, models.skeleton(model))]
     assert rows[0] == rows[1]
@@ -81,7 +88,7 @@ def trained_adapter(stories_dir, tmp_path):
 def test_an_adapter_that_took_a_part_of_its_base_model(trained_adapter, tmp_path, began):
     """When it is loaded PEFT takes that part from the base model again."""
     folder, expected = trained_adapter(init_lora_weights=began)
-    model = ModelConfig(path=str(folder))
+    model = of(folder)
     assert models.unused_weights(model) == []
     loaded = load(folder)
     assert loss(loaded) == pytest.approx(expected, abs=2e-5)
@@ -107,7 +114,7 @@ def test_an_adapter_of_weights_that_cannot_be_found_again_is_refused(trained_ada
         with pytest.raises(
             UserError, match=rf"init_lora_weights: {began}, which changed the weights of the base model"
         ):
-            attempt(ModelConfig(path=str(folder)))
+            attempt(of(folder))
 
 
 def test_what_an_adapter_s_settings_leave_out_is_put_right_there(trained_adapter):
@@ -117,7 +124,7 @@ def test_what_an_adapter_s_settings_leave_out_is_put_right_there(trained_adapter
     with pytest.raises(
         UserError, match=r"names fewer layers .*\(target_modules.*Correct adapter_config\.json"
     ) as refused:
-        models.unused_weights(ModelConfig(path=str(folder)))
+        models.unused_weights(of(folder))
     assert "attention_bias" not in str(refused.value)
 
 
@@ -127,7 +134,7 @@ def test_names_of_a_state_dict_in_an_adapter_s_file_are_told(trained_adapter):
     named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
     save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"their names have \.default\. in them.*save_pretrained"):
-        models.unused_weights(ModelConfig(path=str(folder)))
+        models.unused_weights(of(folder))
 
 
 def test_where_an_adapter_is_is_decided_in_one_place(made, stories_dir, tmp_path):
@@ -141,7 +148,7 @@ def test_where_an_adapter_is_is_decided_in_one_place(made, stories_dir, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("of", "name", "message"),
+    ("kind", "name", "message"),
     [
         ("models", "unused-bias", r"hold 15 tensor\(s\) that it does not use.*model\.allow_unused_weights: true"),
         ("models", "no-head", r"lack 1 parameter\(s\) of its configuration, first lm_head\.weight"),
@@ -155,11 +162,11 @@ def test_where_an_adapter_is_is_decided_in_one_place(made, stories_dir, tmp_path
         ("adapters", "base-gone", r"/models/llama-7b is neither a directory here nor a model"),
     ],
 )
-def test_what_cannot_be_loaded_is_named_before_ray_starts(made, of, name, message):
-    folder = made[0 if of == "models" else 1] / name
+def test_what_cannot_be_loaded_is_named_before_ray_starts(made, kind, name, message):
+    folder = made[0 if kind == "models" else 1] / name
     for attempt in (models.unused_weights, lambda model: models.load_model(model, torch.device("cpu"))):
         with pytest.raises(UserError, match=message):
-            attempt(ModelConfig(path=str(folder)))
+            attempt(of(folder))
 
 
 @pytest.mark.parametrize("name", ["pad-out", "pad-minus1", "nometa", "abs-index", "genconfig", "tok-trunc", "chat"])

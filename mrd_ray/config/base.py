@@ -49,6 +49,11 @@ class ModelConfig(Frozen):
         description="Directory of a Hugging Face model, its URI (s3://...), or a hub id such as Qwen/Qwen3-0.6B."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the hub id model.path.")
+    base: str | None = Field(
+        None,
+        description="Directory, URI or hub id of the model that the adapter in model.path was trained on, in place of "
+        "what its adapter_config.json names. Needed where that is a folder outside the adapter's own.",
+    )
     tokenizer: str | None = Field(
         None, description="Directory of the tokenizer, or a hub id (its default branch); the model's own if unset."
     )

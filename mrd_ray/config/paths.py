@@ -6,8 +6,9 @@ from typing import Any, TypeVar
 from mrd_ray.config.base import Frozen
 
 C = TypeVar("C", bound=Frozen)
-_PATHS = {"path", "tokenizer", "dir", "reference", "corpus", "refusals", "embedding_model", "toxicity_model"}
-_PATHS |= {"zero_shot_tasks", "config"}  # settings that may name a file or folder
+# settings that may name a file or folder
+NAMES_OF_PATHS = {"path", "base", "tokenizer", "dir", "reference", "corpus", "refusals", "config"}
+NAMES_OF_PATHS |= {"embedding_model", "toxicity_model", "zero_shot_tasks"}
 
 
 def with_absolute_paths(config: C) -> C:
@@ -18,7 +19,7 @@ def with_absolute_paths(config: C) -> C:
             return {key: absolute(of, str(key)) for key, of in value.items()}
         if isinstance(value, list | tuple):
             return [absolute(of, name) for of in value]
-        if isinstance(value, str) and name in _PATHS and "://" not in value:
+        if isinstance(value, str) and name in NAMES_OF_PATHS and "://" not in value:
             there = Path(value).expanduser()
             return str(there.absolute()) if there.exists() or name == "dir" else value
         return value

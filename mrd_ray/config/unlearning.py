@@ -1,5 +1,6 @@
 """Settings of unlearning."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import (
@@ -200,6 +201,13 @@ class UnlearnConfig(Frozen):
         if self.unlearning.weighting != "uniform" and self.unlearning.refresh == "in_place":
             self._refuse_in_place()
         return self
+
+    def result(self, folder: str) -> ModelConfig:
+        """The model in the folder of a checkpoint or of the result. An adapter's base model is still where it was."""
+        base = self.model.base
+        if self.lora.rank and ("://" in self.model.path or Path(self.model.path).expanduser().is_dir()):
+            base = self.model.path
+        return self.model.model_copy(update={"path": folder, "revision": None, "tokenizer": None, "base": base})
 
     def _refuse_in_place(self) -> None:
         """What a refresh on live weights cannot honour."""

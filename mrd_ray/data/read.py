@@ -1,21 +1,27 @@
 """The rows of a data source: read, sliced, filtered and drawn, each with the place it came from."""
 
+import contextlib
 import heapq
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
 import numpy as np
+from datasets.features.features import require_decoding
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from mrd_ray import foreign
 from mrd_ray.config import DataConfig
 from mrd_ray.data import formats, sources
 from mrd_ray.data.cells import lookup
 from mrd_ray.data.containers import refuse_split
 from mrd_ray.data.files import Say
-from mrd_ray.data.sources import File, Hub, Saved
+from mrd_ray.data.sources import CARDS, File, Hub, Saved, refuse_wild_cards
 from mrd_ray.errors import UserError
 
 R = TypeVar("R")
@@ -102,7 +108,7 @@ def _all(data: DataConfig, say: Say) -> Iterator[Row]:
     if "[" not in spec and "+" not in spec:
         numbered = _of_split(data, spec, say)
     elif isinstance(sources.find(data, _names(spec)[0], quiet)[0], Hub):
-        numbered = _of_hub(data, spec)
+        numbered = _of_hub(data, spec, say)
     else:
         of = {name: list(_of_split(data, name, say)) for name in dict.fromkeys(_names(spec))}
         try:
@@ -126,7 +132,7 @@ _Numbered = Iterator[tuple[str | None, int, dict[str, Any]]]
 def _of_split(data: DataConfig, split: str, say: Say) -> _Numbered:
     found, settled = sources.find(data, split, say)
     if isinstance(found, Hub):
-        yield from _of_hub(data, split)
+        yield from _of_hub(data, split, say)
     elif isinstance(found, Saved):
         if not settled:
             refuse_split(found.path, split)
@@ -139,6 +145,9 @@ def _of_split(data: DataConfig, split: str, say: Say) -> _Numbered:
 
 
 def _of_saved(path: str) -> _Numbered:
+    for key, name in foreign.values(foreign.read_json("data.path", f"{path}/state.json").get("_data_files")):
+        if key == "filename" and not foreign.is_plain_name(name):
+            raise UserError(f"data.path: {path}/state.json names {name!r:.200}; expected files beside it")
     try:
         saved = datasets.load_from_disk(path).with_format("arrow")
         number = 0
@@ -150,18 +159,35 @@ def _of_saved(path: str) -> _Numbered:
         raise UserError(f"data.path: cannot read {path} as saved by datasets: {problem}") from problem
 
 
-def _of_hub(data: DataConfig, split: str) -> _Numbered:
+def _of_hub(data: DataConfig, split: str, say: Say) -> _Numbered:
     try:
+        _refuse_wild_cards(data)
         table = datasets.load_dataset(
             data.path, data.name, split=split, revision=data.revision, streaming="[" not in split and "+" not in split
         )
+        media = [name for name, feature in (table.features or {}).items() if require_decoding(feature)]
+        if media:  # decoding would fetch what its rows name
+            say(f"Not read, since they are images or sound: {', '.join(media)}")
+            table = table.remove_columns(media)
         for number, values in enumerate(table, 1):
             yield None, number, values
+    except UserError:
+        raise
     except Exception as problem:  # loading scripts and formats fail in ways of their own
         raise UserError(
             f"data.path: no such file or folder: {data.path}, and it could not be loaded as a Hugging Face dataset "
             f"(data.name={data.name}, data.split={data.split}, data.revision={data.revision}): {problem}"
         ) from problem
+
+
+def _refuse_wild_cards(data: DataConfig) -> None:
+    cards = {}
+    for card in CARDS:
+        # offline, only what was cached is read, and no card again
+        with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
+            found = hf_hub_download(str(data.path), card, repo_type="dataset", revision=data.revision)
+            cards[card] = Path(found)
+    refuse_wild_cards(f"data.path: {data.path}", cards)
 
 
 def _where(data: DataConfig, records: Iterable[Row]) -> Iterator[Row]:

@@ -4,19 +4,21 @@ import contextlib
 import os
 import re
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
+import yaml
 
-from mrd_ray import storage
+from mrd_ray import foreign, storage
 from mrd_ray.config import DataConfig
 from mrd_ray.data.files import Say, open_bytes
 from mrd_ray.data.formats import ENDINGS, JSON, TEXT, ending
 from mrd_ray.errors import UserError
 
+CARDS = ("README.md", ".huggingface.yaml")  # what a data set says of its files, by configuration and split
 _ABOUT = {"dataset_infos.json", "dataset_info.json", "state.json"}  # what `datasets` writes beside data
 _LAYOUT = ("field", "column_names", "names", "header", "skiprows", "columns")  # settings of builders of `datasets`
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -184,6 +186,7 @@ def _of_one_format(path: str, files: list[File]) -> list[File]:
 def _laid_out(path: str, name: str | None, ours: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     """The files of each split of a local folder, as `datasets` reads its README and file names, and those of none."""
     subfolder = Path(path) / name if name is not None else None
+    refuse_wild_cards(f"data.path: {path}", {card: Path(path) / card for card in CARDS})
     try:
         with _quiet():
             builder = datasets.load_dataset_builder(path, name)
@@ -209,6 +212,29 @@ def _laid_out(path: str, name: str | None, ours: list[str]) -> tuple[dict[str, l
             f"data.path: {path} holds several formats, such as {sorted(listed)[0]} and {odd[0]}; give a pattern for one"
         )
     return found, left
+
+
+def refuse_wild_cards(said: str, cards: Mapping[str, Path]) -> None:
+    """Raises UserError if a data set's card names files outside its folder. said: whose, for the message."""
+    for card, file in cards.items():
+        if not file.is_file():
+            continue
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if card == "README.md":
+            header = re.match(r"\s*---[ \t]*\r?\n(.*?)\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
+            text = header.group(1) if header else ""
+        try:
+            settings = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as problem:
+            reason = " ".join(str(problem).split())[:200]
+            raise UserError(f"{said}: {card} holds no YAML ({reason}); mend it, or name files in data.path") from None
+        configs = settings.get("configs") if isinstance(settings, dict) else None
+        for config in configs if isinstance(configs, list) else [configs]:
+            of = config if isinstance(config, dict) else {}
+            named = {key: of[key] for key in ("data_files", "data_dir") if of.get(key) is not None}
+            for key, value in foreign.values(named):
+                if key != "split":
+                    foreign.below(f"{said}: {card}, {key},", file.parent, value)
 
 
 def _has_configs(path: str) -> bool:

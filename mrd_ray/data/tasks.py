@@ -9,9 +9,10 @@ from typing import Annotated, Any
 from huggingface_hub import HfApi
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_validator
 
-from mrd_ray import storage
+from mrd_ray import foreign, storage
 from mrd_ray.config import EvaluationConfig, document
 from mrd_ray.config.base import Frozen
+from mrd_ray.config.paths import NAMES_OF_PATHS
 from mrd_ray.data.formats import ending
 from mrd_ray.errors import UserError
 
@@ -85,9 +86,6 @@ def _sections(file: Path, read: Task, copies: Mapping[str, str], method: str | N
     method = method or read.unlearning.get("method")
     methods = {name: dict(settings) for name, settings in read.methods.items()}
     unlearning = dict(read.unlearning)
-    for settings in (unlearning, *methods.values()):
-        if (refusals := settings.get("refusals")) is not None:
-            settings["refusals"] = str(file.parent / refusals)
     unlearning |= methods.get(str(method), {})
     if method is not None:
         unlearning["method"] = method
@@ -99,9 +97,32 @@ def _sections(file: Path, read: Task, copies: Mapping[str, str], method: str | N
         "methods": methods,
         "evaluation": read.evaluation,
     }
+    sections = {name: _located(section, file) for name, section in sections.items() if section}
     for _, source in _sources(sections):
         _use_copy(source, read.copies, copies)
-    return {name: section for name, section in sections.items() if section}
+    return sections
+
+
+def _located(value: Any, file: Path, key: str = "") -> Any:
+    """The settings of a task, in which files and folders are those beside it. Raises UserError if one is elsewhere."""
+    if isinstance(value, dict):
+        return {name: _located(one, file, name) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_located(one, file, key) for one in value]
+    if key not in NAMES_OF_PATHS or not isinstance(value, str):
+        return value
+    said = f"task: {file}, {key},"
+    if key == "zero_shot_tasks":
+        raise UserError(f"{said} is {value!r}, whose files can run code; give it as evaluation.zero_shot_tasks")
+    there = foreign.below(said, file.parent, value)
+    if there.exists() or ending(value) or not foreign.is_hub_id(value):
+        return str(there)
+    if Path(value).exists():
+        raise UserError(
+            f"{said} is {value!r}, which could be a name on the hub, and is a folder here that is not beside the task; "
+            "move it there, or give it on the command line"
+        )
+    return value
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
         if config.evaluation.reference is not None:
             reference = _reference(config.evaluation.reference, str(config.evaluation.forget), run, of_sets)
         _warn_of_overlap(tables, config.evaluation, console)
-        identity = {"model": files_digest, "tokenizer": models.tokenizer_digest(tokenizer)}
+        identity = {"model": files_digest, "tokenizer": models.tokenizer_identity(tokenizer, config.model)}
         run.claim(identity | of_sets | _identity(config), config, _OWNS)
         run.record("unused_weights", unused)
         with Journal(run, "evaluate") as journal:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from mrd_ray import model_files
+from mrd_ray import foreign, model_files
 from mrd_ray.config import EvaluationConfig
 from mrd_ray.errors import UserError
 
@@ -52,6 +52,16 @@ def identity(judge: str | None) -> str | None:
 def _folder(setting: str, path: str) -> str:
     """The judge's directory. Raises UserError if a part of it has no safetensors."""
     folder = model_files.fetch(setting, path)
+    if (modules := folder / "modules.json").is_file():
+        for key, value in foreign.values(foreign.read_any_json(setting, modules)):
+            if key == "path":
+                foreign.below(f"{setting}: {modules}, path,", folder, value)
+            elif key == "type" and not str(value).startswith("sentence_transformers."):
+                raise UserError(
+                    f"{setting}: {modules} asks for {value!r:.80}; expected classes of sentence_transformers"
+                )
+    for part in {file.parent for name in ("config.json", "tokenizer_config.json") for file in folder.rglob(name)}:
+        model_files.refuse_wild_settings(setting, part)
     for pickled in sorted(folder.rglob("pytorch_model*.bin")):
         if not model_files.safetensors_of(pickled.parent):
             raise UserError(

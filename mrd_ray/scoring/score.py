@@ -74,7 +74,7 @@ def score(config: ScoreConfig) -> ScoreRun:
             {
                 "model": files_digest,
                 "model.dtype": config.model.dtype,
-                "tokenizer": models.tokenizer_digest(tokenizer),
+                "tokenizer": models.tokenizer_identity(tokenizer, config.model),
                 "samples": samples_table.digest(samples),
                 "data.template": config.data.template,
                 "data.score_on": config.data.score_on,

@@ -94,7 +94,7 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
         of_run = sets.build(config, tokenizer, Limits.of(skeleton), console)
         if of_run.retain is None:
             console.print("Without a retain set nothing watches what else the model loses (retain.path)", style="red")
-        run.claim(_identity(config, models.tokenizer_digest(tokenizer), of_run), config, _OWNS)
+        run.claim(_identity(config, models.tokenizer_identity(tokenizer, config.model), of_run), config, _OWNS)
         run.record("unused_weights", unused)
         done = _outcome(run)
         if done is None or done.config != config.model_dump(mode="json"):
@@ -226,8 +226,7 @@ class _Rounds:
         started = time.monotonic()
         model, shape = self.config.model, self.config.ray
         if newest is not None:
-            own = {"path": f"{newest[0].path}/model", "revision": None, "tokenizer": None}
-            model = model.model_copy(update=own)
+            model = self.config.result(f"{newest[0].path}/model")
         finished = score(
             ScoreConfig(
                 model=model,

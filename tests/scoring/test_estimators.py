@@ -161,7 +161,8 @@ def test_lora_adapter_and_its_factors(tiny_model_dir, qa_file, tmp_path):
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     adapted.save_pretrained(tmp_path / "adapter")
-    settings = CLOSED | {"scoring__parameters": "lora"}  # the adapter comes without a tokenizer; its base has one
+    # the adapter comes without a tokenizer; its base has one
+    settings = CLOSED | {"scoring__parameters": "lora", "model__base": str(tiny_model_dir)}
     found = score(config(tmp_path / "adapter", qa_file, tmp_path / "run", **settings))
     factors = [
         name
@@ -172,6 +173,7 @@ def test_lora_adapter_and_its_factors(tiny_model_dir, qa_file, tmp_path):
     for row, norm in zip(found.scores.to_pylist(), directly(tmp_path / "adapter", found.samples, factors), strict=True):
         assert row["delta_std"] == pytest.approx(1e-5 * norm, rel=1e-5)
     drawn = {"scoring__parameters": "lora", "scoring__num_draws": 60, "scoring__sigma": 1e-4}
+    drawn |= {"model__base": str(tiny_model_dir)}
     monte_carlo = score(config(tmp_path / "adapter", qa_file, tmp_path / "mc", **drawn))
     for exact, sampled in zip(found.scores.to_pylist(), monte_carlo.scores.to_pylist(), strict=True):
         assert abs(sampled["mrd"] - 10 * exact["mrd"]) < 5 * sampled["mrd_se"]
@@ -180,7 +182,10 @@ def test_lora_adapter_and_its_factors(tiny_model_dir, qa_file, tmp_path):
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ({"base_model_name_or_path": None}, "does not name the adapter's model"),
+        (
+            {"base_model_name_or_path": None},
+            "is not set. Name the adapter's model by --model.base",
+        ),
         ({"use_dora": True}, "DoRA adapter, which is not supported; merge it"),
     ],
 )
@@ -191,8 +196,9 @@ def test_adapters_that_cannot_be_scored(tiny_model_dir, qa_file, tmp_path, adapt
     )
     file.write_text(json.dumps(json.loads(file.read_text()) | adapter))
     save_file({"lora": torch.zeros(1)}, file.with_name("adapter_model.safetensors"))
+    given = {} if "base_model_name_or_path" in adapter else {"model__base": str(tiny_model_dir)}
     with pytest.raises(UserError, match=message):
-        score(config(file.parent, qa_file, tmp_path / "run"))
+        score(config(file.parent, qa_file, tmp_path / "run", **given))
 
 
 @pytest.mark.parametrize(

@@ -285,4 +285,4 @@ def test_an_adapter_of_more_than_lora_is_refused(tiny_model_dir, tmp_path):
     )
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"changes more than LoRA factors \(modules_to_save: norm\)"):
-        trained.load(config({"model__path": str(tmp_path)}), torch.device("cpu"))
+        trained.load(config({"model__path": str(tmp_path), "model__base": str(tiny_model_dir)}), torch.device("cpu"))
