@@ -1,4 +1,4 @@
-"""The one exception that means "you can fix this", as opposed to a defect of ours."""
+"""The exceptions that mean "you can fix this", as opposed to a defect of ours."""
 
 import traceback
 
@@ -8,6 +8,10 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with 1.
     """
+
+
+class Unfit(UserError):
+    """What is asked cannot be done on this node, and may be on another."""
 
 
 def whole_traceback(problem: BaseException) -> str:

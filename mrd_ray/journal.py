@@ -59,6 +59,7 @@ class Progress(BaseModel):
     samples_draws_per_second: Amount | None = None
     tokens_per_second: Amount | None = None
     actor_restarts: Count | None = None
+    nodes_set_aside: list[Text] | None = None
     step: Count | None = None
     steps: Count | None = None
     samples: Count | None = None
@@ -135,7 +136,7 @@ class Journal:
             self._run.write(TRACEBACK, kept.encode(errors="replace"))
             problem.add_note(f"The traceback is in {self._run.path(TRACEBACK)}")
 
-    def tell(self, **figures: float) -> None:
+    def tell(self, **figures: Any) -> None:
         """Figures of Progress, into progress.json and, those named in _GAUGES, Ray's metrics."""
         for name, value in figures.items():
             setattr(self._progress, name, value)

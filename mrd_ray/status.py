@@ -93,6 +93,8 @@ def rows(found: Status) -> list[tuple[str, str]]:
         )
     if it.actor_restarts:
         told.append(("actor restarts", str(it.actor_restarts)))
+    if it.nodes_set_aside:
+        told.append(("nodes set aside", ", ".join(it.nodes_set_aside)))
     if it.steps is not None:
         told.append(("steps", f"{it.step or 0} of {it.steps}"))
     if it.samples is not None:

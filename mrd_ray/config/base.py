@@ -8,6 +8,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     StringConstraints,
@@ -109,6 +110,12 @@ class RayConfig(Patience):
         None,
         description="GPUs per actor; unset, one if the cluster has any, else none. Over several the model is spread, "
         "some layers on each, for models that one does not hold.",
+    )
+
+    max_bad_nodes: NonNegativeInt | None = Field(
+        None,
+        description="Nodes on which the model cannot be loaded are set aside, and their units go elsewhere. With more "
+        "of them than this the run ends; unset, once no node is left.",
     )
 
     @field_validator("gpus_per_actor")

@@ -40,7 +40,7 @@ class Task:
 class EvaluationActor:
     """For `pipeline.results`: a unit's id and its rows in, one row of RESULT_SCHEMA out.
 
-    A failure that concerns the run as a whole comes back as `fatal`.
+    A failure that concerns the run as a whole comes back as `fatal`. Raises Unfit if this node cannot load the model.
     """
 
     def __init__(self, task: Task) -> None:

@@ -1,5 +1,6 @@
 """`mrd-ray evaluate`, start to end."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -175,12 +176,11 @@ class _Work:
         blocks = (pa.Table.from_pylist(rows, pa.schema(list(sets.ROW))) for _, rows in units)
         measured = 0
         self.journal.tell(units_done=0, units_left=len(units))
-        with Meter("Evaluating", sum(work.values()), self.journal.console) as meter:
+        with Meter("Evaluating", sum(work.values()), self.journal.console) as meter, contextlib.ExitStack() as closed:
             meter.advance(0, f"{len(units)} unit(s) to do, starting {pool.actors} actor(s)")
-            results = pipeline.results(
-                block_of, blocks, EvaluationActor, task, pool, self.journal, config.ray.stall_after
-            )
-            for count, result in enumerate(results, 1):
+            results = pipeline.results(block_of, blocks, EvaluationActor, task, pool, self.journal, config.ray)
+            finished = closed.enter_context(contextlib.closing(results))
+            for count, result in enumerate(finished, 1):
                 (row,) = result.select(["unit_id", "worker", "seconds", "fatal"]).to_pylist()
                 if row["fatal"] is not None:
                     raise UserError(row["fatal"])

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from mrd_ray import model_files, models
 from mrd_ray.config import EvaluateConfig
-from mrd_ray.errors import UserError
+from mrd_ray.errors import Unfit, UserError
 from mrd_ray.evaluation.aggregate import Figure
 from mrd_ray.journal import Journal
 from mrd_ray.runs import RunDirectory
@@ -73,7 +74,10 @@ def _suite(
 ) -> tuple[list[dict[str, Any]] | None, str | None]:
     """On a worker: the figures of one suite, subtasks included, or why there are none."""
     torch.set_num_threads(threads)
-    return attempt(lambda: _evaluated(config, name, files_digest, on_gpu))
+    try:
+        return attempt(lambda: _evaluated(config, name, files_digest, on_gpu))
+    except Unfit as problem:
+        return None, f"{os.uname().nodename}: {problem}"
 
 
 def _evaluated(config: EvaluateConfig, name: str, files_digest: str, on_gpu: bool) -> list[dict[str, Any]]:

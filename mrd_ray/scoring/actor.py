@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from mrd_ray import model_files, models
 from mrd_ray.config import ModelConfig, ScoringConfig
-from mrd_ray.errors import UserError
+from mrd_ray.errors import Unfit, UserError
 from mrd_ray.mrd.causality import dependence
 from mrd_ray.scoring.estimators import ClosedForm, MonteCarlo, estimator_of, refuse_wrong_rules
 from mrd_ray.scoring.memory import Sample, out_of_memory
@@ -38,8 +38,21 @@ class Task:
 def replica(config: ModelConfig, files_digest: str, on_gpu: bool) -> tuple[PreTrainedModel, model_files.Unchanged]:
     """This worker's replica of the driver's model, and what tells whether its weights are still those.
 
-    Raises UserError if the weights here are others.
+    Raises Unfit if it cannot be loaded on this node, or the weights here are others; UserError if it is not causal.
     """
+    try:
+        model, weights = _loaded(config, files_digest, on_gpu)
+    except UserError as problem:
+        raise Unfit(str(problem)) from problem
+    except torch.OutOfMemoryError as problem:
+        raise Unfit(f"model.path: it does not fit on the device ({problem}); monte_carlo needs two copies") from problem
+    except Exception as problem:  # a mount, a driver, a device: each fails in ways of its own
+        raise Unfit(f"model.path: cannot load {config.path}: {type(problem).__name__}: {problem}") from problem
+    refuse_not_causal(model)
+    return model, weights
+
+
+def _loaded(config: ModelConfig, files_digest: str, on_gpu: bool) -> tuple[PreTrainedModel, model_files.Unchanged]:
     weights = model_files.Unchanged([] if on_gpu else model_files.weight_files(config))  # a GPU has a copy
     if (found := model_files.files_digest(config)) != files_digest:
         raise UserError(
@@ -49,7 +62,6 @@ def replica(config: ModelConfig, files_digest: str, on_gpu: bool) -> tuple[PreTr
     spread = on_gpu and torch.cuda.device_count() > 1  # Ray shows an actor its own GPUs alone
     model = models.load_model(config, torch.device("cuda" if on_gpu else "cpu"), spread)
     weights.check(replaced=True)  # what was loaded is what the digest is of
-    refuse_not_causal(model)
     return model, weights
 
 
@@ -66,10 +78,13 @@ def refuse_not_causal(model: PreTrainedModel) -> None:
 def attempt(load: Callable[[], T]) -> tuple[T | None, str | None]:
     """What `load` gives, or why no unit can be worked off on this actor.
 
-    An exception in an actor's constructor would end the run with Ray's traceback around it.
+    An exception in an actor's constructor would end the run with Ray's traceback around it. Raises Unfit where others
+    may do better.
     """
     try:
         return load(), None
+    except Unfit:
+        raise
     except UserError as problem:
         return None, str(problem)
     except torch.OutOfMemoryError as problem:
@@ -82,6 +97,8 @@ class ScoringActor:
     """For `pipeline.results`: the id of a `plan.Unit` and its samples in, one row of RESULT_SCHEMA out.
 
     A failure that concerns the run as a whole comes back as `fatal`; the attribute says why no unit can be worked off.
+
+    Raises Unfit if this node is not.
     """
 
     def __init__(self, task: Task) -> None:

@@ -13,8 +13,9 @@ import ray.util.metrics
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mrd_ray.errors import UserError
+from mrd_ray.errors import Unfit, UserError
 from mrd_ray.journal import Journal
+from mrd_ray.scoring.pool import Pool
 
 _LOOK_EVERY, _PATIENCE = 5.0, 5.0  # seconds
 _ENDS = 5  # of actors in the same place, after which it is not bad luck
@@ -28,7 +29,10 @@ class Board:
     node are not counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Pool | None = None, max_bad_nodes: int | None = None) -> None:
+        self._pool, self._max_bad_nodes = pool or Pool(1, 1.0, 0.0), max_bad_nodes
+        self._bad: dict[str, tuple[str, str]] = {}  # by node's id: name, why
+        self._holders: dict[str, list[Any]] = {}  # by node's id
         self._at_work: dict[str, dict[str, Any]] = {}  # by actor
         self._started: dict[str, tuple[str, str]] = {}  # actor -> node's id, worker
         self._ends: Counter[str] = Counter()  # by unit; of actors before their first, by actor
@@ -59,6 +63,26 @@ class Board:
             )
         return self._given_up
 
+    def unfit(self, actor: str, node_id: str, node: str, why: str) -> str | None:
+        """The actor's node is not fit for units, and is set aside. Why to give up, if it is to.
+
+        Set aside means that actors which do nothing take the node's room, so that Ray starts this one elsewhere.
+        """
+        self._at_work.pop(actor, None)
+        nodes = {one["NodeID"]: one["Resources"] for one in ray.nodes() if one["Alive"]}
+        if node_id not in self._holders and node_id in nodes:
+            self._bad[node_id] = node, why
+            there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            holder = ray.remote(_Holder).options(
+                num_cpus=self._pool.cpus, num_gpus=self._pool.gpus, scheduling_strategy=there
+            )
+            self._holders[node_id] = [holder.remote() for _ in range(self._pool.room([nodes[node_id]]))]
+        left = [one for one in nodes.keys() - self._holders.keys() if self._pool.room([nodes[one]])]
+        if not left or (self._max_bad_nodes is not None and len(self._holders) > self._max_bad_nodes):
+            limit = "no node is left" if not left else f"more than ray.max_bad_nodes: {self._max_bad_nodes} are not fit"
+            self._given_up = f"{node}: {why}" + (f" ({limit})" if len(self._holders) > 1 or left else "")
+        return self._given_up
+
     def ready(self, actor: str) -> None:
         """Its constructor is done."""
         self._at_work.pop(actor, None)
@@ -75,8 +99,12 @@ class Board:
         at_work = [{**work, "seconds": now - work["since"]} for work in self._at_work.values()]
         return {
             "actors": len(self._started), "restarts": self._restarts, "lost": self._lost,
-            "finished": self._finished, "at_work": at_work, "given up": self._given_up,
+            "finished": self._finished, "at_work": at_work, "given up": self._given_up, "bad": self._bad,
         }  # fmt: skip
+
+
+class _Holder:
+    """Takes up room."""
 
 
 class Noted:
@@ -94,13 +122,19 @@ class Noted:
         self._given_up = _told(board.started.remote(self._id, context.get_node_id(), f"{node}:{os.getpid()}"))
         if self._given_up is not None:
             return
+        try:
+            self._actor = actor(task)
+        except Unfit as problem:
+            self._given_up = _told(board.unfit.remote(self._id, context.get_node_id(), node, str(problem)))
+            if self._given_up is None:
+                os._exit(1)  # Ray starts it again, elsewhere
+            return
         self._memory = ray.util.metrics.Gauge(
             "mrd_ray_actor_device_memory_bytes",
             "Peak memory of an actor on its GPUs, or in the host where it has none",
             tag_keys=("run", "node", "pid"),
         )
         self._memory.set_default_tags({"run": run_id, "node": node, "pid": str(os.getpid())})
-        self._actor = actor(task)
         board.ready.remote(self._id)
 
     def __call__(self, units: pa.Table) -> pa.Table:
@@ -131,13 +165,18 @@ class Lookout:
         stall_after: seconds that a unit may take, or that may pass without any actor, before it is called stalled.
     """
 
-    def __init__(self, journal: Journal, stall_after: float) -> None:
+    def __init__(
+        self, journal: Journal, stall_after: float, pool: Pool | None = None, max_bad_nodes: int | None = None
+    ) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self.board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+        self.board = (
+            ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(pool, max_bad_nodes)
+        )
         self._journal, self._stall_after = journal, stall_after
         self._nodes = Nodes(journal)
         self._since, self._said = time.monotonic(), set[tuple[str, str]]()
         self._restarts = self._actors = 0
+        self._bad: dict[str, str] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -165,6 +204,12 @@ class Lookout:
 
     def _report(self, state: dict[str, Any]) -> None:
         self._journal.tell(actor_restarts=state["restarts"], units_failed=state["lost"])
+        for node_id, (node, why) in state["bad"].items():
+            if node_id not in self._bad:
+                self._bad[node_id] = node
+                say = f"node {node} is set aside, and its units go elsewhere: {why}"
+                self._journal.event("node_set_aside", say, node=node, reason=why)
+                self._journal.tell(nodes_set_aside=list(self._bad.values()))
         if state["restarts"] > self._restarts:
             self._restarts = state["restarts"]
             self._journal.event(

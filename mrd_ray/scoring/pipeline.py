@@ -1,7 +1,7 @@
 """Work units through a pool of actors: Ray Data, and nothing of what a score is."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -47,26 +47,29 @@ def results(
     task: Any,
     pool: Pool,
     journal: Journal,
-    stall_after: float,
-) -> Iterator[pa.Table]:
+    ray_config: RayConfig,
+) -> Generator[pa.Table]:
     """Work off units; one-row tables of their results, in the order they finish.
 
     Args:
         units: which of the blocks each works on, by unit_id. Several may share one.
         blocks: each is stored once, however many units share it, and goes to the actors that ask for it.
-        actor: a callable class, made with `task` in each worker, that takes a unit_id and its block.
+        actor: a callable class, made with `task` in each worker, that takes a unit_id and its block. Its constructor
+            raises Unfit where the node is to be set aside.
 
     Ray restarts actors that die and runs their units again; actors for which there is no room start when nodes join.
+    To be closed, also after an error (`contextlib.closing`): a thread of it asks Ray how things stand.
 
     Raises:
-        UserError: actors have ended again and again, though not with their nodes, at one unit or before their first.
+        UserError: actors have ended again and again, though not with their nodes, at one unit or before their first, or
+            no node is left to be set aside.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # our Meter reports; a failed task still prints
     stored = ray.put([ray.put(block) for block in blocks])  # one reference, for actors to begin with
-    with Lookout(journal, stall_after) as lookout:
+    with Lookout(journal, ray_config.stall_after, pool, ray_config.max_bad_nodes) as lookout:
         rows = [pa.table({"unit_id": [unit_id], "block": [block]}) for unit_id, block in units.items()]
         dataset = ray.data.from_arrow(rows).map_batches(
             Noted,

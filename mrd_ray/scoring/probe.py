@@ -1,6 +1,7 @@
 """What an actor's work takes on the hardware at hand, by letting some do a little of it."""
 
 import collections
+import os
 import time
 from statistics import median
 
@@ -8,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from mrd_ray.errors import UserError
+from mrd_ray.config import RayConfig
+from mrd_ray.errors import Unfit, UserError
 from mrd_ray.journal import Journal
 from mrd_ray.scoring.actor import ScoringActor, Task
 from mrd_ray.scoring.pipeline import results
@@ -25,7 +27,9 @@ def idle_pool(pool: Pool, journal: Journal) -> float:
     """Seconds that the run's pool takes for actors that do nothing: processes, their imports, Ray Data."""
     began = time.monotonic()
     units = {str(number): 0 for number in range(pool.actors)}
-    collections.deque(results(units, [pa.table({"block": [0]})], _Idle, None, pool, journal, _NEVER), maxlen=0)
+    collections.deque(
+        results(units, [pa.table({"block": [0]})], _Idle, None, pool, journal, RayConfig(stall_after=_NEVER)), maxlen=0
+    )
     return time.monotonic() - began
 
 
@@ -67,7 +71,12 @@ class _Timed:
     def __init__(self, task: Task) -> None:
         began = time.monotonic()
         self._of_draws = task.scoring.estimator == "monte_carlo"
-        self._actor, self._draw = ScoringActor(task), 0
+        self._draw, self._refuses = 0, None
+        try:
+            self._actor = ScoringActor(task)
+            self._refuses = self._actor.fatal
+        except Unfit as problem:
+            self._refuses = f"{os.uname().nodename}: {problem}"
         self._loading = time.monotonic() - began
 
     def loading(self) -> float:
@@ -76,7 +85,7 @@ class _Timed:
 
     def refuses(self) -> str | None:
         """Why no unit can be worked off, if so."""
-        return self._actor.fatal
+        return self._refuses
 
     def measure(self, parts: list[Part]) -> tuple[float, float, float]:
         """Seconds of theta per token, of a perturbation, and of a forward per token; see `Rates`."""

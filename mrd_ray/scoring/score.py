@@ -211,13 +211,14 @@ class _Rounds:
         scored = tokens = 0
         self.journal.tell(units_done=0, units_left=len(units))
         title = "Scoring" if number == 0 else f"More draws, round {number}"
-        with Meter(title, sum(work.values()), self.journal.console) as meter:
+        with Meter(title, sum(work.values()), self.journal.console) as meter, contextlib.ExitStack() as closed:
             meter.advance(0, f"{len(units)} unit(s) to do, starting {pool.actors} actor(s)")
-            finished = pipeline.results(
+            results = pipeline.results(
                 {unit.unit_id: block_of[unit.micro_batches] for unit in units},
                 (unit_samples(self.samples, layout, block) for block in blocks),
-                ScoringActor, task, pool, self.journal, config.ray.stall_after,
+                ScoringActor, task, pool, self.journal, config.ray,
             )  # fmt: skip
+            finished = closed.enter_context(contextlib.closing(results))
             for count, result in enumerate(finished, 1):
                 (row,) = result.select(
                     ["unit_id", "worker", "seconds", "fatal", "precision", "checked", "says"]

@@ -1,6 +1,8 @@
 """Several nodes, on this machine: the same scores to the last bit, whatever comes, goes or dies meanwhile."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,3 +159,43 @@ def test_an_actor_is_killed_by_the_kernel_for_memory(cluster, tiny_model_dir, qa
         group.rmdir()
     assert scores(run).equals(alone)
     nothing_twice(run)
+
+
+@pytest.fixture
+def hub(tiny_model_dir, tmp_path, monkeypatch):
+    """A cache of the hub with a model in it, and one that is empty, for nodes that cannot reach the hub."""
+    full, empty = tmp_path / "full", tmp_path / "empty"
+    repository = full / "hub" / "models--our--model"
+    shutil.copytree(tiny_model_dir, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    empty.mkdir()
+    for name, value in {"HF_HOME": full, "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes.add_node(num_cpus=2, env_vars={"HF_HOME": str(empty)})
+    nodes.add_node(num_cpus=2)
+    yield nodes
+    nodes.shutdown()
+
+
+def test_a_node_that_cannot_load_the_model_is_set_aside(hub, qa_file, tmp_path, alone):
+    run = tmp_path / "run"
+    with started(hub, Path("our/model"), qa_file, run) as job:
+        job.until(lambda: "is set aside, and its units go elsewhere: model.path: our/model is neither" in job.said)
+    assert scores(run).equals(alone)
+    assert len(workers(run)) == 2
+    nothing_twice(run)
+    assert [event["event"] for event in events(run)].count("node_set_aside") == 1
+    assert json.loads((run / "progress.json").read_text())["nodes_set_aside"] == [os.uname().nodename]
+    said = subprocess.run([sys.executable, "-m", "mrd_ray", "status", run], check=True, capture_output=True, text=True)
+    assert "nodes set aside" in said.stdout
+
+
+def test_so_many_bad_nodes_end_a_run(hub, qa_file, tmp_path):
+    flags = scoring(Path("our/model"), qa_file, tmp_path / "run", "--ray.actors", "3", "--ray.max_bad_nodes", "0")
+    with driver("score", flags, tmp_path / "log", hub.address) as job:
+        job.ends(code=1)
+        assert f"{os.uname().nodename}: model.path: our/model is neither" in job.said
+        assert "(more than ray.max_bad_nodes: 0 are not fit)" in job.said
