@@ -4,7 +4,6 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import ray
@@ -14,10 +13,9 @@ from rich.console import Console
 
 from mrd_ray.config.credentials import recordable
 from mrd_ray.errors import UserError, whole_traceback
+from mrd_ray.hold import BEAT
 from mrd_ray.runs import EVENTS, PROGRESS, TRACEBACK, RunDirectory
 
-BEAT = 10.0  # seconds between two signs of life
-SILENT = 6 * BEAT  # seconds without one after which a run is taken for dead
 _OFTEN = 1 << 20  # bytes of events that are written anew with every beat; more are less often
 _GAUGES = {
     "units_done": "Work units whose results are on disk",
@@ -88,17 +86,12 @@ def lines_of(content: bytes) -> list[bytes]:
 
 
 class Journal:
-    """The record of one start of a command on a claimed run directory, kept by its driver: see Progress and Event.
-
-    Raises UserError if another driver is at work there, on a storage that has no locks.
-    """
+    """The record of one start of a command on a claimed run directory, kept by its driver: see Progress and Event."""
 
     def __init__(self, run: RunDirectory, command: str) -> None:
         self._run, self.console = run, Console(stderr=True)
         self.run_id = str(run.manifest()["run_id"])
         self._progress = Progress(command=command, run=self.run_id)
-        if not run.locks:
-            _refuse_second_driver(run)
         self._events = _earlier(run)
         self._gauges: dict[str, ray.util.metrics.Gauge] = {}
         self._due, self._over, self._adding = 0.0, threading.Event(), threading.Lock()
@@ -123,7 +116,7 @@ class Journal:
         self.event(state, reason=message)
         self._due = 0.0
         try:
-            self._write()
+            self._write(patiently=problem is None)
         except UserError:
             if problem is None:
                 raise  # else the disk may be what the problem is about
@@ -158,32 +151,18 @@ class Journal:
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT):
-            try:
-                self._write()
-            except UserError as problem:  # the next unit's result will say so too, and end the run
-                self.console.print(str(problem), style="red", markup=False)
+            with contextlib.suppress(UserError):  # the next unit's result will tell
+                self._write(patiently=False)
 
-    def _write(self) -> None:
+    def _write(self, patiently: bool = True) -> None:
         self._progress.time = time.time()
-        self._run.write(PROGRESS, self._progress.model_dump_json(indent=1).encode())
+        self._run.write(PROGRESS, self._progress.model_dump_json(indent=1).encode(), patiently)
         if time.monotonic() < self._due:
             return
         with self._adding:
             content = "".join(f"{line}\n" for line in self._events).encode()
-        self._run.write(EVENTS, content)
+        self._run.write(EVENTS, content, patiently)
         self._due = time.monotonic() + BEAT * len(content) / _OFTEN
-
-
-@contextlib.contextmanager
-def held(run: RunDirectory) -> Iterator[None]:
-    """Hold the directory, before anything is written to it: by its lock, or by signs of life where there is none.
-
-    Raises UserError if another driver is at work there.
-    """
-    with run.locked():
-        if not run.locks:
-            _refuse_second_driver(run)
-        yield
 
 
 def _earlier(run: RunDirectory) -> list[str]:
@@ -195,18 +174,3 @@ def _earlier(run: RunDirectory) -> list[str]:
         except ValidationError:
             continue
     return found
-
-
-def _refuse_second_driver(run: RunDirectory) -> None:
-    if not run.exists(PROGRESS):
-        return
-    try:
-        other = Progress.model_validate_json(run.read(PROGRESS))
-    except ValidationError:
-        return
-    own = (other.node, other.pid) == (os.uname().nodename, os.getpid())
-    if not own and other.silent is not None and other.silent < SILENT:
-        raise UserError(
-            f"run.dir: process {other.pid} on {other.node} is working in {run.uri}, or was {other.silent:.0f} s ago; "
-            f"wait for it, or, if it was killed, until it has been silent for {SILENT:.0f} s"
-        )

@@ -8,10 +8,10 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,11 +19,15 @@ import yaml
 from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from rich.console import Console
 
 from mrd_ray import storage
+from mrd_ray.config import RunConfig
 from mrd_ray.config.credentials import recordable
 from mrd_ray.errors import UserError
 
+T = TypeVar("T")
+_LONGEST_PAUSE = 15.0  # seconds between two tries
 _PACKAGES = (
     "mrd-ray",
     "ray",
@@ -129,9 +133,16 @@ class RunDirectory:
     A local directory is made readable by its owner alone; one that is there already keeps its mode.
     """
 
-    def __init__(self, uri: str, setting: str = "run.dir", make: bool = True) -> None:
-        """setting: that names it, for errors. make: if it is not there. Raises UserError if it cannot be opened."""
-        self.uri = uri
+    def __init__(self, uri: str, setting: str = "run.dir", make: bool = True, patience: float = 0.0) -> None:
+        """Raises UserError if it cannot be opened.
+
+        Args:
+            setting: that names it, for errors.
+            make: it, if it is not there.
+            patience: seconds for which what may pass is tried again.
+        """
+        self.uri, self._patience = uri, patience
+        self._waiting: float | None = None  # since when the storage does not answer
         if "://" in uri and ("?" in uri or "#" in uri):
             raise UserError(
                 f"{setting}: {uri} has a part after ? or #, which the files in it could not have; set what it says in "
@@ -148,13 +159,20 @@ class RunDirectory:
                 raise UserError(f"{setting}: {uri} is a file; expected a directory, or a path where one can be made")
             if not make:
                 return
-            with self._writing(""):
-                if isinstance(self._fs, LocalFileSystem):  # what people ask to forget is nobody else's to read
-                    Path(self._root).mkdir(mode=0o700, parents=True, exist_ok=True)
-                else:
-                    self._fs.makedirs(self._root, exist_ok=True)
+            self._writing("", self._make)
         except (ImportError, ValueError) as problem:
             raise UserError(f"{setting}: cannot open {uri}: {problem}") from None
+
+    def _make(self) -> None:
+        if isinstance(self._fs, LocalFileSystem):  # what people ask to forget is nobody else's to read
+            Path(self._root).mkdir(mode=0o700, parents=True, exist_ok=True)
+        else:
+            self._fs.makedirs(self._root, exist_ok=True)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "RunDirectory":
+        """That of the settings. Raises UserError if it cannot be opened."""
+        return cls(config.dir, patience=config.storage_patience)
 
     @staticmethod
     def is_one(uri: str) -> bool:
@@ -191,14 +209,17 @@ class RunDirectory:
         if not self.locks:
             yield
             return
-        with self._writing(".lock"):
-            lock = FileLock(self.path(".lock"), blocking=False)
+        lock = FileLock(self.path(".lock"), blocking=False)
+
+        def taken() -> None:
             try:
                 lock.acquire()
-            except Timeout:
+            except Timeout:  # an OSError, too
                 raise UserError(
                     f"run.dir: another run is working in {self.uri}; wait for it, or use another directory"
                 ) from None
+
+        self._writing(".lock", taken)
         try:
             yield
         finally:
@@ -206,27 +227,30 @@ class RunDirectory:
 
     def exists(self, name: str) -> bool:
         """Whether the file is there, whole. Raises UserError where that cannot be told."""
-        with self._reading(name):
-            return bool(self._fs.exists(self.path(name)))
+        return bool(self._reading(name, lambda: self._fs.exists(self.path(name))))
 
     def names(self, folder: str) -> list[str]:
         """Sorted names of the finished files in a folder. Raises UserError if it cannot be read."""
-        self._fs.invalidate_cache()
-        with self._reading(folder):
+
+        def listed() -> list[str]:
+            self._fs.invalidate_cache()
             try:
-                files = self._fs.ls(self.path(folder), detail=False)
+                found: list[str] = self._fs.ls(self.path(folder), detail=False)
             except FileNotFoundError:  # object stores know no empty folders
                 return []
+            return found
+
+        files = self._reading(folder, listed)
         names = (file.rsplit("/", 1)[-1] for file in files)
         return sorted(name for name in names if not name.endswith(".tmp") and not name.startswith("."))
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes, patiently: bool = True) -> None:
         """Write a file whole or not at all: a kill at any moment leaves the old one. Raises UserError."""
         target = self.path(name)
-        if "/" in name:
-            with self._writing(name):
+
+        def written() -> None:
+            if "/" in name:
                 self._fs.makedirs(self.path(name.rsplit("/", 1)[0]), exist_ok=True)
-        with self._writing(name):
             if not isinstance(self._fs, LocalFileSystem):
                 self._fs.pipe_file(target, content)  # object stores publish an object when it is complete
                 return
@@ -236,10 +260,13 @@ class RunDirectory:
                 os.fsync(file.fileno())
             Path(target + ".tmp").replace(target)
 
+        self._writing(name, written, patiently)
+
     def put(self, name: str, folder: Path) -> None:
         """Make `name` a copy of a local folder, in place of what is there; only a whole one takes its place."""
         target = self.path(name)
-        with self._writing(name):
+
+        def copied() -> None:
             if isinstance(self._fs, LocalFileSystem):
                 shutil.rmtree(f"{target}.tmp", ignore_errors=True)
                 shutil.copytree(folder, f"{target}.tmp")
@@ -254,16 +281,16 @@ class RunDirectory:
                 self._fs.makedirs(destination.rsplit("/", 1)[0], exist_ok=True)
                 self._fs.put_file(str(file), destination)
 
+        self._writing(name, copied)
+
     def remove(self, folder: str) -> None:
-        """Delete a folder of this run, if it is there."""
+        """Delete a folder or file of this run, if it is there."""
         if self.exists(folder):
-            with self._writing(folder):
-                self._fs.rm(self.path(folder), recursive=True)
+            self._writing(folder, lambda: self._fs.rm(self.path(folder), recursive=True))
 
     def read(self, name: str) -> bytes:
         """The bytes of a file. Raises UserError if it is missing or cannot be read."""
-        with self._reading(name):
-            content: bytes = self._fs.cat_file(self.path(name))
+        content: bytes = self._reading(name, lambda: self._fs.cat_file(self.path(name)))
         return content
 
     def write_table(self, name: str, table: pa.Table) -> None:
@@ -280,24 +307,45 @@ class RunDirectory:
         """Raises UserError as `read` and `parsed_json`."""
         return parsed_json(self.path(name), self.read(name), shape, remedy)
 
-    @contextlib.contextmanager
-    def _reading(self, name: str) -> Iterator[None]:
+    def _reading(self, name: str, action: Callable[[], T]) -> T:
         try:
-            yield
+            return self._kept_at(name, action, self._patience)
         except OSError as problem:
             missing = isinstance(problem, FileNotFoundError)
             remedy = "the command that makes it again" if missing else "the same command again once that is mended"
             raise UserError(f"cannot read {self.path(name)}: {problem.strerror or problem}; start {remedy}") from None
 
-    @contextlib.contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
+    def _writing(self, name: str, action: Callable[[], T], patiently: bool = True) -> T:
         try:
-            yield
+            return self._kept_at(name, action, self._patience if patiently else 0.0)
         except OSError as problem:
             raise UserError(
                 f"run.dir: cannot write {self.path(name)}: {problem.strerror or problem}. "
                 "What is already there stays; start the same command again once that is mended"
             ) from None
+
+    def _kept_at(self, name: str, action: Callable[[], T], patience: float) -> T:
+        """Try again, with pauses that grow, while what is in the way may pass. Raises OSError once it took long."""
+        pause, began, console = 0.5, time.monotonic(), Console(stderr=True)
+        while True:
+            try:
+                found = action()
+            except OSError as problem:
+                waited = time.monotonic() - began
+                if waited >= patience or not storage.may_pass(problem):
+                    raise
+                if self._waiting is None:
+                    self._waiting = began
+                    reason = str(problem.strerror or problem).splitlines()[0]
+                    say = f"{self.path(name)} cannot be reached ({reason}); tried again for up to {patience:.0f} s"
+                    console.print(say, markup=False, soft_wrap=True)
+                time.sleep(min(pause, patience - waited))
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                continue
+            if self._waiting is not None:
+                waited, self._waiting = time.monotonic() - self._waiting, None
+                console.print(f"{self.uri} answers again, after {waited:.0f} s", markup=False, soft_wrap=True)
+            return found
 
     def manifest(self) -> dict[str, Any]:
         """What manifest.json says, of the shape of `Manifest`. Raises UserError if it is damaged."""

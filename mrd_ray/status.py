@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from mrd_ray import journal
+from mrd_ray import hold, journal
 from mrd_ray.errors import UserError
 from mrd_ray.journal import Event, Progress
 from mrd_ray.runs import EVENTS, PROGRESS, RunDirectory
@@ -29,7 +29,7 @@ class Status:
     @property
     def state(self) -> str:
         """That of its progress, or "silent": running, by what it said, but long without a sign of life."""
-        return "silent" if self.silent is not None and self.silent > journal.SILENT else self.progress.state
+        return "silent" if self.silent is not None and self.silent > hold.SILENT else self.progress.state
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""

@@ -1,7 +1,9 @@
 """Files anywhere: local paths and URIs. Credentials come from the environment alone (AWS_..., GOOGLE_..., ~/.aws)."""
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import urllib.parse
@@ -15,6 +17,17 @@ from fsspec.implementations.arrow import ArrowFSWrapper
 from mrd_ray.errors import UserError
 
 CACHE = Path("~/.cache/mrd_ray").expanduser()
+_PASSING = {
+    getattr(errno, name)
+    for name in (
+        "ETIMEDOUT", "ECONNREFUSED", "ECONNRESET", "ECONNABORTED", "EHOSTUNREACH", "EHOSTDOWN", "ENETUNREACH",
+        "ENETDOWN", "ENOTCONN", "EPIPE", "ESTALE", "EIO", "EREMOTEIO", "EAGAIN", "EBUSY",
+    )
+}  # fmt: skip
+_SAID_PASSING = re.compile(  # by Arrow, of AWS, curl and Google, whose errors have no numbers
+    r"HTTP status (429|5\d\d)|NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|THROTTL"
+    r"|curlCode: (5|6|7|18|28|35|52|55|56)\b|\bUNAVAILABLE\b|DEADLINE_EXCEEDED|[Tt]imed out|onnection (refused|reset)"
+)
 _LFS = b"version https://git-lfs.github.com/spec/"
 _OF_ARROW = ("s3", "gs", "gcs", "hdfs")  # as Ray Train, whose checkpoints go where the run directory is
 
@@ -30,6 +43,13 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return found
     arrow, root = pyarrow.fs.FileSystem.from_uri(for_arrow(uri))
     return ArrowFSWrapper(arrow), root.rstrip("/")
+
+
+def may_pass(problem: OSError) -> bool:
+    """Whether a file system's error may pass by itself: no answer, or a failure of its own; not a refusal."""
+    if isinstance(problem, TimeoutError) or problem.errno in _PASSING:
+        return True
+    return _SAID_PASSING.search(str(problem)) is not None
 
 
 def refuse_lfs_pointer(setting: str, path: str | Path, head: bytes) -> None:

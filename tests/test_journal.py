@@ -17,7 +17,7 @@ from ray import cloudpickle
 
 from mrd_ray import UserError, journal, score
 from mrd_ray.cli import main
-from mrd_ray.config import ModelConfig
+from mrd_ray.config import ModelConfig, RayConfig
 from mrd_ray.journal import Journal
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import lookout
@@ -122,7 +122,7 @@ with Journal(RunDirectory({str(tmp_path)!r}), "score"):
         assert status(str(tmp_path))[0].state == "running"
         process.send_signal(signal.SIGKILL)
     assert status(str(tmp_path))[0].state == "running"  # it cannot be told yet
-    monkeypatch.setattr("mrd_ray.journal.SILENT", 0.0)
+    monkeypatch.setattr("mrd_ray.hold.SILENT", 0.0)
     assert status(str(tmp_path))[0].state == "silent"
     assert [line["event"] for line in lines(tmp_path)] == ["started", "failed", "started", "interrupted", "started"]
 
@@ -287,7 +287,7 @@ def test_a_run_whose_actors_end_again_and_again_ends(ray_cluster, tmp_path, acto
     run.claim({"a": 1}, ModelConfig(path="x"))
     units = {"first": 0, "second": 0, "third": 0}
     with Journal(run, "score") as journal, pytest.raises(UserError, match=words):
-        list(results(units, [pa.table({"x": [1]})], actor, None, Pool(1, 1.0, 0.0), journal, 600.0))
+        list(results(units, [pa.table({"x": [1]})], actor, None, Pool(1, 1.0, 0.0), journal, RayConfig()))
 
 
 def test_a_failed_run_keeps_its_traceback_without_credentials(tmp_path):

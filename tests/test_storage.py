@@ -1,8 +1,11 @@
 """Data, model and run directory in a bucket: the same scores, the same rules, and no credential left behind."""
 
+import errno
 import os
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +20,8 @@ from moto.server import ThreadedMotoServer
 from mrd_ray import storage
 from mrd_ray.config import RunConfig
 from mrd_ray.errors import UserError
-from mrd_ray.journal import Journal, held
+from mrd_ray.hold import held
+from mrd_ray.journal import Journal
 from mrd_ray.runs import RunDirectory
 from mrd_ray.status import status
 
@@ -167,30 +171,101 @@ def test_reading_a_run_writes_nothing(s3, tmp_path):
     assert contents() == before
 
 
-def test_a_second_driver_on_a_bucket_is_refused(s3, tmp_path):
-    run = RunDirectory("s3://lab/runs/shared")
-    run.claim({"a": 1}, RunConfig(dir="x"))
-    code = """
-import time
-from mrd_ray.journal import Journal
+HOLDING = """
+import sys, time
+from mrd_ray import hold
+from mrd_ray.errors import UserError
 from mrd_ray.runs import RunDirectory
-with Journal(RunDirectory("s3://lab/runs/shared"), "score"):
-    print("on", flush=True)
-    time.sleep(60)
+hold.BEAT = 0.5
+try:
+    with hold.held(RunDirectory("s3://lab/runs/" + sys.argv[1])):
+        print("on", flush=True)
+        time.sleep(float(sys.argv[2]))
+except UserError as problem:
+    print(problem, flush=True)
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        with pytest.raises(UserError, match=rf"process {process.pid} on .* is working in s3://lab/runs/shared"):
-            Journal(run, "score")
-        with pytest.raises(UserError, match="is working in s3://lab/runs/shared"), held(run):
+
+
+def holding(name: str, seconds: float) -> subprocess.Popen:
+    line = [sys.executable, "-c", HOLDING, name, str(seconds)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_second_driver_on_a_bucket_is_refused_and_waits_for_one_that_was_killed(s3, monkeypatch):
+    run = RunDirectory("s3://lab/runs/shared")
+    with holding("shared", 60) as process:
+        assert process.stdout.readline() == "on\n"
+        with (
+            pytest.raises(UserError, match=rf"process {process.pid} on .* is working in s3://lab/runs/shared"),
+            held(run),
+        ):
             pass
         process.kill()
-    with pytest.raises(UserError, match="until it has been silent for 60 s"):
-        Journal(run, "score")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mrd_ray.journal.SILENT", 0.0)
-        with Journal(run, "score"):
-            pass
+    monkeypatch.setattr("mrd_ray.hold.SILENT", 2.0)
+    with held(run):  # it has waited until that one was cold
+        assert contents("lab").keys() >= {"runs/shared/driver.json"}
+    assert not [key for key in contents("lab") if key.startswith("runs/shared/driver") and key.endswith(".json")]
+
+
+def test_of_drivers_that_start_together_on_a_bucket_one_runs(s3):
+    drivers = [holding("together", 12) for _ in range(4)]
+    said = [driver.communicate(timeout=120)[0] for driver in drivers]
+    assert sorted(text == "on\n" for text in said) == [False, False, False, True]
+    assert sum("is working in s3://lab/runs/together" in text for text in said) == 3
+
+
+def test_an_outage_is_waited_out(capfd):
+    with serving() as (server, _):
+        host, port = server.get_host_and_port()
+        run = RunDirectory("s3://lab/run", patience=120)
+        run.write("units/u.parquet", b"whole")
+        server.stop()
+        back = ThreadedMotoServer(ip_address=host, port=port, verbose=False)
+
+        def mend() -> None:
+            time.sleep(20)  # a few are waited out by AWS's own library
+            back.start()
+
+        mending = threading.Thread(target=mend)
+        mending.start()
+        run.write("units/v.parquet", b"another")  # the bucket is in this process's memory
+        mending.join()
+        assert run.names("units") == ["u.parquet", "v.parquet"]
+        said = capfd.readouterr().err
+        assert said.count("cannot be reached (") == 1
+        assert said.count("s3://lab/run answers again, after ") == 1
+        back.stop()
+
+
+@pytest.mark.parametrize(
+    ("problem", "passes"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), True),
+        (TimeoutError("no answer"), True),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), True),
+        (OSError("When completing multiple part upload: AWS Error SLOW_DOWN during PutObject operation"), True),
+        (OSError("AWS Error UNKNOWN (HTTP status 503) during PutObject operation: No response body."), True),
+        (OSError("AWS Error NETWORK_CONNECTION during PutObject operation: curlCode: 7, Couldn't connect"), True),
+        (OSError("google::cloud::Status(UNAVAILABLE: Retry policy exhausted)"), True),
+        (OSError("AWS Error ACCESS_DENIED during PutObject operation: Access Denied"), False),
+        (OSError("AWS Error UNKNOWN (HTTP status 400) during PutObject operation: ExpiredToken"), False),
+        (OSError("AWS Error INVALID_ACCESS_KEY_ID during HeadObject operation"), False),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (FileNotFoundError(errno.ENOENT, "No such file"), False),
+    ],
+    ids=str,
+)
+def test_what_can_pass_and_what_cannot(problem, passes):
+    assert storage.may_pass(problem) == passes
+
+
+def test_what_cannot_pass_is_told_at_once(s3):
+    run = RunDirectory("s3://lab/run", patience=600)
+    with pytest.raises(UserError, match="cannot write lab-that-is-not-there/run"):
+        RunDirectory("s3://lab-that-is-not-there/run", patience=600)
+    with pytest.raises(UserError, match="cannot read"):
+        run.read("nothing")
 
 
 def test_a_bucket_that_goes_away():

@@ -82,6 +82,11 @@ class RunConfig(Frozen):
         description="Run directory: a local path or a URI (s3://..., gs://...). Starting again on it resumes. A new "
         "one is readable by its owner alone."
     )
+    storage_patience: NonNegativeFloat = Field(
+        300.0,
+        description="Seconds for which what can pass (time-outs, refused connections, a store's own failures) is tried "
+        "again, before the run ends. Units go on meanwhile; their results wait in Ray's object store.",
+    )
 
 
 class Patience(Frozen):

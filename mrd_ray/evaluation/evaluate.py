@@ -18,7 +18,8 @@ from mrd_ray.evaluation import judges, sets, table, zero_shot
 from mrd_ray.evaluation.actor import RESULT_SCHEMA, EvaluationActor, Task
 from mrd_ray.evaluation.aggregate import Figure
 from mrd_ray.evaluation.measure import Record, is_of
-from mrd_ray.journal import Journal, held
+from mrd_ray.hold import held
+from mrd_ray.journal import Journal
 from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline
@@ -72,7 +73,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
         UserError: bad input or settings, or a run directory of something else.
     """
     console = Console(stderr=True)
-    run = RunDirectory(config.run.dir)
+    run = RunDirectory.of(config.run)
     with held(run):
         files_digest = model_files.files_digest(config.model)
         zero_shot.require(config)

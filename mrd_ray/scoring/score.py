@@ -18,7 +18,8 @@ from mrd_ray.config import ScoreConfig, ScoringConfig
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
-from mrd_ray.journal import Journal, held
+from mrd_ray.hold import held
+from mrd_ray.journal import Journal
 from mrd_ray.mrd.noise import NOISE_VERSION
 from mrd_ray.progress import Meter
 from mrd_ray.runs import RunDirectory
@@ -62,7 +63,7 @@ def score(config: ScoreConfig) -> ScoreRun:
         UserError: bad input or settings, or a run directory of something else.
     """
     console = Console(stderr=True)
-    run = RunDirectory(config.run.dir)
+    run = RunDirectory.of(config.run)
     with held(run):
         files_digest = model_files.files_digest(config.model)
         skeleton = models.skeleton(config.model)

@@ -22,7 +22,8 @@ from mrd_ray.config.paths import with_absolute_paths
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
-from mrd_ray.journal import Journal, held
+from mrd_ray.hold import held
+from mrd_ray.journal import Journal
 from mrd_ray.mrd.noise import NOISE_VERSION
 from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import pipeline, plan
@@ -80,7 +81,7 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
     """
     console = Console(stderr=True)
     config = with_absolute_paths(config)
-    run = RunDirectory(config.run.dir)
+    run = RunDirectory.of(config.run)
     with held(run):
         trained.refuse(config)
         skeleton = models.skeleton(config.model)

@@ -73,7 +73,7 @@ def work(settings: dict[str, Job]) -> dict[str, Any]:
 
 def _train(job: Job, ranks: Ranks) -> str | None:
     config = job.config
-    run = RunDirectory(config.run.dir)
+    run = RunDirectory.of(config.run)
     for left in Path(tempfile.gettempdir()).glob(f"{_prefix(config, ranks)}*"):  # by a worker that was killed
         shutil.rmtree(left, ignore_errors=True)
     engine = Engine(ranks.agree(lambda: _model(job)), config, job.deepspeed, ranks)
