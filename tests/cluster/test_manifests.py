@@ -93,7 +93,13 @@ def check_autoscaler(config: dict[str, Any]) -> None:
     if prepared["provider"]["type"] == "local":
         assert "--num-cpus=0 --num-gpus=0" in head
         return
+    assert prepared["provider"]["use_internal_ips"] is True
+    assert not prepared["provider"].get("use_external_head_ip")
+    assert prepared["auth"]["ssh_proxy_use_node_id"]
+    assert re.search("^(aws ssm start-session|gcloud compute start-iap-tunnel) ", prepared["auth"]["ssh_proxy_command"])
     types = prepared["available_node_types"]
+    for kind in types.values():
+        check_network(prepared["provider"]["type"], kind["node_config"])
     name = prepared["head_node_type"]
     assert (types[name]["resources"], types[name]["max_workers"]) == ({"CPU": 0, "GPU": 0}, 0)
     for workers in (workers for other, workers in types.items() if other != name):
@@ -102,6 +108,19 @@ def check_autoscaler(config: dict[str, Any]) -> None:
         for line in entrypoints_of_readme():
             check_room(line, workers["max_workers"], workers["resources"]["CPU"], workers["resources"]["GPU"])
         assert workers["max_workers"] <= prepared["max_workers"]
+
+
+def check_network(provider: str, node: dict[str, Any]) -> None:
+    """What is named is not made by Ray, whose own group and interfaces are open to the internet."""
+    if provider == "aws":
+        assert node["SecurityGroupIds"]
+        assert node["SubnetIds"]
+        assert "NetworkInterfaces" not in node
+        assert ("IamInstanceProfile" in node) == ("InstanceMarketOptions" not in node)  # the head's, not the workers'
+    else:
+        assert node["networkInterfaces"]
+        assert not any("accessConfigs" in interface for interface in node["networkInterfaces"])
+        assert node["tags"]["items"]
 
 
 def entrypoints_of_readme() -> list[str]:
@@ -294,6 +313,11 @@ POD = f"{WORKER}/template/spec"
         ("aws.yaml", "idle_timeout_minute", 5),
         ("aws.yaml", "available_node_types/worker/resources/GPU", 0),
         ("aws.yaml", "available_node_types/worker/max_workers", 2),
+        ("aws.yaml", "provider/use_internal_ips", False),
+        ("aws.yaml", "available_node_types/head/node_config/SecurityGroupIds", []),
+        ("aws.yaml", "available_node_types/worker/node_config/IamInstanceProfile", {"Name": "mrd-ray-head"}),
+        ("gcp.yaml", "provider/use_internal_ips", False),
+        ("gcp.yaml", "available_node_types/worker/node_config/networkInterfaces/0/accessConfigs", [{}]),
         ("gcp.yaml", "available_node_types/worker/min_workers", 1),
         ("gcp.yaml", "available_node_types/head/resources/CPU", 4),
         ("gcp.yaml", "docker/run_options/0", "--env RAY_AUTH_MODE=disabled"),
