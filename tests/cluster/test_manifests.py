@@ -17,7 +17,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from kuberay import PodMonitor, RayCluster, RayJob
+from kuberay import ClusterQueue, LocalQueue, PodMonitor, RayCluster, RayJob, ResourceFlavor
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from mrd_ray.cli import LINE
@@ -45,7 +45,9 @@ METRICS = {  # what a job gives to Ray, which puts ray_ before
 
 
 def load(name: str) -> Any:
-    return yaml.safe_load((CLUSTER / name).read_text())
+    """The document of a file, a list if it has several."""
+    documents = list(yaml.safe_load_all((CLUSTER / name).read_text()))
+    return documents if len(documents) > 1 else documents[0]
 
 
 def parse(entrypoint: str) -> ScoreConfig | UnlearnConfig:
@@ -182,7 +184,9 @@ def check_job(manifest: RayJob) -> None:
     assert manifest.spec.shutdownAfterJobFinishes
     (group,) = manifest.cluster.workerGroupSpecs
     elastic = manifest.cluster.enableInTreeAutoscaling
-    gang = manifest.metadata.labels.get("ray.io/scheduler-name") == "volcano"
+    queue = manifest.metadata.labels.get("kueue.x-k8s.io/queue-name")
+    assert manifest.spec.suspend == (queue is not None)  # Kueue's to end
+    gang = queue is not None or manifest.metadata.labels.get("ray.io/scheduler-name") == "volcano"
     assert elastic != gang  # a gang is of fixed size
     if elastic:
         assert group.minReplicas == 0
@@ -193,6 +197,37 @@ def check_job(manifest: RayJob) -> None:
     config = parse(manifest.spec.entrypoint)
     mounts = {mount["mountPath"] for mount in group.template["spec"]["containers"][0]["volumeMounts"]}
     assert any(config.run.dir.startswith(f"{mount}/") for mount in mounts)
+
+
+# Kueue
+
+
+def check_queue(documents: list[dict[str, Any]]) -> None:
+    """The job of the same folder is in the queue, and all of its pods together have room."""
+    flavor, queue, local = (
+        kind.model_validate(document)
+        for kind, document in zip((ResourceFlavor, ClusterQueue, LocalQueue), documents, strict=True)
+    )
+    job = RayJob.model_validate(load("kuberay/unlearn_kueue.yaml"))
+    assert job.metadata.labels["kueue.x-k8s.io/queue-name"] == local.metadata.name
+    assert local.spec.clusterQueue == queue.metadata.name
+    assert queue.spec.namespaceSelector.matchLabels == {"kubernetes.io/metadata.name": local.metadata.namespace}
+    (group,) = queue.spec.resourceGroups
+    (only,) = group.flavors
+    assert only.name == flavor.metadata.name
+    quota = {one.name: quantity(one.nominalQuota) for one in only.resources}
+    assert list(quota) == group.coveredResources
+    workers = [(one.template, one.replicas) for one in job.cluster.workerGroupSpecs]
+    wanted = dict.fromkeys(quota, 0.0)
+    for template, count in [(job.spec.submitterPodTemplate, 1), (job.cluster.headGroupSpec.template, 1), *workers]:
+        for container in template["spec"]["containers"]:
+            for name, value in container["resources"]["requests"].items():
+                wanted[name] += count * quantity(value)
+    assert wanted == quota
+
+
+def quantity(text: str) -> float:
+    return float(text.removesuffix("Gi")) * (2**30 if text.endswith("Gi") else 1)
 
 
 # monitoring
@@ -211,10 +246,11 @@ def expressions_of_grafana() -> list[str]:
 
 
 AUTOSCALER = ["aws.yaml", "gcp.yaml", "on_premise.yaml"]
-KUBERAY = ["kuberay/score.yaml", "kuberay/unlearn.yaml", "kuberay/interactive.yaml"]
+KUBERAY = [f"kuberay/{name}.yaml" for name in ("score", "unlearn", "unlearn_kueue", "interactive")]
 CHECKS: dict[str, Callable[[Any], None]] = {
     **dict.fromkeys(AUTOSCALER, check_autoscaler),
     **dict.fromkeys(KUBERAY, check_kuberay),
+    "kuberay/kueue.yaml": check_queue,
     "kuberay/network_policy.yaml": validate,
     "kuberay/storage.yaml": validate,
     "monitoring/pod_monitor.yaml": PodMonitor.model_validate,
@@ -336,6 +372,13 @@ POD = f"{WORKER}/template/spec"
         ("kuberay/unlearn.yaml", f"{WORKER}/minReplicas", 2),
         ("kuberay/unlearn.yaml", f"{POD}/containers/0/resources/limits/cpu", "4"),
         ("kuberay/unlearn.yaml", "metadata/labels", {}),
+        ("kuberay/unlearn_kueue.yaml", "metadata/labels", {}),
+        ("kuberay/unlearn_kueue.yaml", "spec/suspend", False),
+        ("kuberay/unlearn_kueue.yaml", f"{JOB}/enableInTreeAutoscaling", True),
+        ("kuberay/kueue.yaml", "0/metadata/name", "gpus"),
+        ("kuberay/kueue.yaml", "1/spec/resourceGroups/0/flavors/0/resources/2/nominalQuota", "3"),
+        ("kuberay/kueue.yaml", "1/spec/resourceGroups/0/coveredResources", ["cpu", "memory"]),
+        ("kuberay/kueue.yaml", "2/spec/clusterQueue", "default"),
         ("kuberay/interactive.yaml", "spec/headGroupSpec/template/spec/securityContext/runAsNonRoot", False),
         ("kuberay/network_policy.yaml", "spec/egresses", []),
         ("kuberay/storage.yaml", "spec/accessModes", "ReadWriteMany"),
@@ -350,3 +393,9 @@ def test_broken_manifest_is_refused(name, path, value):
 def test_unknown_metric_is_refused():
     with pytest.raises(AssertionError):
         check_metrics("rate(ray_mrd_ray_units_finished[5m])")
+
+
+def test_kueue_differs_from_volcano_in_who_starts_it_only():
+    volcano, kueue = load("kuberay/unlearn.yaml"), load("kuberay/unlearn_kueue.yaml")
+    assert kueue["spec"].pop("suspend")
+    assert volcano["spec"] == kueue["spec"]
