@@ -263,7 +263,7 @@ def test_manifest(name):
 
 
 def test_no_manifest_is_left_out():
-    others = {"monitoring/prometheus.yaml", "monitoring/alerts.yaml"}
+    others = {"monitoring/prometheus.yaml", "monitoring/alerts.yaml", "runtime_env.yaml"}
     assert {str(file.relative_to(CLUSTER)) for file in CLUSTER.rglob("*.yaml")} == set(CHECKS) | others
 
 
