@@ -3,13 +3,17 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint models soak gpu install
+.PHONY: demo test test-slow lint models soak gpu install requirements
 
 demo: .venv/installed
 	$(BIN)/mrd-ray demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# an hour or more: nodes that die, jobs that are stopped, fuzzing, unlearning, the image's installation
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -33,6 +37,18 @@ gpu: .venv/installed
 	  $(BIN)/python -m benchmarks likelihood "$$@" --data "$(DATA)" --micro_batch_tokens 16384 && \
 	  $(BIN)/python -m benchmarks closed_form "$$@" --data "$(DATA)" --micro_batch_tokens 16384 --max_samples 400 \
 	    || exit 1; done
+
+# The image's packages with the hashes of all their files on the public index, for Linux on x86-64: run it after a change
+# of constraints.txt. From the public index only, whatever this machine's pip is set to.
+COMPILE = env -u UV_INDEX -u UV_FIND_LINKS build/uv/bin/uv pip compile --no-config --quiet --generate-hashes \
+	--default-index https://pypi.org/simple --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	--constraint constraints.txt --no-annotate --custom-compile-command "make requirements"
+
+requirements:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/pip install --quiet --constraint constraints.txt uv
+	echo setuptools | $(COMPILE) --output-file cluster/build.txt -
+	$(COMPILE) --extra lora --output-file cluster/requirements.txt pyproject.toml cluster/requirements.in
 
 install: .venv/installed
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from mrd_ray.cli import main
+from mrd_ray.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main(["evaluate", *sys.argv[1:]]))

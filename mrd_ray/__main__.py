@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 DESCRIPTION = "How hard is each sample to unlearn from a language model? (arXiv 2504.06658, on Ray)"
 COMMANDS = {
@@ -20,12 +21,18 @@ COMMANDS = {
 }
 
 
-def main() -> int:
-    """Run the command line of this process; gives the exit code."""
-    if sys.argv[1:] not in (["--help"], ["-h"]):
-        from mrd_ray import cli
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, by default this process's; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments) not in (["--help"], ["-h"]):
+        try:
+            from mrd_ray import cli
+        except ModuleNotFoundError as problem:
+            from mrd_ray.missing import what_to_do
 
-        return cli.main()
+            print(f"error: {what_to_do(problem.name or 'that it needs')}", file=sys.stderr)
+            return 1
+        return cli.main(arguments)
     line = argparse.ArgumentParser(prog="mrd-ray", description=DESCRIPTION)
     commands = line.add_subparsers(metavar="command", title="commands, each with a --help of its own")
     for name, what in COMMANDS.items():

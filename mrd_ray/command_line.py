@@ -19,6 +19,7 @@ from rich.console import Console
 from mrd_ray.config import document
 from mrd_ray.config.credentials import refuse_credentials
 from mrd_ray.errors import UserError, whole_traceback
+from mrd_ray.missing import missing_module, what_to_do
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130  # exit codes; argparse too ends with 2 on a bad command line
 # jsonargparse has numbers as people write them, 1e-5 among them
@@ -158,6 +159,10 @@ def _nobody_reads() -> bool:
 
 def _unforeseen(command: str, problem: Exception) -> UserError:
     """An exception that is not ours, as a sentence."""
+    if module := missing_module(problem):
+        found = UserError(what_to_do(module))
+        found.__cause__ = problem
+        return found
     inner: BaseException = problem
     while type(inner).__module__.startswith("ray.") and (of := getattr(inner, "cause", None) or inner.__cause__):
         inner = of  # what a worker raised

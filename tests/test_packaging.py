@@ -1,5 +1,6 @@
 """What `pip install mrd-ray` may resolve to, by the metadata."""
 
+import subprocess
 import tomllib
 from importlib.metadata import requires
 from pathlib import Path
@@ -48,3 +49,13 @@ def test_pins_are_permitted():
 def test_everything_that_is_needed_is_pinned():
     names = {name.lower().replace("_", "-") for name in PINS}
     assert {name.lower().replace("_", "-") for name in NEEDED} <= names
+
+
+def test_slow_tests_run_every_night():
+    said = subprocess.run(
+        ["make", "--dry-run", "test-slow"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert said.splitlines()[-1].endswith("-m pytest -m slow")
+    nightly = ROOT / ".ci" / "nightly"
+    assert nightly.stat().st_mode & 0o111
+    assert "\nmake test-slow\n" in nightly.read_text()

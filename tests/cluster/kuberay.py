@@ -68,6 +68,7 @@ class RayClusterSpec(Strict):
 
 class RayJobSpec(Strict):
     entrypoint: Text
+    suspend: Flag = False
     backoffLimit: Count | None = None
     activeDeadlineSeconds: Annotated[int, Field(gt=0, strict=True)]
     shutdownAfterJobFinishes: Flag
@@ -107,6 +108,52 @@ class RayJob(Strict):
 
 class Selector(Strict):
     matchLabels: dict[str, Text]
+
+
+class ResourceFlavor(Strict):
+    """Of Kueue, as ClusterQueue and LocalQueue."""
+
+    apiVersion: Literal["kueue.x-k8s.io/v1beta2"]
+    kind: Literal["ResourceFlavor"]
+    metadata: Metadata
+
+
+class Quota(Strict):
+    name: Text
+    nominalQuota: Text
+
+
+class Flavor(Strict):
+    name: Text
+    resources: list[Quota]
+
+
+class ResourceGroup(Strict):
+    coveredResources: list[Text]
+    flavors: list[Flavor]
+
+
+class ClusterQueueSpec(Strict):
+    namespaceSelector: Selector
+    resourceGroups: list[ResourceGroup]
+
+
+class ClusterQueue(Strict):
+    apiVersion: Literal["kueue.x-k8s.io/v1beta2"]
+    kind: Literal["ClusterQueue"]
+    metadata: Metadata
+    spec: ClusterQueueSpec
+
+
+class LocalQueueSpec(Strict):
+    clusterQueue: Text
+
+
+class LocalQueue(Strict):
+    apiVersion: Literal["kueue.x-k8s.io/v1beta2"]
+    kind: Literal["LocalQueue"]
+    metadata: Metadata
+    spec: LocalQueueSpec
 
 
 class PodMetricsEndpoint(Strict):

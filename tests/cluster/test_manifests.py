@@ -17,7 +17,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from kuberay import PodMonitor, RayCluster, RayJob
+from kuberay import ClusterQueue, LocalQueue, PodMonitor, RayCluster, RayJob, ResourceFlavor
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from mrd_ray.cli import LINE
@@ -45,7 +45,9 @@ METRICS = {  # what a job gives to Ray, which puts ray_ before
 
 
 def load(name: str) -> Any:
-    return yaml.safe_load((CLUSTER / name).read_text())
+    """The document of a file, a list if it has several."""
+    documents = list(yaml.safe_load_all((CLUSTER / name).read_text()))
+    return documents if len(documents) > 1 else documents[0]
 
 
 def parse(entrypoint: str) -> ScoreConfig | UnlearnConfig:
@@ -93,7 +95,13 @@ def check_autoscaler(config: dict[str, Any]) -> None:
     if prepared["provider"]["type"] == "local":
         assert "--num-cpus=0 --num-gpus=0" in head
         return
+    assert prepared["provider"]["use_internal_ips"] is True
+    assert not prepared["provider"].get("use_external_head_ip")
+    assert prepared["auth"]["ssh_proxy_use_node_id"]
+    assert re.search("^(aws ssm start-session|gcloud compute start-iap-tunnel) ", prepared["auth"]["ssh_proxy_command"])
     types = prepared["available_node_types"]
+    for kind in types.values():
+        check_network(prepared["provider"]["type"], kind["node_config"])
     name = prepared["head_node_type"]
     assert (types[name]["resources"], types[name]["max_workers"]) == ({"CPU": 0, "GPU": 0}, 0)
     for workers in (workers for other, workers in types.items() if other != name):
@@ -102,6 +110,19 @@ def check_autoscaler(config: dict[str, Any]) -> None:
         for line in entrypoints_of_readme():
             check_room(line, workers["max_workers"], workers["resources"]["CPU"], workers["resources"]["GPU"])
         assert workers["max_workers"] <= prepared["max_workers"]
+
+
+def check_network(provider: str, node: dict[str, Any]) -> None:
+    """What is named is not made by Ray, whose own group and interfaces are open to the internet."""
+    if provider == "aws":
+        assert node["SecurityGroupIds"]
+        assert node["SubnetIds"]
+        assert "NetworkInterfaces" not in node
+        assert ("IamInstanceProfile" in node) == ("InstanceMarketOptions" not in node)  # the head's, not the workers'
+    else:
+        assert node["networkInterfaces"]
+        assert not any("accessConfigs" in interface for interface in node["networkInterfaces"])
+        assert node["tags"]["items"]
 
 
 def entrypoints_of_readme() -> list[str]:
@@ -163,7 +184,9 @@ def check_job(manifest: RayJob) -> None:
     assert manifest.spec.shutdownAfterJobFinishes
     (group,) = manifest.cluster.workerGroupSpecs
     elastic = manifest.cluster.enableInTreeAutoscaling
-    gang = manifest.metadata.labels.get("ray.io/scheduler-name") == "volcano"
+    queue = manifest.metadata.labels.get("kueue.x-k8s.io/queue-name")
+    assert manifest.spec.suspend == (queue is not None)  # Kueue's to end
+    gang = queue is not None or manifest.metadata.labels.get("ray.io/scheduler-name") == "volcano"
     assert elastic != gang  # a gang is of fixed size
     if elastic:
         assert group.minReplicas == 0
@@ -174,6 +197,37 @@ def check_job(manifest: RayJob) -> None:
     config = parse(manifest.spec.entrypoint)
     mounts = {mount["mountPath"] for mount in group.template["spec"]["containers"][0]["volumeMounts"]}
     assert any(config.run.dir.startswith(f"{mount}/") for mount in mounts)
+
+
+# Kueue
+
+
+def check_queue(documents: list[dict[str, Any]]) -> None:
+    """The job of the same folder is in the queue, and all of its pods together have room."""
+    flavor, queue, local = (
+        kind.model_validate(document)
+        for kind, document in zip((ResourceFlavor, ClusterQueue, LocalQueue), documents, strict=True)
+    )
+    job = RayJob.model_validate(load("kuberay/unlearn_kueue.yaml"))
+    assert job.metadata.labels["kueue.x-k8s.io/queue-name"] == local.metadata.name
+    assert local.spec.clusterQueue == queue.metadata.name
+    assert queue.spec.namespaceSelector.matchLabels == {"kubernetes.io/metadata.name": local.metadata.namespace}
+    (group,) = queue.spec.resourceGroups
+    (only,) = group.flavors
+    assert only.name == flavor.metadata.name
+    quota = {one.name: quantity(one.nominalQuota) for one in only.resources}
+    assert list(quota) == group.coveredResources
+    workers = [(one.template, one.replicas) for one in job.cluster.workerGroupSpecs]
+    wanted = dict.fromkeys(quota, 0.0)
+    for template, count in [(job.spec.submitterPodTemplate, 1), (job.cluster.headGroupSpec.template, 1), *workers]:
+        for container in template["spec"]["containers"]:
+            for name, value in container["resources"]["requests"].items():
+                wanted[name] += count * quantity(value)
+    assert wanted == quota
+
+
+def quantity(text: str) -> float:
+    return float(text.removesuffix("Gi")) * (2**30 if text.endswith("Gi") else 1)
 
 
 # monitoring
@@ -192,10 +246,11 @@ def expressions_of_grafana() -> list[str]:
 
 
 AUTOSCALER = ["aws.yaml", "gcp.yaml", "on_premise.yaml"]
-KUBERAY = ["kuberay/score.yaml", "kuberay/unlearn.yaml", "kuberay/interactive.yaml"]
+KUBERAY = [f"kuberay/{name}.yaml" for name in ("score", "unlearn", "unlearn_kueue", "interactive")]
 CHECKS: dict[str, Callable[[Any], None]] = {
     **dict.fromkeys(AUTOSCALER, check_autoscaler),
     **dict.fromkeys(KUBERAY, check_kuberay),
+    "kuberay/kueue.yaml": check_queue,
     "kuberay/network_policy.yaml": validate,
     "kuberay/storage.yaml": validate,
     "monitoring/pod_monitor.yaml": PodMonitor.model_validate,
@@ -208,7 +263,7 @@ def test_manifest(name):
 
 
 def test_no_manifest_is_left_out():
-    others = {"monitoring/prometheus.yaml", "monitoring/alerts.yaml"}
+    others = {"monitoring/prometheus.yaml", "monitoring/alerts.yaml", "runtime_env.yaml"}
     assert {str(file.relative_to(CLUSTER)) for file in CLUSTER.rglob("*.yaml")} == set(CHECKS) | others
 
 
@@ -294,6 +349,11 @@ POD = f"{WORKER}/template/spec"
         ("aws.yaml", "idle_timeout_minute", 5),
         ("aws.yaml", "available_node_types/worker/resources/GPU", 0),
         ("aws.yaml", "available_node_types/worker/max_workers", 2),
+        ("aws.yaml", "provider/use_internal_ips", False),
+        ("aws.yaml", "available_node_types/head/node_config/SecurityGroupIds", []),
+        ("aws.yaml", "available_node_types/worker/node_config/IamInstanceProfile", {"Name": "mrd-ray-head"}),
+        ("gcp.yaml", "provider/use_internal_ips", False),
+        ("gcp.yaml", "available_node_types/worker/node_config/networkInterfaces/0/accessConfigs", [{}]),
         ("gcp.yaml", "available_node_types/worker/min_workers", 1),
         ("gcp.yaml", "available_node_types/head/resources/CPU", 4),
         ("gcp.yaml", "docker/run_options/0", "--env RAY_AUTH_MODE=disabled"),
@@ -312,6 +372,13 @@ POD = f"{WORKER}/template/spec"
         ("kuberay/unlearn.yaml", f"{WORKER}/minReplicas", 2),
         ("kuberay/unlearn.yaml", f"{POD}/containers/0/resources/limits/cpu", "4"),
         ("kuberay/unlearn.yaml", "metadata/labels", {}),
+        ("kuberay/unlearn_kueue.yaml", "metadata/labels", {}),
+        ("kuberay/unlearn_kueue.yaml", "spec/suspend", False),
+        ("kuberay/unlearn_kueue.yaml", f"{JOB}/enableInTreeAutoscaling", True),
+        ("kuberay/kueue.yaml", "0/metadata/name", "gpus"),
+        ("kuberay/kueue.yaml", "1/spec/resourceGroups/0/flavors/0/resources/2/nominalQuota", "3"),
+        ("kuberay/kueue.yaml", "1/spec/resourceGroups/0/coveredResources", ["cpu", "memory"]),
+        ("kuberay/kueue.yaml", "2/spec/clusterQueue", "default"),
         ("kuberay/interactive.yaml", "spec/headGroupSpec/template/spec/securityContext/runAsNonRoot", False),
         ("kuberay/network_policy.yaml", "spec/egresses", []),
         ("kuberay/storage.yaml", "spec/accessModes", "ReadWriteMany"),
@@ -326,3 +393,9 @@ def test_broken_manifest_is_refused(name, path, value):
 def test_unknown_metric_is_refused():
     with pytest.raises(AssertionError):
         check_metrics("rate(ray_mrd_ray_units_finished[5m])")
+
+
+def test_kueue_differs_from_volcano_in_who_starts_it_only():
+    volcano, kueue = load("kuberay/unlearn.yaml"), load("kuberay/unlearn_kueue.yaml")
+    assert kueue["spec"].pop("suspend")
+    assert volcano["spec"] == kueue["spec"]
