@@ -7,7 +7,23 @@ class UserError(Exception):
     """Bad input or setting. The message names it, says what was expected and what to do.
 
     The command line prints it without a traceback and exits with 1.
+
+    Args:
+        quote: the part of the message that quotes a row, or may.
     """
+
+    def __init__(self, message: str, quote: str = "") -> None:
+        super().__init__(message)
+        self.quote = quote
+
+    @property
+    def without_quote(self) -> str:
+        """The message without texts of rows."""
+        return str(self).replace(self.quote, "", 1) if self.quote else str(self)
+
+
+class SettingsError(UserError):
+    """Settings that are wrong by themselves, whatever the data and models: the command line exits with 2."""
 
 
 def whole_traceback(problem: BaseException) -> str:

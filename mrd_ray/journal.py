@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 import ray
 import ray.util.metrics
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from rich.console import Console
 
+from mrd_ray import progress
+from mrd_ray.config import OutputConfig
 from mrd_ray.config.credentials import recordable
 from mrd_ray.errors import UserError, whole_traceback
 from mrd_ray.runs import EVENTS, PROGRESS, TRACEBACK, RunDirectory
@@ -92,8 +93,8 @@ class Journal:
     Raises UserError if another driver is at work there, on a storage that has no locks.
     """
 
-    def __init__(self, run: RunDirectory, command: str) -> None:
-        self._run, self.console = run, Console(stderr=True)
+    def __init__(self, run: RunDirectory, command: str, output: OutputConfig | None = None) -> None:
+        self._run, self.console = run, progress.console(output or OutputConfig())
         self.run_id = str(run.manifest()["run_id"])
         self._progress = Progress(command=command, run=self.run_id)
         if not run.locks:
@@ -113,7 +114,7 @@ class Journal:
         state = "done" if problem is None else "failed" if isinstance(problem, Exception) else "interrupted"
         message = None
         if problem is not None:  # a text of ours, or the kind of a defect, whose own words may quote anything
-            message = str(problem) if isinstance(problem, UserError) else type(problem).__name__
+            message = problem.without_quote if isinstance(problem, UserError) else type(problem).__name__
         self._over.set()
         self._beating.join()
         if isinstance(problem, Exception):

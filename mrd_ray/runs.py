@@ -22,7 +22,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mrd_ray import storage
 from mrd_ray.config.credentials import recordable
-from mrd_ray.errors import UserError
+from mrd_ray.errors import SettingsError, UserError
 
 _PACKAGES = (
     "mrd-ray",
@@ -126,19 +126,19 @@ def parsed_table(
 class RunDirectory:
     """Files of one run under a local path or URI. Only the driver writes to it.
 
-    A local directory is made readable by its owner alone; one that is there already keeps its mode.
+    A local directory, and its parents, are made readable by their owner alone; one that is there keeps its mode.
     """
 
     def __init__(self, uri: str, setting: str = "run.dir", make: bool = True) -> None:
         """setting: that names it, for errors. make: if it is not there. Raises UserError if it cannot be opened."""
         self.uri = uri
         if "://" in uri and ("?" in uri or "#" in uri):
-            raise UserError(
+            raise SettingsError(
                 f"{setting}: {uri} has a part after ? or #, which the files in it could not have; set what it says in "
                 "the environment: AWS_REGION, AWS_ENDPOINT_URL"
             )
         if make and "://" not in uri and _OF_JOB in str(Path(uri).expanduser().absolute()):
-            raise UserError(
+            raise SettingsError(
                 f"{setting}: {uri} would be in the job's copy of the working directory, which Ray throws away; name an "
                 "absolute path on storage that outlives the job, or a URI"
             )
@@ -150,7 +150,7 @@ class RunDirectory:
                 return
             with self._writing(""):
                 if isinstance(self._fs, LocalFileSystem):  # what people ask to forget is nobody else's to read
-                    Path(self._root).mkdir(mode=0o700, parents=True, exist_ok=True)
+                    storage.make_private(Path(self._root))
                 else:
                     self._fs.makedirs(self._root, exist_ok=True)
         except (ImportError, ValueError) as problem:
@@ -220,8 +220,11 @@ class RunDirectory:
         names = (file.rsplit("/", 1)[-1] for file in files)
         return sorted(name for name in names if not name.endswith(".tmp") and not name.startswith("."))
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file whole or not at all: a kill at any moment leaves the old one. Raises UserError."""
+    def write(self, name: str, content: bytes, mode: int = 0o666) -> None:
+        """Write a file whole or not at all: a kill at any moment leaves the old one. Raises UserError.
+
+        mode: of a local file, which the umask limits further.
+        """
         target = self.path(name)
         if "/" in name:
             with self._writing(name):
@@ -230,18 +233,14 @@ class RunDirectory:
             if not isinstance(self._fs, LocalFileSystem):
                 self._fs.pipe_file(target, content)  # object stores publish an object when it is complete
                 return
-            with open(target + ".tmp", "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(target + ".tmp").replace(target)
+            storage.replace_file(Path(target), content, mode)
 
     def put(self, name: str, folder: Path) -> None:
         """Make `name` a copy of a local folder, in place of what is there; only a whole one takes its place."""
         target = self.path(name)
         with self._writing(name):
             if isinstance(self._fs, LocalFileSystem):
-                shutil.rmtree(f"{target}.tmp", ignore_errors=True)
+                storage.remove(Path(f"{target}.tmp"))
                 shutil.copytree(folder, f"{target}.tmp")
                 shutil.rmtree(target, ignore_errors=True)
                 Path(f"{target}.tmp").replace(target)

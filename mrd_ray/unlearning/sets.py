@@ -74,13 +74,14 @@ def _retain(config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, limits: L
     try:
         retain = samples_table.build(data, tokenizer, limits, console)
     except UserError as problem:
-        raise UserError(f"retain.path, read with the settings of data: {problem}") from None
+        raise UserError(f"retain.path, read with the settings of data: {problem}", problem.quote) from None
     usable = retain.filter(pc.is_null(retain["error"]))
     if not len(usable):
         raise UserError(f"retain.path: {config.retain.path} holds no usable samples")
     if left_out := len(retain) - len(usable):
         reasons = retain["error"].drop_null().to_pylist()
-        text = f"{left_out} of {len(retain)} retain samples are left out; the first: {reasons[0]}"
+        text = f"{left_out} of {len(retain)} retain samples are left out"
+        text += f"; the first: {reasons[0]}" if config.output.texts else ""
         console.print(text, style="red", markup=False)
     return usable
 
