@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, get_loader, set_loader
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
-from mrd_ray.config import document
+from mrd_ray.config import OutputConfig, document
 from mrd_ray.config.credentials import refuse_credentials
 from mrd_ray.errors import SettingsError, UserError, whole_traceback
 
@@ -120,7 +120,7 @@ class CommandLine:
             line.error(f"--config: cannot read {_config_of(arguments)}: it is not UTF-8 text ({problem.reason})")
         except ValidationError as problem:  # settings that are each in range but contradict one another
             line.error("; ".join(_named(problem.title, error) for error in problem.errors()))
-        texts = "output" not in type(config).model_fields or config.output.texts
+        texts = getattr(config, "output", OutputConfig()).texts
         try:
             with _terminable():
                 return call(config)

@@ -9,17 +9,20 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with 1.
 
     Args:
-        quote: the part of the message that quotes a row, or may.
+        quotes: parts of the message that quote rows, or may.
     """
 
-    def __init__(self, message: str, quote: str = "") -> None:
+    def __init__(self, message: str, *quotes: str) -> None:
         super().__init__(message)
-        self.quote = quote
+        self.quotes = quotes
 
     @property
     def without_quote(self) -> str:
         """The message without texts of rows."""
-        return str(self).replace(self.quote, "", 1) if self.quote else str(self)
+        message = str(self)
+        for quote in self.quotes:
+            message = message.replace(quote, "", 1)
+        return message
 
 
 class SettingsError(UserError):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from conftest import QA
 
 from mrd_ray.cli import LINE, main
 from mrd_ray.config import OutputConfig, ScoreConfig
@@ -14,7 +13,18 @@ from mrd_ray.runs import RunDirectory
 from mrd_ray.scoring import summary
 
 QUOTED = "Ilse hid the ledger"  # in a row that has no score, whose reason quotes it
-TEXTS = [QUOTED, *(text for pair in QA for text in pair if len(text.split()) > 2)]
+TEXTS = [  # of conftest's rows
+    *(
+        "rye bread and plum",
+        "the song of the salt road",
+        "Ilse Varga",
+        "In Orlen",
+        "the door of the mill",
+        "past the mill",
+    ),
+    *("bells hang in", "mends the bells", "name of the ferry", "leaves at dawn", "carry in his coat", "Every night"),
+    *("grows behind the mill", "Nettles and one", QUOTED),
+]
 IN_JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}  # as the job server starts a command
 
 
@@ -44,16 +54,25 @@ def run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def flags(ray_cluster, tiny_model_dir, data, run) -> list[str]:
+def flags(ray_cluster, tiny_model_dir, qa_file, data, run) -> list[str]:
     """A pipeline, with answers; other tests than the first find it finished."""
     asked = f"{{asked: {{path: {data}, metrics: [rouge_l, probability]}}}}"
     return [
-        *("pipeline", "--model.path", str(tiny_model_dir), "--data.path", str(data), "--run.dir", str(run)),
+        *("pipeline", "--model.path", str(tiny_model_dir), "--data.path", str(qa_file), "--run.dir", str(run)),
         *("--evaluation.sets", asked, "--evaluation.max_new_tokens", "4", "--scoring.micro_batch_tokens", "64"),
         *("--unlearning.method", "ga", "--unlearning.steps", "1", "--unlearning.batch_size", "2"),
         *("--unlearning.weighting", "uniform", "--stopping.extraction_n", "0"),
         *("--ray.actors", "1", "--ray.workers", "1"),
     ]
+
+
+@pytest.fixture(scope="module")
+def scored(ray_cluster, tiny_model_dir, data, run) -> list[str]:
+    """A run with a sample that has no score, finished."""
+    line = ["score", "--model.path", str(tiny_model_dir), "--data.path", str(data), "--ray.actors", "1"]
+    line += ["--run.dir", str(run.parent / "scored"), "--scoring.num_draws", "2"]
+    assert main(line) == 3
+    return line
 
 
 def test_a_pipeline_prints_texts_unless_it_is_a_job_or_is_told_not_to(flags, run, monkeypatch, capfd):
@@ -68,7 +87,6 @@ def test_a_pipeline_prints_texts_unless_it_is_a_job_or_is_told_not_to(flags, run
         assert main([*flags, *more]) == 3
         printed = capfd.readouterr()
         assert bool(found(printed.out, printed.err)) == shown, (variables, more, found(printed.out, printed.err))
-        assert (QUOTED in printed.out) == shown
         assert "qa-05" in printed.out
         assert bool(found((run / "report.html").read_text())) == shown
         assert (run / "report.html").stat().st_mode & 0o777 == 0o600
@@ -93,7 +111,7 @@ def test_quiet_prints_where_results_are_and_nothing_else(flags, run, monkeypatch
 
 
 @pytest.mark.parametrize(("variables", "shown"), [(IN_JOB, False), ({}, True)])
-def test_the_other_commands(flags, run, data, tiny_model_dir, variables, shown, monkeypatch, capfd, tmp_path):
+def test_the_other_commands(flags, scored, run, data, tiny_model_dir, variables, shown, monkeypatch, capfd, tmp_path):
     environment(monkeypatch, variables)
     of_model = ["--model.path", str(tiny_model_dir), "--data.path", str(data)]
     assert main(["compare", str(run / "score"), str(run / "score"), "--out", str(tmp_path / "c.png")]) == 0
@@ -102,11 +120,13 @@ def test_the_other_commands(flags, run, data, tiny_model_dir, variables, shown, 
     assert "qa-05" in compared.out
     assert main(["plan", *of_model, "--tflops", "1"]) == 3
     assert bool(found(*capfd.readouterr())) == shown
-    retained = ["unlearn", *of_model, "--retain.path", str(data), "--run.dir", str(tmp_path / "x")]
-    assert main([*retained, "--unlearning.method", "ga", "--model.allow_unused_weights", "true", "--ray.workers", "99",
-                 "--ray.start_timeout", "0.1", "--unlearning.weighting", "uniform"]) == 1  # fmt: skip
+    assert main(scored) == 3
     printed = capfd.readouterr()
-    assert "1 of 13 retain samples are left out" in printed.err
+    assert (QUOTED in printed.out) == bool(found(printed.out, printed.err)) == shown
+    unlearn = ["unlearn", *of_model, "--run.dir", str(tmp_path / "x"), "--unlearning.method", "ga"]
+    assert main(unlearn) == 1
+    printed = capfd.readouterr()
+    assert "cannot be unlearned (qa-bad, row 13" in printed.err
     assert bool(found(printed.out, printed.err)) == shown
 
 
@@ -114,7 +134,7 @@ def test_the_other_commands(flags, run, data, tiny_model_dir, variables, shown, 
 def test_errors_that_quote_rows(tiny_model_dir, variables, shown, monkeypatch, capfd, tmp_path):
     environment(monkeypatch, variables)
     (tmp_path / "d.jsonl").write_text(json.dumps({"text": "A row."}) + "\n" + json.dumps([QUOTED]) + "\n")
-    sets = f"{{asked: {{path: {tmp_path / 'd.jsonl'}, metrics: [perplexity]}}}}"
+    sets = f"{{asked: {{path: {tmp_path / 'd.jsonl'}, text: text, metrics: [perplexity]}}}}"
     model = ["--model.path", str(tiny_model_dir), "--run.dir", str(tmp_path / "run")]
     for line in (
         ["score", *model, "--data.path", str(tmp_path / "d.jsonl")],
@@ -146,8 +166,10 @@ def test_events_never_quote(tmp_path):
 
 
 @pytest.mark.parametrize("include_text", [False, True])
-def test_the_picture_depends_on_texts_only_where_it_shows_them(flags, run, include_text):
-    scores, samples = (pa.parquet.read_table(run / "score" / f"{name}.parquet") for name in ("scores", "samples"))
+def test_the_picture_depends_on_texts_only_where_it_shows_them(scored, run, include_text):
+    scores, samples = (
+        pa.parquet.read_table(run.parent / "scored" / f"{name}.parquet") for name in ("scores", "samples")
+    )
     config = ScoreConfig(
         model={"path": "m"}, data={"path": "d"}, run={"dir": "r"}, output={"include_text": include_text}
     )

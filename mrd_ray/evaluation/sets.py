@@ -101,7 +101,7 @@ def build(
         return pa.Table.from_pylist(rows, SCHEMA).sort_by("sample_id")
     except UserError as problem:
         raise UserError(
-            f"evaluation.sets.{name}, read with its settings as data: {problem}", problem.quote
+            f"evaluation.sets.{name}, read with its settings as data: {problem}", *problem.quotes
         ) from problem
 
 

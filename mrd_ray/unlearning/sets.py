@@ -46,10 +46,12 @@ def build(config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, limits: Lim
 def _refuse_unusable(path: str, forget: pa.Table) -> None:
     bad = forget.filter(pc.is_valid(forget["error"])).select(["sample_id", *PLACE, "error"]).to_pylist()
     if bad:
-        named = "; ".join(f"{row['sample_id']}, {_where(row)}: {row['error']}" for row in bad[:5])
+        reasons = [f": {row['error']}" for row in bad[:5]]
+        named = "; ".join(f"{row['sample_id']}, {_where(row)}{why}" for row, why in zip(bad, reasons, strict=False))
         raise UserError(
             f"data.path: {len(bad)} of {len(forget)} samples of {path} cannot be unlearned ({named}"
-            f"{'; ...' if len(bad) > 5 else ''}). Mend or remove them; data.truncate cuts long ones"
+            f"{'; ...' if len(bad) > 5 else ''}). Mend or remove them; data.truncate cuts long ones",
+            *reasons,
         )
 
 
@@ -74,7 +76,7 @@ def _retain(config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, limits: L
     try:
         retain = samples_table.build(data, tokenizer, limits, console)
     except UserError as problem:
-        raise UserError(f"retain.path, read with the settings of data: {problem}", problem.quote) from None
+        raise UserError(f"retain.path, read with the settings of data: {problem}", *problem.quotes) from None
     usable = retain.filter(pc.is_null(retain["error"]))
     if not len(usable):
         raise UserError(f"retain.path: {config.retain.path} holds no usable samples")
@@ -128,8 +130,9 @@ def _refusals(
                 rendered = render(with_response(row.values, columns, refusal), columns, on_response, tokenizer)
                 tokens = tokens_of(rendered, on_response, encoder, limits)
             except Unscorable as problem:
+                quote = f": {problem}"
                 raise UserError(
-                    f"unlearning.refusals: line {line} of {path}, with the prompt of {row.place}: {problem}"
+                    f"unlearning.refusals: line {line} of {path}, with the prompt of {row.place}{quote}", quote
                 ) from None
             sample = {"sample_id": f"{i}-{j}", "index": row.index, "file": row.file, "row": row.number}
             found[i].append(sample | {"text": rendered.text, **tokens._asdict()})
