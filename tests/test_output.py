@@ -111,10 +111,10 @@ def test_quiet_prints_where_results_are_and_nothing_else(flags, run, monkeypatch
 
 
 @pytest.mark.parametrize(("variables", "shown"), [(IN_JOB, False), ({}, True)])
-def test_the_other_commands(flags, scored, run, data, tiny_model_dir, variables, shown, monkeypatch, capfd, tmp_path):
+def test_the_other_commands(scored, run, data, tiny_model_dir, variables, shown, monkeypatch, capfd, tmp_path):
     environment(monkeypatch, variables)
     of_model = ["--model.path", str(tiny_model_dir), "--data.path", str(data)]
-    assert main(["compare", str(run / "score"), str(run / "score"), "--out", str(tmp_path / "c.png")]) == 0
+    assert main(["compare", *[str(run.parent / "scored")] * 2, "--out", str(tmp_path / "c.png")]) == 0
     compared = capfd.readouterr()
     assert bool(found(compared.out, compared.err)) == shown
     assert "qa-05" in compared.out
