@@ -12,8 +12,9 @@ with cluster() as grows:
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     opened = [(one.name(), c) for one in processes for c in one.net_connections("inet")]
     listening = [(name, *c.laddr) for name, c in opened if c.status == "LISTEN"]
+    node = ray._private.worker.global_worker.node
     ray.get(ray.remote(lambda: None).remote())
-    print(json.dumps({"listening": listening, "grows": grows, "dashboard": ray._private.worker.global_worker.node.webui_url,
+    print(json.dumps({"listening": listening, "grows": grows, "dashboard": node.webui_url,
                       "nodes": [node["NodeManagerAddress"] for node in ray.nodes()]}))
 """
 
