@@ -78,16 +78,25 @@ def _call(config: Any) -> int:
     return FAILED
 
 
+def _console(quiet: bool = False) -> Console:
+    return Console(width=None if sys.stdout.isatty() else 120, quiet=quiet)  # a job's log has no width of its own
+
+
+def _say_where(what: str, path: str) -> None:
+    Console().print(f"{what} {path}", soft_wrap=True, markup=False, highlight=False)
+
+
 def _score(config: ScoreConfig) -> int:
     from mrd_ray.scoring import summary
     from mrd_ray.scoring.score import score
 
     started = time.monotonic()
     finished = score(config)
-    console = Console() if sys.stdout.isatty() else Console(width=120)  # a job's log has no width of its own
+    console = _console(config.output.quiet)
     summary.show(console, finished.scores, finished.samples, config)
-    console.print(f"\nScores:  {finished.run.path('scores.parquet')}", soft_wrap=True, markup=False)
-    console.print(f"Summary: {finished.run.path('summary.png')}", soft_wrap=True, markup=False)
+    console.print()
+    _say_where("Scores: ", finished.run.path("scores.parquet"))
+    _say_where("Summary:", finished.run.path("summary.png"))
     console.print(f"Took {time.monotonic() - started:.0f} s")
     return _SOME_WITHOUT_SCORE if finished.num_errors else DONE
 
@@ -98,10 +107,11 @@ def _unlearn(config: UnlearnConfig) -> int:
 
     started = time.monotonic()
     finished = unlearn(config)
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = _console(config.output.quiet)
     summary.show(console, finished)
-    console.print(f"\nModel:   {finished.run.path('model')}", soft_wrap=True, markup=False)
-    console.print(f"Log:     {finished.run.path('metrics.jsonl')}", soft_wrap=True, markup=False)
+    console.print()
+    _say_where("Model:  ", finished.run.path("model"))
+    _say_where("Log:    ", finished.run.path("metrics.jsonl"))
     console.print(f"Took {time.monotonic() - started:.0f} s")
     return _STOPPED_EARLY if finished.failed else DONE
 
@@ -112,10 +122,12 @@ def _evaluate(config: EvaluateConfig) -> int:
 
     started = time.monotonic()
     finished = evaluate(config)
-    summary.show(Console() if sys.stdout.isatty() else Console(width=120), finished)
-    Console().print(f"\nFigures: {finished.run.path('figures.json')}", soft_wrap=True, markup=False)
-    Console().print(f"Rows:    {finished.run.path('evaluation.parquet')}", soft_wrap=True, markup=False)
-    Console().print(f"Took {time.monotonic() - started:.0f} s")
+    console = _console(config.output.quiet)
+    summary.show(console, finished)
+    console.print()
+    _say_where("Figures:", finished.run.path("figures.json"))
+    _say_where("Rows:   ", finished.run.path("evaluation.parquet"))
+    console.print(f"Took {time.monotonic() - started:.0f} s")
     return _SOME_WITHOUT_SCORE if finished.num_errors else DONE
 
 
@@ -126,7 +138,7 @@ def _status(config: StatusConfig) -> int:
     if config.as_json:
         print(json.dumps([one.plain() for one in found], indent=1))
         return DONE
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = _console()
     for one in found:
         table = Table(show_header=False)
         for row in rows(one):
@@ -138,7 +150,7 @@ def _status(config: StatusConfig) -> int:
 def _tasks(config: TasksConfig) -> int:
     from mrd_ray.data import tasks
 
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = _console()
     for task in config.tasks or tasks.names():
         description, sources = tasks.sources(task, config.task_data)
         title = escape(f"{task}: {description}")
@@ -157,14 +169,15 @@ def _pipeline(config: PipelineConfig) -> int:
 
     RunDirectory(config.run.dir)  # the owner's alone: the report in it holds texts
     stages = Stages.of(config)
+    console = _console(config.output.quiet)
     code = _score(stages.score)
-    print()
+    console.print()
     code = max(code, _unlearn(stages.unlearn))
     runs = {when: evaluate(one) for when, one in stages.evaluations.items()}
     if runs:
-        summary.show_beside(Console(width=None if sys.stdout.isatty() else 120), runs)
+        summary.show_beside(console, runs)
         code = max(code, *(_SOME_WITHOUT_SCORE if run.num_errors else DONE for run in runs.values()))
-    print()
+    console.print()
     _report(stages.report)
     return code
 
@@ -187,7 +200,7 @@ def _compare(config: CompareConfig) -> int:
         Path(config.out).write_bytes(compare.figure(found, config))
     except OSError as problem:
         raise UserError(f"out: cannot write {config.out}: {problem.strerror}") from None
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = _console(config.output.quiet)
     table = Table(show_header=False)
     table.add_row("a", escape(f"{config.run_a}: {found.settings[0]}"))
     table.add_row("b", escape(f"{config.run_b}: {found.settings[1]}"))
@@ -198,19 +211,20 @@ def _compare(config: CompareConfig) -> int:
     table.add_row("over 3 standard errors apart", found.share_apart)
     table.add_row("standard errors of differences", found.draws)
     console.print(table)
-    worst = Table("a", "b", "apart", "sample", "text", title="Those that disagree most", title_justify="left")
+    texts = ["text"] if config.output.texts else []
+    worst = Table("a", "b", "apart", "sample", *texts, title="Those that disagree most", title_justify="left")
     for row in found.rows[:10]:
-        text = short(row["text"] or "", 200)
-        worst.add_row(f"{row['a']:.3g}", f"{row['b']:.3g}", found.how_far(row), escape(row["sample_id"]), escape(text))
+        text = [escape(short(row[name] or "", 200)) for name in texts]
+        worst.add_row(f"{row['a']:.3g}", f"{row['b']:.3g}", found.how_far(row), escape(row["sample_id"]), *text)
     console.print(worst)
-    console.print(f"Scatter plot: {config.out}", soft_wrap=True, markup=False)
+    _say_where("Scatter plot:", config.out)
     return DONE
 
 
 def _report(config: ReportConfig) -> int:
     from mrd_ray.report.report import write_report
 
-    Console().print(f"Report: {write_report(config)}", soft_wrap=True, markup=False, highlight=False)
+    _say_where("Report:", write_report(config))
     return DONE
 
 
@@ -219,7 +233,7 @@ def _plan(config: PlanConfig) -> int:
     from mrd_ray.scoring.estimate import plan
 
     found = plan(config)
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = _console()
     table = Table(show_header=False)
     table.add_row("samples", f"{found.samples:,} ({found.reasons.total():,} cannot be scored)")
     waste = 1 - found.tokens / found.padded_tokens if found.padded_tokens else 0.0
@@ -239,7 +253,7 @@ def _plan(config: PlanConfig) -> int:
     table.add_row("duration", f"{whole}{around}, {found.device_hours:.3g} device-hours")
     console.print(table)
     _show_fleets(console, config, found)
-    summary.show_errors(console, found.reasons)
+    summary.show_errors(console, found.reasons, config.output.texts)
     return _SOME_WITHOUT_SCORE if found.reasons else DONE
 
 

@@ -16,15 +16,15 @@ from jsonargparse import ArgumentParser, get_loader, set_loader
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
-from mrd_ray.config import document
+from mrd_ray.config import OutputConfig, document
 from mrd_ray.config.credentials import refuse_credentials
-from mrd_ray.errors import UserError, whole_traceback
+from mrd_ray.errors import SettingsError, UserError, whole_traceback
 from mrd_ray.missing import missing_module, what_to_do
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130  # exit codes; argparse too ends with 2 on a bad command line
 # jsonargparse has numbers as people write them, 1e-5 among them
 set_loader("yaml", functools.partial(document.load, construct=get_loader("yaml")), exceptions=(ValueError,))
-_DEBUG = "--debug"
+_DEBUG, _QUIET = "--debug", "--quiet"
 _TASK_DATA = "Local copies of the task's hub datasets: '{locuslab/TOFU: FOLDER}'."
 
 
@@ -59,6 +59,8 @@ class CommandLine:
     def _add_flags(self, command: ArgumentParser, name: str, task: Mapping[str, Any]) -> None:
         config = self.commands[name]
         command.add_argument(_DEBUG, action="store_true", help="After an error print the whole traceback.")
+        if "output" in config.model_fields:
+            command.add_argument(_QUIET, action="store_true", help="Short for --output.quiet true.")
         command.add_argument("--config", action="config", help="YAML file of these settings; flags go over it.")
         if name in self.of_tasks:
             command.add_argument("--task", type=str, help="A task of `mrd-ray tasks`, or a YAML file of your own.")
@@ -91,7 +93,7 @@ class CommandLine:
             ):  # `scoring:` with nothing under it, in YAML
                 raise UserError(f"{name}: {given!r:.40}; expected settings, or leave it out")
         values = line.instantiate(parsed)[parsed.command]
-        others = {"config", "__path__", _DEBUG.strip("-")}
+        others = {"config", "__path__", _DEBUG.strip("-"), _QUIET.strip("-")}
         if parsed.command in self.of_tasks:  # their settings have become defaults
             others |= {"task", "task_data"}
         ours = {key: value for key, value in values.items() if key not in others}
@@ -104,6 +106,8 @@ class CommandLine:
                 stream.reconfigure(errors="replace")
         debug = _DEBUG in arguments  # of no command, and anywhere on the line
         arguments = [argument for argument in arguments if argument != _DEBUG]
+        if "output" in getattr(self.commands.get(next(iter(arguments), "")), "model_fields", {}):
+            arguments = ["--output.quiet=true" if argument == _QUIET else argument for argument in arguments]
         try:
             refuse_credentials("command line", arguments)
             line = self.parser(task_of(arguments), arguments[:1])
@@ -117,15 +121,16 @@ class CommandLine:
             line.error(f"--config: cannot read {_config_of(arguments)}: it is not UTF-8 text ({problem.reason})")
         except ValidationError as problem:  # settings that are each in range but contradict one another
             line.error("; ".join(_named(problem.title, error) for error in problem.errors()))
+        texts = getattr(config, "output", OutputConfig()).texts
         try:
             with _terminable():
                 return call(config)
         except UserError as problem:
-            return _failed(problem, debug=debug)
+            return _failed(problem, REFUSED if isinstance(problem, SettingsError) else FAILED, debug, texts)
         except Exception as problem:  # a defect, or what a library did not foresee
             if isinstance(problem, BrokenPipeError) and _nobody_reads():
                 return FAILED
-            return _failed(_unforeseen(arguments[0], problem), debug=debug)
+            return _failed(_unforeseen(arguments[0], problem), FAILED, debug, texts)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             return INTERRUPTED
@@ -168,18 +173,21 @@ def _unforeseen(command: str, problem: Exception) -> UserError:
         inner = of  # what a worker raised
     reason = (str(inner).strip().splitlines() or ["no reason given"])[0].rstrip(".")
     where = "".join(f" {note}." for note in getattr(problem, "__notes__", []))
+    quote = f": {reason}"  # which may be of a row
     found = UserError(
-        f"`{command}` was stopped by {type(inner).__name__}: {reason}. This is no setting of yours that mrd_ray knows "
-        f"to be wrong.{where} {_DEBUG} prints the traceback; with it, please report this"
+        f"`{command}` was stopped by {type(inner).__name__}{quote}. This is no setting of yours that mrd_ray knows "
+        f"to be wrong.{where} {_DEBUG} prints the traceback; with it, please report this",
+        quote,
     )
     found.__cause__ = problem
     return found
 
 
-def _failed(problem: UserError, code: int = FAILED, debug: bool = False) -> int:
+def _failed(problem: UserError, code: int, debug: bool = False, texts: bool = True) -> int:
     if debug:
         print(whole_traceback(problem), file=sys.stderr, end="")
-    Console(stderr=True).print(f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+    told = problem if texts else problem.without_quote
+    Console(stderr=True).print(f"error: {told}", style="red", markup=False, highlight=False, soft_wrap=True)
     return code
 
 

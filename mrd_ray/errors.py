@@ -7,7 +7,26 @@ class UserError(Exception):
     """Bad input or setting. The message names it, says what was expected and what to do.
 
     The command line prints it without a traceback and exits with 1.
+
+    Args:
+        quotes: parts of the message that quote rows, or may.
     """
+
+    def __init__(self, message: str, *quotes: str) -> None:
+        super().__init__(message)
+        self.quotes = quotes
+
+    @property
+    def without_quote(self) -> str:
+        """The message without texts of rows."""
+        message = str(self)
+        for quote in self.quotes:
+            message = message.replace(quote, "", 1)
+        return message
+
+
+class SettingsError(UserError):
+    """Settings that are wrong by themselves, whatever the data and models: the command line exits with 2."""
 
 
 class Unfit(UserError):

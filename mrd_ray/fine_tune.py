@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import PreTrainedModel
 
 from mrd_ray import adapters, model_files, models, saving
@@ -39,6 +40,7 @@ def memorise(
     epochs: int = 4,
     batch_size: int = 8,
     learning_rate: float = 3e-4,
+    console: Console | None = None,
 ) -> None:
     """Train on these samples with AdamW, every token after the first counting, and save model and tokenizer.
 
@@ -51,7 +53,7 @@ def memorise(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = models.load_model(pretrained.model_copy(update={"dtype": "float32"}), device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
-    with Meter(title, epochs * len(order)) as meter:
+    with Meter(title, epochs * len(order), console) as meter:
         meter.advance(0, f"{len(order)} samples, {epochs} epochs")
         for epoch in range(epochs):
             shuffle.shuffle(order)

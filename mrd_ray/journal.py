@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 import ray
 import ray.util.metrics
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from rich.console import Console
 
+from mrd_ray import progress
+from mrd_ray.config import OutputConfig
 from mrd_ray.config.credentials import recordable
 from mrd_ray.errors import UserError, whole_traceback
 from mrd_ray.hold import BEAT
@@ -88,8 +89,8 @@ def lines_of(content: bytes) -> list[bytes]:
 class Journal:
     """The record of one start of a command on a claimed run directory, kept by its driver: see Progress and Event."""
 
-    def __init__(self, run: RunDirectory, command: str) -> None:
-        self._run, self.console = run, Console(stderr=True)
+    def __init__(self, run: RunDirectory, command: str, output: OutputConfig | None = None) -> None:
+        self._run, self.console = run, progress.console(output or OutputConfig())
         self.run_id = str(run.manifest()["run_id"])
         self._progress = Progress(command=command, run=self.run_id)
         self._events = _earlier(run)
@@ -107,7 +108,7 @@ class Journal:
         state = "done" if problem is None else "failed" if isinstance(problem, Exception) else "interrupted"
         message = None
         if problem is not None:  # a text of ours, or the kind of a defect, whose own words may quote anything
-            message = str(problem) if isinstance(problem, UserError) else type(problem).__name__
+            message = problem.without_quote if isinstance(problem, UserError) else type(problem).__name__
         self._over.set()
         self._beating.join()
         if isinstance(problem, Exception):

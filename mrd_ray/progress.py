@@ -6,7 +6,14 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from mrd_ray.config import OutputConfig
+
 _LOG_EVERY = 15.0  # seconds between lines where there is no terminal
+
+
+def console(output: OutputConfig) -> Console:
+    """For progress and notices, which a quiet run has none of."""
+    return Console(stderr=True, quiet=output.quiet)
 
 
 class Meter:

@@ -24,7 +24,7 @@ from rich.console import Console
 from mrd_ray import storage
 from mrd_ray.config import RunConfig
 from mrd_ray.config.credentials import recordable
-from mrd_ray.errors import UserError
+from mrd_ray.errors import SettingsError, UserError
 
 T = TypeVar("T")
 _LONGEST_PAUSE = 15.0  # seconds between two tries
@@ -130,7 +130,7 @@ def parsed_table(
 class RunDirectory:
     """Files of one run under a local path or URI. Only the driver writes to it.
 
-    A local directory is made readable by its owner alone; one that is there already keeps its mode.
+    A local directory, and its parents, are made readable by their owner alone; one that is there keeps its mode.
     """
 
     def __init__(self, uri: str, setting: str = "run.dir", make: bool = True, patience: float = 0.0) -> None:
@@ -144,12 +144,12 @@ class RunDirectory:
         self.uri, self._patience = uri, patience
         self._waiting: float | None = None  # since when the storage does not answer
         if "://" in uri and ("?" in uri or "#" in uri):
-            raise UserError(
+            raise SettingsError(
                 f"{setting}: {uri} has a part after ? or #, which the files in it could not have; set what it says in "
                 "the environment: AWS_REGION, AWS_ENDPOINT_URL"
             )
         if make and "://" not in uri and _OF_JOB in str(Path(uri).expanduser().absolute()):
-            raise UserError(
+            raise SettingsError(
                 f"{setting}: {uri} would be in the job's copy of the working directory, which Ray throws away; name an "
                 "absolute path on storage that outlives the job, or a URI"
             )
@@ -165,7 +165,7 @@ class RunDirectory:
 
     def _make(self) -> None:
         if isinstance(self._fs, LocalFileSystem):  # what people ask to forget is nobody else's to read
-            Path(self._root).mkdir(mode=0o700, parents=True, exist_ok=True)
+            storage.make_private(Path(self._root))
         else:
             self._fs.makedirs(self._root, exist_ok=True)
 
@@ -244,8 +244,11 @@ class RunDirectory:
         names = (file.rsplit("/", 1)[-1] for file in files)
         return sorted(name for name in names if not name.endswith(".tmp") and not name.startswith("."))
 
-    def write(self, name: str, content: bytes, patiently: bool = True) -> None:
-        """Write a file whole or not at all: a kill at any moment leaves the old one. Raises UserError."""
+    def write(self, name: str, content: bytes, patiently: bool = True, mode: int = 0o666) -> None:
+        """Write a file whole or not at all: a kill at any moment leaves the old one. Raises UserError.
+
+        mode: of a local file, which the umask limits further.
+        """
         target = self.path(name)
 
         def written() -> None:
@@ -254,11 +257,7 @@ class RunDirectory:
             if not isinstance(self._fs, LocalFileSystem):
                 self._fs.pipe_file(target, content)  # object stores publish an object when it is complete
                 return
-            with open(target + ".tmp", "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(target + ".tmp").replace(target)
+            storage.replace_file(Path(target), content, mode)
 
         self._writing(name, written, patiently)
 
@@ -268,7 +267,7 @@ class RunDirectory:
 
         def copied() -> None:
             if isinstance(self._fs, LocalFileSystem):
-                shutil.rmtree(f"{target}.tmp", ignore_errors=True)
+                storage.remove(Path(f"{target}.tmp"))
                 shutil.copytree(folder, f"{target}.tmp")
                 shutil.rmtree(target, ignore_errors=True)
                 Path(f"{target}.tmp").replace(target)

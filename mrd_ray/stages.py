@@ -33,7 +33,12 @@ class Stages:
 
         actors = RayConfig(**{name: getattr(config.ray, name) for name in RayConfig.model_fields})
         score = ScoreConfig(
-            model=config.model, data=config.data, run=folder("score"), scoring=config.scoring, ray=actors
+            model=config.model,
+            data=config.data,
+            run=folder("score"),
+            scoring=config.scoring,
+            ray=actors,
+            output=config.output,
         )
         own = {name: getattr(config, name) for name in UnlearnConfig.model_fields}
         unlearn = UnlearnConfig(**own | {"run": folder("unlearn")})
@@ -43,10 +48,14 @@ class Stages:
         if config.evaluation.sets or config.evaluation.zero_shot:
             evaluations = {
                 when: EvaluateConfig(
-                    model=model, evaluation=config.evaluation, run=folder(f"evaluate-{when}"), ray=actors
+                    model=model,
+                    evaluation=config.evaluation,
+                    run=folder(f"evaluate-{when}"),
+                    ray=actors,
+                    output=config.output,
                 )
                 for when, model in models.items()
             }
         runs = [score.run.dir, unlearn.run.dir, *(one.run.dir for one in evaluations.values())]
         out = f"{config.run.dir.rstrip('/')}/report.html"
-        return cls(score, unlearn, evaluations, ReportConfig(runs=runs, out=out, include_text=config.include_text))
+        return cls(score, unlearn, evaluations, ReportConfig(runs=runs, out=out, output=config.output))

@@ -13,6 +13,7 @@ from typing import Any
 import fsspec
 import pyarrow.fs
 from fsspec.implementations.arrow import ArrowFSWrapper
+from fsspec.implementations.local import LocalFileSystem
 
 from mrd_ray.errors import UserError
 
@@ -72,6 +73,43 @@ def open_file(uri: str, mode: str = "rb", **options: Any) -> Any:
     return fs.open(path, mode, **options)
 
 
+def make_private(folder: Path) -> None:
+    """Make a local folder, and those above it that are missing, readable by their owner alone. Raises OSError."""
+    for missing in [above for above in (folder, *folder.parents) if not above.exists()][::-1]:
+        missing.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # FileExistsError if it is a file
+
+
+def remove(path: Path) -> None:
+    """Remove a local file, folder or link, never what a link points to, if it is there. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_file(target: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a local file whole or not at all; a link at its temporary name is not followed. Raises OSError."""
+    partial = target.with_name(f"{target.name}.tmp")
+    remove(partial)
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(target)
+
+
+def write_private(uri: str, content: bytes) -> None:
+    """Write a file for its owner's eyes alone, where its storage knows such a thing. Raises as `open_file`."""
+    fs, path = filesystem(uri)
+    file = Path(path)
+    if isinstance(fs, LocalFileSystem) and not file.is_symlink() and (file.is_file() or not file.exists()):
+        replace_file(file, content, 0o600)
+        return
+    with fs.open(path, "wb") as opened:  # /dev/stdout, for one
+        opened.write(content)
+
+
 def _lasting(info: dict[str, Any]) -> dict[str, Any]:
     """Without when it was read: `time` is what sftp calls that."""
     return {name: value for name, value in info.items() if name != "time" and "access" not in name}
@@ -91,7 +129,7 @@ def local_folder(uri: str) -> Path:
     copy = CACHE / "copies" / hashlib.sha256("\n".join(state).encode()).hexdigest()[:16]
     if copy.is_dir():
         return copy
-    copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private(copy.parent)
     partial = Path(tempfile.mkdtemp(prefix=f"{copy.name}-", dir=copy.parent))  # several processes may copy at once
     try:
         for file in files:

@@ -79,7 +79,7 @@ def test_sigma_as_people_write_it_in_yaml(tmp_path, written):
         [*SCORE, "--scoring.sigma", "3e-7", "--data.template", "{{x}} {prompt}\n: {response}", "--ray.actors", "2"],
         [*SCORE, "--data.text", "null", "--data.prompt", "p", "--data.response", "r", "--data.score_on", "response"],
         ["plan", "--model.path", "m", "--data.path", "d", "--tflops", "0.1", "--ray.actors", "8"],
-        ["report", "a", "b", "--include_text", "false", "--out", "o.html"],
+        ["report", "a", "b", "--output.include_text", "false", "--out", "o.html"],
         ["demo", "--num_draws", "3", "--ray.cpus_per_actor", "0.5"],
         [
             "unlearn",
@@ -167,7 +167,11 @@ def test_help_describes_every_setting(capsys, command):
     assert ended.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
     fields = cli.LINE.commands[command].model_fields
-    for field in (fields["ray"].annotation.model_fields if "ray" in fields else fields).values():
+    shown = dict(fields["ray"].annotation.model_fields if "ray" in fields else fields)
+    if "output" in fields:
+        shown |= fields["output"].annotation.model_fields
+        shown.pop("output", None)
+    for field in shown.values():
         assert field.description in printed
 
 
@@ -286,6 +290,31 @@ def test_a_ray_that_cannot_start_is_a_sentence(environment, sentence, stories_di
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert sentence in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("job", ["score", "unlearn", "evaluate", "pipeline"])
+def test_wrong_settings_end_a_job_with_2(job, tmp_path, stories_dir, qa_file):
+    """A run directory in the job's copy of the working directory is one that nobody could fetch."""
+    folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
+    folder.mkdir(parents=True)
+    flags = ["--model.path", str(stories_dir), "--run.dir", "run"]
+    if job == "evaluate":
+        flags += ["--evaluation.sets", f"{{asked: {{path: {qa_file}}}}}"]
+    else:
+        flags += ["--data.path", str(qa_file)]
+    flags += ["--unlearning.method", "ga"] if job in ("unlearn", "pipeline") else []
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *flags]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert (done.returncode, "run.dir: run would be in the job's copy" in done.stderr) == (2, True), done.stderr
+    assert not (folder / "run").exists()
+
+
+def test_quiet_is_short_for_a_setting():
+    runs = []
+    assert cli.LINE.run(["compare", "--quiet", "a", "b"], lambda config: runs.append(config) or 0) == 0
+    assert cli.LINE.run(["compare", "a", "b"], lambda config: runs.append(config) or 0) == 0
+    assert [(run.output.quiet, run.output.texts) for run in runs] == [(True, False), (False, True)]
 
 
 def test_a_broken_pipe_that_is_not_the_readers_is_told(capsys):

@@ -51,7 +51,7 @@ def test_stages_go_on_where_they_stopped(flags, tmp_path, capsys):
 
 
 def test_a_report_without_text(flags, tmp_path):
-    assert main([*flags, "--include_text", "false"]) == 0
+    assert main([*flags, "--output.include_text", "false"]) == 0
     assert "baker of Orlen" not in (tmp_path / "run" / "report.html").read_text()
 
 

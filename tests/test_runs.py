@@ -1,6 +1,7 @@
 """Files whole or absent, one run at a time, one identity per directory."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,36 @@ CONFIG = RunConfig(dir="x")
 def test_failed_write_names_the_file_and_keeps_the_old(tmp_path):
     run = RunDirectory(str(tmp_path))
     run.write("a.txt", b"old")
-    (tmp_path / "a.txt.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"a\.txt: No space left on device"):
-        run.write("a.txt", b"new")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"a\.txt: File too large"):
+            run.write("a.txt", b"new and longer")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert run.read("a.txt") == b"old"
+
+
+@pytest.mark.parametrize("write", [lambda run: run.write("a", b"new"), lambda run: run.put("a", Path(__file__).parent)])
+def test_a_link_at_the_temporary_name_is_not_followed(tmp_path, write):
+    others, folder = tmp_path / "others", tmp_path / "run"
+    others.mkdir()
+    (others / "file").write_bytes(b"theirs")
+    run = RunDirectory(str(folder))
+    for target in (others, others / "file", others / "absent"):
+        (folder / "a.tmp").symlink_to(target)
+        write(run)
+        assert run.exists("a")
+        assert [(one.name, one.read_bytes()) for one in others.iterdir()] == [("file", b"theirs")]
+        assert not (folder / "a.tmp").is_symlink()
+
+
+def test_new_parents_are_the_owners_alone(tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir(mode=0o755)
+    RunDirectory(str(kept / "a" / "b" / "run"))
+    modes = [folder.stat().st_mode & 0o777 for folder in (kept, kept / "a", kept / "a/b", kept / "a/b/run")]
+    assert modes == [0o755, 0o700, 0o700, 0o700]
 
 
 def test_home_directory(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Every setting, in one frozen tree per command. The descriptions here are the ones `--help` prints."""
 
-from mrd_ray.config.base import ModelConfig, RayConfig, RunConfig
+from mrd_ray.config.base import ModelConfig, OutputConfig, RayConfig, RunConfig
 from mrd_ray.config.data import DataConfig, RetainConfig
 from mrd_ray.config.demo import DemoConfig
 from mrd_ray.config.evaluation import EvaluateConfig, EvaluatedSet, EvaluationConfig, MembershipConfig, Metric
@@ -35,6 +35,7 @@ __all__ = [
     "MembershipConfig",
     "Metric",
     "ModelConfig",
+    "OutputConfig",
     "PipelineConfig",
     "PlanConfig",
     "RayConfig",

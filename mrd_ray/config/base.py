@@ -1,5 +1,6 @@
 """What the settings of all commands have in common."""
 
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from pydantic import (
 from mrd_ray.config.credentials import refuse_credentials
 
 Name = Annotated[str, StringConstraints(min_length=1)]
+_OF_JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID"}  # of the command that a job runs, and of workers
 
 
 class Frozen(BaseModel):
@@ -87,6 +89,24 @@ class RunConfig(Frozen):
         description="Seconds for which what can pass (time-outs, refused connections, a store's own failures) is tried "
         "again, before the run ends. Units go on meanwhile; their results wait in Ray's object store.",
     )
+
+
+class OutputConfig(Frozen):
+    """What is shown of a run. Ids, scores and paths always are; files of the run directory hold what they need."""
+
+    include_text: bool | None = Field(
+        None,
+        description="Whether texts of samples, prompts, answers, and errors that quote them are printed, drawn in "
+        "summary.png and shown in reports. Unset: not in a Ray job, whose log others can read, nor with output.quiet.",
+    )
+    quiet: bool = Field(False, description="Print only where the results are, and errors.")
+
+    @property
+    def texts(self) -> bool:
+        """Whether texts are shown."""
+        if self.include_text is None:
+            return not self.quiet and not _OF_JOB & os.environ.keys()
+        return self.include_text
 
 
 class Patience(Frozen):

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from mrd_ray.config.base import Frozen, RayConfig
+from mrd_ray.config.base import Frozen, OutputConfig, RayConfig
 
 
 class DemoConfig(Frozen):
@@ -26,3 +26,4 @@ class DemoConfig(Frozen):
         24, description="K of monte_carlo; few, since the demo is for two CPU cores: a standard error of some 17%."
     )
     ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
+    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))

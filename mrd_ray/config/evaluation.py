@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from mrd_ray.config.base import Frozen, ModelConfig, RayConfig, RunConfig
+from mrd_ray.config.base import Frozen, ModelConfig, OutputConfig, RayConfig, RunConfig
 from mrd_ray.config.data import DataConfig, is_plain_text
 
 Metric = Literal[
@@ -201,6 +201,7 @@ class EvaluateConfig(Frozen):
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description=str(EvaluationConfig.__doc__))
     run: RunConfig
     ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
+    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
 
     @model_validator(mode="after")
     def _something_is_measured(self) -> "EvaluateConfig":

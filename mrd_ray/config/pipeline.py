@@ -18,4 +18,3 @@ class PipelineConfig(UnlearnConfig):
     """
 
     ray: StagesRayConfig = Field(StagesRayConfig(), description=str(StagesRayConfig.__doc__))
-    include_text: bool = Field(True, description="false: a report without any sample's text, which may be handed on.")

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from mrd_ray.config.base import Frozen, Name
+from mrd_ray.config.base import Frozen, Name, OutputConfig
 
 
 class ReportConfig(Frozen):
@@ -14,7 +14,4 @@ class ReportConfig(Frozen):
         "evaluation from before unlearning comes first.",
     )
     out: str | None = Field(None, description="Where the page goes; unset, report.html in the first run directory.")
-    include_text: bool = Field(
-        True,
-        description="false: a page that may be handed on, without any sample's text, answers, or reasons that quote.",
-    )
+    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))

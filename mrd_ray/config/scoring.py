@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from mrd_ray.config.base import Frozen, ModelConfig, Name, RayConfig, RunConfig, refuse_no_pattern
+from mrd_ray.config.base import Frozen, ModelConfig, Name, OutputConfig, RayConfig, RunConfig, refuse_no_pattern
 from mrd_ray.config.data import DataConfig
 
 Measure = Literal["mean_log_prob", "entropy", "memorization_accuracy", "log_prob_gradient_norm"]
@@ -165,6 +165,7 @@ class ScoreConfig(Frozen):
     run: RunConfig
     scoring: ScoringConfig = Field(ScoringConfig(), description=str(ScoringConfig.__doc__))
     ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
+    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
 
 
 class CompareConfig(Frozen):
@@ -173,6 +174,7 @@ class CompareConfig(Frozen):
     run_a: str = Field(description="A run directory, or a scores.parquet.")
     run_b: str = Field(description="Another.")
     out: str = Field("compare.png", description="Where the scatter plot goes.")
+    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
 
 
 class PlanConfig(Frozen):
@@ -183,6 +185,7 @@ class PlanConfig(Frozen):
     run: RunConfig | None = Field(None, description="Not used; so that a configuration of `score` can be planned.")
     scoring: ScoringConfig = Field(ScoringConfig(), description=str(ScoringConfig.__doc__))
     ray: RayConfig = Field(RayConfig(actors=1), description="The cluster's shape.")
+    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
     tflops: PositiveFloat | None = Field(
         None,
         description="Sustained float32 TFLOP/s of one actor. Unset: measured on this machine's CPU for CPU actors; "

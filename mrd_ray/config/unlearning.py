@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from mrd_ray.config.base import Frozen, ModelConfig, Patience, RunConfig, refuse_no_pattern
+from mrd_ray.config.base import Frozen, ModelConfig, OutputConfig, Patience, RunConfig, refuse_no_pattern
 from mrd_ray.config.data import DataConfig, RetainConfig
 from mrd_ray.config.evaluation import EvaluationConfig
 from mrd_ray.config.scoring import ScoringConfig, closed_form_unless_said
@@ -169,6 +169,7 @@ class UnlearnConfig(Frozen):
     deepspeed: DeepSpeedConfig = Field(DeepSpeedConfig(), description=str(DeepSpeedConfig.__doc__))
     ray: WorkersConfig = Field(WorkersConfig(), description=str(WorkersConfig.__doc__))
     tracking: TrackingConfig = Field(TrackingConfig(), description=str(TrackingConfig.__doc__))
+    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
     evaluation: EvaluationConfig = Field(
         EvaluationConfig(), description="As in `mrd-ray evaluate`, in the course of training; zero_shot is not."
     )

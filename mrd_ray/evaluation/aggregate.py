@@ -26,6 +26,7 @@ _TITLES = {
     "forget_quality": "forget quality: p-value against the reference",
     "model_utility": "model utility",
 }
+SUBJECT = "multiple_choice: "  # before what stands in the rows' column of subjects, and is a text
 
 
 @dataclass(frozen=True)

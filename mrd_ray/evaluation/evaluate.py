@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
-from mrd_ray import model_files, models
+from mrd_ray import model_files, models, progress
 from mrd_ray.config import EvaluateConfig, EvaluationConfig
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
@@ -72,7 +72,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
     Raises:
         UserError: bad input or settings, or a run directory of something else.
     """
-    console = Console(stderr=True)
+    console = progress.console(config.output)
     run = RunDirectory.of(config.run)
     with held(run):
         files_digest = model_files.files_digest(config.model)
@@ -80,7 +80,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
         tokenizer = models.load_tokenizer(config.model, console)
         skeleton = models.skeleton(config.model)
         unused = models.unused_weights(config.model)
-        tables = sets.build_all(config.evaluation, tokenizer, Limits.of(skeleton))
+        tables = sets.build_all(config.evaluation, tokenizer, Limits.of(skeleton), console)
         of_sets = {f"evaluation.sets.{name}": sets.digest(rows) for name, rows in tables.items()}
         reference = None
         if config.evaluation.reference is not None:
@@ -89,7 +89,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
         identity = {"model": files_digest, "tokenizer": models.tokenizer_identity(tokenizer, config.model)}
         run.claim(identity | of_sets | _identity(config), config, _OWNS)
         run.record("unused_weights", unused)
-        with Journal(run, "evaluate") as journal:
+        with Journal(run, "evaluate", config.output) as journal:
             work = _Work(config, run, tables, files_digest, journal)
             records = work.off()
             suites = zero_shot.figures(config, run, files_digest, journal)
@@ -157,7 +157,7 @@ class _Work:
         there = set(self.run.names("units"))
         missing = [(unit_id, rows) for unit_id, rows in units if f"{unit_id}.parquet" not in there]
         if missing:
-            with cluster() as grows:
+            with cluster(log_to_driver=not self.config.output.quiet) as grows:
                 self._measure(missing, grows)
         records: dict[str, dict[str, Record]] = {name: {} for name in self.tables}
         for unit_id, rows in units:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from mrd_ray import models
+from mrd_ray import models, progress
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.config.paths import with_absolute_paths
 from mrd_ray.data.tokens import Limits
@@ -24,7 +24,10 @@ def unlearn(config: UnlearnConfig) -> training.UnlearnRun:
     config = with_absolute_paths(config)
     tokenizer = models.load_tokenizer(config.model)
     limits = Limits.of(models.skeleton(config.model))
-    return training.unlearn(config, InTraining(config, sets.build_all(config.evaluation, tokenizer, limits)))
+    return training.unlearn(
+        config,
+        InTraining(config, sets.build_all(config.evaluation, tokenizer, limits, progress.console(config.output))),
+    )
 
 
 @dataclass(frozen=True)

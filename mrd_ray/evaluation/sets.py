@@ -58,14 +58,15 @@ _NOTHING: Row = {"prompt_ids": None, "new_tokens": 0, "extract": False, "alterna
 ANSWER, PARAPHRASE, WRONG, CHOICE, WINDOW = "answer", "paraphrase", "wrong", "choice", "window"
 
 
-def build_all(evaluation: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> dict[str, pa.Table]:
+def build_all(
+    evaluation: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console | None = None
+) -> dict[str, pa.Table]:
     """Every set, by its name. Raises UserError as `build` does, and for a `stop` that no answer can hold."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     if held := [token for token in special if token in (evaluation.stop or "")]:
         raise UserError(
             f"evaluation.stop: {held[0]} is a special token, and no answer's text holds those; EOS ends answers anyway"
         )
-    console = Console(stderr=True)
     return {
         name: build(name, evaluated, evaluation, tokenizer, limits, console)
         for name, evaluated in evaluation.sets.items()
@@ -99,7 +100,9 @@ def build(
                 row["asked"]["sample_id"] = row["sample_id"]
         return pa.Table.from_pylist(rows, SCHEMA).sort_by("sample_id")
     except UserError as problem:
-        raise UserError(f"evaluation.sets.{name}, read with its settings as data: {problem}") from problem
+        raise UserError(
+            f"evaluation.sets.{name}, read with its settings as data: {problem}", *problem.quotes
+        ) from problem
 
 
 def digest(table: pa.Table) -> str:

@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mrd_ray.evaluation.aggregate import Figure, title
+from mrd_ray.evaluation.aggregate import SUBJECT, Figure, title
 from mrd_ray.evaluation.evaluate import EvaluateRun
-from mrd_ray.scoring.summary import short
+from mrd_ray.scoring.summary import WITHHELD, short
 
 _SHOWN = 10
 
@@ -19,8 +19,9 @@ def show(console: Console, finished: EvaluateRun) -> None:
     config = finished.config
     console.print(f"[bold]{escape(config.model.path)}[/] ({config.model.dtype})", soft_wrap=True, highlight=False)
     table = Table("set", "metric", "value", "± s.e.", "rows")
-    for name in dict.fromkeys(figure.set for figure in finished.figures):
-        own = [figure for figure in finished.figures if figure.set == name]
+    figures = _shown(finished)
+    for name in dict.fromkeys(figure.set for figure in figures):
+        own = [figure for figure in figures if figure.set == name]
         for i, figure in enumerate(own):
             of = "" if i else ("model" if name is None else name)
             table.add_row(of, *map(escape, _cells(figure)), end_section=i == len(own) - 1)
@@ -31,6 +32,8 @@ def show(console: Console, finished: EvaluateRun) -> None:
     reasons = Counter((line["set"], line["error"]) for line in finished.lines.to_pylist() if line["error"] is not None)
     if reasons:
         table = Table("set", "rows", "reason", title="Not evaluated", title_justify="left")
+        if not config.output.texts:
+            reasons = Counter((name, WITHHELD) for name, _ in reasons.elements())
         for (name, reason), count in reasons.most_common(_SHOWN):
             table.add_row(name, str(count), escape(reason))
         console.print(table)
@@ -40,13 +43,15 @@ def show(console: Console, finished: EvaluateRun) -> None:
 
 def show_beside(console: Console, runs: Mapping[str, EvaluateRun], examples: int = 3) -> None:
     """Print the figures of several models side by side, and a few answers of each set. runs: by what they are of."""
-    found = [{(figure.set, figure.metric): figure for figure in run.figures} for run in runs.values()]
+    found = [{(figure.set, figure.metric): figure for figure in _shown(run)} for run in runs.values()]
     table = Table("set", "metric", *runs)
     for name, metric in found[0]:
         values = [figures.get((name, metric)) for figures in found]
         cells = ["-" if figure is None else f"{figure.value:.4g}" for figure in values]
         table.add_row(name or "model", escape(title(metric)), *cells)
     console.print(table)
+    if not next(iter(runs.values())).config.output.texts:
+        return
     answers = [
         {(row["set"], row["sample_id"]): row["generated"] for row in run.answers.to_pylist()} for run in runs.values()
     ]
@@ -57,6 +62,12 @@ def show_beside(console: Console, runs: Mapping[str, EvaluateRun], examples: int
             said = [of_run.get((name, row["sample_id"]), "") for of_run in answers]
             table.add_row(*(escape(short(text, 200)) for text in (row["prompt"], *said)))
         console.print(table)
+
+
+def _shown(finished: EvaluateRun) -> list[Figure]:
+    """All figures, or those that no text names."""
+    texts = finished.config.output.texts
+    return [figure for figure in finished.figures if texts or not figure.metric.startswith(SUBJECT)]
 
 
 def _cells(figure: Figure) -> tuple[str, str, str, str]:

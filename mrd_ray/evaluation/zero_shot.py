@@ -10,7 +10,6 @@ from typing import Any
 import ray
 import torch
 from pydantic import TypeAdapter
-from rich.console import Console
 
 from mrd_ray import model_files, models
 from mrd_ray.config import EvaluateConfig
@@ -53,7 +52,7 @@ def figures(config: EvaluateConfig, run: RunDirectory, files_digest: str, journa
     names = {name: f"units/zero-shot-{name}.json" for name in config.evaluation.zero_shot}
     missing = [name for name, file in names.items() if not run.exists(file)]
     if missing:
-        with cluster() as grows:
+        with cluster(log_to_driver=not config.output.quiet) as grows:
             pool = pipeline.pool_of(config.ray, grows, journal)
             work = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=3)(_suite)
             waiting = {work.remote(config, name, files_digest, pool.threads, pool.gpus > 0): name for name in missing}
@@ -64,7 +63,7 @@ def figures(config: EvaluateConfig, run: RunDirectory, files_digest: str, journa
                 if fatal is not None:
                     raise UserError(f"evaluation.zero_shot: {name}: {fatal}")
                 run.write(names[name], json.dumps(of_suite).encode())
-                Console(stderr=True).print(f"Zero-shot: {name} done, {len(waiting)} to do", highlight=False)
+                journal.console.print(f"Zero-shot: {name} done, {len(waiting)} to do", highlight=False)
     found = [figure for file in names.values() for figure in run.read_json(file, list[Figure])]
     return TypeAdapter(list[Figure]).validate_python(found)
 

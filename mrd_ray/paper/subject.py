@@ -44,7 +44,8 @@ class Subject:
         finished = score(ScoreConfig(model=self.model, data=config.data, run=run, scoring=scoring, ray=ray))
         finished.refuse_other_samples(self.samples)
         if errors := finished.scores["error"].drop_null().to_pylist():
-            raise UserError(f"data.path: {len(errors)} samples of {config.data.path} have no score: {errors[0]}")
+            quote = f": {errors[0]}"
+            raise UserError(f"data.path: {len(errors)} samples of {config.data.path} have no score{quote}", quote)
         return finished
 
 
@@ -62,7 +63,8 @@ def prepare(config: ExperimentConfig, identity: dict[str, Any]) -> Subject:
     limits = Limits.of(models.skeleton(config.model))
     samples = samples_table.build(config.data, tokenizer, limits, console)
     if errors := samples["error"].drop_null().to_pylist():
-        raise UserError(f"data.path: {len(errors)} samples of {config.data.path} cannot be scored: {errors[0]}")
+        quote = f": {errors[0]}"
+        raise UserError(f"data.path: {len(errors)} samples of {config.data.path} cannot be scored{quote}", quote)
     if len(samples) < _FEWEST:
         raise UserError(f"data.path: {config.data.path} holds {len(samples)} samples; expected at least {_FEWEST}")
     retained = None

@@ -14,12 +14,12 @@ from mrd_ray.report.charts import Chart, Line
 from mrd_ray.report.read import Evaluation
 from mrd_ray.report.tables import Cell, Column, DataTable, Table, Text
 from mrd_ray.report.words import number
+from mrd_ray.scoring import summary
 
 _EXAMPLES = 3  # of each set, of those that changed most, and as many others
 _REASONS = 10
 # not from 0 to 1, or 1 minus another; what is left lies from 0 to 1
 _NOT_DRAWN = {"perplexity", "truth_ratio", "UA", "UA_by_embedding", "RR"}
-_SUBJECT = "multiple_choice: "  # before what stands in the rows' column of subjects
 
 _SHORT = {"rouge_l": "ROUGE-L", "memorization_accuracy": "MA", "extraction_likelihood": "EL"}
 
@@ -129,7 +129,7 @@ def _keys(runs: Sequence[Evaluation]) -> list[tuple[str | None, str]]:
 def _figures(runs: Sequence[Evaluation], kind: str, other: Sequence[str], include_text: bool) -> Table | None:
     rows: list[list[Cell]] = []
     for name, metric in _keys(runs):
-        if _kind(name, runs) != kind or (metric.startswith(_SUBJECT) and not include_text):
+        if _kind(name, runs) != kind or (metric.startswith(aggregate.SUBJECT) and not include_text):
             continue
         found = [_by_metric(run).get((name, metric)) for run in runs]
         row: list[Cell] = [aggregate.title(metric), *([] if name is None else [name]), *map(_figure, found)]
@@ -159,7 +159,7 @@ def _dots(runs: Sequence[Evaluation], other: Sequence[str]) -> Chart | None:
     for name, metric in _keys(runs):
         values = [_by_metric(run).get((name, metric)) for run in runs]
         bounded = all(value is None or 0 <= value["value"] <= 1 for value in values)
-        if bounded and metric not in _NOT_DRAWN and not metric.startswith(_SUBJECT):
+        if bounded and metric not in _NOT_DRAWN and not metric.startswith(aggregate.SUBJECT):
             label = f"{name or ''} {_SHORT.get(metric, metric.replace('_', ' '))}".strip()
             figures = [None if value is None else (value["value"], value["se"]) for value in values]
             rows.append((label, _compared(name, other), figures))
@@ -168,7 +168,7 @@ def _dots(runs: Sequence[Evaluation], other: Sequence[str]) -> Chart | None:
 
 def _errors(runs: Sequence[Evaluation], include_text: bool) -> Table | None:
     reasons = Counter(
-        (run.about.name, line["set"], line["error"] if include_text else "left out, since a reason may quote the row")
+        (run.about.name, line["set"], line["error"] if include_text else summary.WITHHELD)
         for run in runs
         for line in run.lines
         if line["error"] is not None

@@ -179,7 +179,7 @@ def _about(run: RunDirectory, name: str, command: str) -> About:
     refuse_other_shape(where, _Recorded, manifest, remedy)
     config, shape = manifest["invocations"][-1]["config"], _CONFIGS[command]
     refuse_other_shape(where, shape, config, remedy)
-    if absent := sorted(shape.model_fields.keys() - config.keys()):
+    if absent := sorted(shape.model_fields.keys() - config.keys() - {"output"}):
         raise UserError(f"{where} is damaged (no {', '.join(absent)} in its settings); {remedy}")
     whole = shape.model_validate(config).model_dump(mode="json")  # settings that are newer than the run
     return About(name, run.uri, command, manifest, whole)

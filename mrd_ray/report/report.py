@@ -22,15 +22,14 @@ def write_report(config: ReportConfig) -> str:
     Raises:
         UserError: a directory with nothing to report, a damaged file, or a place that cannot be written to.
     """
-    whole = page(read(config.runs), config.include_text)
+    whole = page(read(config.runs), config.output.texts)
     content = whole.encode(errors="replace")  # a recorded command may hold bytes that are no text
     if config.out is None:
         run = RunDirectory(config.runs[0])
-        run.write("report.html", content)
+        run.write("report.html", content, mode=0o600)
         return run.path("report.html")
     try:
-        with storage.open_file(config.out, "wb") as file:
-            file.write(content)
+        storage.write_private(config.out, content)
     except (ImportError, ValueError, OSError) as problem:
         raise UserError(f"out: cannot write {config.out}: {getattr(problem, 'strerror', None) or problem}") from None
     return config.out

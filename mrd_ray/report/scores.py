@@ -27,7 +27,6 @@ _MEASURES = {  # columns that a score is held against, as they are called in a c
     "memorization_accuracy": "memorization accuracy",
     "log_prob_gradient_norm": "gradient norm of the log-probability",
 }
-_WITHHELD = "left out, since a reason may quote the sample"
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def section(run: Scores, number: int, include_text: bool) -> ScoreSection:
             if which
         ]
     if len(unscored):
-        reasons = Counter(unscored["error"].to_pylist() if include_text else [_WITHHELD] * len(unscored))
+        reasons = Counter(unscored["error"].to_pylist() if include_text else [summary.WITHHELD] * len(unscored))
         rows: list[list[Cell]] = [[count, Text(reason)] for reason, count in reasons.most_common(_SHOWN)]
         more = f"; {len(reasons) - _SHOWN} more reasons are in the table below" if len(reasons) > _SHOWN else ""
         tables.append(Table(f"Samples without a score{more}", ("samples", "reason"), rows))
@@ -179,7 +178,8 @@ def _samples(rows: pa.Table, scored: int, number: int, name: str, include_text: 
         columns.append(column("index", "index"))
     if scored < len(rows):
         errors = [
-            None if error is None else error if include_text else _WITHHELD for error in rows["error"].to_pylist()
+            None if error is None else error if include_text else summary.WITHHELD
+            for error in rows["error"].to_pylist()
         ]
         columns.append(Column("error", errors, "text"))
     return DataTable(f"samples-{number}", f"All {len(rows):,} samples of {name}", columns)

@@ -3,14 +3,18 @@
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
+from ray._private import ray_constants
 
 from mrd_ray.errors import UserError
 
@@ -40,7 +44,13 @@ def cluster(log_to_driver: bool = True) -> Iterator[bool]:
             _usable(_folder())
         else:
             _knock(address)
-        ray.init(log_to_driver=log_to_driver, include_dashboard=False, logging_level=logging.WARNING)
+        quiet: dict[str, Any] = {"log_to_driver": log_to_driver, "logging_level": logging.WARNING}
+        if address is None:
+            _keep_token_private()
+            with _loopback_only():
+                ray.init("local", include_dashboard=False, **quiet)
+        else:
+            ray.init(**quiet)
     except Exception as problem:  # it fails in many ways, plain OSError and Exception among them
         reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0].rstrip(".:")
         raise UserError(_cannot_start(reason) if address is None else _cannot_join(said_by, reason)) from problem
@@ -50,6 +60,33 @@ def cluster(log_to_driver: bool = True) -> Iterator[bool]:
         yield not any(child.name() == "gcs_server" for child in psutil.Process().children())  # it would be our own
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """A Ray started in this block listens on 127.0.0.1. For `_node_ip_address` Ray takes the machine's own instead."""
+    clusters = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False  # what it has for systems on which it makes no clusters
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+
+
+def _keep_token_private() -> None:
+    """Make the token of a local Ray, unless one is given, or close it to others; Ray would leave both to the umask."""
+    mode = os.environ.get("RAY_AUTH_MODE", "token").lower()
+    if mode != "token" or os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    file = Path.home() / ".ray" / "auth_token"
+    file.parent.mkdir(mode=0o700, exist_ok=True)
+    if not file.exists():
+        with tempfile.NamedTemporaryFile(dir=file.parent) as made, contextlib.suppress(FileExistsError):
+            made.write(secrets.token_hex(32).encode())
+            made.flush()
+            os.link(made.name, file)  # whole, and not over that of another driver
+    if file.stat().st_mode & 0o077:
+        file.chmod(0o600)
 
 
 def living_nodes() -> list[dict[str, float]]:

@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import ValidationError
-from rich.console import Console
 from transformers import PreTrainedModel
 
-from mrd_ray import model_files, models
+from mrd_ray import model_files, models, progress
 from mrd_ray.config import PlanConfig, ScoringConfig
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.tokens import Limits
@@ -164,7 +163,7 @@ class _Job:
     def of(cls, config: PlanConfig) -> "_Job":
         skeleton = models.skeleton(config.model)
         planning.refuse_uncovered(skeleton, config.scoring)
-        console = Console(stderr=True)
+        console = progress.console(config.output)
         tokenizer = models.load_tokenizer(config.model, console)
         samples = samples_table.build(config.data, tokenizer, Limits.of(skeleton), console)
         pool = Pool(config.ray.actors or 1, config.ray.cpus_per_actor, config.ray.gpus_per_actor or 0.0)
@@ -175,7 +174,7 @@ class _Job:
     def hardware(self) -> Iterator[None]:
         """Ray, for a probe, with as many actors as are asked for or as have room."""
         began = time.monotonic()
-        with cluster():
+        with cluster(log_to_driver=not self.config.output.quiet):
             self.pool = Pool.of(self.config.ray, living_nodes())
             self.ray_seconds = time.monotonic() - began
             yield
@@ -241,7 +240,7 @@ class _Job:
         with tempfile.TemporaryDirectory() as folder:  # a pool has a run directory to tell things to
             run = RunDirectory(folder)
             run.claim({}, self.config)
-            return idle_pool(self.pool, Journal(run, "plan"))
+            return idle_pool(self.pool, Journal(run, "plan", self.config.output))
 
     def course(self, scoring: ScoringConfig, rates: Rates, fleet: Fleet) -> Course:
         return simulate(self.units(scoring, fleet.actors), self.layout(scoring), rates, fleet)

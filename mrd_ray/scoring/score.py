@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.console import Console
 
-from mrd_ray import model_files, models
+from mrd_ray import model_files, models, progress
 from mrd_ray.config import ScoreConfig, ScoringConfig
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.tokens import Limits
@@ -62,7 +61,7 @@ def score(config: ScoreConfig) -> ScoreRun:
     Raises:
         UserError: bad input or settings, or a run directory of something else.
     """
-    console = Console(stderr=True)
+    console = progress.console(config.output)
     run = RunDirectory.of(config.run)
     with held(run):
         files_digest = model_files.files_digest(config.model)
@@ -86,7 +85,7 @@ def score(config: ScoreConfig) -> ScoreRun:
         )
         run.record("unused_weights", unused)
         run.write_table("samples.parquet", samples)
-        with Journal(run, "score") as journal:
+        with Journal(run, "score", config.output) as journal:
             rounds = _Rounds(config, run, samples, plan.ModelCost.of(skeleton), files_digest, journal)
             scores = rounds.work_off()
             run.write_table("scores.parquet", scores)
@@ -157,7 +156,7 @@ class _Rounds:
                 done = [unit for unit in self._units() if unit.round == number]
                 rectangles = plan.missing(number, len(layout), draws, done)
                 if rectangles:
-                    grows = joined.enter_context(cluster()) or grows
+                    grows = joined.enter_context(cluster(log_to_driver=not self.config.output.quiet)) or grows
                     self._compute(layout, rectangles, number, grows)
                 order = np.argsort(lengths(self.samples), kind="stable")  # layouts of all rounds are parts of it
                 scores = scores_table(self.samples, order, self._results(order), scoring)

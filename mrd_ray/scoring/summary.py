@@ -21,6 +21,7 @@ T = TypeVar("T", np.ndarray, range)
 
 _SHOWN = 10
 _POINTS = 10_000  # of a plot, evenly spread over the ranks where there are more
+WITHHELD = "left out, since a reason may quote the sample"
 NONLINEAR = 0.3  # mean_abs is then 4% over its small-sigma limit
 _STATISTIC = {"mean_abs": "E|Δ|", "abs_mean": "|E Δ|"}
 
@@ -105,9 +106,11 @@ def show(console: Console, scores: pa.Table, samples: pa.Table, config: ScoreCon
         table.add_row(*(f"{value:.3g}" for value in quantiles))
         console.print(table)
         hardest, easiest = (with_text(scores, samples, end) for end in ends(order))
-        console.print(_samples(f"The {len(hardest)} hardest to unlearn (smallest MRD)", hardest))
+        console.print(_samples(f"The {len(hardest)} hardest to unlearn (smallest MRD)", hardest, config.output.texts))
         if easiest:
-            console.print(_samples(f"The {len(easiest)} easiest to unlearn (largest MRD)", easiest))
+            console.print(
+                _samples(f"The {len(easiest)} easiest to unlearn (largest MRD)", easiest, config.output.texts)
+            )
     if loud := np.count_nonzero(mean_abs > tokens):
         console.print(
             f"[red]{loud} sample(s) have log-probabilities that change by more than themselves: sigma is too large"
@@ -122,13 +125,14 @@ def show(console: Console, scores: pa.Table, samples: pa.Table, config: ScoreCon
         console.print(f"[red]{doubted}")
     if len(order) and scores["low_precision"][int(order[0])].as_py():
         console.print("[red]These scores are marked low_precision: rounding is not small beside the signal")
-    show_errors(console, errors(scores))
+    show_errors(console, errors(scores), config.output.texts)
 
 
-def show_errors(console: Console, reasons: Counter[str]) -> None:
-    """Print why samples have no score, if any has none."""
+def show_errors(console: Console, reasons: Counter[str], texts: bool) -> None:
+    """Print why samples have no score, if any has none. texts: whether reasons may quote them."""
     if not reasons:
         return
+    reasons = reasons if texts else Counter({WITHHELD: reasons.total()})
     table = Table("samples", "reason", title="Without a score", title_justify="left")
     for reason, count in reasons.most_common(_SHOWN):
         table.add_row(str(count), escape(reason))
@@ -137,13 +141,14 @@ def show_errors(console: Console, reasons: Counter[str]) -> None:
         console.print(f"... and {len(reasons) - _SHOWN} more reasons, in the error column of a run's scores.parquet")
 
 
-def _samples(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table("MRD", "± s.e.", "tokens", "log p", "sample", "text", title=title, title_justify="left")
+def _samples(title: str, rows: Sequence[dict[str, Any]], texts: bool) -> Table:
+    head = ("MRD", "± s.e.", "tokens", "log p", "sample", *(["text"] if texts else []))
+    table = Table(*head, title=title, title_justify="left")
     for row in rows:
         error = "-" if row["mrd_se"] is None else f"{row['mrd_se']:.1g}"
         table.add_row(
             f"{row['mrd']:.3g}", error, str(row["num_tokens"]), f"{row['log_prob']:.3g}",
-            escape(short(row["sample_id"], 60)), escape(short(row["text"], 150)),
+            escape(short(row["sample_id"], 60)), *([escape(short(row["text"], 150))] if texts else []),
         )  # fmt: skip
     return table
 
@@ -168,17 +173,17 @@ def figure(scores: pa.Table, samples: pa.Table, config: ScoreConfig) -> bytes:
         sorted_scores.errorbar(at + 1, mrd[at], yerr=se[at], fmt=".", markersize=3, color="#4878a8", ecolor="#b8c8dc")
     histogram.set(title="Distribution of scores", xlabel=name, ylabel="samples")
     sorted_scores.set(title="Hardest to easiest, ± standard error (95%: twice that)", xlabel="rank", ylabel=name)
-    titles = ("Hardest to unlearn", "Easiest to unlearn")
+    titles, shown = ("Hardest to unlearn", "Easiest to unlearn"), "text" if config.output.texts else "sample_id"
     for column, (title, part) in enumerate(zip(titles, ends(order), strict=True)):
         axis = page.add_subplot(grid[1, column])
         axis.axis("off")
         axis.set_title(title, loc="left")
-        lines = [f"{row['mrd']:<9.3g} {textwrap.fill(short(row['text'], 150), 78, subsequent_indent=' ' * 10)}"
+        lines = [f"{row['mrd']:<9.3g} {textwrap.fill(short(row[shown], 150), 78, subsequent_indent=' ' * 10)}"
                  for row in with_text(scores, samples, part)]  # fmt: skip
         axis.text(0, 1, "\n".join(lines).replace("$", r"\$"), va="top", family="monospace", fontsize=8)
     without = sum(errors(scores).values())
     note = f"{len(order)} samples scored, {without} without a score"
-    for reason, count in errors(scores).most_common(3):
+    for reason, count in errors(scores).most_common(3 if config.output.texts else 0):
         note += f"\n{count} x {short(reason, 150)}"
     page.suptitle(textwrap.fill(settings(config), 150), fontsize=9)
     page.supxlabel(note.replace("$", r"\$"), fontsize=8, x=0.01, ha="left")

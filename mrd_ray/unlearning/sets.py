@@ -46,10 +46,12 @@ def build(config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, limits: Lim
 def _refuse_unusable(path: str, forget: pa.Table) -> None:
     bad = forget.filter(pc.is_valid(forget["error"])).select(["sample_id", *PLACE, "error"]).to_pylist()
     if bad:
-        named = "; ".join(f"{row['sample_id']}, {_where(row)}: {row['error']}" for row in bad[:5])
+        reasons = [f": {row['error']}" for row in bad[:5]]
+        named = "; ".join(f"{row['sample_id']}, {_where(row)}{why}" for row, why in zip(bad, reasons, strict=False))
         raise UserError(
             f"data.path: {len(bad)} of {len(forget)} samples of {path} cannot be unlearned ({named}"
-            f"{'; ...' if len(bad) > 5 else ''}). Mend or remove them; data.truncate cuts long ones"
+            f"{'; ...' if len(bad) > 5 else ''}). Mend or remove them; data.truncate cuts long ones",
+            *reasons,
         )
 
 
@@ -74,13 +76,14 @@ def _retain(config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, limits: L
     try:
         retain = samples_table.build(data, tokenizer, limits, console)
     except UserError as problem:
-        raise UserError(f"retain.path, read with the settings of data: {problem}") from None
+        raise UserError(f"retain.path, read with the settings of data: {problem}", *problem.quotes) from None
     usable = retain.filter(pc.is_null(retain["error"]))
     if not len(usable):
         raise UserError(f"retain.path: {config.retain.path} holds no usable samples")
     if left_out := len(retain) - len(usable):
         reasons = retain["error"].drop_null().to_pylist()
-        text = f"{left_out} of {len(retain)} retain samples are left out; the first: {reasons[0]}"
+        text = f"{left_out} of {len(retain)} retain samples are left out"
+        text += f"; the first: {reasons[0]}" if config.output.texts else ""
         console.print(text, style="red", markup=False)
     return usable
 
@@ -127,8 +130,9 @@ def _refusals(
                 rendered = render(with_response(row.values, columns, refusal), columns, on_response, tokenizer)
                 tokens = tokens_of(rendered, on_response, encoder, limits)
             except Unscorable as problem:
+                quote = f": {problem}"
                 raise UserError(
-                    f"unlearning.refusals: line {line} of {path}, with the prompt of {row.place}: {problem}"
+                    f"unlearning.refusals: line {line} of {path}, with the prompt of {row.place}{quote}", quote
                 ) from None
             sample = {"sample_id": f"{i}-{j}", "index": row.index, "file": row.file, "row": row.number}
             found[i].append(sample | {"text": rendered.text, **tokens._asdict()})

@@ -14,9 +14,8 @@ from pydantic import BaseModel, ValidationError
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from rich.console import Console
 
-from mrd_ray import model_files, models, saving, storage
+from mrd_ray import model_files, models, progress, saving, storage
 from mrd_ray.config import RayConfig, RunConfig, ScoreConfig, UnlearnConfig
 from mrd_ray.config.paths import with_absolute_paths
 from mrd_ray.data import samples as samples_table
@@ -79,7 +78,7 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
     Raises:
         UserError: bad input or settings, a run directory of something else, or workers that failed too often.
     """
-    console = Console(stderr=True)
+    console = progress.console(config.output)
     config = with_absolute_paths(config)
     run = RunDirectory.of(config.run)
     with held(run):
@@ -98,11 +97,12 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
         run.claim(_identity(config, models.tokenizer_identity(tokenizer, config.model), of_run), config, _OWNS)
         run.record("unused_weights", unused)
         done = _outcome(run)
-        if done is None or done.config != config.model_dump(mode="json"):
+        settings = config.model_dump(mode="json", exclude={"output"})
+        if done is None or done.config != settings:
             # what matters is in the log; the rest is libraries' chatter
-            with Journal(run, "unlearn") as journal, cluster(log_to_driver=False) as grows:
+            with Journal(run, "unlearn", config.output) as journal, cluster(log_to_driver=False) as grows:
                 rounds = _Rounds(config, run, of_run, model_files.files_digest(config.model), measure, journal)
-                done = _Outcome(**rounds.work_off(grows), config=config.model_dump(mode="json"))
+                done = _Outcome(**rounds.work_off(grows), config=settings)
                 run.record("outcome", done.model_dump())
     return UnlearnRun(run, config, done.reason, done.step, log.read(run))
 
@@ -240,6 +240,7 @@ class _Rounds:
                     start_timeout=shape.start_timeout,
                     stall_after=shape.stall_after,
                 ),
+                output=self.config.output,
             )
         )
         finished.refuse_other_samples(self.sets.forget)  # whose weights they become, by place

@@ -263,7 +263,9 @@ def test_sets_of_one_name_with_other_rows_are_not_compared(runs, tmp_path):
 def test_subjects_are_texts(runs, tmp_path, include_text):
     shutil.copytree(runs["before"], tmp_path / "run")
     edit_table(tmp_path / "run" / "figures.parquet", metric="multiple_choice: Jane Doe")
-    assert ("Jane Doe" in write(tmp_path, tmp_path / "run", include_text=include_text).words) == include_text
+    assert (
+        "Jane Doe" in write(tmp_path, tmp_path / "run", output={"include_text": include_text}).words
+    ) == include_text
 
 
 def test_figures_without_a_forget_set(runs, tmp_path):
@@ -294,7 +296,7 @@ def test_without_texts_nothing_of_them_is_left(runs, report, tmp_path, pairs):
         fragments = [" ".join(of[at : at + 2]) for of in words for at in range(max(1, len(of) - 1))]
         return [fragment for fragment in fragments if len(fragment) > 10 and fragment in source]
 
-    source = html.unescape(write(tmp_path, *runs.values(), include_text=False).source)
+    source = html.unescape(write(tmp_path, *runs.values(), output={"include_text": False}).source)
     assert leaks(source) == []
     assert len(leaks(html.unescape(report.read_text()))) > 40
     scores = pq.read_table(runs["exact"] / "scores.parquet")
@@ -365,7 +367,7 @@ def test_run_without_any_score(runs, tmp_path):
 
 def test_default_place_and_exit_codes(runs, tmp_path, capsys):
     shutil.copytree(runs["before"], tmp_path / "run")
-    assert cli.main(["report", str(tmp_path / "run"), "--include_text", "false"]) == 0
+    assert cli.main(["report", str(tmp_path / "run"), "--output.include_text", "false"]) == 0
     assert str(tmp_path / "run" / "report.html") in capsys.readouterr().out.replace("\n", "")
     assert "Completeness" in (tmp_path / "run" / "report.html").read_text()
     assert cli.main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "no" / "page.html")]) == 1

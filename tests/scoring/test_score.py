@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -350,11 +351,13 @@ def test_gpu_that_is_not_there(tiny_model_dir, qa_file, tmp_path):
 
 def test_full_disk_is_named_and_survived(tiny_model_dir, qa_file, tmp_path, reference_dir, reference):
     run = shutil.copytree(reference_dir, tmp_path / "run")
-    (run / "scores.parquet.tmp").symlink_to("/dev/full")
-    before = stamps(run)
-    with pytest.raises(UserError, match=r"scores\.parquet: No space left on device"):
-        score(config(tiny_model_dir, qa_file, run))
-    (run / "scores.parquet.tmp").unlink()
+    before, limits = stamps(run), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((run / "scores.parquet").stat().st_size - 1, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*\.parquet: File too large"):
+            score(config(tiny_model_dir, qa_file, run))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert score(config(tiny_model_dir, qa_file, run)).scores.equals(reference)
     assert stamps(run) == before
 
