@@ -9,7 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # lowest first; a module may import its own layer and those before it
-LAYERS = ["errors", "mrd", "config", "progress", "storage", "foreign", "runs", "journal", "model_files", "weights"]
+LAYERS = [
+    "errors",
+    "mrd",
+    "config",
+    "progress",
+    "storage",
+    "foreign",
+    "runs",
+    "gauges",
+    "journal",
+    "model_files",
+    "weights",
+]
 LAYERS += ["adapters", "tokenizer_checks", "models", "saving", "data", "fine_tune"]
 LAYERS += ["scoring", "unlearning", "evaluation", "report", "stages", "status", "demo", "command_line", "paper"]
 LAYERS += ["cli"]

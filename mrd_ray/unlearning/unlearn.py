@@ -99,7 +99,8 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
         done = _outcome(run)
         if done is None or done.config != config.model_dump(mode="json"):
             # what matters is in the log; the rest is libraries' chatter
-            with Journal(run, "unlearn") as journal, cluster(log_to_driver=False) as grows:
+            with Journal(run, "unlearn") as journal:
+                grows = journal.within(cluster(log_to_driver=False))
                 rounds = _Rounds(config, run, of_run, model_files.files_digest(config.model), measure, journal)
                 done = _Outcome(**rounds.work_off(grows), config=config.model_dump(mode="json"))
                 run.record("outcome", done.model_dump())
