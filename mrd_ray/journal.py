@@ -4,28 +4,19 @@ import contextlib
 import os
 import threading
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-import ray
-import ray.util.metrics
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from mrd_ray import progress
 from mrd_ray.config import OutputConfig
 from mrd_ray.config.credentials import recordable
 from mrd_ray.errors import UserError, whole_traceback
+from mrd_ray.gauges import GAUGES, Gauges
 from mrd_ray.hold import BEAT
 from mrd_ray.runs import EVENTS, PROGRESS, TRACEBACK, RunDirectory
 
 _OFTEN = 1 << 20  # bytes of events that are written anew with every beat; more are less often
-_GAUGES = {
-    "units_done": "Work units whose results are on disk",
-    "units_left": "Work units still to do",
-    "units_failed": "Attempts at work units that were lost with their actor, and are made again",
-    "samples_draws_per_second": "Samples times draws scored per second, or rows evaluated",
-    "tokens_per_second": "Tokens through forwards per second, draws and padding included",
-    "actor_restarts": "Actors that were started anew after their end",
-}
 
 
 def _printable(text: str) -> str:
@@ -33,6 +24,7 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
+T = TypeVar("T")
 Text = Annotated[str, AfterValidator(_printable)]
 Moment = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]  # seconds since 1970
 Amount = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
@@ -94,7 +86,8 @@ class Journal:
         self.run_id = str(run.manifest()["run_id"])
         self._progress = Progress(command=command, run=self.run_id)
         self._events = _earlier(run)
-        self._gauges: dict[str, ray.util.metrics.Gauge] = {}
+        self.gauges = Gauges(self.run_id, self._progress.started)
+        self._within = contextlib.ExitStack()
         self._due, self._over, self._adding = 0.0, threading.Event(), threading.Lock()
         self._beating = threading.Thread(target=self._beat, daemon=True)
 
@@ -102,13 +95,20 @@ class Journal:
         self.event("started", command=self._progress.command, node=self._progress.node)
         self._write()
         self._beating.start()
+        self.gauges.start()
         return self
+
+    def within(self, context: contextlib.AbstractContextManager[T]) -> T:
+        """Enter a context, a cluster say, that ends after the run's state at its end is told there."""
+        return self._within.enter_context(context)
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: Any) -> None:
         state = "done" if problem is None else "failed" if isinstance(problem, Exception) else "interrupted"
         message = None
         if problem is not None:  # a text of ours, or the kind of a defect, whose own words may quote anything
             message = problem.without_quote if isinstance(problem, UserError) else type(problem).__name__
+        with self._within:
+            self.gauges.stop(state)
         self._over.set()
         self._beating.join()
         if isinstance(problem, Exception):
@@ -131,16 +131,11 @@ class Journal:
             problem.add_note(f"The traceback is in {self._run.path(TRACEBACK)}")
 
     def tell(self, **figures: Any) -> None:
-        """Figures of Progress, into progress.json and, those named in _GAUGES, Ray's metrics."""
+        """Figures of Progress, into progress.json and, those named in GAUGES, Ray's metrics."""
         for name, value in figures.items():
             setattr(self._progress, name, value)
-        if not ray.is_initialized():
-            return
-        for name in figures.keys() & _GAUGES:
-            if name not in self._gauges:
-                self._gauges[name] = ray.util.metrics.Gauge(f"mrd_ray_{name}", _GAUGES[name], tag_keys=("run",))
-                self._gauges[name].set_default_tags({"run": self.run_id})
-            self._gauges[name].set(figures[name])
+            if name in GAUGES:
+                self.gauges.tell(name, value)
 
     def event(self, event: str, say: str | None = None, **fields: Any) -> None:
         """Something that happened, to be written with the next sign of life. say: for a person, on the console too."""

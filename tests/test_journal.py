@@ -77,7 +77,7 @@ def test_metrics_are_scraped_and_carry_the_run(finished):
     run_id = json.loads((finished / "manifest.json").read_text())["run_id"]
     units = len(list((finished / "units").iterdir()))
     speeds = dict.fromkeys(["samples_draws_per_second", "tokens_per_second", "actor_device_memory_bytes"])
-    scraped(run_id, units_done=units, units_left=0, **speeds)
+    scraped(run_id, units_done=units, units_left=0, run_heartbeat=1, run_ended_total=1, **speeds)
 
 
 def test_events_name_run_unit_and_worker(finished):

@@ -157,8 +157,7 @@ class _Work:
         there = set(self.run.names("units"))
         missing = [(unit_id, rows) for unit_id, rows in units if f"{unit_id}.parquet" not in there]
         if missing:
-            with cluster(log_to_driver=not self.config.output.quiet) as grows:
-                self._measure(missing, grows)
+            self._measure(missing, self.journal.within(cluster(log_to_driver=not self.config.output.quiet)))
         records: dict[str, dict[str, Record]] = {name: {} for name in self.tables}
         for unit_id, rows in units:
             for record in self._result(unit_id, rows):

@@ -52,18 +52,18 @@ def figures(config: EvaluateConfig, run: RunDirectory, files_digest: str, journa
     names = {name: f"units/zero-shot-{name}.json" for name in config.evaluation.zero_shot}
     missing = [name for name, file in names.items() if not run.exists(file)]
     if missing:
-        with cluster(log_to_driver=not config.output.quiet) as grows:
-            pool = pipeline.pool_of(config.ray, grows, journal)
-            work = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=3)(_suite)
-            waiting = {work.remote(config, name, files_digest, pool.threads, pool.gpus > 0): name for name in missing}
-            while waiting:
-                (done,), _ = ray.wait(list(waiting), num_returns=1)
-                of_suite, fatal = ray.get(done)
-                name = waiting.pop(done)
-                if fatal is not None:
-                    raise UserError(f"evaluation.zero_shot: {name}: {fatal}")
-                run.write(names[name], json.dumps(of_suite).encode())
-                journal.console.print(f"Zero-shot: {name} done, {len(waiting)} to do", highlight=False)
+        grows = journal.within(cluster(log_to_driver=not config.output.quiet))
+        pool = pipeline.pool_of(config.ray, grows, journal)
+        work = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=3)(_suite)
+        waiting = {work.remote(config, name, files_digest, pool.threads, pool.gpus > 0): name for name in missing}
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            of_suite, fatal = ray.get(done)
+            name = waiting.pop(done)
+            if fatal is not None:
+                raise UserError(f"evaluation.zero_shot: {name}: {fatal}")
+            run.write(names[name], json.dumps(of_suite).encode())
+            journal.console.print(f"Zero-shot: {name} done, {len(waiting)} to do", highlight=False)
     found = [figure for file in names.values() for figure in run.read_json(file, list[Figure])]
     return TypeAdapter(list[Figure]).validate_python(found)
 

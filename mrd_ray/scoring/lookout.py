@@ -1,5 +1,6 @@
 """Who works on which unit, and where: so that a stall, a restart, and a node that comes or goes are seen and said."""
 
+import contextlib
 import os
 import threading
 import time
@@ -9,7 +10,6 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import ray
-import ray.util.metrics
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -35,6 +35,7 @@ class Board:
         self._holders: dict[str, list[Any]] = {}  # by node's id
         self._at_work: dict[str, dict[str, Any]] = {}  # by actor
         self._started: dict[str, tuple[str, str]] = {}  # actor -> node's id, worker
+        self._memory: dict[str, int] = {}  # by actor
         self._ends: Counter[str] = Counter()  # by unit; of actors before their first, by actor
         self._restarts = self._lost = self._finished = 0
         self._given_up: str | None = None
@@ -42,6 +43,7 @@ class Board:
     def started(self, actor: str, node_id: str, worker: str) -> str | None:
         """An actor's constructor has begun, in the process `worker` ("node:pid"). Why to give up, if it is to."""
         work = self._at_work.pop(actor, None)
+        self._memory.pop(actor, None)
         if actor in self._started:
             self._restarts += 1
         if work is not None:
@@ -88,9 +90,10 @@ class Board:
         self._at_work.pop(actor, None)
         self._ends.pop(actor, None)
 
-    def ends(self, actor: str) -> None:
-        """It is done with its unit."""
+    def ends(self, actor: str, memory: int) -> None:
+        """It is done with its unit, and has had so many bytes."""
         self._at_work.pop(actor, None)
+        self._memory[actor] = memory
         self._finished += 1
 
     def look(self) -> dict[str, Any]:
@@ -100,6 +103,7 @@ class Board:
         return {
             "actors": len(self._started), "restarts": self._restarts, "lost": self._lost,
             "finished": self._finished, "at_work": at_work, "given up": self._given_up, "bad": self._bad,
+            "memory": {self._started[actor][1]: peak for actor, peak in self._memory.items() if actor in self._started},
         }  # fmt: skip
 
 
@@ -115,7 +119,7 @@ class Noted:
         blocks: of a list of references to tables.
     """
 
-    def __init__(self, actor: type, task: Any, blocks: ray.ObjectRef, board: Any, run_id: str) -> None:
+    def __init__(self, actor: type, task: Any, blocks: ray.ObjectRef, board: Any) -> None:
         self._blocks: list[ray.ObjectRef] = ray.get(blocks)
         context, node = ray.get_runtime_context(), os.uname().nodename
         self._board, self._id = board, context.get_actor_id()
@@ -129,12 +133,6 @@ class Noted:
             if self._given_up is None:
                 os._exit(1)  # Ray starts it again, elsewhere
             return
-        self._memory = ray.util.metrics.Gauge(
-            "mrd_ray_actor_device_memory_bytes",
-            "Peak memory of an actor on its GPUs, or in the host where it has none",
-            tag_keys=("run", "node", "pid"),
-        )
-        self._memory.set_default_tags({"run": run_id, "node": node, "pid": str(os.getpid())})
         board.ready.remote(self._id)
 
     def __call__(self, units: pa.Table) -> pa.Table:
@@ -145,8 +143,7 @@ class Noted:
         result = self._actor(unit["unit_id"], ray.get(self._blocks[unit["block"]]))
         gpus = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
         peaks = [torch.cuda.max_memory_allocated(gpu) for gpu in range(gpus)]
-        self._memory.set(sum(peaks) if gpus else psutil.Process().memory_info().rss)
-        self._board.ends.remote(self._id)
+        self._board.ends.remote(self._id, sum(peaks) if gpus else psutil.Process().memory_info().rss)
         return result
 
 
@@ -186,6 +183,9 @@ class Lookout:
 
     def __exit__(self, *problem: Any) -> None:
         self._over.set()
+        if problem[0] is None:  # Ray is up, and a short run may not have been looked at yet
+            self._thread.join()
+            self._look()
         ray.kill(self.board)  # whom the thread may be waiting for
         self._thread.join()
 
@@ -196,14 +196,17 @@ class Lookout:
 
     def _watch(self) -> None:
         while not self._over.wait(min(_LOOK_EVERY, self._stall_after)):
-            try:
-                self._nodes.look()
-                self._report(ray.get(self.board.look.remote(), timeout=_PATIENCE))
-            except (ray.exceptions.RayError, TimeoutError):
-                continue  # the board's node is gone, or the driver's is busy; the next look may succeed
+            self._look()
+
+    def _look(self) -> None:
+        # the board's node may be gone, or the driver's busy; the next look may succeed
+        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+            self._nodes.look()
+            self._report(ray.get(self.board.look.remote(), timeout=_PATIENCE))
 
     def _report(self, state: dict[str, Any]) -> None:
         self._journal.tell(actor_restarts=state["restarts"], units_failed=state["lost"])
+        self._journal.gauges.tell("actor_device_memory_bytes", state["memory"])
         for node_id, (node, why) in state["bad"].items():
             if node_id not in self._bad:
                 self._bad[node_id] = node

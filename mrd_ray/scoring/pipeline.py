@@ -73,7 +73,7 @@ def results(
         rows = [pa.table({"unit_id": [unit_id], "block": [block]}) for unit_id, block in units.items()]
         dataset = ray.data.from_arrow(rows).map_batches(
             Noted,
-            fn_constructor_args=[actor, task, stored, lookout.board, journal.run_id],
+            fn_constructor_args=[actor, task, stored, lookout.board],
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=pool.actors),

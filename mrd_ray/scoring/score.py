@@ -149,21 +149,20 @@ class _Rounds:
         draws = plan.first_draws(scoring)
         waiting = lengths(self.samples)
         grows = False
-        with contextlib.ExitStack() as joined:
-            for number in itertools.count():
-                layout = plan.layout(waiting, scoring.micro_batch_tokens, self.cost.rope_switch)
-                self.layouts.append(layout)
-                done = [unit for unit in self._units() if unit.round == number]
-                rectangles = plan.missing(number, len(layout), draws, done)
-                if rectangles:
-                    grows = joined.enter_context(cluster(log_to_driver=not self.config.output.quiet)) or grows
-                    self._compute(layout, rectangles, number, grows)
-                order = np.argsort(lengths(self.samples), kind="stable")  # layouts of all rounds are parts of it
-                scores = scores_table(self.samples, order, self._results(order), scoring)
-                waiting = np.where(unsettled(scores, scoring), waiting, 0)
-                if not waiting.any():
-                    return scores
-                draws = range(draws.stop, min(2 * draws.stop, scoring.max_draws))
+        for number in itertools.count():
+            layout = plan.layout(waiting, scoring.micro_batch_tokens, self.cost.rope_switch)
+            self.layouts.append(layout)
+            done = [unit for unit in self._units() if unit.round == number]
+            rectangles = plan.missing(number, len(layout), draws, done)
+            if rectangles:
+                grows = self.journal.within(cluster(log_to_driver=not self.config.output.quiet)) or grows
+                self._compute(layout, rectangles, number, grows)
+            order = np.argsort(lengths(self.samples), kind="stable")  # layouts of all rounds are parts of it
+            scores = scores_table(self.samples, order, self._results(order), scoring)
+            waiting = np.where(unsettled(scores, scoring), waiting, 0)
+            if not waiting.any():
+                return scores
+            draws = range(draws.stop, min(2 * draws.stop, scoring.max_draws))
         raise AssertionError("unreachable")
 
     def _units(self) -> list[plan.Unit]:

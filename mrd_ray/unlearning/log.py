@@ -60,13 +60,7 @@ class Log:
             )
         self._steps = ray.util.metrics.Counter("mrd_ray_unlearning_steps_total", "Optimiser steps taken", _OF_RUN)
         self._tokens = ray.util.metrics.Counter("mrd_ray_unlearning_tokens_total", "Tokens trained on", _OF_RUN)
-        self._refresh = ray.util.metrics.Gauge(
-            "mrd_ray_unlearning_refresh_seconds", "Duration of the last refresh", _OF_RUN
-        )
-        self._loss = ray.util.metrics.Gauge(
-            "mrd_ray_unlearning_loss", "Losses of the last step", tag_keys=("run", "loss")
-        )
-        for metric in (self._steps, self._tokens, self._refresh, self._loss):
+        for metric in (self._steps, self._tokens):
             metric.set_default_tags({"run": str(run.manifest()["run_id"])})
         self.flush()
         run.write(START, json.dumps({"node": os.uname().nodename, "pid": os.getpid(), "time": time.time()}).encode())
@@ -87,11 +81,6 @@ class Log:
         if line["event"] == "step":
             self._steps.inc()
             self._tokens.inc(line["tokens"])
-            for name in ("forget_loss", "retain_loss"):
-                if line[name] is not None:
-                    self._loss.set(line[name], {"loss": name.removesuffix("_loss")})
-        elif line["event"] == "refresh":
-            self._refresh.set(line["seconds"])
         if line["event"] != "step" or time.monotonic() - self._flushed > _FLUSH_EVERY:
             self.flush()
 

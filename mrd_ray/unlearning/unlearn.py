@@ -100,7 +100,8 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
         settings = config.model_dump(mode="json", exclude={"output"})
         if done is None or done.config != settings:
             # what matters is in the log; the rest is libraries' chatter
-            with Journal(run, "unlearn", config.output) as journal, cluster(log_to_driver=False) as grows:
+            with Journal(run, "unlearn", config.output) as journal:
+                grows = journal.within(cluster(log_to_driver=False))
                 rounds = _Rounds(config, run, of_run, model_files.files_digest(config.model), measure, journal)
                 done = _Outcome(**rounds.work_off(grows), config=settings)
                 run.record("outcome", done.model_dump())

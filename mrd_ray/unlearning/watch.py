@@ -25,6 +25,7 @@ class Watch:
     def __init__(self, run: RunDirectory, steps: int, journal: Journal, stall_after: float) -> None:
         self._run, self._journal, self._meter = run, journal, Meter("Unlearning", steps, journal.console)
         journal.tell(steps=steps)
+        journal.gauges.tell("unlearning_step", 0)
         self._start, self._goes_on = log.start(run), run.exists(log.NAME)
         self._began, self._seen, self._step = False, 0, 0
         self._losses = self._knows = ""
@@ -95,7 +96,17 @@ class Watch:
             self._knows = f", forget MA {line['forget_memorization_accuracy']:.3f}"
             if line["retain_loss"] is not None:
                 self._knows += f", retain perplexity {math.exp(min(line['retain_loss'], 700)):.4g}"
-        self._journal.tell(step=line["step"])
+        self._tell(line)
         advanced = max(0, line["step"] - self._step)
         self._step += advanced
         self._meter.advance(advanced, f"step {line['step']} of {line['of']}{self._losses}{self._knows}")
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        self._journal.tell(step=line["step"])
+        gauges = self._journal.gauges
+        gauges.tell("unlearning_step", line["step"])
+        if line["event"] == "refresh":
+            gauges.tell("unlearning_refresh_seconds", line["seconds"])
+        losses = {name: line.get(f"{name}_loss") for name in ("forget", "retain")}
+        if line["event"] == "step":
+            gauges.tell("unlearning_loss", {name: loss for name, loss in losses.items() if loss is not None})

@@ -22,6 +22,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from mrd_ray.cli import LINE
 from mrd_ray.config import ScoreConfig, UnlearnConfig
+from mrd_ray.gauges import ENDED, GAUGES
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -29,19 +30,8 @@ IN_IMAGE = "/opt/mrd_ray/"  # WORKDIR of the Dockerfile
 PIN = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
 VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
 IMAGE = f"registry.example.com/mrd-ray:{VERSION}-ray{PIN}"
-METRICS = {  # what a job gives to Ray, which puts ray_ before
-    "mrd_ray_units_done",
-    "mrd_ray_units_left",
-    "mrd_ray_units_failed",
-    "mrd_ray_samples_draws_per_second",
-    "mrd_ray_tokens_per_second",
-    "mrd_ray_actor_restarts",
-    "mrd_ray_actor_device_memory_bytes",
-    "mrd_ray_unlearning_steps_total",
-    "mrd_ray_unlearning_tokens_total",
-    "mrd_ray_unlearning_refresh_seconds",
-    "mrd_ray_unlearning_loss",
-}
+COUNTERS = {ENDED, "unlearning_steps_total", "unlearning_tokens_total"}
+METRICS = {f"mrd_ray_{name}" for name in GAUGES.keys() | COUNTERS}  # what a job gives to Ray, which puts ray_ before
 
 
 def load(name: str) -> Any:
