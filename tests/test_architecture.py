@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # lowest first; a module may import its own layer and those before it
-LAYERS = ["errors", "mrd", "config", "progress", "storage", "foreign", "runs", "hold", "gauges", "journal"]
+LAYERS = ["errors", "missing", "mrd", "config", "progress", "storage", "foreign", "runs", "hold", "gauges", "journal"]
 LAYERS += ["model_files", "weights", "adapters", "tokenizer_checks", "models", "saving", "data", "fine_tune"]
 LAYERS += ["scoring", "unlearning", "evaluation", "report", "stages", "status", "demo", "command_line", "paper"]
 LAYERS += ["cli"]
