@@ -24,9 +24,10 @@ lint: .venv/installed
 models: .venv/installed
 	PYTHONPATH=. $(BIN)/python tests/mrd/zoo_page.py
 
-# twenty minutes of killed actors: make soak MODEL=directory of a small model
+# twenty minutes of killed actors, and an hour of all that can fail: make soak MODEL=directory of a small model
 soak: .venv/installed
 	$(BIN)/python -m benchmarks soak --model "$(MODEL)"
+	$(BIN)/python -m benchmarks chaos --model "$(MODEL)"
 
 # builds, checks and times what runs on a GPU: make gpu MODEL=directory of a model DATA=forget set
 gpu: .venv/installed

@@ -76,7 +76,7 @@ def _figures(found: Raw, seconds: float) -> list[Figure]:
 def _soak(folder: Path, model: str, samples: int, draws: int, seconds: float, kill_every: float, actors: int) -> Raw:
     data, run = folder / "short.jsonl", folder / "run"
     data.write_text(
-        "".join(json.dumps({"id": f"s{i:06d}", "text": text}) + "\n" for i, text in _texts(samples)), encoding="utf-8"
+        "".join(json.dumps({"id": f"s{i:06d}", "text": text}) + "\n" for i, text in texts(samples)), encoding="utf-8"
     )
     settings = ["--model.path", model, "--data.path", str(data), "--run.dir", str(run)]
     settings += ["--scoring.num_draws", str(draws), "--ray.actors", str(actors)]
@@ -97,7 +97,7 @@ def _soak(folder: Path, model: str, samples: int, draws: int, seconds: float, ki
             os.kill(random.Random(kills).choice(processes).pid, signal.SIGKILL)
             kills, killed_at = kills + 1, now
     took = time.monotonic() - started
-    rows = _rows(run, samples, draws)
+    rows = rows_of(run, samples, draws)
     progress = json.loads((run / "progress.json").read_text(encoding="utf-8"))
     return {
         "exit code": driver.returncode, "seconds": round(took), "actors killed": kills,
@@ -109,7 +109,8 @@ def _soak(folder: Path, model: str, samples: int, draws: int, seconds: float, ki
     }  # fmt: skip
 
 
-def _texts(samples: int) -> list[tuple[int, str]]:
+def texts(samples: int) -> list[tuple[int, str]]:
+    """Made-up samples, with their numbers."""
     every = [
         f"Once {who} {did} {what} {where}." for who, did, what, where in itertools.product(_WHO, _DID, _WHAT, _WHERE)
     ]
@@ -148,7 +149,7 @@ def _growth_in_life(life: list[tuple[float, float]]) -> float:
     return max(settled) - settled[0] if settled else 0.0
 
 
-def _rows(run: Path, samples: int, draws: int) -> Raw:
+def rows_of(run: Path, samples: int, draws: int) -> Raw:
     """Of scores.parquet, and of the draws in all units."""
     scores = pq.read_table(run / "scores.parquet")
     counted: dict[str, int] = {}
