@@ -306,7 +306,7 @@ def test_wrong_settings_end_a_job_with_2(job, tmp_path, stories_dir, qa_file):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *flags]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert (done.returncode, "run would be in the job's copy" in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, "would be in the job's copy" in done.stderr) == (2, True), done.stderr
     assert not (folder / "run").exists()
 
 

@@ -198,7 +198,9 @@ def agreement(runs: Sequence[Scores], include_text: bool) -> Agreement | None:
         except UserError as problem:
             rows.append([names, None, None, None, None, None, f"not compared: {problem}"])
             continue
-        far = found.share_apart if found.apart is None else f"over 3 s.e. apart: {found.share_apart}"
+        far = found.share_apart if found.apart is None else f"{found.apart:.1%} over 3 s.e. apart"
+        if 0 < found.judged < found.compared:
+            far += f", of {found.judged:,} that have standard errors"
         unlike = _unlike(a, b)
         difference = "; ".join(filter(None, (far, unlike)))
         figures = (found.compared, found.spearman, found.kendall, found.median_ratio)
