@@ -19,7 +19,7 @@ from mrd_ray.scoring.pool import Pool
 from mrd_ray.scoring.simulate import Rates
 
 _SECONDS = 10.0  # of timed work, about
-_NEVER = float("inf")  # is a stall of a probe told
+_NEVER = 1e9  # seconds: of a probe no stall is told
 Part = tuple[pa.Table, int]  # samples as a ScoringActor takes them, and their padded tokens
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from pydantic import ValidationError
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from mrd_ray.config import EvaluatedSet, EvaluationConfig
@@ -30,7 +31,11 @@ def build(tmp_path, stories_dir):
     def build(rows, **settings):
         (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
         evaluation = EvaluationConfig(sets={"a": {"path": str(tmp_path / "d.jsonl"), **settings}})
-        return sets.build_all(evaluation, tokenizer, Limits(512, 512))["a"].sort_by("index").to_pylist()
+        return (
+            sets.build_all(evaluation, tokenizer, Limits(512, 512), Console(stderr=True))["a"]
+            .sort_by("index")
+            .to_pylist()
+        )
 
     return build
 
