@@ -35,6 +35,7 @@ from mrd_ray import (
     write_report,
 )
 from mrd_ray.cli import main
+from mrd_ray.errors import Unfit
 from mrd_ray.mrd.double import Float64, keep_float64
 from mrd_ray.mrd.monte_carlo import draw_seed
 from mrd_ray.mrd.noise import standard_normal
