@@ -160,6 +160,8 @@ class Lookout:
 
     Args:
         stall_after: seconds that a unit may take, or that may pass without any actor, before it is called stalled.
+        pool: what an actor takes, to fill a node that is set aside.
+        max_bad_nodes: see RayConfig.
     """
 
     def __init__(
