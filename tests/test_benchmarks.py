@@ -38,7 +38,7 @@ def test_readme_shows_the_results_that_are_there():
 
 def test_a_name_that_is_none(capsys):
     assert main(["sieben"]) == 2
-    assert "NAME is one of closed_form, compare" in capsys.readouterr().err
+    assert "NAME is one of chaos, closed_form, compare" in capsys.readouterr().err
 
 
 def written(folder: Path, name: str, *figures: Figure, **changes) -> str:

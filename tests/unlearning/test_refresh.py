@@ -36,14 +36,13 @@ def config(files, run, estimator, stage, **more):
     return gang.config(model, forget, retain, run, **settings)
 
 
-def standalone(model: Path, samples: pa.Table, scoring: ScoringConfig, dtype="float32") -> pa.Table:
+def standalone(of_path: ModelConfig, samples: pa.Table, scoring: ScoringConfig) -> pa.Table:
     """What an actor of `mrd-ray score` makes of it, all in one unit."""
     layout = plan.layout(lengths(samples), scoring.micro_batch_tokens)
     rows = samples.select(["sample_id", "token_ids", "scored"])
     trial = [{"micro_batch": 0, **row} for row in rows.take(layout.few(4)).to_pylist()]
     unit = plan.Unit(0, 0, len(layout), plan.first_draws(scoring).start, plan.first_draws(scoring).stop)
     indices, micro_batch = layout.members(unit.micro_batches)
-    of_path = ModelConfig(path=str(model), dtype=dtype)
     actor = ScoringActor(Task(of_path, scoring, model_files.files_digest(of_path), 1, False, trial))
     result = actor(unit.unit_id, rows.take(indices).add_column(0, "micro_batch", pa.array(micro_batch)))
     assert result["fatal"][0].as_py() is None
@@ -66,7 +65,9 @@ def test_a_refresh_is_a_standalone_run_on_the_checkpoint(files, tmp_path, size):
         first, second = (tables[step]["mrd"].to_numpy() for step in (0, 2))
         assert np.abs(second / first - 1).max() > 1e-3
         for step in (0, 2):
-            expected = standalone(Path(one.run.dir) / "checkpoints" / str(step) / "model", samples, one.scoring)
+            expected = standalone(
+                one.result(str(Path(one.run.dir) / "checkpoints" / str(step) / "model")), samples, one.scoring
+            )
             for column in ("mrd", "log_prob"):
                 np.testing.assert_allclose(tables[step][column], expected[column], rtol=1e-5, err_msg=one.run.dir)
             assert tables[step]["sample_id"] == expected["sample_id"]
@@ -82,7 +83,7 @@ def test_adapters_and_bfloat16(files, tmp_path):
     for (name, _, _), one, (_, tables) in zip(cases, configs, found, strict=True):
         folder = Path(one.run.dir) / "checkpoints" / "2" / "model"
         assert (folder / "adapter_config.json").exists() == name.startswith("lora")
-        expected = standalone(folder, samples, one.scoring, one.model.dtype)
+        expected = standalone(one.result(str(folder)), samples, one.scoring)
         np.testing.assert_allclose(tables[2]["mrd"], expected["mrd"], rtol=1e-5, err_msg=name)
 
 
