@@ -1,6 +1,7 @@
 """A scoring run on a bucket and several nodes while all around it fails: is anything lost, doubled or changed?"""
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -74,6 +75,7 @@ class _Chaos:
         self._data = folder / "short.jsonl"
         lines = (json.dumps({"id": f"s{i:06d}", "text": text}) + "\n" for i, text in texts(samples))
         self._data.write_text("".join(lines), encoding="utf-8")
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self._server.start()
         self._host, self._port = self._server.get_host_and_port()
@@ -92,18 +94,22 @@ class _Chaos:
             found = self._chaotic(seconds)
             quiet = self._driver(str(self._folder / "quiet"), "quiet")
             assert quiet.wait() == 0
+            run = self._fetched()
         finally:
             self._cluster.shutdown()
             self._server.stop()
-        run = self._folder / "fetched"
-        files, root = storage.filesystem(f"s3://{_BUCKET}/run")
-        for file in files.find(root):
-            target = run / os.path.relpath(file, root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(files.cat_file(file))
         scores = [pq.read_table(one / "scores.parquet").to_pylist() for one in (run, self._folder / "quiet")]
         differing = sum(a != b for a, b in zip(*scores, strict=True))
         return found | {"rows": rows_of(run, self._samples, self._draws), "differing": differing}
+
+    def _fetched(self) -> Path:
+        """A copy of the run's folder in the bucket."""
+        files, root = storage.filesystem(f"s3://{_BUCKET}/run")
+        for file in files.find(root):
+            target = self._folder / "fetched" / os.path.relpath(file, root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(files.cat_file(file))
+        return self._folder / "fetched"
 
     def _driver(self, run: str, name: str) -> subprocess.Popen:
         flags = ["--model.path", _MODEL, "--data.path", str(self._data), "--run.dir", run, "--ray.actors", "3"]
