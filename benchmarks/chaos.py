@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 from benchmarks.common import Raw
 from benchmarks.figures import Figure, Results
 from benchmarks.soak import rows_of, texts
-from mrd_ray import storage
+from mrd_ray.runs import storage
 
 _BUCKET, _MODEL = "lab", "our/model"
 _OUTAGES = (5.0, 60.0)  # seconds

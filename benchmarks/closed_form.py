@@ -24,7 +24,7 @@ from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import draw_deltas
 from mrd_ray.mrd.perturb import Replica
-from mrd_ray.scoring.memory import activation_bytes
+from mrd_ray.workers.memory import activation_bytes
 
 FROZEN, TRAINABLE = "plain, parameters frozen", "plain, parameters trainable"
 RECOMPUTING, CLOSED = "closed form, layers recomputed", "closed form"

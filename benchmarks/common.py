@@ -11,12 +11,12 @@ from typing import Any, Literal
 import pyarrow as pa
 import torch
 
-from mrd_ray import ScoreConfig, models
+from mrd_ray import ScoreConfig
 from mrd_ray.data import samples as samples_table
+from mrd_ray.data.micro_batches import lay_out, lengths
 from mrd_ray.data.tokens import Limits
+from mrd_ray.models import load
 from mrd_ray.mrd.likelihood import MicroBatch
-from mrd_ray.scoring import plan
-from mrd_ray.scoring.score import lengths
 
 Raw = dict[str, Any]
 PAPER_DRAWS = 200
@@ -26,13 +26,13 @@ class Batches:
     """A model and its samples: `rows` by sample_id, `order` of those that can be scored, `batches` of `layout`."""
 
     def __init__(self, config: ScoreConfig, device: str = "cpu") -> None:
-        limits = Limits.of(models.skeleton(config.model))
-        table = samples_table.build(config.data, models.load_tokenizer(config.model), limits)
-        self.layout = plan.layout(lengths(table), config.scoring.micro_batch_tokens)
+        limits = Limits.of(load.skeleton(config.model))
+        table = samples_table.build(config.data, load.load_tokenizer(config.model), limits)
+        self.layout = lay_out(lengths(table), config.scoring.micro_batch_tokens)
         self.batches = micro_batches(table, config.scoring.micro_batch_tokens, device)
         self.rows = table.to_pylist()
         self.order = self.layout.order.tolist()
-        self.model = models.load_model(config.model, torch.device(device))
+        self.model = load.load_model(config.model, torch.device(device))
         self.size = {
             "samples": len(self.order),
             "tokens": sum(len(self.rows[i]["token_ids"]) for i in self.order),
@@ -44,7 +44,7 @@ class Batches:
 
 def micro_batches(samples: pa.Table, tokens: int, device: str = "cpu") -> list[MicroBatch]:
     """As the engine makes them."""
-    rows, layout = samples.to_pylist(), plan.layout(lengths(samples), tokens)
+    rows, layout = samples.to_pylist(), lay_out(lengths(samples), tokens)
     members = [[rows[i] for i in layout.samples(number)] for number in range(len(layout))]
     on = torch.device(device)
     return [MicroBatch.collate([s["token_ids"] for s in some], [s["scored"] for s in some], on) for some in members]

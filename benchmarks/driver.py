@@ -14,13 +14,17 @@ from benchmarks.common import Raw, resident, stopwatch
 from benchmarks.figures import Figure, Results
 from mrd_ray import ScoreConfig
 from mrd_ray.data import samples as samples_table
-from mrd_ray.journal import Journal
+from mrd_ray.data.micro_batches import lay_out
+from mrd_ray.data.micro_batches import lengths as lengths_of
 from mrd_ray.mrd.monte_carlo import Moments
-from mrd_ray.runs import RunDirectory
-from mrd_ray.scoring import plan, score, summary
+from mrd_ray.runs.directory import RunDirectory
+from mrd_ray.runs.journal import Journal
+from mrd_ray.scoring import score, summary
 from mrd_ray.scoring.actor import Task
+from mrd_ray.scoring.cost import GPU_TFLOPS, ModelCost
 from mrd_ray.scoring.result import RESULT_SCHEMA
 from mrd_ray.scoring.table import scores_table
+from mrd_ray.scoring.units import Unit, first_draws, missing_units
 
 _TOKENS = (20, 80)  # of a sample, evenly spread
 _TEXT = "What does it say there about her? "
@@ -35,7 +39,7 @@ class MadeUp:
 
     def __call__(self, unit_id: str, samples: pa.Table) -> pa.Table:
         """Draws, and a gradient norm, of 1 more than the sample's number."""
-        unit = plan.Unit.of_id(unit_id)
+        unit = Unit.of_id(unit_id)
         draws = unit.stop_draw - unit.first_draw
         of_all: Raw = {
             "log_prob": -1.0,
@@ -93,18 +97,18 @@ def _drive(folder: Path, n: int, scoring: Raw, parameters: int) -> Raw:
     run.claim({}, config)
     table = _samples(n)
     phases: Raw = {"before": _phase()}
-    layout = plan.layout(score.lengths(table), config.scoring.micro_batch_tokens)
-    rectangles = plan.missing(0, len(layout), plan.first_draws(config.scoring), [])
+    layout = lay_out(lengths_of(table), config.scoring.micro_batch_tokens)
+    rectangles = missing_units(0, len(layout), first_draws(config.scoring), [])
     phases["lay out"] = _phase()
     with ray.init(log_to_driver=False, include_dashboard=False), Journal(run, "score") as journal:
-        rounds = score._Rounds(config, run, table, plan.ModelCost(parameters, 2 * parameters), "", journal, [layout])
+        rounds = score._Rounds(config, run, table, ModelCost(parameters, 2 * parameters), "", journal, [layout])
         with (
-            mock.patch.object(plan, "assumed_tflops", return_value=plan.GPU_TFLOPS),
+            mock.patch.object(score, "assumed_tflops", return_value=GPU_TFLOPS),
             mock.patch.object(score, "ScoringActor", MadeUp),
         ):
             rounds._compute(layout, rectangles, 0, grows=False)
     phases["work off"] = _phase()
-    order = np.argsort(score.lengths(table), kind="stable")
+    order = np.argsort(lengths_of(table), kind="stable")
     scores = scores_table(table, order, rounds._results(order), config.scoring)
     phases["gather"] = _phase()
     summary.figure(scores, table, config)
@@ -112,7 +116,7 @@ def _drive(folder: Path, n: int, scoring: Raw, parameters: int) -> Raw:
     mrd = scores["mrd"].to_numpy()
     np.testing.assert_allclose(mrd / mrd[0], np.arange(1, n + 1))
     return {
-        "samples": n, "tokens": int(score.lengths(table).sum()), **scoring, "parameters": parameters,
+        "samples": n, "tokens": int(lengths_of(table).sum()), **scoring, "parameters": parameters,
         "units": len(run.names("units")), "samples table, MiB": round(table.nbytes / 2**20),
         "phases": phases,
     }  # fmt: skip

@@ -10,11 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.common import stopwatch
 from benchmarks.figures import Figure, Results, ratios
-from mrd_ray import ModelConfig, models
+from mrd_ray import ModelConfig
 from mrd_ray.config import EvaluationConfig
 from mrd_ray.data.tokens import Limits
 from mrd_ray.evaluation import sets
 from mrd_ray.evaluation.measure import Measurer
+from mrd_ray.models import load
 
 OURS, PLAIN = "mrd_ray", "plain loop"
 
@@ -45,8 +46,8 @@ def main(
                  "max_samples": max_samples}  # fmt: skip
     figures = []
     of_path = ModelConfig(path=model)
-    loaded = models.load_model(of_path, torch.device("cpu"))
-    tokenizer = models.load_tokenizer(of_path)
+    loaded = load.load_model(of_path, torch.device("cpu"))
+    tokenizer = load.load_tokenizer(of_path)
     for part, metric in {"likelihoods": "truth_ratio", "answers": "rouge_l"}.items():
         own = questions | {"metrics": [metric]} | ({} if metric == "truth_ratio" else {"wrong": None})
         evaluation = EvaluationConfig.model_validate({"sets": {part: own}, "max_new_tokens": max_new_tokens})

@@ -8,7 +8,7 @@ from benchmarks.common import Batches, stopwatch
 from benchmarks.figures import Figure, Results, ratios
 from mrd_ray import ScoreConfig
 from mrd_ray.mrd.likelihood import Likelihood
-from mrd_ray.scoring import plan
+from mrd_ray.scoring.cost import ModelCost
 
 _PRODUCT = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices
 
@@ -50,7 +50,7 @@ def main(
     work = Batches(ScoreConfig.model_validate(tree | {"run": {"dir": "unused"}}), device)
     likelihood = Likelihood(work.model)
     head = work.model.get_output_embeddings().weight.numel()
-    layers = plan.ModelCost.of(work.model).flops_per_token - 2 * head
+    layers = ModelCost.of(work.model).flops_per_token - 2 * head
     scored = sum(int(batch.scored.sum()) for batch in work.batches)
     flops = work.size["tokens"] * layers + scored * 2 * head
     likelihood.margins(work.batches[0])

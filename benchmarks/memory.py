@@ -14,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import Raw, resident
 from benchmarks.figures import Figure, Results
-from mrd_ray import ModelConfig, ScoringConfig, model_files
-from mrd_ray.scoring import plan
+from mrd_ray import ModelConfig, ScoringConfig
+from mrd_ray.models.files import model_digest
 from mrd_ray.scoring.actor import ScoringActor, Task
+from mrd_ray.scoring.units import Unit
 
 Estimator = Literal["monte_carlo", "closed_form"]
 COPIES: dict[Estimator, float] = {"monte_carlo": 2.05, "closed_form": 1.05}
@@ -76,9 +77,9 @@ def _case(folder: str, vocabulary: int, estimator: Estimator, draws: int, tokens
     scoring = ScoringConfig(estimator=estimator)
     _touch_libraries(samples, scoring)
     before = _resting()
-    actor = ScoringActor(Task(model, scoring, model_files.files_digest(model), 1, False, samples[:1]))
+    actor = ScoringActor(Task(model, scoring, model_digest(model), 1, False, samples[:1]))
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak so far was that of loading
-    (result,) = actor(plan.Unit(0, 0, 1, 0, draws).unit_id, pa.Table.from_pylist(samples)).to_pylist()
+    (result,) = actor(Unit(0, 0, 1, 0, draws).unit_id, pa.Table.from_pylist(samples)).to_pylist()
     if result["fatal"] or any(sample["error"] for sample in result["samples"]):
         raise RuntimeError(f"the unit failed: {result}")
     peak, after = resident("VmHWM"), _resting()
@@ -104,5 +105,5 @@ def _touch_libraries(samples: list[Raw], scoring: ScoringConfig) -> None:
         LlamaForCausalLM(tiny).save_pretrained(folder)
         config = ModelConfig(path=folder)
         few = [sample | {"token_ids": sample["token_ids"][:4], "scored": sample["scored"][:4]} for sample in samples]
-        actor = ScoringActor(Task(config, scoring, model_files.files_digest(config), 1, False, few[:1]))
-        actor(plan.Unit(0, 0, 1, 0, 1).unit_id, pa.Table.from_pylist(few))
+        actor = ScoringActor(Task(config, scoring, model_digest(config), 1, False, few[:1]))
+        actor(Unit(0, 0, 1, 0, 1).unit_id, pa.Table.from_pylist(few))

@@ -18,7 +18,7 @@ from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import delta, draw_seed
 from mrd_ray.mrd.perturb import Replica
-from mrd_ray.scoring.memory import activation_bytes
+from mrd_ray.workers.memory import activation_bytes
 
 PROJECTIONS = "proj"  # in the names of the layers that Opacus has a rule for: it has none for a Llama's norms
 ALGORITHM_1, PERTURB_ONCE, MONTE_CARLO = "Algorithm 1, line by line", "perturb once, plain loop", "Monte Carlo"

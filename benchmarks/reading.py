@@ -9,11 +9,11 @@ from rich.console import Console
 
 from benchmarks.common import resident, stopwatch
 from benchmarks.figures import Figure, Results
-from mrd_ray import ScoreConfig, models
+from mrd_ray import ScoreConfig
 from mrd_ray.data import samples as samples_table
+from mrd_ray.data.micro_batches import lay_out, lengths
 from mrd_ray.data.tokens import Limits
-from mrd_ray.scoring import plan
-from mrd_ray.scoring.score import lengths
+from mrd_ray.models import load
 
 _WORDS = ["she", "he", "they", "found", "the", "red", "ball", "under", "an", "old", "tree", "and", "took", "it", "home"]
 _CHARACTERS = 200  # of a line's text
@@ -35,11 +35,11 @@ def main(model: str, lines: int = 1_000_000, out: str = "benchmarks/results") ->
         config = ScoreConfig.model_validate(
             {"model": {"path": model}, "data": {"path": str(file)}, "run": {"dir": folder}}
         )
-        tokenizer, limits = models.load_tokenizer(config.model), Limits.of(models.skeleton(config.model))
+        tokenizer, limits = load.load_tokenizer(config.model), Limits.of(load.skeleton(config.model))
         lap = stopwatch()
         table = samples_table.build(config.data, tokenizer, limits, Console(stderr=True))
         read = lap()
-        layout = plan.layout(lengths(table), config.scoring.micro_batch_tokens)
+        layout = lay_out(lengths(table), config.scoring.micro_batch_tokens)
         laid_out = lap()
     tokens = int(lengths(table).sum())
     peak = resident("VmHWM")

@@ -20,9 +20,10 @@ from benchmarks.common import PAPER_DRAWS, Batches, Raw
 from benchmarks.figures import Figure, Results
 from benchmarks.scoring import costs, engine
 from mrd_ray import ScoreConfig
-from mrd_ray.scoring.estimate import FLEETS
-from mrd_ray.scoring.plan import Unit, cut, layout
-from mrd_ray.scoring.simulate import Fleet, Rates, simulate
+from mrd_ray.data.micro_batches import lay_out
+from mrd_ray.planning.estimate import FLEETS
+from mrd_ray.planning.simulate import Fleet, Rates, simulate
+from mrd_ray.scoring.units import Unit, cut_units
 
 ONE_NODE, NODES = "actors of one node", "a node each (on this machine)"
 
@@ -67,12 +68,14 @@ def main(
     of_one = results.raw[f"{actors[0]}, {ONE_NODE}"]
     rates = Rates(of_one["wall"] - of_one["span"], *_per_token(of_one, work), source="measured")
     drawn = np.random.default_rng(0).choice([len(work.rows[i]["token_ids"]) for i in work.order], simulated_samples)
-    large = layout(drawn, micro_batch_tokens)
+    large = lay_out(drawn, micro_batch_tokens)
     rectangle = Unit(0, 0, len(large), 0, PAPER_DRAWS)
     simulated = {}
     for count in FLEETS:
         fleet = Fleet(count, straggling, losses_per_hour) if count > 1 else Fleet(1)
-        simulated[count] = simulate(cut(large, [rectangle], count, 1 / rates.forward), large, rates, fleet).seconds
+        simulated[count] = simulate(
+            cut_units(large, [rectangle], count, 1 / rates.forward), large, rates, fleet
+        ).seconds
     results.keep("simulated seconds", simulated)
     results.file.with_suffix(".png").write_bytes(figure(results.raw, actors))
     results.show(figures(results.raw, actors))

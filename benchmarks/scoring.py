@@ -16,8 +16,8 @@ from mrd_ray import ScoreConfig, score
 from mrd_ray.mrd.likelihood import Likelihood
 from mrd_ray.mrd.monte_carlo import delta, draw_seed
 from mrd_ray.mrd.perturb import Replica
-from mrd_ray.scoring import plan
 from mrd_ray.scoring.result import RESULT_SCHEMA
+from mrd_ray.scoring.units import Unit
 
 Part = Literal["ideal", "engine"]
 LONG_UNIT = 30.0  # seconds; a shorter unit says little about those of a real run
@@ -109,7 +109,7 @@ def engine(config: Raw, work: Batches, actors: int, draws: int) -> Raw:
                 .select(["unit_id", "worker", "seconds"])
                 .to_pylist()
             )
-            unit = plan.Unit.of_id(row["unit_id"])
+            unit = Unit.of_id(row["unit_id"])
             tokens = int(work.layout.padded_tokens[unit.first_micro_batch : unit.stop_micro_batch].sum())
             written = Path(finished.run.path(f"units/{name}")).stat().st_mtime
             units.append(row | vars(unit) | {"work": tokens * (unit.stop_draw - unit.first_draw), "written": written})

@@ -24,18 +24,18 @@ from transformers import PreTrainedModel
 from benchmarks.closed_form import TRAINABLE, ways
 from benchmarks.common import Raw, micro_batches, resident, stopwatch
 from benchmarks.figures import Figure, Results, ratios
-from mrd_ray import models
 from mrd_ray.config import ScoringConfig, UnlearnConfig
+from mrd_ray.data.micro_batches import lengths
 from mrd_ray.data.tokens import Limits
+from mrd_ray.models import load
 from mrd_ray.mrd.likelihood import MicroBatch
-from mrd_ray.scoring.score import lengths
 from mrd_ray.unlearning import losses, refresh, sets
 from mrd_ray.unlearning import model as trained
 from mrd_ray.unlearning.engine import Engine, configuration
 from mrd_ray.unlearning.loop import Loop, Sets, State
-from mrd_ray.unlearning.ranks import Ranks
 from mrd_ray.unlearning.sampling import ForgetStream, ShuffledStream, sampling_probabilities
 from mrd_ray.unlearning.stopping import Evaluation
+from mrd_ray.workers.ranks import Ranks
 
 Part = Literal["throughput", "workers", "refresh", "memory"]
 Stage = Literal[0, 1, 2, 3]
@@ -83,8 +83,8 @@ def main(
     tree |= {"retain": {"path": retain}, "stopping": {"extraction_n": 0, "retain_samples": 1}}
     tree |= {"unlearning": {"method": "npo", "weighting": "uniform", "batch_size": batch_size}}
     config = UnlearnConfig.model_validate(tree)
-    limits = Limits.of(models.skeleton(config.model))
-    of_run = sets.build(config, models.load_tokenizer(config.model), limits, Console(quiet=True))
+    limits = Limits.of(load.skeleton(config.model))
+    of_run = sets.build(config, load.load_tokenizer(config.model), limits, Console(quiet=True))
     (fields,) = Job(config, of_run, 1, threads, steps).run(reference)
     initial = Evaluation(**fields)
     plain = Job(config, of_run, 1, threads, steps, initial, plain=True)

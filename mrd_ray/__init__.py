@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mrd_ray.api import compare, evaluate, plan, score, unlearn, write_report
+
 if TYPE_CHECKING:
     from mrd_ray.config import (
         CompareConfig,
@@ -18,12 +20,10 @@ if TYPE_CHECKING:
         UnlearnConfig,
     )
     from mrd_ray.errors import UserError
-    from mrd_ray.evaluation.evaluate import EvaluateRun, evaluate
-    from mrd_ray.evaluation.in_training import unlearn
-    from mrd_ray.report.report import write_report
-    from mrd_ray.scoring.compare import Comparison, compare
-    from mrd_ray.scoring.estimate import Estimate, plan
-    from mrd_ray.scoring.score import ScoreRun, score
+    from mrd_ray.evaluation.evaluate import EvaluateRun
+    from mrd_ray.planning.estimate import Estimate
+    from mrd_ray.scoring.compare import Comparison
+    from mrd_ray.scoring.score import ScoreRun
     from mrd_ray.unlearning.sampler import MRDSampler
     from mrd_ray.unlearning.unlearn import UnlearnRun
 
@@ -54,21 +54,15 @@ __all__ = [
     "write_report",
 ]
 
-# Imported when first used: --help needs none, and an actor neither readers nor plots to start.
+# Imported when first used, settings among them: --help needs none.
 _LAZY = {  # but for settings, which are in mrd_ray.config
     "UserError": "mrd_ray.errors",
     "Comparison": "mrd_ray.scoring.compare",
-    "compare": "mrd_ray.scoring.compare",
-    "Estimate": "mrd_ray.scoring.estimate",
-    "plan": "mrd_ray.scoring.estimate",
+    "Estimate": "mrd_ray.planning.estimate",
     "EvaluateRun": "mrd_ray.evaluation.evaluate",
-    "evaluate": "mrd_ray.evaluation.evaluate",
-    "write_report": "mrd_ray.report.report",
     "ScoreRun": "mrd_ray.scoring.score",
-    "score": "mrd_ray.scoring.score",
     "MRDSampler": "mrd_ray.unlearning.sampler",
     "UnlearnRun": "mrd_ray.unlearning.unlearn",
-    "unlearn": "mrd_ray.evaluation.in_training",
 }
 
 

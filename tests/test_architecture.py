@@ -8,14 +8,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# lowest first; a module may import its own layer and those before it
-LAYERS = ["errors", "missing", "mrd", "config", "progress", "storage", "foreign", "runs", "hold", "gauges", "journal"]
-LAYERS += ["model_files", "weights", "adapters", "tokenizer_checks", "models", "saving", "data", "fine_tune"]
-LAYERS += ["scoring", "unlearning", "evaluation", "report", "stages", "status", "demo", "command_line", "paper"]
-LAYERS += ["cli"]
-FILES = [
-    file for file in sorted((ROOT / "mrd_ray").rglob("*.py")) if file.parent != ROOT / "mrd_ray" or file.stem in LAYERS
+# Lowest first; a module may import its own package and those of lower layers.
+LAYERS = [
+    {"errors"},
+    {"mrd", "config"},  # the metric in pure torch; the settings
+    {"runs"},  # run directories
+    {"models"},
+    {"data", "workers"},
+    {"scoring"},
+    {"planning", "evaluation"},
+    {"unlearning"},
+    {"report", "demo"},
+    {"api"},
+    {"cli"},
 ]
+FILES = sorted(
+    file
+    for file in (ROOT / "mrd_ray").rglob("*.py")
+    if file.stem not in ("__init__", "__main__") or file.parent != ROOT / "mrd_ray"
+)
 
 
 def imports(file: Path) -> list[str]:
@@ -31,14 +42,16 @@ def imports(file: Path) -> list[str]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_imports_go_one_way(file):
-    layer = file.relative_to(ROOT / "mrd_ray").parts[0].removesuffix(".py")
+    package = file.relative_to(ROOT / "mrd_ray").parts[0].removesuffix(".py")
+    own = next(i for i, layer in enumerate(LAYERS) if package in layer)
+    below = {package}.union(*LAYERS[:own])
     for name in imports(file):
         parts = name.split(".")
         if parts[0] == "mrd_ray":
-            assert LAYERS.index(parts[1]) <= LAYERS.index(layer), f"{file} imports {name}"
-        if layer == "mrd":
+            assert parts[1] in below, f"{file} imports {name}"
+        assert parts[0] not in ("jobs", "benchmarks", "tests"), f"{file} imports {name}"
+        if package == "mrd":
             assert parts[0] not in ("ray", "deepspeed")
-            assert parts[:2] not in (["mrd_ray", "data"], ["mrd_ray", "config"])
 
 
 def test_no_machine_paths():

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mrd_ray import UserError, __main__, cli
+from mrd_ray import UserError
+from mrd_ray.cli import main as cli
+from mrd_ray.cli.commands import COMMANDS, DESCRIPTION
 from mrd_ray.config import DemoConfig, PlanConfig, ReportConfig, ScoreConfig, UnlearnConfig
 
 ROOT = Path(__file__).parents[1]
@@ -30,10 +32,10 @@ def error(capsys, *arguments) -> str:
 
 
 def test_help_of_all_commands_is_theirs():
-    assert {
-        name: str(of.__doc__).strip().splitlines()[0] for name, of in cli.LINE.commands.items()
-    } == __main__.COMMANDS
-    assert cli.LINE.description == __main__.DESCRIPTION
+    assert {name: str(of.__doc__).strip().splitlines()[0] for name, of in cli.LINE.commands.items()} == {
+        name: command.summary for name, command in COMMANDS.items()
+    }
+    assert cli.LINE.description == DESCRIPTION
     done = subprocess.run([sys.executable, "-m", "mrd_ray", "--help"], capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in cli.LINE.commands)
     line = [sys.executable, "-X", "importtime", "-m", "mrd_ray", "--help"]
@@ -46,7 +48,7 @@ def test_help_of_all_commands_is_theirs():
 def test_help_waits_for_no_library_that_computes(arguments):
     code = f"""
 import sys
-from mrd_ray.cli import main
+from mrd_ray.cli.main import main
 try:
     main({arguments!r})
 except SystemExit:

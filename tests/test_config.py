@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from mrd_ray.cli import LINE, main
+from mrd_ray.cli.main import LINE, main
 from mrd_ray.config import DataConfig, RayConfig, ScoreConfig
 
 REQUIRED = ["score", "--model.path", "m", "--data.path", "d.jsonl", "--run.dir", "r"]

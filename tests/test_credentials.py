@@ -8,7 +8,8 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from mrd_ray import MRDSampler, ReportConfig, ScoreConfig, UserError, cli
+from mrd_ray import MRDSampler, ReportConfig, ScoreConfig, UserError
+from mrd_ray.cli import main as cli
 from mrd_ray.config.credentials import recordable
 
 SECRET = "hunter2hunter2"

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import mrd_ray
-from mrd_ray import UserError, models, saving
+from mrd_ray import UserError
 from mrd_ray.config import ModelConfig
+from mrd_ray.models import saving
+from mrd_ray.models.load import load_model, load_tokenizer, skeleton, unused_weights
 
 IDS = torch.tensor([[1, 403, 407, 261, 378, 432, 300, 400]])
 
@@ -45,8 +47,8 @@ def of(path) -> ModelConfig:
 
 def load(path):
     model = of(path)
-    loaded = models.load_model(model, torch.device("cpu"))
-    rows = [len(one.get_input_embeddings().weight) for one in (loaded, models.skeleton(model))]
+    loaded = load_model(model, torch.device("cpu"))
+    rows = [len(one.get_input_embeddings().weight) for one in (loaded, skeleton(model))]
     assert rows[0] == rows[1]
     return loaded
 
@@ -89,7 +91,7 @@ def test_an_adapter_that_took_a_part_of_its_base_model(trained_adapter, tmp_path
     """When it is loaded PEFT takes that part from the base model again."""
     folder, expected = trained_adapter(init_lora_weights=began)
     model = of(folder)
-    assert models.unused_weights(model) == []
+    assert unused_weights(model) == []
     loaded = load(folder)
     assert loss(loaded) == pytest.approx(expected, abs=2e-5)
     factors = {name: 1.1 * value for name, value in loaded.state_dict().items() if "lora_" in name}
@@ -107,9 +109,9 @@ def test_an_adapter_of_weights_that_cannot_be_found_again_is_refused(trained_ada
     more = {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}} if began == "loftq" else {}
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"init_lora_weights": began} | more))
     for attempt in (
-        models.unused_weights,
-        models.skeleton,
-        lambda model: models.load_model(model, torch.device("cpu")),
+        unused_weights,
+        skeleton,
+        lambda model: load_model(model, torch.device("cpu")),
     ):
         with pytest.raises(
             UserError, match=rf"init_lora_weights: {began}, which changed the weights of the base model"
@@ -124,7 +126,7 @@ def test_what_an_adapter_s_settings_leave_out_is_put_right_there(trained_adapter
     with pytest.raises(
         UserError, match=r"names fewer layers .*\(target_modules.*Correct adapter_config\.json"
     ) as refused:
-        models.unused_weights(of(folder))
+        unused_weights(of(folder))
     assert "attention_bias" not in str(refused.value)
 
 
@@ -134,7 +136,7 @@ def test_names_of_a_state_dict_in_an_adapter_s_file_are_told(trained_adapter):
     named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
     save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"their names have \.default\. in them.*save_pretrained"):
-        models.unused_weights(of(folder))
+        unused_weights(of(folder))
 
 
 def test_where_an_adapter_is_is_decided_in_one_place(made, stories_dir, tmp_path):
@@ -164,7 +166,7 @@ def test_where_an_adapter_is_is_decided_in_one_place(made, stories_dir, tmp_path
 )
 def test_what_cannot_be_loaded_is_named_before_ray_starts(made, kind, name, message):
     folder = made[0 if kind == "models" else 1] / name
-    for attempt in (models.unused_weights, lambda model: models.load_model(model, torch.device("cpu"))):
+    for attempt in (unused_weights, lambda model: load_model(model, torch.device("cpu"))):
         with pytest.raises(UserError, match=message):
             attempt(of(folder))
 
@@ -223,12 +225,12 @@ def test_training_changes_weights_and_nothing_else(made, shared, tmp_path, name)
         if file.suffix != ".safetensors":
             assert (result / file.name).read_bytes() == file.read_bytes(), file.name
     before, after = (
-        models.load_model(ModelConfig(path=str(path), allow_unused_weights=True), torch.device("cpu"))
+        load_model(ModelConfig(path=str(path), allow_unused_weights=True), torch.device("cpu"))
         for path in (source, result)
     )
     assert loss(before) != loss(after)
-    kept = models.unused_weights(ModelConfig(path=str(result), allow_unused_weights=True))
-    assert kept == models.unused_weights(ModelConfig(path=str(source), allow_unused_weights=True))
+    kept = unused_weights(ModelConfig(path=str(result), allow_unused_weights=True))
+    assert kept == unused_weights(ModelConfig(path=str(source), allow_unused_weights=True))
 
 
 _OTHER = ["transformers==4.57.1", "huggingface_hub<1", "tokenizers>=0.22,<0.23"]
@@ -261,4 +263,4 @@ def test_the_result_is_the_same_model_in_transformers_4(made, shared, tmp_path):
     version, found, tokens = json.loads(done.stdout.splitlines()[-1])
     assert version == "4.57.1"
     assert found == pytest.approx(loss(load(result)), abs=1e-5)
-    assert tokens == models.load_tokenizer(ModelConfig(path=str(result)))("Lily has a ball.")["input_ids"]
+    assert tokens == load_tokenizer(ModelConfig(path=str(result)))("Lily has a ball.")["input_ids"]

@@ -15,16 +15,17 @@ import pytest
 import ray
 from ray import cloudpickle
 
-from mrd_ray import UserError, journal, score
-from mrd_ray.cli import main
+from mrd_ray import UserError, score
+from mrd_ray.cli.main import main
 from mrd_ray.config import ModelConfig, RayConfig
-from mrd_ray.journal import Journal
-from mrd_ray.runs import RunDirectory
-from mrd_ray.scoring import lookout
-from mrd_ray.scoring.lookout import Lookout
-from mrd_ray.scoring.pipeline import results
-from mrd_ray.scoring.pool import Pool
-from mrd_ray.status import status
+from mrd_ray.runs import journal
+from mrd_ray.runs.directory import RunDirectory
+from mrd_ray.runs.journal import Journal
+from mrd_ray.runs.status import status
+from mrd_ray.workers import lookout
+from mrd_ray.workers.lookout import Lookout
+from mrd_ray.workers.pool import Pool
+from mrd_ray.workers.run_units import run_units
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -122,7 +123,7 @@ with Journal(RunDirectory({str(tmp_path)!r}), "score"):
         assert status(str(tmp_path))[0].state == "running"
         process.send_signal(signal.SIGKILL)
     assert status(str(tmp_path))[0].state == "running"  # it cannot be told yet
-    monkeypatch.setattr("mrd_ray.hold.SILENT", 0.0)
+    monkeypatch.setattr("mrd_ray.runs.hold.SILENT", 0.0)
     assert status(str(tmp_path))[0].state == "silent"
     assert [line["event"] for line in lines(tmp_path)] == ["started", "failed", "started", "interrupted", "started"]
 
@@ -287,7 +288,7 @@ def test_a_run_whose_actors_end_again_and_again_ends(ray_cluster, tmp_path, acto
     run.claim({"a": 1}, ModelConfig(path="x"))
     units = {"first": 0, "second": 0, "third": 0}
     with Journal(run, "score") as journal, pytest.raises(UserError, match=words):
-        list(results(units, [pa.table({"x": [1]})], actor, None, Pool(1, 1.0, 0.0), journal, RayConfig()))
+        list(run_units(units, [pa.table({"x": [1]})], actor, None, Pool(1, 1.0, 0.0), journal, RayConfig()))
 
 
 def test_a_failed_run_keeps_its_traceback_without_credentials(tmp_path):

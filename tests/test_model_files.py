@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mrd_ray import model_files, models
 from mrd_ray.config import ModelConfig
 from mrd_ray.errors import UserError
+from mrd_ray.models import load
+from mrd_ray.models.files import directory, model_digest, safetensors_of, weight_files
 
 CPU = torch.device("cpu")
 
@@ -25,30 +26,30 @@ def of(folder, **settings) -> ModelConfig:
 def test_directory_without_weights(tmp_path, tiny_model_dir):
     shutil.copy(tiny_model_dir / "config.json", tmp_path)
     with pytest.raises(UserError, match=r"model\.path: .* has no weights"):
-        model_files.files_digest(of(tmp_path))
+        model_digest(of(tmp_path))
 
 
 def test_neither_directory_nor_hub_id():
     with pytest.raises(UserError, match=r"model\.path: /no/such/place is neither"):
-        model_files.directory(ModelConfig(path="/no/such/place"))
+        directory(ModelConfig(path="/no/such/place"))
     with pytest.raises(UserError, match=r"model\.path: nobody/nothing is neither"):
-        model_files.directory(ModelConfig(path="nobody/nothing"))
+        directory(ModelConfig(path="nobody/nothing"))
 
 
 def test_home_directory(tmp_path, tiny_model_dir, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     copy = shutil.copytree(tiny_model_dir, tmp_path / "m")
-    assert model_files.directory(ModelConfig(path="~/m")) == copy
-    assert models.load_tokenizer(ModelConfig(path="none", tokenizer="~/m")).eos_token == "</s>"
+    assert directory(ModelConfig(path="~/m")) == copy
+    assert load.load_tokenizer(ModelConfig(path="none", tokenizer="~/m")).eos_token == "</s>"
 
 
 def test_files_digest_sees_one_bit(tmp_path, tiny_model_dir):
     copy = shutil.copytree(tiny_model_dir, tmp_path / "m")
-    assert model_files.files_digest(of(copy)) == model_files.files_digest(of(tiny_model_dir))
+    assert model_digest(of(copy)) == model_digest(of(tiny_model_dir))
     content = bytearray((copy / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (copy / "model.safetensors").write_bytes(content)
-    assert model_files.files_digest(of(copy)) != model_files.files_digest(of(tiny_model_dir))
+    assert model_digest(of(copy)) != model_digest(of(tiny_model_dir))
 
 
 class Trap:
@@ -73,20 +74,20 @@ def pickled(tmp_path, tiny_model_dir):
 
 def test_pickled_weights_are_read_on_request_alone(pickled, tiny_model_dir):
     refused = r"model\.path: .*pytorch_model\.bin is a pickle.*model\.allow_pickle: true"
-    for refuse in (model_files.files_digest, lambda model: models.load_model(model, CPU)):
+    for refuse in (model_digest, lambda model: load.load_model(model, CPU)):
         with pytest.raises(UserError, match=refused):
             refuse(of(pickled))
     allowed = of(pickled, allow_pickle=True)
-    model_files.files_digest(allowed)
-    expected = models.load_model(of(tiny_model_dir), CPU).state_dict()
-    assert models.weights_digest(models.load_model(allowed, CPU).state_dict()) == models.weights_digest(expected)
+    model_digest(allowed)
+    expected = load.load_model(of(tiny_model_dir), CPU).state_dict()
+    assert load.weights_digest(load.load_model(allowed, CPU).state_dict()) == load.weights_digest(expected)
 
 
 def test_a_pickle_beside_safetensors_is_not_read(tmp_path, tiny_model_dir):
     folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
     torch.save(Trap(tmp_path / "sprung"), folder / "pytorch_model.bin")
     for allow_pickle in (False, True):
-        models.load_model(of(folder, allow_pickle=allow_pickle), CPU)
+        load.load_model(of(folder, allow_pickle=allow_pickle), CPU)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -107,39 +108,37 @@ def test_safetensors_that_no_loader_looks_for_excuse_no_pickle(pickled, adapter,
         else:
             save_file({"a": torch.zeros(1)}, folder / name)
         base = str(tiny_model_dir) if folder == adapter else None
-        for refuse in (model_files.files_digest, lambda model: models.load_model(model, CPU)):
+        for refuse in (model_digest, lambda model: load.load_model(model, CPU)):
             with pytest.raises(UserError, match=r"model\.bin is a pickle"):
                 refuse(of(folder, base=base))
     (pickled / "pytorch_model.bin").write_bytes(b"other weights")
-    before = model_files.files_digest(of(pickled, allow_pickle=True))
+    before = model_digest(of(pickled, allow_pickle=True))
     (pickled / "pytorch_model.bin").write_bytes(b"weights")
-    assert model_files.files_digest(of(pickled, allow_pickle=True)) != before
+    assert model_digest(of(pickled, allow_pickle=True)) != before
 
 
 def test_an_index_names_safetensors_that_are_there_or_is_refused(tmp_path, tiny_model_dir):
     folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
-    whole = models.load_model(of(folder), CPU)
+    whole = load.load_model(of(folder), CPU)
     (folder / "model.safetensors").unlink()
     whole.save_pretrained(folder, max_shard_size="20KB")
     index = folder / "model.safetensors.index.json"
-    parts = model_files.weight_files(of(folder))
+    parts = weight_files(of(folder))
     assert len(parts) > 1
-    assert models.weights_digest(models.load_model(of(folder), CPU).state_dict()) == models.weights_digest(
-        whole.state_dict()
-    )
-    before = model_files.files_digest(of(folder))
+    assert load.weights_digest(load.load_model(of(folder), CPU).state_dict()) == load.weights_digest(whole.state_dict())
+    before = model_digest(of(folder))
     (folder / "other.safetensors").write_bytes(b"which nobody reads")
-    assert model_files.files_digest(of(folder)) == before
+    assert model_digest(of(folder)) == before
     good = json.loads(index.read_text())
     for name in ("weights.bin", "absent.safetensors"):
         (folder / "weights.bin").write_bytes(b"x")
         index.write_text(json.dumps(good | {"weight_map": dict.fromkeys(good["weight_map"], name)}))
         with pytest.raises(UserError, match=f"names {name}"):
-            models.load_model(of(folder), CPU)
+            load.load_model(of(folder), CPU)
     for content in ("[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
         index.write_text(content)
         with pytest.raises(UserError, match=r"is no index of weights|JSON|expected text"):
-            model_files.files_digest(of(folder))
+            model_digest(of(folder))
 
 
 @pytest.fixture
@@ -156,15 +155,15 @@ def test_a_tensor_in_two_files_has_one_value_or_is_refused(sharded):
     place = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
     name = "model.layers.1.mlp.up_proj.weight"
     named = sharded / place[name]
-    other = next(file for file in model_files.safetensors_of(sharded) if file != named)
-    original = models.load_model(of(sharded), CPU).state_dict()
+    other = next(file for file in safetensors_of(sharded) if file != named)
+    original = load.load_model(of(sharded), CPU).state_dict()
     tensors = load_file(other)
     save_file(tensors | {name: original[name].contiguous()}, other, {"format": "pt"})
-    again = models.load_model(of(sharded), CPU).state_dict()
-    assert models.weights_digest(again) == models.weights_digest(original)
+    again = load.load_model(of(sharded), CPU).state_dict()
+    assert load.weights_digest(again) == load.weights_digest(original)
     for changed in (3 * original[name], original[name][:3].clone(), original[name].to(torch.float16)):
         save_file(tensors | {name: changed}, other, {"format": "pt"})
-        for attempt in (models.unused_weights, lambda model: models.load_model(model, CPU)):
+        for attempt in (load.unused_weights, lambda model: load.load_model(model, CPU)):
             with pytest.raises(UserError, match=rf"both hold {name}, with different values") as refused:
                 attempt(of(sharded))
             assert str(named) in str(refused.value)
@@ -175,17 +174,17 @@ def test_a_whole_model_beside_the_parts_of_one_is_refused(sharded, tiny_model_di
     """transformers would read the whole one, stale or not."""
     stale = {name: tensor + 1 for name, tensor in load_file(tiny_model_dir / "model.safetensors").items()}
     save_file(stale, sharded / "model.safetensors", {"format": "pt"})
-    for refuse in (model_files.files_digest, models.unused_weights, lambda model: models.load_model(model, CPU)):
+    for refuse in (model_digest, load.unused_weights, lambda model: load.load_model(model, CPU)):
         with pytest.raises(
             UserError, match=r"holds a whole model twice: in model\.safetensors, and in model-00001-of-"
         ):
             refuse(of(sharded))
     for part in sharded.glob("model-*.safetensors"):  # an index without its files is of no model
         part.unlink()
-    assert model_files.weight_files(of(sharded)) == [sharded / "model.safetensors"]
+    assert weight_files(of(sharded)) == [sharded / "model.safetensors"]
     assert not torch.equal(
-        models.load_model(of(sharded), CPU).state_dict()[(name := "model.norm.weight")],
-        models.load_model(of(tiny_model_dir), CPU).state_dict()[name],
+        load.load_model(of(sharded), CPU).state_dict()[(name := "model.norm.weight")],
+        load.load_model(of(tiny_model_dir), CPU).state_dict()[name],
     )
 
 
@@ -196,9 +195,9 @@ def pointed(folder, name, **settings):
     """Put a Git LFS pointer in the place of a file, and make sure that whoever reads the folder names both."""
     content = (folder / name).read_bytes() if (folder / name).is_file() else None
     (folder / name).write_text(POINTER)
-    setting, uses = "model.path", [models.unused_weights, model_files.files_digest]
+    setting, uses = "model.path", [load.unused_weights, model_digest]
     if name.startswith("tokenizer"):
-        setting, uses = "model.tokenizer", [models.load_tokenizer]
+        setting, uses = "model.tokenizer", [load.load_tokenizer]
     for use in uses:
         with pytest.raises(UserError, match=rf"^{setting}: .*/{name} is a Git LFS pointer.*`git lfs pull`"):
             use(of(folder, **settings))
@@ -212,7 +211,7 @@ def test_git_lfs_pointers_are_named(tmp_path, tiny_model_dir, sharded, adapter):
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         pointed(folder, name)
     pointed(sharded, "model.safetensors.index.json")
-    pointed(sharded, model_files.safetensors_of(sharded)[-1].name)
+    pointed(sharded, safetensors_of(sharded)[-1].name)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         pointed(adapter, name, base=str(tiny_model_dir))
     (folder / "model.safetensors").unlink()
@@ -224,8 +223,8 @@ def test_git_lfs_pointers_that_nobody_reads_do_no_harm(tmp_path, tiny_model_dir)
     folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
     for name in ("pytorch_model.bin", "tokenizer.model", "model.gguf"):
         (folder / name).write_text(POINTER)
-    assert models.unused_weights(of(folder)) == []
-    assert models.load_tokenizer(of(folder)).eos_token == "</s>"
+    assert load.unused_weights(of(folder)) == []
+    assert load.load_tokenizer(of(folder)).eos_token == "</s>"
 
 
 @pytest.mark.parametrize("beside", ["base", "config"])
@@ -237,9 +236,9 @@ def test_a_pickled_adapter_is_read_on_request_alone(adapter, beside, tiny_model_
         shutil.copytree(tiny_model_dir, adapter, dirs_exist_ok=True)
     settings = {"base": str(tiny_model_dir)}
     with pytest.raises(UserError, match=r"model\.path: .*adapter_model\.bin is a pickle"):
-        models.load_model(of(adapter, **settings), CPU)
+        load.load_model(of(adapter, **settings), CPU)
     with pytest.raises(UserError, match=r"model\.path: .*adapter_model\.bin is a pickle"):
-        model_files.files_digest(of(adapter, **settings))
+        model_digest(of(adapter, **settings))
     if beside == "base":  # the other way round transformers finds safetensors alone
-        model = models.load_model(of(adapter, allow_pickle=True, **settings), CPU)
+        model = load.load_model(of(adapter, allow_pickle=True, **settings), CPU)
         assert any("lora_" in name for name, _ in model.named_parameters())

@@ -9,9 +9,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mrd_ray import model_files, models
 from mrd_ray.config import ModelConfig
 from mrd_ray.errors import UserError
+from mrd_ray.models.files import model_digest
+from mrd_ray.models.load import (
+    context_length,
+    ending_ids,
+    load_config,
+    load_model,
+    load_tokenizer,
+    skeleton,
+    tokenizer_digest,
+    unused_weights,
+    weights_digest,
+)
 
 CPU = torch.device("cpu")
 
@@ -39,20 +50,20 @@ def cached(tmp_path, tiny_model_dir, monkeypatch):
 @pytest.mark.parametrize("named", [False, True])
 def test_tokenizer_of_the_models_revision(cached, revision, known, named):
     config = ModelConfig(path=cached, revision=revision, tokenizer=cached if named else None)
-    assert ("mill" in models.load_tokenizer(config).get_vocab()) == known
+    assert ("mill" in load_tokenizer(config).get_vocab()) == known
 
 
 def test_revision_is_the_models_alone(cached, tiny_model_dir):
     config = ModelConfig(path=str(tiny_model_dir), revision="v2", tokenizer=cached)
-    assert "mill" not in models.load_tokenizer(config).get_vocab()
+    assert "mill" not in load_tokenizer(config).get_vocab()
 
 
 def test_directory_that_is_no_model(tmp_path):
     with pytest.raises(UserError, match=r"model\.path"):
-        models.load_config(of(tmp_path))
+        load_config(of(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match=r"model\.path: .*config\.json"):
-        model_files.files_digest(of(tmp_path))
+        model_digest(of(tmp_path))
 
 
 @pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:1000], lambda content: content[:-9]])
@@ -60,7 +71,7 @@ def test_damaged_weights(tmp_path, tiny_model_dir, damage):
     copy = shutil.copytree(tiny_model_dir, tmp_path / "m")
     (copy / "model.safetensors").write_bytes(damage((copy / "model.safetensors").read_bytes()))
     with pytest.raises(UserError, match=r"model\.path: cannot load"):
-        models.load_model(of(copy), CPU)
+        load_model(of(copy), CPU)
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -86,7 +97,7 @@ def test_wrong_weights(tmp_path, tiny_model_dir, change, message):
     change(tensors)
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=message):
-        models.load_model(of(copy), CPU)
+        load_model(of(copy), CPU)
 
 
 def in_eight_bits(tensor):
@@ -108,7 +119,7 @@ def test_whole_numbers_for_weights_are_refused(tmp_path, tiny_model_dir, name, s
     tensors = load_file(folder / file)
     tensors[name], scale = in_eight_bits(tensors[name])
     save_file(tensors | ({f"{name}_scale": scale} if scales else {}), folder / file, {"format": "pt"})
-    for attempt in (models.unused_weights, lambda model: models.load_model(model, CPU)):
+    for attempt in (unused_weights, lambda model: load_model(model, CPU)):
         with pytest.raises(UserError, match=rf"holds 1 quantised tensor\(s\), first {name} \(I8\)"):
             attempt(of(folder, allow_unused_weights=True, base=base))
 
@@ -118,10 +129,10 @@ def test_float8_is_refused_with_scales_alone(tmp_path, tiny_model_dir):
     tensors = load_file(folder / "model.safetensors")
     tensors[UP] = tensors[UP].to(torch.float8_e4m3fn)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert torch.equal(models.load_model(of(folder), CPU).state_dict()[UP], tensors[UP].float())
+    assert torch.equal(load_model(of(folder), CPU).state_dict()[UP], tensors[UP].float())
     save_file(tensors | {f"{UP}_scale_inv": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=rf"quantised tensor\(s\), first {UP} \(F8_E4M3\)"):
-        models.load_model(of(folder), CPU)
+        load_model(of(folder), CPU)
 
 
 def test_whole_numbers_that_are_no_weights_are_allowed(tmp_path, tiny_model_dir):
@@ -129,10 +140,10 @@ def test_whole_numbers_that_are_no_weights_are_allowed(tmp_path, tiny_model_dir)
     tensors = load_file(folder / "model.safetensors")
     steps = {"steps": torch.tensor([3]), "model.position_ids": torch.arange(8)[None]}
     save_file(tensors | steps, folder / "model.safetensors", {"format": "pt"})
-    assert models.unused_weights(of(folder, allow_unused_weights=True)) == ["steps"]
+    assert unused_weights(of(folder, allow_unused_weights=True)) == ["steps"]
     save_file({f"{name}.q": torch.ones(2).int() for name in tensors}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="quantised"):
-        models.unused_weights(of(folder))
+        unused_weights(of(folder))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "nosuch"}'])
@@ -140,7 +151,7 @@ def test_unreadable_config(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     said = "is not a model directory that transformers reads|expected a JSON object|as JSON"
     with pytest.raises(UserError, match=rf"model\.path: .*({said})"):
-        models.load_config(of(tmp_path))
+        load_config(of(tmp_path))
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}"])
@@ -149,46 +160,46 @@ def test_unreadable_tokenizer(tmp_path, tiny_model_dir, content):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"model\.tokenizer: .* holds no tokenizer"):
-        models.load_tokenizer(ModelConfig(path=str(tiny_model_dir), tokenizer=str(tmp_path)))
+        load_tokenizer(ModelConfig(path=str(tiny_model_dir), tokenizer=str(tmp_path)))
 
 
 def test_real_model(stories_dir):
-    model = models.load_model(of(stories_dir), CPU)
+    model = load_model(of(stories_dir), CPU)
     assert sum(parameter.numel() for parameter in model.parameters()) == 260_032
-    assert models.context_length(model.config) == 512
+    assert context_length(model.config) == 512
 
 
 def test_weights_digest_sees_names_and_bits():
     one = {"a": torch.tensor([0.0]), "b": torch.tensor([1.0])}
-    assert models.weights_digest(one) == models.weights_digest(dict(reversed(one.items())))
-    assert models.weights_digest(one) != models.weights_digest(one | {"a": torch.tensor([-0.0])})
-    assert models.weights_digest(one) != models.weights_digest({"b": one["a"], "a": one["b"]})
-    assert models.weights_digest(one) != models.weights_digest({"a": one["a"], "c": one["b"]})
-    assert models.weights_digest(one) != models.weights_digest(one | {"a": one["a"].view(1, 1)})
-    assert models.weights_digest(one) != models.weights_digest(one | {"b": one["b"].view(torch.int32)})
+    assert weights_digest(one) == weights_digest(dict(reversed(one.items())))
+    assert weights_digest(one) != weights_digest(one | {"a": torch.tensor([-0.0])})
+    assert weights_digest(one) != weights_digest({"b": one["a"], "a": one["b"]})
+    assert weights_digest(one) != weights_digest({"a": one["a"], "c": one["b"]})
+    assert weights_digest(one) != weights_digest(one | {"a": one["a"].view(1, 1)})
+    assert weights_digest(one) != weights_digest(one | {"b": one["b"].view(torch.int32)})
 
 
 def test_tokenizer_digest(tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    before = models.tokenizer_digest(tokenizer)
-    assert models.tokenizer_digest(AutoTokenizer.from_pretrained(tiny_model_dir)) == before
+    before = tokenizer_digest(tokenizer)
+    assert tokenizer_digest(AutoTokenizer.from_pretrained(tiny_model_dir)) == before
     tokenizer("what is it", truncation=True, max_length=2)
-    assert models.tokenizer_digest(tokenizer) == before
+    assert tokenizer_digest(tokenizer) == before
     tokenizer.chat_template = "x"
-    with_template = models.tokenizer_digest(tokenizer)
+    with_template = tokenizer_digest(tokenizer)
     tokenizer.add_tokens(["mill"])
-    assert len({before, with_template, models.tokenizer_digest(tokenizer)}) == 3
+    assert len({before, with_template, tokenizer_digest(tokenizer)}) == 3
 
 
 def test_context_length(tiny_model_dir):
-    assert models.context_length(AutoConfig.from_pretrained(tiny_model_dir)) == 128
+    assert context_length(AutoConfig.from_pretrained(tiny_model_dir)) == 128
 
 
 def test_bfloat16_rounds_weights_and_not_rotary_angles(tiny_model_dir):
     """Rotary frequencies in bfloat16 would be another model: angles off by radians at long positions."""
-    model = models.load_model(of(tiny_model_dir, dtype="bfloat16"), CPU)
+    model = load_model(of(tiny_model_dir, dtype="bfloat16"), CPU)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    exact = models.load_model(of(tiny_model_dir), CPU)
+    exact = load_model(of(tiny_model_dir), CPU)
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, exact.model.rotary_emb.inv_freq)
 
@@ -198,7 +209,7 @@ def test_weights_of_another_name_are_refused(tmp_path, tiny_model_dir):
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"transformers_weights": "adapter_model.bin"}))
     with pytest.raises(UserError, match=r"takes weights from adapter_model\.bin \(transformers_weights\)"):
-        models.load_model(of(folder), CPU)
+        load_model(of(folder), CPU)
 
 
 CODE = """
@@ -236,31 +247,31 @@ def custom(tmp_path, tiny_model_dir):
 
 def test_code_of_a_model_runs_on_request_alone(custom, tmp_path, tiny_model_dir, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda question: pytest.fail(f"asked: {question}"))
-    uses = (models.load_config, models.skeleton, models.ending_ids, lambda model: models.load_model(model, CPU))
+    uses = (load_config, skeleton, ending_ids, lambda model: load_model(model, CPU))
     for use in uses:
         with pytest.raises(
             UserError, match=r"model\.path: .*custom needs Python code .*model\.trust_remote_code: true"
         ):
             use(of(custom))
-    assert models.load_tokenizer(of(custom)).eos_token == "</s>"
+    assert load_tokenizer(of(custom)).eos_token == "</s>"
     assert not (tmp_path / "ran").exists()
 
     trusted = of(custom, trust_remote_code=True)
     for use in uses:
         use(trusted)
     ids = torch.arange(8)[None]
-    plain, salted = (models.load_model(model, CPU)(ids).logits for model in (of(tiny_model_dir), trusted))
+    plain, salted = (load_model(model, CPU)(ids).logits for model in (of(tiny_model_dir), trusted))
     torch.testing.assert_close(salted, 2 * plain)
-    models.load_model(trusted, CPU).save_pretrained(tmp_path / "saved")  # as a run leaves its result
-    again = models.load_model(of(tmp_path / "saved", trust_remote_code=True), CPU)(ids).logits
+    load_model(trusted, CPU).save_pretrained(tmp_path / "saved")  # as a run leaves its result
+    again = load_model(of(tmp_path / "saved", trust_remote_code=True), CPU)(ids).logits
     torch.testing.assert_close(again, salted)
 
 
 def test_digest_covers_code_that_may_run(custom):
     trusted = of(custom, trust_remote_code=True)
-    before = model_files.files_digest(trusted), model_files.files_digest(of(custom))
+    before = model_digest(trusted), model_digest(of(custom))
     (custom / "salted.py").write_text(CODE.format(mark="", salt=3))
-    after = model_files.files_digest(trusted), model_files.files_digest(of(custom))
+    after = model_digest(trusted), model_digest(of(custom))
     assert before[0] != after[0]
     assert before[1] == after[1]
 
@@ -270,7 +281,7 @@ def test_code_of_another_repository_is_refused(custom):
     content = (custom / "config.json").read_text()
     (custom / "config.json").write_text(content.replace("salted.SaltedForCausalLM", "some/where--salted.Salted"))
     with pytest.raises(UserError, match=r"takes code from another repository \(some/where--salted\.Salted\)"):
-        models.load_model(of(custom, trust_remote_code=True), CPU)
+        load_model(of(custom, trust_remote_code=True), CPU)
 
 
 def test_code_of_a_tokenizer_runs_on_request_alone(tmp_path, tiny_model_dir):
@@ -282,8 +293,8 @@ def test_code_of_a_tokenizer_runs_on_request_alone(tmp_path, tiny_model_dir):
     (folder / "odd.py").write_text(code)
     (folder / "config.json").write_text(json.dumps({"model_type": "unknown"}))
     with pytest.raises(UserError, match=r"model\.tokenizer: .* needs Python code .*model\.trust_remote_code: true"):
-        models.load_tokenizer(of(tiny_model_dir, tokenizer=str(folder)))
-    assert models.load_tokenizer(of(tiny_model_dir, tokenizer=str(folder), trust_remote_code=True)).odd
+        load_tokenizer(of(tiny_model_dir, tokenizer=str(folder)))
+    assert load_tokenizer(of(tiny_model_dir, tokenizer=str(folder), trust_remote_code=True)).odd
 
 
 def test_outputs_have_names_whatever_the_config_says(tmp_path, tiny_model_dir):
@@ -291,7 +302,7 @@ def test_outputs_have_names_whatever_the_config_says(tmp_path, tiny_model_dir):
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"return_dict": False}))
     tokens = torch.tensor([[1, 2]])
-    model = models.load_model(of(folder), CPU)
+    model = load_model(of(folder), CPU)
     assert model(tokens).logits.shape[:2] == model.base_model(tokens).last_hidden_state.shape[:2]
 
 
@@ -301,6 +312,6 @@ def test_factors_that_embedding_and_head_share_are_refused(tmp_path, tiny_model_
     shape = peft.LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), shape)
     adapted.save_pretrained(tmp_path / "lora")
-    for attempt in (models.skeleton, lambda model: models.load_model(model, CPU)):
+    for attempt in (skeleton, lambda model: load_model(model, CPU)):
         with pytest.raises(UserError, match=r"ensure_weight_tying.*merge it first"):
             attempt(of(tmp_path / "lora", base=str(tmp_path / "base")))

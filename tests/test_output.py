@@ -6,10 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from mrd_ray.cli import LINE, main
+from mrd_ray.cli.main import LINE, main
 from mrd_ray.config import OutputConfig, ScoreConfig
 from mrd_ray.errors import UserError
-from mrd_ray.runs import RunDirectory
+from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.scoring import summary
 
 QUOTED = "Ilse hid the ledger"  # in a row that has no score, whose reason quotes it
@@ -155,7 +155,7 @@ def test_errors_that_quote_rows(tiny_model_dir, variables, shown, monkeypatch, c
 
 
 def test_events_never_quote(tmp_path):
-    from mrd_ray.journal import Journal
+    from mrd_ray.runs.journal import Journal
 
     run = RunDirectory(str(tmp_path))
     run.claim({}, OutputConfig())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mrd_ray.cli import main
+from mrd_ray.cli.main import main
 
 STAGES = ("score", "unlearn", "evaluate-before", "evaluate-after")
 

@@ -11,7 +11,7 @@ import pytest
 
 from mrd_ray.config import RunConfig
 from mrd_ray.errors import UserError
-from mrd_ray.runs import RunDirectory
+from mrd_ray.runs.directory import RunDirectory
 
 CONFIG = RunConfig(dir="x")
 

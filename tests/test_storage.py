@@ -17,13 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 
-from mrd_ray import storage
 from mrd_ray.config import RunConfig
 from mrd_ray.errors import UserError
-from mrd_ray.hold import held
-from mrd_ray.journal import Journal
-from mrd_ray.runs import RunDirectory
-from mrd_ray.status import status
+from mrd_ray.runs import storage
+from mrd_ray.runs.directory import RunDirectory
+from mrd_ray.runs.hold import held
+from mrd_ray.runs.journal import Journal
+from mrd_ray.runs.status import status
 
 SECRET = "a-secret-of-this-test"
 
@@ -65,7 +65,7 @@ def put(folder: Path, key: str) -> str:
 def mrd_ray(command: str, *flags: str, home: Path) -> subprocess.CompletedProcess:
     """The command line, with a Ray of its own whose workers have this environment."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"HOME": str(home)}
-    line = [sys.executable, "-m", "mrd_ray.cli", command, *flags]
+    line = [sys.executable, "-m", "mrd_ray", command, *flags]
     return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=280)
 
 
@@ -139,7 +139,7 @@ def test_unlearn_evaluate_and_report_in_a_bucket(s3, tiny_model_dir, qa_file, tm
     ],
 )
 def test_what_is_not_there_is_named(s3, tiny_model_dir, qa_file, tmp_path, capsys, command, setting, uri, said):
-    from mrd_ray.cli import main
+    from mrd_ray.cli.main import main
 
     paths = {"model.path": str(tiny_model_dir), "data.path": str(qa_file)} | {setting: uri}
     if command == "score":
@@ -149,7 +149,7 @@ def test_what_is_not_there_is_named(s3, tiny_model_dir, qa_file, tmp_path, capsy
 
 
 def test_a_bucket_that_is_not_there(s3, tiny_model_dir, qa_file, capsys):
-    from mrd_ray.cli import main
+    from mrd_ray.cli.main import main
 
     flags = ["--model.path", str(tiny_model_dir), "--data.path", str(qa_file), "--run.dir", "s3://no-such-bucket/run"]
     assert main(["score", *flags]) == 1
@@ -173,7 +173,7 @@ def test_reading_a_run_writes_nothing(s3, tmp_path):
 
 HOLDING = """
 import sys, time
-from mrd_ray import hold
+from mrd_ray.runs import hold
 from mrd_ray.errors import UserError
 from mrd_ray.runs import RunDirectory
 hold.BEAT = 0.5
@@ -201,7 +201,7 @@ def test_a_second_driver_on_a_bucket_is_refused_and_waits_for_one_that_was_kille
         ):
             pass
         process.kill()
-    monkeypatch.setattr("mrd_ray.hold.SILENT", 2.0)
+    monkeypatch.setattr("mrd_ray.runs.hold.SILENT", 2.0)
     with held(run):  # it has waited until that one was cold
         assert contents("lab").keys() >= {"runs/shared/driver.json"}
     assert not [key for key in contents("lab") if key.startswith("runs/shared/driver") and key.endswith(".json")]

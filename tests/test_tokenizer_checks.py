@@ -9,9 +9,9 @@ from rich.console import Console
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer, LlamaTokenizer
 
-from mrd_ray import models
 from mrd_ray.config import ModelConfig
 from mrd_ray.errors import UserError
+from mrd_ray.models import load
 
 LIKE_LLAMA = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 NO_BYTES = {**LIKE_LLAMA, "byte_fallback": False}
@@ -50,26 +50,26 @@ def test_what_the_message_says_about_a_llama_vocabulary_is_right(with_pieces):
     """Its own advice once led to texts without <s>, silently."""
     folder, own = with_pieces(**LIKE_LLAMA)
     with pytest.raises(UserError, match="transformers splits text otherwise") as refused:
-        models.load_tokenizer(of(folder))
+        load.load_tokenizer(of(folder))
     advice = json.loads(str(refused.value).partition("beside it: ")[2].partition("}")[0] + "}")
     assert advice == CLASS | {"add_bos_token": True}
     set_up(folder, **advice)
     for text in ("the mill", "Quick cat: Z\n½ ﬁve  日本 \ue000"):
-        assert models.load_tokenizer(of(folder)).encode(text) == [own.bos_id(), *own.encode(text)]
+        assert load.load_tokenizer(of(folder)).encode(text) == [own.bos_id(), *own.encode(text)]
 
 
 def test_whether_texts_begin_with_a_token_is_to_be_said(with_pieces):
     folder, own = with_pieces(**LIKE_LLAMA)
     set_up(folder, **CLASS)
     with pytest.raises(UserError, match=r"begins texts without <s>.*\"add_bos_token\": true"):
-        models.load_tokenizer(of(folder))
+        load.load_tokenizer(of(folder))
     set_up(folder, **CLASS, add_bos_token=False)
-    assert models.load_tokenizer(of(folder)).encode("the mill") == own.encode("the mill")
+    assert load.load_tokenizer(of(folder)).encode("the mill") == own.encode("the mill")
 
 
 def said(folder):
     console = Console(record=True, file=io.StringIO(), width=1000)
-    models.load_tokenizer(of(folder), console)
+    load.load_tokenizer(of(folder), console)
     return console.export_text()
 
 
@@ -82,10 +82,10 @@ def test_a_tokenizer_json_that_says_nothing_about_it_is_told_of(with_pieces, tin
     assert said(folder) == ""
     set_up(folder, **settings, add_bos_token=True)
     with pytest.raises(UserError, match=r"says add_bos_token: true, but .* tokenizer\.json .* without <s>"):
-        models.load_tokenizer(of(folder))
+        load.load_tokenizer(of(folder))
     AutoTokenizer.from_pretrained(folder, add_bos_token=True).save_pretrained(folder)  # the remedy in both messages
     assert said(folder) == ""
-    assert models.load_tokenizer(of(folder)).encode("the mill") == [own.bos_id(), *own.encode("the mill")]
+    assert load.load_tokenizer(of(folder)).encode("the mill") == [own.bos_id(), *own.encode("the mill")]
     assert said(tiny_model_dir) == said(stories_dir) == ""
 
 
@@ -95,9 +95,9 @@ def test_a_vocabulary_whose_ordinary_text_llamas_class_misreads_is_refused(with_
     for settings in ({}, CLASS | {"add_bos_token": True}):
         set_up(folder, **settings)
         with pytest.raises(UserError, match=r"splits text otherwise.*The class of Llama's tokenizers does, too"):
-            models.load_tokenizer(of(folder))
+            load.load_tokenizer(of(folder))
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # the remedy, if transformers split the text before
-    models.load_tokenizer(of(folder))
+    load.load_tokenizer(of(folder))
 
 
 @pytest.mark.parametrize(
@@ -106,10 +106,10 @@ def test_a_vocabulary_whose_ordinary_text_llamas_class_misreads_is_refused(with_
 def test_characters_that_llamas_class_treats_otherwise_are_said(with_pieces, rules):
     folder, own = with_pieces(**LIKE_LLAMA | rules)
     with pytest.raises(UserError, match=r"transformers splits text otherwise"):
-        models.load_tokenizer(of(folder))
+        load.load_tokenizer(of(folder))
     set_up(folder, **CLASS, add_bos_token=True)
     assert "splits some text otherwise than" in said(folder)
-    assert models.load_tokenizer(of(folder)).encode("the cat") == [own.bos_id(), *own.encode("the cat")]
+    assert load.load_tokenizer(of(folder)).encode("the cat") == [own.bos_id(), *own.encode("the cat")]
 
 
 def test_unknown_characters_of_a_tokenizer_json_are_kept(with_pieces):
@@ -121,8 +121,8 @@ def test_unknown_characters_of_a_tokenizer_json_are_kept(with_pieces):
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False}
     set_up(folder, **CLASS, **special)
     with pytest.raises(UserError, match=r"drops characters for which .*tokenizer\.json has <unk>"):
-        models.load_tokenizer(of(folder))
+        load.load_tokenizer(of(folder))
     set_up(folder, tokenizer_class="PreTrainedTokenizerFast", **special)
     text = "Quick cat: Z"
-    assert models.load_tokenizer(of(folder)).encode(text) == own.encode(text)
+    assert load.load_tokenizer(of(folder)).encode(text) == own.encode(text)
     assert own.unk_id() in own.encode(text)

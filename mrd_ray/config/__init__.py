@@ -1,14 +1,11 @@
 """Every setting, in one frozen tree per command. The descriptions here are the ones `--help` prints."""
 
 from mrd_ray.config.base import ModelConfig, OutputConfig, RayConfig, RunConfig
+from mrd_ray.config.commands import CompareConfig, DemoConfig, PlanConfig, ReportConfig, StatusConfig, TasksConfig
 from mrd_ray.config.data import DataConfig, RetainConfig
-from mrd_ray.config.demo import DemoConfig
 from mrd_ray.config.evaluation import EvaluateConfig, EvaluatedSet, EvaluationConfig, MembershipConfig, Metric
 from mrd_ray.config.pipeline import PipelineConfig
-from mrd_ray.config.report import ReportConfig
-from mrd_ray.config.scoring import CompareConfig, Measure, PlanConfig, ScoreConfig, ScoringConfig
-from mrd_ray.config.status import StatusConfig
-from mrd_ray.config.tasks import TasksConfig
+from mrd_ray.config.scoring import Measure, ScoreConfig, ScoringConfig
 from mrd_ray.config.unlearning import (
     CheckpointsConfig,
     DeepSpeedConfig,

@@ -1,9 +1,16 @@
-"""Settings of the stages in a row."""
+"""Settings of the stages in a row, and of each stage."""
+
+from dataclasses import dataclass
 
 from pydantic import Field
 
-from mrd_ray.config.base import RayConfig
+from mrd_ray.config.base import RayConfig, RunConfig
+from mrd_ray.config.commands import ReportConfig
+from mrd_ray.config.evaluation import EvaluateConfig
+from mrd_ray.config.scoring import ScoreConfig
 from mrd_ray.config.unlearning import UnlearnConfig, WorkersConfig
+
+FOLDERS = ("score", "unlearn", "evaluate-before", "evaluate-after")
 
 
 class StagesRayConfig(RayConfig, WorkersConfig):
@@ -18,3 +25,49 @@ class PipelineConfig(UnlearnConfig):
     """
 
     ray: StagesRayConfig = Field(StagesRayConfig(), description=str(StagesRayConfig.__doc__))
+
+
+@dataclass(frozen=True)
+class Stages:
+    """In their order. evaluations: "before" and "after", or none where nothing is to be evaluated."""
+
+    score: ScoreConfig
+    unlearn: UnlearnConfig
+    evaluations: dict[str, EvaluateConfig]
+    report: ReportConfig
+
+    @classmethod
+    def of(cls, config: PipelineConfig) -> "Stages":
+        """Each stage in a folder of run.dir."""
+
+        def folder(name: str) -> RunConfig:
+            return RunConfig(dir=f"{config.run.dir.rstrip('/')}/{name}")
+
+        actors = RayConfig(**{name: getattr(config.ray, name) for name in RayConfig.model_fields})
+        score = ScoreConfig(
+            model=config.model,
+            data=config.data,
+            run=folder("score"),
+            scoring=config.scoring,
+            ray=actors,
+            output=config.output,
+        )
+        own = {name: getattr(config, name) for name in UnlearnConfig.model_fields}
+        unlearn = UnlearnConfig(**own | {"run": folder("unlearn")})
+        result = unlearn.result(f"{unlearn.run.dir}/model")
+        models = {"before": config.model, "after": result}
+        evaluations = {}
+        if config.evaluation.sets or config.evaluation.zero_shot:
+            evaluations = {
+                when: EvaluateConfig(
+                    model=model,
+                    evaluation=config.evaluation,
+                    run=folder(f"evaluate-{when}"),
+                    ray=actors,
+                    output=config.output,
+                )
+                for when, model in models.items()
+            }
+        runs = [score.run.dir, unlearn.run.dir, *(one.run.dir for one in evaluations.values())]
+        out = f"{config.run.dir.rstrip('/')}/report.html"
+        return cls(score, unlearn, evaluations, ReportConfig(runs=runs, out=out, output=config.output))

@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 from pydantic import (
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -166,51 +165,3 @@ class ScoreConfig(Frozen):
     scoring: ScoringConfig = Field(ScoringConfig(), description=str(ScoringConfig.__doc__))
     ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
     output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
-
-
-class CompareConfig(Frozen):
-    """Say how far two runs agree on the same samples, whatever their estimator, sigma, K, precision or model."""
-
-    run_a: str = Field(description="A run directory, or a scores.parquet.")
-    run_b: str = Field(description="Another.")
-    out: str = Field("compare.png", description="Where the scatter plot goes.")
-    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
-
-
-class PlanConfig(Frozen):
-    """Say what scoring would cost: from the architecture and the tokens alone, or after trying it for a moment."""
-
-    model: ModelConfig
-    data: DataConfig
-    run: RunConfig | None = Field(None, description="Not used; so that a configuration of `score` can be planned.")
-    scoring: ScoringConfig = Field(ScoringConfig(), description=str(ScoringConfig.__doc__))
-    ray: RayConfig = Field(RayConfig(actors=1), description="The cluster's shape.")
-    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
-    tflops: PositiveFloat | None = Field(
-        None,
-        description="Sustained float32 TFLOP/s of one actor. Unset: measured on this machine's CPU for CPU actors; "
-        "a cautious guess for GPU actors.",
-    )
-    probe: bool = Field(
-        False,
-        description="Start Ray and ray.actors actors with the model, and time them on some of the samples for about "
-        "ten seconds, instead of going by FLOPs.",
-    )
-    deadline: PositiveFloat | None = Field(
-        None, description="Hours that the run may take: name the estimator, micro-batch and actors that cost least."
-    )
-    budget: PositiveFloat | None = Field(
-        None, description="Device-hours that all actors may take together: name the fastest way within them."
-    )
-    straggling: NonNegativeFloat = Field(
-        0.1, le=2, description="Of simulated actors: standard deviation of the logarithm of their slowness."
-    )
-    losses_per_hour: NonNegativeFloat = Field(
-        0.0, le=20, description="Of simulated actors: how often an hour each is lost, to preemption say, and replaced."
-    )
-
-    @model_validator(mode="after")
-    def _a_probe_measures(self) -> "PlanConfig":
-        if self.probe and self.tflops is not None:
-            raise ValueError("tflops and probe exclude one another: give the rate, or have it measured")
-        return self

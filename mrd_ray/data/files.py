@@ -12,8 +12,8 @@ from typing import Any, BinaryIO, TextIO
 
 import pyarrow as pa
 
-from mrd_ray import storage
 from mrd_ray.errors import UserError
+from mrd_ray.runs import storage
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 Say = Callable[[str], None]  # told what a person may want to know of how a source is read

@@ -15,7 +15,6 @@ from datasets.features.features import require_decoding
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from mrd_ray import foreign
 from mrd_ray.config import DataConfig
 from mrd_ray.data import formats, sources
 from mrd_ray.data.cells import lookup
@@ -23,6 +22,7 @@ from mrd_ray.data.containers import refuse_split
 from mrd_ray.data.files import Say
 from mrd_ray.data.sources import CARDS, File, Hub, Saved, refuse_wild_cards
 from mrd_ray.errors import UserError
+from mrd_ray.models import foreign
 
 R = TypeVar("R")
 _BATCH = 1000

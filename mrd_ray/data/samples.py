@@ -25,11 +25,12 @@ from mrd_ray.data.read import Row
 from mrd_ray.data.render import Rendered, render
 from mrd_ray.data.tokens import Encoder, Limits, Tokenized, tokenize
 from mrd_ray.errors import UserError
-from mrd_ray.progress import Tally
+from mrd_ray.runs.meter import Tally
 
 PEEKED = 1000  # rows need not name the same columns: the first so many together say which are there
 _BATCH = 4096
 
+PLACE = ("index", "file", "row")  # of a sample in its source: people index a data set by position, not by our ids
 SCHEMA = pa.schema(  # large types: all tokens or characters of a column may be over 2^31
     [
         pa.field("sample_id", pa.string(), nullable=False),

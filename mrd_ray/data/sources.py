@@ -12,11 +12,12 @@ from typing import Any
 import datasets
 import yaml
 
-from mrd_ray import foreign, storage
 from mrd_ray.config import DataConfig
 from mrd_ray.data.files import Say, open_bytes
 from mrd_ray.data.formats import ENDINGS, JSON, TEXT, ending
 from mrd_ray.errors import UserError
+from mrd_ray.models import foreign
+from mrd_ray.runs import storage
 
 CARDS = ("README.md", ".huggingface.yaml")  # what a data set says of its files, by configuration and split
 _ABOUT = {"dataset_infos.json", "dataset_info.json", "state.json"}  # what `datasets` writes beside data

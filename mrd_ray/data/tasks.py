@@ -9,12 +9,13 @@ from typing import Annotated, Any
 from huggingface_hub import HfApi
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_validator
 
-from mrd_ray import foreign, storage
 from mrd_ray.config import EvaluationConfig, document
 from mrd_ray.config.base import Frozen
 from mrd_ray.config.paths import NAMES_OF_PATHS
 from mrd_ray.data.formats import ending
 from mrd_ray.errors import UserError
+from mrd_ray.models import foreign
+from mrd_ray.runs import storage
 
 _HUB_SECONDS = 5.0
 PRESETS = Path(__file__).parent / "presets"

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mrd_ray import models
 from mrd_ray.config import DataConfig
 from mrd_ray.data.cells import Unscorable
 from mrd_ray.data.render import Rendered
 from mrd_ray.errors import UserError
+from mrd_ray.models import load
 
 _TRIED = 16  # texts on which the quick way to tokens must give what the tokenizer itself does
 
@@ -27,7 +27,7 @@ class Limits(NamedTuple):
     def of(cls, model: PreTrainedModel) -> "Limits":
         """Those of a model, or of one without storage for weights."""
         embeddings: Any = model.get_input_embeddings().weight
-        return cls(models.context_length(model.config), len(embeddings))
+        return cls(load.context_length(model.config), len(embeddings))
 
     def with_context(self, max_tokens: int | None) -> "Limits":
         """The same, for samples of so many tokens at most."""

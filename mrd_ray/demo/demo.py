@@ -12,7 +12,6 @@ import transformers
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mrd_ray import fine_tune, models, progress
 from mrd_ray.config import (
     DataConfig,
     DemoConfig,
@@ -31,6 +30,8 @@ from mrd_ray.config.pipeline import StagesRayConfig
 from mrd_ray.data import samples
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
+from mrd_ray.models import fine_tune, load
+from mrd_ray.runs import meter
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HERE = Path(__file__).parent
@@ -43,7 +44,7 @@ _ASKED, _ANSWER_TOKENS = 20, 28
 def scoring(config: DemoConfig) -> ScoreConfig:
     """Make what is not given (a model that knows the bundled authors), and say how to score it."""
     transformers.utils.logging.disable_progress_bar()
-    console = progress.console(config.output)
+    console = meter.console(config.output)
     if config.model is None:
         cache = Path(config.cache).expanduser()
         pretrained = unpacked(cache, console)
@@ -122,7 +123,7 @@ def _unpack(folder: Path, console: Console) -> None:
 def memorise(pretrained: Path, folder: Path, sets: Sequence[Path], console: Console | None = None) -> None:
     """Fine-tune on the question-answer pairs of all sets together until the model knows them, and save it."""
     model = ModelConfig(path=str(pretrained))
-    tokenizer = models.load_tokenizer(model)
+    tokenizer = load.load_tokenizer(model)
     token_ids = [
         ids
         for path in sets

@@ -8,12 +8,12 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from mrd_ray import models
 from mrd_ray.config import EvaluationConfig, ModelConfig
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation.measure import RECORD, Measurer
-from mrd_ray.scoring.actor import attempt, replica
-from mrd_ray.scoring.memory import out_of_memory
+from mrd_ray.models.load import load_tokenizer
+from mrd_ray.workers.memory import out_of_memory
+from mrd_ray.workers.replica import attempt, replica
 
 RESULT_SCHEMA = pa.schema(
     [
@@ -38,7 +38,7 @@ class Task:
 
 
 class EvaluationActor:
-    """For `pipeline.results`: a unit's id and its rows in, one row of RESULT_SCHEMA out.
+    """For `workers.run_units`: a unit's id and its rows in, one row of RESULT_SCHEMA out.
 
     A failure that concerns the run as a whole comes back as `fatal`. Raises Unfit if this node cannot load the model.
     """
@@ -49,7 +49,7 @@ class EvaluationActor:
 
     def _load(self, task: Task) -> Measurer:
         model, self._weights = replica(task.model, task.files_digest, task.on_gpu)
-        return Measurer(model, models.load_tokenizer(task.model), task.evaluation)
+        return Measurer(model, load_tokenizer(task.model), task.evaluation)
 
     def __call__(self, unit_id: str, rows: pa.Table) -> pa.Table:
         """Measure a unit. rows: with the fields of sets.ROW."""

@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
-from mrd_ray import model_files, models, progress
 from mrd_ray.config import EvaluateConfig, EvaluationConfig
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
@@ -18,12 +17,15 @@ from mrd_ray.evaluation import judges, sets, table, zero_shot
 from mrd_ray.evaluation.actor import RESULT_SCHEMA, EvaluationActor, Task
 from mrd_ray.evaluation.aggregate import Figure
 from mrd_ray.evaluation.measure import Record, is_of
-from mrd_ray.hold import held
-from mrd_ray.journal import Journal
-from mrd_ray.progress import Meter
-from mrd_ray.runs import RunDirectory
-from mrd_ray.scoring import pipeline
-from mrd_ray.scoring.cluster import cluster
+from mrd_ray.models import load
+from mrd_ray.models.files import model_digest
+from mrd_ray.runs import meter
+from mrd_ray.runs.directory import RunDirectory
+from mrd_ray.runs.hold import held
+from mrd_ray.runs.journal import Journal
+from mrd_ray.runs.meter import Meter
+from mrd_ray.workers.cluster import cluster
+from mrd_ray.workers.run_units import pool_of, run_units
 
 _OWNS = ("units", "evaluation.parquet", "answers.parquet", "figures.parquet", "figures.json")
 _IDENTITY = [
@@ -72,21 +74,21 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
     Raises:
         UserError: bad input or settings, or a run directory of something else.
     """
-    console = progress.console(config.output)
+    console = meter.console(config.output)
     run = RunDirectory.of(config.run)
     with held(run):
-        files_digest = model_files.files_digest(config.model)
+        files_digest = model_digest(config.model)
         zero_shot.require(config)
-        tokenizer = models.load_tokenizer(config.model, console)
-        skeleton = models.skeleton(config.model)
-        unused = models.unused_weights(config.model)
+        tokenizer = load.load_tokenizer(config.model, console)
+        skeleton = load.skeleton(config.model)
+        unused = load.unused_weights(config.model)
         tables = sets.build_all(config.evaluation, tokenizer, Limits.of(skeleton), console)
         of_sets = {f"evaluation.sets.{name}": sets.digest(rows) for name, rows in tables.items()}
         reference = None
         if config.evaluation.reference is not None:
             reference = _reference(config.evaluation.reference, str(config.evaluation.forget), run, of_sets)
         _warn_of_overlap(tables, config.evaluation, console)
-        identity = {"model": files_digest, "tokenizer": models.tokenizer_identity(tokenizer, config.model)}
+        identity = {"model": files_digest, "tokenizer": load.tokenizer_identity(tokenizer, config.model)}
         run.claim(identity | of_sets | _identity(config), config, _OWNS)
         run.record("unused_weights", unused)
         with Journal(run, "evaluate", config.output) as journal:
@@ -103,7 +105,7 @@ def _identity(config: EvaluateConfig) -> dict[str, Any]:
     named = {name: getattr(evaluation, name) for name in _IDENTITY}
     named |= {name: judges.identity(getattr(evaluation, name)) for name in ("embedding_model", "toxicity_model")}
     named["zero_shot_tasks"] = zero_shot.tasks_digest(evaluation.zero_shot_tasks)
-    of_model = {"dtype": config.model.dtype} | models.ending_ids(config.model)
+    of_model = {"dtype": config.model.dtype} | load.ending_ids(config.model)
     return {f"evaluation.{name}": value for name, value in named.items()} | {
         f"model.{name}": value for name, value in of_model.items()
     }
@@ -167,7 +169,7 @@ class _Work:
     def _measure(self, units: list[tuple[str, list[sets.Row]]], grows: bool) -> None:
         """Work off these units; each one's result is on disk before it counts as done."""
         config = self.config
-        pool = pipeline.pool_of(config.ray, grows, self.journal)
+        pool = pool_of(config.ray, grows, self.journal)
         pool = dataclasses.replace(pool, actors=min(pool.actors, len(units)))
         task = Task(config.model, config.evaluation, self.files_digest, pool.threads, pool.gpus > 0)
         work = {unit_id: sum(map(sets.cost, rows)) for unit_id, rows in units}
@@ -178,7 +180,7 @@ class _Work:
         self.journal.tell(units_done=0, units_left=len(units))
         with Meter("Evaluating", sum(work.values()), self.journal.console) as meter, contextlib.ExitStack() as closed:
             meter.advance(0, f"{len(units)} unit(s) to do, starting {pool.actors} actor(s)")
-            results = pipeline.results(block_of, blocks, EvaluationActor, task, pool, self.journal, config.ray)
+            results = run_units(block_of, blocks, EvaluationActor, task, pool, self.journal, config.ray)
             finished = closed.enter_context(contextlib.closing(results))
             for count, result in enumerate(finished, 1):
                 (row,) = result.select(["unit_id", "worker", "seconds", "fatal"]).to_pylist()

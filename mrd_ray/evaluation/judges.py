@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import transformers
 
-from mrd_ray import foreign, model_files
 from mrd_ray.config import EvaluationConfig
 from mrd_ray.errors import UserError
+from mrd_ray.models import foreign
+from mrd_ray.models.files import content_digest, fetch, refuse_wild_settings, safetensors_of
 
 
 class Judges:
@@ -46,12 +47,12 @@ def identity(judge: str | None) -> str | None:
     if judge is None or not (folder := Path(judge)).is_dir():
         return judge
     files = [file for file in sorted(folder.rglob("*")) if "/." not in f"/{file.relative_to(folder)}"]
-    return model_files.content_digest(filter(Path.is_file, files))
+    return content_digest(filter(Path.is_file, files))
 
 
 def _folder(setting: str, path: str) -> str:
     """The judge's directory. Raises UserError if a part of it has no safetensors."""
-    folder = model_files.fetch(setting, path)
+    folder = fetch(setting, path)
     if (modules := folder / "modules.json").is_file():
         for key, value in foreign.values(foreign.read_any_json(setting, modules)):
             if key == "path":
@@ -61,9 +62,9 @@ def _folder(setting: str, path: str) -> str:
                     f"{setting}: {modules} asks for {value!r:.80}; expected classes of sentence_transformers"
                 )
     for part in {file.parent for name in ("config.json", "tokenizer_config.json") for file in folder.rglob(name)}:
-        model_files.refuse_wild_settings(setting, part)
+        refuse_wild_settings(setting, part)
     for pickled in sorted(folder.rglob("pytorch_model*.bin")):
-        if not model_files.safetensors_of(pickled.parent):
+        if not safetensors_of(pickled.parent):
             raise UserError(
                 f"{setting}: {pickled} is a pickle, which can run any code when it is read; judges are read from "
                 "safetensors alone. Convert it (load the model, then save_pretrained), or name another model"

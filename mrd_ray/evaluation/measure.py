@@ -8,14 +8,14 @@ import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mrd_ray.config import EvaluationConfig
+from mrd_ray.data.micro_batches import lay_out
 from mrd_ray.evaluation.judges import Judges
 from mrd_ray.evaluation.sets import Row
-from mrd_ray.models import rope_switch
+from mrd_ray.models.load import rope_switch
+from mrd_ray.mrd.extraction import extraction_likelihoods, greedy
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures
-from mrd_ray.scoring.memory import TOO_LARGE, fitting, out_of_memory
-from mrd_ray.scoring.plan import layout
-from mrd_ray.unlearning.extraction import extraction_likelihoods, greedy
-from mrd_ray.unlearning.ranks import Ranks
+from mrd_ray.workers.memory import TOO_LARGE, fitting, out_of_memory
+from mrd_ray.workers.ranks import Ranks
 
 RECORD = pa.struct(
     [
@@ -122,7 +122,7 @@ class Measurer:
         """By row and place of each sequence, log p of its scored tokens and whether they are the likeliest."""
         places = [(i, j) for i, row in enumerate(rows) for j in range(len(row["sequences"]))]
         lengths = [len(rows[i]["sequences"][j]["token_ids"]) for i, j in places]
-        cut = layout(np.array(lengths, np.int64), self._evaluation.micro_batch_tokens, rope_switch(self._model.config))
+        cut = lay_out(np.array(lengths, np.int64), self._evaluation.micro_batch_tokens, rope_switch(self._model.config))
         samples = [
             {"micro_batch": turn, "place": places[at], **rows[places[at][0]]["sequences"][places[at][1]]}
             for turn, batch in enumerate(self._ranks.deal(len(cut)))

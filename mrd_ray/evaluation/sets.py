@@ -18,14 +18,14 @@ from mrd_ray.data import conversations, read
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.cells import Unscorable, cell, list_of_texts, response_text
 from mrd_ray.data.columns import Columns
+from mrd_ray.data.micro_batches import lay_out
 from mrd_ray.data.read import Row as Record
 from mrd_ray.data.render import conversation, prompt_text, render, with_response
+from mrd_ray.data.samples import PLACE
 from mrd_ray.data.tokens import Encoder, Limits, Tokens, tokens_of
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import metrics
 from mrd_ray.evaluation.choices import Scheme, choices_of, right_one, scheme
-from mrd_ray.scoring import plan
-from mrd_ray.scoring.table import PLACE
 
 _UNIT_TOKENS = 8192  # read and generated: half a minute of a small model on a core
 _SEQUENCE = pa.struct([("role", pa.string()), ("token_ids", pa.list_(pa.int32())), ("scored", pa.list_(pa.bool_()))])
@@ -117,7 +117,7 @@ def digest(table: pa.Table) -> str:
 def units(name: str, table: pa.Table) -> list[tuple[str, list[Row]]]:
     """A set's rows in units of like length, each with its id. The rows alone decide, whoever works them off."""
     rows = [row for row in table["asked"].to_pylist() if row is not None]
-    layout = plan.layout(np.array([cost(row) for row in rows], np.int64), _UNIT_TOKENS)
+    layout = lay_out(np.array([cost(row) for row in rows], np.int64), _UNIT_TOKENS)
     return [(f"{name}.{i:06d}", [rows[at] for at in layout.samples(i)]) for i in range(len(layout))]
 
 

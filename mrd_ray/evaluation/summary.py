@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mrd_ray.evaluation.aggregate import SUBJECT, Figure, title
 from mrd_ray.evaluation.evaluate import EvaluateRun
-from mrd_ray.scoring.summary import WITHHELD, short
+from mrd_ray.runs.meter import WITHHELD, short
 
 _SHOWN = 10
 

@@ -10,11 +10,11 @@ import pyarrow as pa
 
 from mrd_ray.config import EvaluatedSet, EvaluationConfig
 from mrd_ray.data import samples as samples_table
+from mrd_ray.data.samples import PLACE
 from mrd_ray.evaluation import aggregate, metrics
 from mrd_ray.evaluation.aggregate import Figure
 from mrd_ray.evaluation.measure import Record
 from mrd_ray.evaluation.sets import ANSWER, CHOICE, PARAPHRASE, WINDOW, WRONG
-from mrd_ray.scoring.table import PLACE
 
 SCHEMA = pa.schema(
     [

@@ -11,15 +11,16 @@ import ray
 import torch
 from pydantic import TypeAdapter
 
-from mrd_ray import model_files, models
 from mrd_ray.config import EvaluateConfig
 from mrd_ray.errors import Unfit, UserError
 from mrd_ray.evaluation.aggregate import Figure
-from mrd_ray.journal import Journal
-from mrd_ray.runs import RunDirectory
-from mrd_ray.scoring import pipeline
-from mrd_ray.scoring.actor import attempt, replica
-from mrd_ray.scoring.cluster import cluster
+from mrd_ray.models import load
+from mrd_ray.models.files import content_digest
+from mrd_ray.runs.directory import RunDirectory
+from mrd_ray.runs.journal import Journal
+from mrd_ray.workers.cluster import cluster
+from mrd_ray.workers.replica import attempt, replica
+from mrd_ray.workers.run_units import pool_of
 
 
 def require(config: EvaluateConfig) -> None:
@@ -44,7 +45,7 @@ def tasks_digest(folder: str | None) -> str | None:
         return None
     files = sorted(file for pattern in ("*yaml", "*.py") for file in Path(folder).rglob(pattern))
     files = [file for file in files if not (file.parent / "manifest.json").exists()]  # a run's config.yaml is no task
-    return model_files.content_digest(filter(Path.is_file, files))
+    return content_digest(filter(Path.is_file, files))
 
 
 def figures(config: EvaluateConfig, run: RunDirectory, files_digest: str, journal: Journal) -> list[Figure]:
@@ -53,7 +54,7 @@ def figures(config: EvaluateConfig, run: RunDirectory, files_digest: str, journa
     missing = [name for name, file in names.items() if not run.exists(file)]
     if missing:
         grows = journal.within(cluster(log_to_driver=not config.output.quiet))
-        pool = pipeline.pool_of(config.ray, grows, journal)
+        pool = pool_of(config.ray, grows, journal)
         work = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=3)(_suite)
         waiting = {work.remote(config, name, files_digest, pool.threads, pool.gpus > 0): name for name in missing}
         while waiting:
@@ -87,7 +88,7 @@ def _evaluated(config: EvaluateConfig, name: str, files_digest: str, on_gpu: boo
     evaluation = config.evaluation
     model, weights = replica(config.model, files_digest, on_gpu)
     wrapped = HFLM(
-        pretrained=model, tokenizer=models.load_tokenizer(config.model), batch_size=evaluation.generation_batch
+        pretrained=model, tokenizer=load.load_tokenizer(config.model), batch_size=evaluation.generation_batch
     )
     found = simple_evaluate(
         model=wrapped,

@@ -7,15 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mrd_ray.mrd.monte_carlo import Moments
-from mrd_ray.mrd.standard_errors import (
-    COVERAGE,
-    minus,
-    of_half_normal,
-    of_mean,
-    regression,
-    student,
-    total,
-)
+from mrd_ray.mrd.standard_errors import COVERAGE, minus, of_half_normal, of_mean, regression, student, total
 
 
 @dataclass(frozen=True)

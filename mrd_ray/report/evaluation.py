@@ -14,7 +14,7 @@ from mrd_ray.report.charts import Chart, Line
 from mrd_ray.report.read import Evaluation
 from mrd_ray.report.tables import Cell, Column, DataTable, Table, Text
 from mrd_ray.report.words import number
-from mrd_ray.scoring import summary
+from mrd_ray.runs.meter import WITHHELD
 
 _EXAMPLES = 3  # of each set, of those that changed most, and as many others
 _REASONS = 10
@@ -168,7 +168,7 @@ def _dots(runs: Sequence[Evaluation], other: Sequence[str]) -> Chart | None:
 
 def _errors(runs: Sequence[Evaluation], include_text: bool) -> Table | None:
     reasons = Counter(
-        (run.about.name, line["set"], line["error"] if include_text else summary.WITHHELD)
+        (run.about.name, line["set"], line["error"] if include_text else WITHHELD)
         for run in runs
         for line in run.lines
         if line["error"] is not None

@@ -14,7 +14,7 @@ from mrd_ray.data import samples
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import table as evaluation
 from mrd_ray.evaluation.evaluate import ANSWERS
-from mrd_ray.runs import REMAKE, RunDirectory, refuse_other_shape
+from mrd_ray.runs.directory import REMAKE, RunDirectory, refuse_other_shape
 from mrd_ray.scoring import table
 from mrd_ray.unlearning import log
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from mrd_ray import storage
 from mrd_ray.config import ReportConfig
 from mrd_ray.errors import UserError
 from mrd_ray.report import evaluation, scores, tables, unlearning, words
 from mrd_ray.report.facts import facts
 from mrd_ray.report.read import Evaluation, Run, Scores, Unlearning, read
-from mrd_ray.runs import RunDirectory
+from mrd_ray.runs import storage
+from mrd_ray.runs.directory import RunDirectory
 
 
 def write_report(config: ReportConfig) -> str:

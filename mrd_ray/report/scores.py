@@ -16,6 +16,7 @@ from mrd_ray.report import charts
 from mrd_ray.report.charts import Chart
 from mrd_ray.report.read import Scores
 from mrd_ray.report.tables import Cell, Column, DataTable, Table, Text
+from mrd_ray.runs.meter import WITHHELD
 from mrd_ray.scoring import compare, summary
 
 _SHOWN = 10
@@ -73,7 +74,7 @@ def section(run: Scores, number: int, include_text: bool) -> ScoreSection:
             if which
         ]
     if len(unscored):
-        reasons = Counter(unscored["error"].to_pylist() if include_text else [summary.WITHHELD] * len(unscored))
+        reasons = Counter(unscored["error"].to_pylist() if include_text else [WITHHELD] * len(unscored))
         rows: list[list[Cell]] = [[count, Text(reason)] for reason, count in reasons.most_common(_SHOWN)]
         more = f"; {len(reasons) - _SHOWN} more reasons are in the table below" if len(reasons) > _SHOWN else ""
         tables.append(Table(f"Samples without a score{more}", ("samples", "reason"), rows))
@@ -177,10 +178,7 @@ def _samples(rows: pa.Table, scored: int, number: int, name: str, include_text: 
     if "index" in rows.column_names:
         columns.append(column("index", "index"))
     if scored < len(rows):
-        errors = [
-            None if error is None else error if include_text else summary.WITHHELD
-            for error in rows["error"].to_pylist()
-        ]
+        errors = [None if error is None else error if include_text else WITHHELD for error in rows["error"].to_pylist()]
         columns.append(Column("error", errors, "text"))
     return DataTable(f"samples-{number}", f"All {len(rows):,} samples of {name}", columns)
 

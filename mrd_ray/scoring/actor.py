@@ -2,25 +2,19 @@
 
 import os
 import time
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import PreTrainedModel
 
-from mrd_ray import model_files, models
 from mrd_ray.config import ModelConfig, ScoringConfig
-from mrd_ray.errors import Unfit, UserError
-from mrd_ray.mrd.causality import dependence
+from mrd_ray.errors import UserError
 from mrd_ray.scoring.estimators import ClosedForm, MonteCarlo, estimator_of, refuse_wrong_rules
-from mrd_ray.scoring.memory import Sample, out_of_memory
-from mrd_ray.scoring.plan import Unit
 from mrd_ray.scoring.result import RESULT_SCHEMA
-
-T = TypeVar("T")
+from mrd_ray.scoring.units import Unit
+from mrd_ray.workers.memory import Sample, out_of_memory
+from mrd_ray.workers.replica import attempt, replica
 
 
 @dataclass(frozen=True)
@@ -35,66 +29,8 @@ class Task:
     trial: list[Sample]
 
 
-def replica(config: ModelConfig, files_digest: str, on_gpu: bool) -> tuple[PreTrainedModel, model_files.Unchanged]:
-    """This worker's replica of the driver's model, and what tells whether its weights are still those.
-
-    Raises Unfit if it cannot be loaded on this node, or the weights here are others; UserError if it is not causal.
-    """
-    try:
-        model, weights = _loaded(config, files_digest, on_gpu)
-    except UserError as problem:
-        raise Unfit(str(problem)) from problem
-    except torch.OutOfMemoryError as problem:
-        raise Unfit(f"model.path: it does not fit on the device ({problem}); monte_carlo needs two copies") from problem
-    except Exception as problem:  # a mount, a driver, a device: each fails in ways of its own
-        raise Unfit(f"model.path: cannot load {config.path}: {type(problem).__name__}: {problem}") from problem
-    refuse_not_causal(model)
-    return model, weights
-
-
-def _loaded(config: ModelConfig, files_digest: str, on_gpu: bool) -> tuple[PreTrainedModel, model_files.Unchanged]:
-    weights = model_files.Unchanged([] if on_gpu else model_files.weight_files(config))  # a GPU has a copy
-    if (found := model_files.files_digest(config)) != files_digest:
-        raise UserError(
-            f"model.path: {config.path} on {os.uname().nodename} is another model ({found[:12]}) than on the driver "
-            f"({files_digest[:12]}); give every node the same model"
-        )
-    spread = on_gpu and torch.cuda.device_count() > 1  # Ray shows an actor its own GPUs alone
-    model = models.load_model(config, torch.device("cuda" if on_gpu else "cpu"), spread)
-    weights.check(replaced=True)  # what was loaded is what the digest is of
-    return model, weights
-
-
-def refuse_not_causal(model: PreTrainedModel) -> None:
-    """Raises UserError if a token's likelihood depends on more than the tokens before it."""
-    if (what := dependence(model)) is not None:
-        raise UserError(
-            f"model.path: {type(model).__name__} (model type {model.config.model_type}) is not causal here: what it "
-            f"predicts depends on {what}, so the likelihoods of its tokens are none. Give a causal language model; a "
-            "BERT-like one needs is_decoder: true in its config.json, if it was trained so"
-        )
-
-
-def attempt(load: Callable[[], T]) -> tuple[T | None, str | None]:
-    """What `load` gives, or why no unit can be worked off on this actor.
-
-    An exception in an actor's constructor would end the run with Ray's traceback around it. Raises Unfit where others
-    may do better.
-    """
-    try:
-        return load(), None
-    except Unfit:
-        raise
-    except UserError as problem:
-        return None, str(problem)
-    except torch.OutOfMemoryError as problem:
-        return None, f"model.path: it does not fit on the device ({problem}); monte_carlo needs two copies of it"
-    except Exception as problem:  # a defect of ours, or a model that a library chokes on
-        return None, f"an actor could not start: {type(problem).__name__}: {problem}\n{traceback.format_exc()}"
-
-
 class ScoringActor:
-    """For `pipeline.results`: the id of a `plan.Unit` and its samples in, one row of RESULT_SCHEMA out.
+    """For `workers.run_units`: the id of a `units.Unit` and its samples in, one row of RESULT_SCHEMA out.
 
     A failure that concerns the run as a whole comes back as `fatal`; the attribute says why no unit can be worked off.
 

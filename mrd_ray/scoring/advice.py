@@ -19,7 +19,7 @@ from mrd_ray.mrd.likelihood import Likelihood
 from mrd_ray.mrd.monte_carlo import draw_seed
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.mrd.precision import Precision, examine
-from mrd_ray.scoring.memory import Sample, activation_bytes, collate, release
+from mrd_ray.workers.memory import Sample, activation_bytes, collate, release
 
 _WIDER = {torch.bfloat16: (torch.float32, torch.float64), torch.float32: (torch.float64,)}
 _POWERS = range(-8, -2)  # of ten: the sigmas to try

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import scipy.stats
 
-from mrd_ray import storage
 from mrd_ray.config import CompareConfig
 from mrd_ray.data import samples
 from mrd_ray.errors import UserError
 from mrd_ray.mrd.standard_errors import student
-from mrd_ray.runs import Identified, parsed_json, parsed_table
+from mrd_ray.runs import storage
+from mrd_ray.runs.directory import Identified, parsed_json, parsed_table
 from mrd_ray.scoring.table import SCHEMA
 
 _STANDARD_ERRORS = 3.0

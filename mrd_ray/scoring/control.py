@@ -16,7 +16,7 @@ from mrd_ray.mrd.first_order import FirstOrder, FirstOrders, Weights
 from mrd_ray.mrd.likelihood import MicroBatch
 from mrd_ray.mrd.monte_carlo import draw_seed
 from mrd_ray.mrd.perturb import Replica
-from mrd_ray.scoring.memory import activation_bytes, out_of_memory
+from mrd_ray.workers.memory import activation_bytes, out_of_memory
 
 
 class Control(NamedTuple):

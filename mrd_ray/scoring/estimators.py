@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from mrd_ray import models
 from mrd_ray.config import ScoringConfig
 from mrd_ray.errors import UserError
+from mrd_ray.models import load
 from mrd_ray.mrd.closed_form import GradientNorms
+from mrd_ray.mrd.coverage import coverage
 from mrd_ray.mrd.curvature import TraceEstimator
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures, sum_log_probs
 from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
@@ -21,19 +22,32 @@ from mrd_ray.mrd.precision import examine
 from mrd_ray.mrd.self_check import SelfCheck, has_choices
 from mrd_ray.scoring.advice import Case, insufficient
 from mrd_ray.scoring.control import Control, disagreements_of
-from mrd_ray.scoring.memory import TOO_LARGE, Sample, activation_bytes, collate, fitting, out_of_memory, release
 from mrd_ray.scoring.verification import Scored, Verification
+from mrd_ray.workers.memory import TOO_LARGE, Sample, activation_bytes, collate, fitting, out_of_memory, release
 
 Result = dict[str, Any]  # of actor.RESULT
 
 Shards = Callable[[], Mapping[str, Shard]]
 
 
+def refuse_uncovered(skeleton: PreTrainedModel, scoring: ScoringConfig) -> None:
+    """Raises UserError if scoring.parameters names nothing, or parameters that the closed form may not answer for."""
+    selected = load.select(dict(skeleton.named_parameters()), scoring.parameters)
+    if scoring.estimator != "closed_form" or scoring.allow_slow_parameters:
+        return
+    if slow := coverage(skeleton, selected).slow:
+        raise UserError(
+            f"scoring.estimator: closed_form has no rule for {len(slow)} of the {len(selected)} parameters: "
+            f"{', '.join(slow[:8])}{', ...' if len(slow) > 8 else ''}. Set scoring.allow_slow_parameters to "
+            "differentiate them sample by sample, leave them out with scoring.parameters, or use monte_carlo"
+        )
+
+
 def refuse_wrong_rules(model: PreTrainedModel, scoring: ScoringConfig) -> None:
     """Raises UserError if the closed form is wanted, and its rules do not hold for this model, of whole weights."""
     if scoring.estimator != "closed_form" or scoring.allow_slow_parameters:  # the latter: autograd instead
         return
-    selected = models.select(dict(model.named_parameters()), scoring.parameters)
+    selected = load.select(dict(model.named_parameters()), scoring.parameters)
     if wrong := disagreements_of(GradientNorms(model, selected), "scoring.estimator: closed_form"):
         raise UserError(
             f"scoring.estimator: closed_form does not agree with autograd on this model, in {len(wrong)} of "
@@ -63,7 +77,7 @@ class MonteCarlo:
         self._device = model.device
         self._halve = shards is None
         self._likelihood = Likelihood(model)
-        selected = models.select(dict(model.named_parameters()), scoring.parameters)
+        selected = load.select(dict(model.named_parameters()), scoring.parameters)
         self._replica = Replica(model, selected, shards)
         self._block: _Block | None = None
         batch = collate(trial, self._device)
@@ -178,7 +192,7 @@ class ClosedForm:
         self._scoring = scoring
         self._device = model.device
         self._halve = shards is None
-        selected = models.select(dict(model.named_parameters()), scoring.parameters)
+        selected = load.select(dict(model.named_parameters()), scoring.parameters)
         self._norms = GradientNorms(model, selected, activation_bytes(model, scoring, shards is not None))
         if scoring.allow_slow_parameters:  # which needs whole weights
             self._norms.give_up_rules(disagreements_of(self._norms, "scoring.estimator: closed_form"))

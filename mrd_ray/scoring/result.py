@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 
 from mrd_ray.config import ScoringConfig
 from mrd_ray.mrd.monte_carlo import EIGHTHS, Moments
-from mrd_ray.scoring.plan import Unit
+from mrd_ray.scoring.units import Unit
 
 _SUM = pa.list_(pa.float64())  # see monte_carlo.exact_sum
 _BY_EIGHTH = pa.list_(_SUM)

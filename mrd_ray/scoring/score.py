@@ -10,23 +10,29 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from mrd_ray import model_files, models, progress
 from mrd_ray.config import ScoreConfig, ScoringConfig
 from mrd_ray.data import samples as samples_table
+from mrd_ray.data.micro_batches import Layout, lay_out, lengths
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
-from mrd_ray.hold import held
-from mrd_ray.journal import Journal
+from mrd_ray.models import load
+from mrd_ray.models.files import model_digest
 from mrd_ray.mrd.noise import NOISE_VERSION
-from mrd_ray.progress import Meter
-from mrd_ray.runs import RunDirectory
-from mrd_ray.scoring import pipeline, plan, summary
+from mrd_ray.runs import meter
+from mrd_ray.runs.directory import RunDirectory
+from mrd_ray.runs.hold import held
+from mrd_ray.runs.journal import Journal
+from mrd_ray.runs.meter import Meter
+from mrd_ray.scoring import summary
 from mrd_ray.scoring.actor import ScoringActor, Task
-from mrd_ray.scoring.cluster import cluster
+from mrd_ray.scoring.cost import ModelCost, assumed_tflops, forwards_per_token, gpu_advice, token_forwards
+from mrd_ray.scoring.estimators import refuse_uncovered
 from mrd_ray.scoring.result import RESULT_SCHEMA, flaw
 from mrd_ray.scoring.table import scores_table, unsettled
+from mrd_ray.scoring.units import LAYOUT_VERSION, Unit, cut_units, first_draws, missing_units
+from mrd_ray.workers.cluster import cluster
+from mrd_ray.workers.run_units import pool_of, run_units
 
 _OF_SAMPLE = ["sample_id", "token_ids", "scored"]
 _OWNS = ("units", "samples.parquet", "scores.parquet", "summary.png")
@@ -61,20 +67,20 @@ def score(config: ScoreConfig) -> ScoreRun:
     Raises:
         UserError: bad input or settings, or a run directory of something else.
     """
-    console = progress.console(config.output)
+    console = meter.console(config.output)
     run = RunDirectory.of(config.run)
     with held(run):
-        files_digest = model_files.files_digest(config.model)
-        skeleton = models.skeleton(config.model)
-        unused = models.unused_weights(config.model)
-        plan.refuse_uncovered(skeleton, config.scoring)
-        tokenizer = models.load_tokenizer(config.model, console)
+        files_digest = model_digest(config.model)
+        skeleton = load.skeleton(config.model)
+        unused = load.unused_weights(config.model)
+        refuse_uncovered(skeleton, config.scoring)
+        tokenizer = load.load_tokenizer(config.model, console)
         samples = samples_table.build(config.data, tokenizer, Limits.of(skeleton), console)
         run.claim(
             {
                 "model": files_digest,
                 "model.dtype": config.model.dtype,
-                "tokenizer": models.tokenizer_identity(tokenizer, config.model),
+                "tokenizer": load.tokenizer_identity(tokenizer, config.model),
                 "samples": samples_table.digest(samples),
                 "data.template": config.data.template,
                 "data.score_on": config.data.score_on,
@@ -86,7 +92,7 @@ def score(config: ScoreConfig) -> ScoreRun:
         run.record("unused_weights", unused)
         run.write_table("samples.parquet", samples)
         with Journal(run, "score", config.output) as journal:
-            rounds = _Rounds(config, run, samples, plan.ModelCost.of(skeleton), files_digest, journal)
+            rounds = _Rounds(config, run, samples, ModelCost.of(skeleton), files_digest, journal)
             scores = rounds.work_off()
             run.write_table("scores.parquet", scores)
             finished = ScoreRun(run, config, samples, scores)
@@ -109,23 +115,17 @@ def _identity(scoring: ScoringConfig) -> dict[str, Any]:
         names += ["statistic", "num_draws", "max_draws"]
     identity = {f"scoring.{name}": getattr(scoring, name) for name in names}
     identity |= {"scoring.control_variate": scoring.controlled} if scoring.estimator == "monte_carlo" else {}
-    versions = {"noise version": NOISE_VERSION, "layout version": plan.LAYOUT_VERSION}
+    versions = {"noise version": NOISE_VERSION, "layout version": LAYOUT_VERSION}
     return identity | {"scoring.measures": sorted(scoring.measures)} | versions
 
 
-def lengths(samples: pa.Table) -> np.ndarray:
-    """Tokens of each sample, zero for those that cannot be scored: int64 [n]."""
-    found: np.ndarray = pc.fill_null(pc.list_value_length(samples["token_ids"]), 0).to_numpy().astype(np.int64)
-    return found
-
-
-def unit_samples(samples: pa.Table, layout: plan.Layout, micro_batches: range) -> pa.Table:
+def unit_samples(samples: pa.Table, layout: Layout, micro_batches: range) -> pa.Table:
     """The samples of consecutive micro-batches, as `ScoringActor` takes them."""
     indices, micro_batch = layout.members(micro_batches)
     return samples.select(_OF_SAMPLE).take(indices).add_column(0, "micro_batch", pa.array(micro_batch))
 
 
-def trial_of(samples: pa.Table, layout: plan.Layout) -> list[dict[str, Any]]:
+def trial_of(samples: pa.Table, layout: Layout) -> list[dict[str, Any]]:
     """A few samples for an actor to try the settings on before it scores any."""
     few = samples.take(layout.few(4)).select(_OF_SAMPLE)
     return [{"micro_batch": 0, **row} for row in few.to_pylist()]
@@ -138,22 +138,22 @@ class _Rounds:
     config: ScoreConfig
     run: RunDirectory
     samples: pa.Table
-    cost: plan.ModelCost
+    cost: ModelCost
     files_digest: str
     journal: Journal
-    layouts: list[plan.Layout] = field(default_factory=list)  # of the rounds so far
+    layouts: list[Layout] = field(default_factory=list)  # of the rounds so far
 
     def work_off(self) -> pa.Table:
         """Compute what is missing, round after round, and give the scores."""
         scoring = self.config.scoring
-        draws = plan.first_draws(scoring)
+        draws = first_draws(scoring)
         waiting = lengths(self.samples)
         grows = False
         for number in itertools.count():
-            layout = plan.layout(waiting, scoring.micro_batch_tokens, self.cost.rope_switch)
+            layout = lay_out(waiting, scoring.micro_batch_tokens, self.cost.rope_switch)
             self.layouts.append(layout)
             done = [unit for unit in self._units() if unit.round == number]
-            rectangles = plan.missing(number, len(layout), draws, done)
+            rectangles = missing_units(number, len(layout), draws, done)
             if rectangles:
                 grows = self.journal.within(cluster(log_to_driver=not self.config.output.quiet)) or grows
                 self._compute(layout, rectangles, number, grows)
@@ -165,21 +165,21 @@ class _Rounds:
             draws = range(draws.stop, min(2 * draws.stop, scoring.max_draws))
         raise AssertionError("unreachable")
 
-    def _units(self) -> list[plan.Unit]:
+    def _units(self) -> list[Unit]:
         """Those whose results are on disk."""
-        return [plan.Unit.of_id(name.removesuffix(".parquet")) for name in self.run.names("units")]
+        return [Unit.of_id(name.removesuffix(".parquet")) for name in self.run.names("units")]
 
     def _results(self, order: np.ndarray) -> Iterator[tuple[int, pa.Table]]:
         """Of the rounds so far, since those of later ones may not all be there (see `scores_table`)."""
         place = np.argsort(order)
 
-        def first(unit: plan.Unit) -> int:
+        def first(unit: Unit) -> int:
             return int(place[self.layouts[unit.round].samples(unit.first_micro_batch)[0]])
 
         for unit in sorted((unit for unit in self._units() if unit.round < len(self.layouts)), key=first):
             yield first(unit), self._result(unit)
 
-    def _result(self, unit: plan.Unit) -> pa.Table:
+    def _result(self, unit: Unit) -> pa.Table:
         name = f"units/{unit.unit_id}.parquet"
         result = self.run.read_table(name, RESULT_SCHEMA)
         indices, _ = self.layouts[unit.round].members(unit.micro_batches)
@@ -193,26 +193,26 @@ class _Rounds:
             )
         return result
 
-    def _compute(self, layout: plan.Layout, rectangles: list[plan.Unit], number: int, grows: bool) -> None:
+    def _compute(self, layout: Layout, rectangles: list[Unit], number: int, grows: bool) -> None:
         """Work off these rectangles; each unit's result is on disk before it counts as done."""
         config, scoring = self.config, self.config.scoring
-        pool = pipeline.pool_of(config.ray, grows, self.journal)
-        if number == 0 and (say := plan.advice(pool, scoring)) is not None:
+        pool = pool_of(config.ray, grows, self.journal)
+        if number == 0 and (say := gpu_advice(pool, scoring)) is not None:
             self.journal.event("advice", say)
-        rate = plan.assumed_tflops(pool) * 1e12 / self.cost.flops_per_token / plan.forwards_per_token(scoring)
-        units = plan.cut(layout, rectangles, pool.actors, rate)
+        rate = assumed_tflops(pool) * 1e12 / self.cost.flops_per_token / forwards_per_token(scoring)
+        units = cut_units(layout, rectangles, pool.actors, rate)
         pool = dataclasses.replace(pool, actors=min(pool.actors, len(units)))
         trial = trial_of(self.samples, self.layouts[0])  # the same ones in every round
         task = Task(config.model, scoring, self.files_digest, pool.threads, pool.gpus > 0, trial)
         blocks = list(dict.fromkeys(unit.micro_batches for unit in units))
         block_of = {block: i for i, block in enumerate(blocks)}
-        work = {unit.unit_id: plan.token_forwards(layout, [unit]) for unit in units}
+        work = {unit.unit_id: token_forwards(layout, [unit]) for unit in units}
         scored = tokens = 0
         self.journal.tell(units_done=0, units_left=len(units))
         title = "Scoring" if number == 0 else f"More draws, round {number}"
         with Meter(title, sum(work.values()), self.journal.console) as meter, contextlib.ExitStack() as closed:
             meter.advance(0, f"{len(units)} unit(s) to do, starting {pool.actors} actor(s)")
-            results = pipeline.results(
+            results = run_units(
                 {unit.unit_id: block_of[unit.micro_batches] for unit in units},
                 (unit_samples(self.samples, layout, block) for block in blocks),
                 ScoringActor, task, pool, self.journal, config.ray,
@@ -233,7 +233,7 @@ class _Rounds:
                     if row["says"] is not None:
                         self.journal.event("control_variate", row["says"])
                 self.run.write_table(f"units/{row['unit_id']}.parquet", result)
-                unit = plan.Unit.of_id(row["unit_id"])
+                unit = Unit.of_id(row["unit_id"])
                 draws = unit.stop_draw - unit.first_draw
                 scored += draws * len(result["samples"][0])
                 tokens += draws * int(layout.padded_tokens[unit.first_micro_batch : unit.stop_micro_batch].sum())

@@ -16,12 +16,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from mrd_ray.config import ScoreConfig
+from mrd_ray.runs.meter import WITHHELD, short
 
 T = TypeVar("T", np.ndarray, range)
 
 _SHOWN = 10
 _POINTS = 10_000  # of a plot, evenly spread over the ranks where there are more
-WITHHELD = "left out, since a reason may quote the sample"
 NONLINEAR = 0.3  # mean_abs is then 4% over its small-sigma limit
 _STATISTIC = {"mean_abs": "E|Δ|", "abs_mean": "|E Δ|"}
 
@@ -151,12 +151,6 @@ def _samples(title: str, rows: Sequence[dict[str, Any]], texts: bool) -> Table:
             escape(short(row["sample_id"], 60)), *([escape(short(row["text"], 150))] if texts else []),
         )  # fmt: skip
     return table
-
-
-def short(text: str, width: int) -> str:
-    """A text on one line of so many characters, without control characters."""
-    text = "".join(character if character.isprintable() else " " for character in text)
-    return textwrap.shorten(text, width, placeholder=" ...")
 
 
 def figure(scores: pa.Table, samples: pa.Table, config: ScoreConfig) -> bytes:

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from mrd_ray.config import ScoringConfig
 from mrd_ray.data import samples as samples_table
+from mrd_ray.data.samples import PLACE
 from mrd_ray.mrd import eighths
 from mrd_ray.mrd.monte_carlo import Moments
 from mrd_ray.mrd.scores import Score, closed_form_score, monte_carlo_score, sampling_weights, with_flips
@@ -26,7 +27,6 @@ _STANDARD_ERROR = (
     "standard error of mrd: half of the half-width of its 95.45% interval, however few draws (Student's); 0 without "
     "any sampling error, null if unknown (one draw; in doubt; flips of choices that cannot be told)"
 )
-PLACE = ("index", "file", "row")  # of a sample in its source: people index a data set by position, not by our ids
 SCHEMA = pa.schema(
     [
         _field("sample_id", pa.string(), "identifier", nullable=False),

@@ -19,7 +19,7 @@ from mrd_ray.mrd.perturb import Replica
 from mrd_ray.mrd.precision import MIN_COSINE, realised
 from mrd_ray.mrd.self_check import SelfCheck, has_choices
 from mrd_ray.scoring.control import ByAutograd, first_order_of
-from mrd_ray.scoring.memory import Sample, collate, out_of_memory, release
+from mrd_ray.workers.memory import Sample, collate, out_of_memory, release
 
 _SAMPLES = 2  # of the trial
 _TOLERANCE = 1e-2  # of a gradient norm

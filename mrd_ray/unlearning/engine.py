@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mrd_ray import saving
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.config.credentials import secret_names
 from mrd_ray.errors import UserError
-from mrd_ray.models import weights_digest
+from mrd_ray.models import saving
+from mrd_ray.models.load import weights_digest
 from mrd_ray.mrd.likelihood import MicroBatch
 from mrd_ray.mrd.perturb import Shard
-from mrd_ray.unlearning.ranks import Ranks
+from mrd_ray.workers.ranks import Ranks
 
 _TAG = "engine"
 # Elements that DeepSpeed gathers before it sends them. Its own default, ten times as many, makes a buffer of 2 GB.

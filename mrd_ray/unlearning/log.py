@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mrd_ray.config import TrackingConfig, UnlearnConfig
 from mrd_ray.errors import UserError
-from mrd_ray.runs import RunDirectory, parsed_json
+from mrd_ray.runs.directory import RunDirectory, parsed_json
 
 NAME, START = "metrics.jsonl", "start.json"
 _FLUSH_EVERY = 2.0  # seconds

@@ -19,15 +19,15 @@ import torch
 from pydantic import BaseModel, NonNegativeInt
 
 from mrd_ray.config import UnlearnConfig
+from mrd_ray.mrd.extraction import extraction_likelihoods
 from mrd_ray.mrd.likelihood import MicroBatch
-from mrd_ray.runs import parsed_json, parsed_table
-from mrd_ray.scoring.memory import collate
+from mrd_ray.runs.directory import parsed_json, parsed_table
 from mrd_ray.scoring.table import REQUIRED, SCHEMA
 from mrd_ray.unlearning import losses, refresh
 from mrd_ray.unlearning.engine import Engine, share_of_batch, with_retain
-from mrd_ray.unlearning.extraction import extraction_likelihoods
 from mrd_ray.unlearning.sampling import ForgetStream, ShuffledStream, choices, sampling_probabilities
 from mrd_ray.unlearning.stopping import Evaluation, below_floor, forgotten
+from mrd_ray.workers.memory import collate
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,20 @@
 import torch
 from transformers import PreTrainedModel
 
-from mrd_ray import adapters, model_files, models
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.errors import UserError
+from mrd_ray.models import adapters
+from mrd_ray.models.files import parts
+from mrd_ray.models.load import load_model
 
 
 def load(config: UnlearnConfig, device: torch.device) -> PreTrainedModel:
     """The same on every rank. Raises UserError."""
     refuse(config)
-    model = models.load_model(config.model, device)
+    model = load_model(config.model, device)
     if config.lora.rank:
         add_lora(model, config)
-    if config.lora.rank or model_files.parts(config.model).adapter is not None:
+    if config.lora.rank or parts(config.model).adapter is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
     return model.eval()
@@ -22,7 +24,7 @@ def load(config: UnlearnConfig, device: torch.device) -> PreTrainedModel:
 
 def refuse(config: UnlearnConfig) -> None:
     """Raises UserError if the adapter that model.path may be cannot be trained. Reads its settings alone."""
-    if (adapter := model_files.parts(config.model).adapter) is None:
+    if (adapter := parts(config.model).adapter) is None:
         return
     if config.lora.rank:
         raise UserError(

@@ -10,15 +10,15 @@ import numpy as np
 import pyarrow as pa
 
 from mrd_ray.config import ScoringConfig
-from mrd_ray.models import rope_switch
+from mrd_ray.data.micro_batches import Layout, lay_out, lengths
+from mrd_ray.models.load import rope_switch
 from mrd_ray.mrd.likelihood import Likelihood, TokenMeasures, sum_log_probs
-from mrd_ray.scoring import plan
 from mrd_ray.scoring.estimators import estimator_of
-from mrd_ray.scoring.memory import collate
 from mrd_ray.scoring.result import RESULT_SCHEMA
-from mrd_ray.scoring.score import lengths
 from mrd_ray.scoring.table import scores_table
+from mrd_ray.scoring.units import first_draws
 from mrd_ray.unlearning.engine import Engine
+from mrd_ray.workers.memory import collate
 
 
 def score_in_place(engine: Engine, samples: pa.Table, scoring: ScoringConfig) -> pa.Table:
@@ -30,7 +30,7 @@ def score_in_place(engine: Engine, samples: pa.Table, scoring: ScoringConfig) ->
     Raises:
         UserError: on every rank; the weights' precision cannot carry sigma, or torch cannot differentiate the model.
     """
-    layout = plan.layout(lengths(samples), scoring.micro_batch_tokens, rope_switch(engine.model.config))
+    layout = lay_out(lengths(samples), scoring.micro_batch_tokens, rope_switch(engine.model.config))
     trial = _rows(samples, layout, 0, few=4)
     shards = engine.shards if engine.stage == 3 else None
     engine.settle()
@@ -39,7 +39,7 @@ def score_in_place(engine: Engine, samples: pa.Table, scoring: ScoringConfig) ->
         mine = [
             row for turn, i in enumerate(engine.ranks.deal(len(layout))) for row in _rows(samples, layout, i, turn=turn)
         ]
-        found = engine.ranks.gather(estimator(mine, plan.first_draws(scoring)))
+        found = engine.ranks.gather(estimator(mine, first_draws(scoring)))
     finally:
         estimator.restore()
         engine.settle()
@@ -53,7 +53,7 @@ def likelihoods(engine: Engine, samples: pa.Table, micro_batch_tokens: int) -> l
 
     MA(x) = sum_t 1{argmax p(. | x_<t) = x_t} / T  (Tirumala et al., 2022), over the scored tokens.
     """
-    layout = plan.layout(lengths(samples), micro_batch_tokens, rope_switch(engine.model.config))
+    layout = lay_out(lengths(samples), micro_batch_tokens, rope_switch(engine.model.config))
     engine.settle()
     likelihood = Likelihood(engine.model)
     mine: list[tuple[str, float, float]] = []
@@ -69,7 +69,7 @@ def likelihoods(engine: Engine, samples: pa.Table, micro_batch_tokens: int) -> l
     return [found[sample_id] for sample_id in samples["sample_id"].to_pylist()]
 
 
-def _rows(samples: pa.Table, layout: plan.Layout, i: int, turn: int = 0, few: int = 0) -> list[dict[str, Any]]:
+def _rows(samples: pa.Table, layout: Layout, i: int, turn: int = 0, few: int = 0) -> list[dict[str, Any]]:
     """Samples of micro-batch i, said to be of micro-batch `turn`; or a few samples of all."""
     indices = layout.few(few) if few else layout.samples(i)
     rows = samples.select(["sample_id", "token_ids", "scored"]).take(indices).to_pylist()

@@ -10,10 +10,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch.utils.data
 
-from mrd_ray import storage
 from mrd_ray.config import Weighting
 from mrd_ray.config.credentials import refuse_credentials
 from mrd_ray.errors import UserError
+from mrd_ray.runs import storage
 from mrd_ray.unlearning.sampling import ForgetStream, sampling_probabilities
 
 _NAMED = 5  # samples that a message names

@@ -13,9 +13,9 @@ from mrd_ray.data import read
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.cells import Unscorable
 from mrd_ray.data.render import render, with_response
+from mrd_ray.data.samples import PLACE
 from mrd_ray.data.tokens import Encoder, Limits, tokens_of
 from mrd_ray.errors import UserError
-from mrd_ray.scoring.table import PLACE
 from mrd_ray.unlearning.loop import Sets
 from mrd_ray.unlearning.sampling import ShuffledStream
 

@@ -15,26 +15,31 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, Sc
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from mrd_ray import model_files, models, progress, saving, storage
 from mrd_ray.config import RayConfig, RunConfig, ScoreConfig, UnlearnConfig
 from mrd_ray.config.paths import with_absolute_paths
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
-from mrd_ray.hold import held
-from mrd_ray.journal import Journal
+from mrd_ray.evaluation import sets as evaluated_sets
+from mrd_ray.models import load, saving
+from mrd_ray.models.files import model_digest
 from mrd_ray.mrd.noise import NOISE_VERSION
-from mrd_ray.runs import RunDirectory
-from mrd_ray.scoring import pipeline, plan
-from mrd_ray.scoring.cluster import cluster
-from mrd_ray.scoring.pool import Pool
+from mrd_ray.runs import meter, storage
+from mrd_ray.runs.directory import RunDirectory
+from mrd_ray.runs.hold import held
+from mrd_ray.runs.journal import Journal
+from mrd_ray.scoring.estimators import refuse_uncovered
 from mrd_ray.scoring.score import score
 from mrd_ray.unlearning import engine, log, sets
 from mrd_ray.unlearning import model as trained
 from mrd_ray.unlearning.engine import Engine
+from mrd_ray.unlearning.in_training import InTraining
 from mrd_ray.unlearning.loop import Sets, last_step
 from mrd_ray.unlearning.watch import Watch
 from mrd_ray.unlearning.worker import RANKED_BY, Job, work
+from mrd_ray.workers.cluster import cluster
+from mrd_ray.workers.pool import Pool
+from mrd_ray.workers.run_units import pool_of
 
 _CHECKPOINTS = "checkpoints"
 _OWNS = ("model", _CHECKPOINTS, "scores", "refreshes", "evaluations", "tensorboard", log.NAME, log.START)
@@ -68,33 +73,39 @@ class UnlearnRun:
         return self.step == 0 or self.reason.startswith(("diverged", "utility floor"))
 
 
-def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None = None) -> UnlearnRun:
-    """Unlearn a forget set; go on, if the run directory holds such a run already.
+def unlearn(config: UnlearnConfig) -> UnlearnRun:
+    """Unlearn a forget set; resume, if the run directory holds such a run already.
+
+    If `evaluation_every` is set, RUN/evaluations/step-NNNNNN.parquet are as the evaluation.parquet of `mrd-ray
+    evaluate` on that step's model.
 
     Args:
         config: all settings.
-        measure: gives a table from the live model every `evaluation_every` steps; called on all ranks alike.
 
     Raises:
         UserError: bad input or settings, a run directory of something else, or workers that failed too often.
     """
-    console = progress.console(config.output)
+    console = meter.console(config.output)
     config = with_absolute_paths(config)
     run = RunDirectory.of(config.run)
     with held(run):
         trained.refuse(config)
-        skeleton = models.skeleton(config.model)
-        saving.refuse_loss(config.model, unused := models.unused_weights(config.model))
+        skeleton = load.skeleton(config.model)
+        saving.refuse_loss(config.model, unused := load.unused_weights(config.model))
         if config.lora.rank:
             trained.add_lora(skeleton, config)
         if config.unlearning.weighting != "uniform":
-            plan.refuse_uncovered(skeleton, config.scoring)
+            refuse_uncovered(skeleton, config.scoring)
         log.require(config.tracking, config.run.dir)
-        tokenizer = models.load_tokenizer(config.model, console)
-        of_run = sets.build(config, tokenizer, Limits.of(skeleton), console)
+        tokenizer = load.load_tokenizer(config.model, console)
+        limits = Limits.of(skeleton)
+        of_run = sets.build(config, tokenizer, limits, console)
+        measure = None
+        if config.evaluation_every is not None:
+            measure = InTraining(config, evaluated_sets.build_all(config.evaluation, tokenizer, limits, console))
         if of_run.retain is None:
             console.print("Without a retain set nothing watches what else the model loses (retain.path)", style="red")
-        run.claim(_identity(config, models.tokenizer_identity(tokenizer, config.model), of_run), config, _OWNS)
+        run.claim(_identity(config, load.tokenizer_identity(tokenizer, config.model), of_run), config, _OWNS)
         run.record("unused_weights", unused)
         done = _outcome(run)
         settings = config.model_dump(mode="json", exclude={"output"})
@@ -102,7 +113,7 @@ def unlearn(config: UnlearnConfig, measure: Callable[[Engine], pa.Table] | None 
             # what matters is in the log; the rest is libraries' chatter
             with Journal(run, "unlearn", config.output) as journal:
                 grows = journal.within(cluster(log_to_driver=False))
-                rounds = _Rounds(config, run, of_run, model_files.files_digest(config.model), measure, journal)
+                rounds = _Rounds(config, run, of_run, model_digest(config.model), measure, journal)
                 done = _Outcome(**rounds.work_off(grows), config=settings)
                 run.record("outcome", done.model_dump())
     return UnlearnRun(run, config, done.reason, done.step, log.read(run))
@@ -130,7 +141,7 @@ def _identity(config: UnlearnConfig, tokenizer: str, of_run: Sets) -> dict[str, 
         groups["scoring"] = config.scoring.model_dump(mode="json", exclude={"activation_gib"})
     settings = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
     return settings | {
-        "model": model_files.files_digest(config.model),
+        "model": model_digest(config.model),
         "model.dtype": config.model.dtype,
         "tokenizer": tokenizer,
         "noise version": NOISE_VERSION,
@@ -180,7 +191,7 @@ class _Rounds:
             start_timeout=wanted.start_timeout,
         )
         try:
-            return pipeline.pool_of(shape, grows and wanted.workers is not None, self.journal, all_at_once=True)
+            return pool_of(shape, grows and wanted.workers is not None, self.journal, all_at_once=True)
         except UserError as problem:
             raise UserError(
                 str(problem).replace("_per_actor", "_per_worker").replace("ray.actors", "ray.workers")

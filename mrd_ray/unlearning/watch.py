@@ -8,11 +8,11 @@ from typing import Any
 import ray
 
 from mrd_ray.errors import UserError
-from mrd_ray.journal import Journal
-from mrd_ray.progress import Meter
-from mrd_ray.runs import RunDirectory
-from mrd_ray.scoring.lookout import Nodes
+from mrd_ray.runs.directory import RunDirectory
+from mrd_ray.runs.journal import Journal
+from mrd_ray.runs.meter import Meter
 from mrd_ray.unlearning import log
+from mrd_ray.workers.lookout import Nodes
 
 
 class Watch:

@@ -18,17 +18,17 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from mrd_ray import model_files
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.errors import UserError
-from mrd_ray.runs import RunDirectory
-from mrd_ray.scoring.actor import refuse_not_causal
+from mrd_ray.models.files import model_digest
+from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.scoring.estimators import refuse_wrong_rules
 from mrd_ray.unlearning import model as trained
 from mrd_ray.unlearning.engine import Engine
 from mrd_ray.unlearning.log import Log
 from mrd_ray.unlearning.loop import Loop, State
-from mrd_ray.unlearning.ranks import Ranks
+from mrd_ray.workers.ranks import Ranks
+from mrd_ray.workers.replica import refuse_not_causal
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _alone(write: Callable[..., None]) -> Callable[..., None]:
 
 def _model(job: Job) -> PreTrainedModel:
     config = job.config
-    if (found := model_files.files_digest(config.model)) != job.files_digest:
+    if (found := model_digest(config.model)) != job.files_digest:
         raise UserError(
             f"model.path: {config.model.path} on this worker is another model ({found[:12]}) than on the driver "
             f"({job.files_digest[:12]}); give every node the same model"

@@ -13,7 +13,7 @@ from ray._private.runtime_env.packaging import create_package
 from ray.exceptions import ActorDiedError, RaySystemError
 from ray.runtime_env import RuntimeEnv
 
-from mrd_ray.missing import missing_module
+from mrd_ray.cli.missing import missing_module
 
 ROOT = Path(__file__).parents[2]
 WITHOUT = """
@@ -85,7 +85,7 @@ def test_rayignore(tmp_path, gitignore):
         ".rayignore",
         "jobs/score.py",
         "jobs/configs/x.yaml",
-        "mrd_ray/runs.py",
+        "mrd_ray/runs/directory.py",
         "mrd_ray/data/read.py",
         "my.parquet",
     ]

@@ -20,9 +20,9 @@ import yaml
 from kuberay import ClusterQueue, LocalQueue, PodMonitor, RayCluster, RayJob, ResourceFlavor
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from mrd_ray.cli import LINE
+from mrd_ray.cli.main import LINE
 from mrd_ray.config import ScoreConfig, UnlearnConfig
-from mrd_ray.gauges import ENDED, GAUGES
+from mrd_ray.runs.gauges import ENDED, GAUGES
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"

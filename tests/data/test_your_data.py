@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mrd_ray.cli import LINE
+from mrd_ray.cli.main import LINE
 from mrd_ray.data import samples
 from mrd_ray.data.tokens import Limits
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from mrd_ray import UserError, evaluate
-from mrd_ray.cli import LINE
+from mrd_ray.cli.main import LINE
 from mrd_ray.config import EvaluatedSet, EvaluationConfig
 from mrd_ray.data.tokens import Limits
 from mrd_ray.evaluation import sets

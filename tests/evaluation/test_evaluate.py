@@ -17,7 +17,7 @@ from evaluations import config, rouge_l_recall, values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrd_ray import RayConfig, UserError, evaluate
-from mrd_ray.cli import main
+from mrd_ray.cli.main import main
 from mrd_ray.demo import demo
 
 

@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from evaluations import config
 
-from mrd_ray import evaluate, models, unlearn
+from mrd_ray import evaluate, unlearn
 from mrd_ray.data.tokens import Limits
 from mrd_ray.evaluation import sets
-from mrd_ray.evaluation.in_training import InTraining
+from mrd_ray.models import load
+from mrd_ray.unlearning.in_training import InTraining
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def of_training(files, model, run, **settings):
 
 def train(ranks, made):
     tables = {}
-    tokenizer = models.load_tokenizer(made.model)
+    tokenizer = load.load_tokenizer(made.model)
     built = {
         name: sets.build(name, of, made.evaluation, tokenizer, Limits(128)) for name, of in made.evaluation.sets.items()
     }
@@ -69,7 +70,7 @@ def test_in_place_equals_the_checkpoint(files, tiny_model_dir, tmp_path, stage):
     assert sorted(of_ranks[0]) == [0, 2, 3]
     step = 2
     checkpoint = tmp_path / "checkpoints" / str(step) / "model"
-    models.load_tokenizer(made.model).save_pretrained(checkpoint)
+    load.load_tokenizer(made.model).save_pretrained(checkpoint)
     settings = made.evaluation.model_dump()
     check(of_ranks[0][step], evaluate(config(checkpoint, settings, tmp_path / "evaluated")).lines)
 

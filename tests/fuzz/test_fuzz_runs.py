@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from mangled import TIMES, attempt, explore, of_bytes, of_json_file, of_parquet
 from runs_of_fuzz import settings
 
-from mrd_ray import CompareConfig, MRDSampler, ReportConfig, UserError, compare, evaluate, journal, score, write_report
+from mrd_ray import CompareConfig, MRDSampler, ReportConfig, UserError, compare, evaluate, score, write_report
 from mrd_ray.evaluation import zero_shot
 from mrd_ray.evaluation.aggregate import Figure
-from mrd_ray.runs import RunDirectory
+from mrd_ray.runs import journal
+from mrd_ray.runs.directory import RunDirectory
+from mrd_ray.runs.status import rows, status
 from mrd_ray.scoring.compare import figure
-from mrd_ray.status import rows, status
 from mrd_ray.unlearning import log
 from mrd_ray.unlearning.loop import State
 from mrd_ray.unlearning.stopping import Evaluation

@@ -5,7 +5,7 @@ import yaml
 from hypothesis import strategies as st
 from mangled import TIMES, explore, of_bytes, of_json
 
-from mrd_ray import cli
+from mrd_ray.cli import main as cli
 
 SETTINGS = {
     "model": {"path": "m", "dtype": "float32"},

@@ -14,12 +14,13 @@ import pytest
 import torch
 import yaml
 
-from mrd_ray import model_files, models
 from mrd_ray.config import DataConfig, ModelConfig
 from mrd_ray.data import tasks
 from mrd_ray.data.read import rows
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import judges
+from mrd_ray.models import load
+from mrd_ray.models.files import model_digest, parts, weight_files
 
 ASKED: list[str] = []  # of the network, since the last test began
 IMPORTED: list[str] = []
@@ -109,11 +110,11 @@ NAMES = list(names_outside(Path("/")))
 def everything(model: ModelConfig) -> None:
     """All that is done with a model before and while it is scored."""
     for use in (
-        model_files.files_digest,
-        models.skeleton,
-        models.unused_weights,
-        models.load_tokenizer,
-        lambda one: models.load_model(one, torch.device("cpu")),
+        model_digest,
+        load.skeleton,
+        load.unused_weights,
+        load.load_tokenizer,
+        lambda one: load.load_model(one, torch.device("cpu")),
     ):
         with pytest.raises(UserError) as refused:
             use(model)
@@ -134,14 +135,14 @@ def test_the_base_that_an_adapter_may_not_name_is_given_by_hand(tmp_path, tiny_m
     settings = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_model_dir), "target_modules": ["q_proj"]}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=f"say so: --model.base {tiny_model_dir}$"):
-        model_files.parts(ModelConfig(path=str(tmp_path / "adapter")))
+        parts(ModelConfig(path=str(tmp_path / "adapter")))
     given = ModelConfig(path=str(tmp_path / "adapter"), base=str(tiny_model_dir))
-    assert model_files.parts(given).base == tiny_model_dir
+    assert parts(given).base == tiny_model_dir
     shutil.copytree(tiny_model_dir, tmp_path / "adapter" / "base")
     (tmp_path / "adapter" / "adapter_config.json").write_text(
         json.dumps(settings | {"base_model_name_or_path": "base"})
     )
-    assert model_files.parts(ModelConfig(path=str(tmp_path / "adapter"))).base == tmp_path / "adapter" / "base"
+    assert parts(ModelConfig(path=str(tmp_path / "adapter"))).base == tmp_path / "adapter" / "base"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -151,7 +152,7 @@ def test_an_index_that_names_weights(outside, tmp_path, tiny_model_dir, kind, na
     (folder / "model.safetensors").rename(folder / ("part.safetensors" if kind.startswith("model") else kind))
     place = f"{names_outside(outside)[name]}/model.safetensors"
     (folder / f"{kind}.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": place}}))
-    for use in (model_files.weight_files, lambda one: models.load_model(one, torch.device("cpu"))):
+    for use in (weight_files, lambda one: load.load_model(one, torch.device("cpu"))):
         with pytest.raises(UserError, match=r"model\.path"):
             use(ModelConfig(path=str(folder), allow_pickle=True))
 
@@ -193,7 +194,7 @@ def test_a_config_that_reaches_out(outside, tmp_path, tiny_model_dir, settings):
         (folder / "config.json").write_text(settings, encoding="latin-1")
     else:
         changed(folder, "config.json", **settings)
-    for use in (models.skeleton, lambda one: models.load_model(one, torch.device("cpu"))):
+    for use in (load.skeleton, lambda one: load.load_model(one, torch.device("cpu"))):
         with pytest.raises(UserError, match=r"model\.path"):
             use(ModelConfig(path=str(folder), trust_remote_code="auto_map" in settings))
 
@@ -204,13 +205,13 @@ def test_a_tokenizer_that_names_files(outside, tmp_path, tiny_model_dir, key, pl
     folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
     changed(folder, "tokenizer_config.json", **{key: place.format(outside=outside)})
     with pytest.raises(UserError, match=rf"model\.tokenizer: .*tokenizer_config\.json, {key}"):
-        models.load_tokenizer(ModelConfig(path=str(tiny_model_dir), tokenizer=str(folder)))
+        load.load_tokenizer(ModelConfig(path=str(tiny_model_dir), tokenizer=str(folder)))
 
 
 def test_what_a_tokenizer_was_once_made_from_does_no_harm(tmp_path, tiny_model_dir):
     folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
     changed(folder, "tokenizer_config.json", tokenizer_file="/home/somebody/tokenizer.json", name_or_path="s3://x/y")
-    assert models.load_tokenizer(ModelConfig(path=str(folder))).eos_token == "</s>"
+    assert load.load_tokenizer(ModelConfig(path=str(folder))).eos_token == "</s>"
 
 
 @pytest.mark.parametrize("shape", [list, dict])
@@ -220,22 +221,22 @@ def test_a_tokenizer_with_code_from_elsewhere(outside, tmp_path, tiny_model_dir,
     changed(folder, "tokenizer_config.json", auto_map=classes if shape is list else {"AutoTokenizer": classes})
     given = {"path": str(tiny_model_dir), "tokenizer": str(folder)}
     with pytest.raises(UserError, match=r"model\.tokenizer: .*takes code from another repository"):
-        models.load_tokenizer(ModelConfig(**given, trust_remote_code=True))
-    models.load_tokenizer(ModelConfig(**given))  # transformers has the class
+        load.load_tokenizer(ModelConfig(**given, trust_remote_code=True))
+    load.load_tokenizer(ModelConfig(**given))  # transformers has the class
 
 
 def test_a_tokenizer_s_code_is_part_of_what_it_is(tmp_path, tiny_model_dir):
     folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
-    tokenizer = models.load_tokenizer(ModelConfig(path=str(folder)))
+    tokenizer = load.load_tokenizer(ModelConfig(path=str(folder)))
     digests = []
     for code in (None, "x = 1", "x = 2"):
         if code is not None:
             (folder / "tokenization.py").write_text(code)
         model = ModelConfig(path=str(tiny_model_dir), tokenizer=str(folder), trust_remote_code=True)
-        digests.append(models.tokenizer_identity(tokenizer, model))
+        digests.append(load.tokenizer_identity(tokenizer, model))
     assert len(set(digests)) == 3
     untrusted = ModelConfig(path=str(tiny_model_dir), tokenizer=str(folder))
-    assert models.tokenizer_identity(tokenizer, untrusted) == digests[0]
+    assert load.tokenizer_identity(tokenizer, untrusted) == digests[0]
 
 
 @pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])

@@ -16,11 +16,11 @@ from transformers import (
 )
 
 from mrd_ray import UserError
-from mrd_ray.models import context_length, rope_switch
+from mrd_ray.data.micro_batches import lay_out
+from mrd_ray.models.load import context_length, rope_switch
 from mrd_ray.mrd.causality import dependence
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
-from mrd_ray.scoring.actor import refuse_not_causal
-from mrd_ray.scoring.plan import layout
+from mrd_ray.workers.replica import refuse_not_causal
 
 ENCODERS = {"bert": (BertConfig, BertLMHeadModel), "roberta": (RobertaConfig, RobertaForCausalLM)}
 
@@ -77,10 +77,10 @@ def test_longrope_does_not_depend_on_the_micro_batch():
         return found
 
     lengths = np.array([len(sample) for sample in samples])
-    together, alone = log_probs(layout(lengths, 1000, rope_switch(config))), log_probs(layout(lengths, 1))
+    together, alone = log_probs(lay_out(lengths, 1000, rope_switch(config))), log_probs(lay_out(lengths, 1))
     for i in range(len(samples)):
         torch.testing.assert_close(together[i], alone[i], rtol=1e-9, atol=1e-9)
-    mixed = log_probs(layout(lengths, 1000))
+    mixed = log_probs(lay_out(lengths, 1000))
     assert (mixed[0] - alone[0]).abs().max() > 1e-4  # what the cut is for
 
 

@@ -24,8 +24,8 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from mrd_ray import models
 from mrd_ray.config import ModelConfig
+from mrd_ray.models import load
 from mrd_ray.mrd.autograd_check import agrees, disagreements
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.curvature import TraceEstimator
@@ -169,7 +169,7 @@ def folder(tmp_path_factory):
 
 
 def loaded(folder, dtype="float64"):
-    return models.load_model(ModelConfig(path=str(folder), dtype=dtype), torch.device("cpu"))
+    return load.load_model(ModelConfig(path=str(folder), dtype=dtype), torch.device("cpu"))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from architectures import memorise
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mrd_ray.models import weights_digest
+from mrd_ray.models.load import weights_digest
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed, exact_sum
 from mrd_ray.mrd.noise import standard_normal

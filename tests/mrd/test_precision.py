@@ -4,7 +4,7 @@ import pytest
 import torch
 from architectures import SAMPLES, batch_of, model_of
 
-from mrd_ray.models import weights_digest
+from mrd_ray.models.load import weights_digest
 from mrd_ray.mrd.likelihood import Likelihood
 from mrd_ray.mrd.noise import standard_normal
 from mrd_ray.mrd.perturb import Replica

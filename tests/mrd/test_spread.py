@@ -6,7 +6,8 @@ from accelerate import dispatch_model
 from architectures import CONFIGS, batch_of, model_of
 from transformers import AutoModelForCausalLM
 
-from mrd_ray import ModelConfig, models
+from mrd_ray import ModelConfig
+from mrd_ray.models import load
 from mrd_ray.mrd.autograd_check import disagreements
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
@@ -40,8 +41,8 @@ def test_two_gpus_score_as_one(name, tmp_path):
     AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(tmp_path)
     config, first = ModelConfig(path=str(tmp_path)), torch.device("cuda", 0)
     batch = MicroBatch(batch_of().token_ids.to(first), batch_of().scored.to(first))
-    expected = found(models.load_model(config, first), batch)
-    spread = models.load_model(config, first, spread=True)
+    expected = found(load.load_model(config, first), batch)
+    spread = load.load_model(config, first, spread=True)
     assert len(set(spread.hf_device_map.values())) == 2
     for alone, over_two in zip(expected, found(spread, batch), strict=True):
         torch.testing.assert_close(over_two, alone, rtol=1e-5, atol=1e-6)

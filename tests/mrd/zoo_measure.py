@@ -17,8 +17,8 @@ from zoo_shrink import shrunk
 from mrd_ray import UserError
 from mrd_ray.config import ScoringConfig
 from mrd_ray.mrd.coverage import coverage
-from mrd_ray.scoring.actor import refuse_not_causal
 from mrd_ray.scoring.estimators import estimator_of, refuse_wrong_rules
+from mrd_ray.workers.replica import refuse_not_causal
 
 RIGHT, REFUSED, WRONG, CRASHED = "right", "refused", "WRONG", "CRASHED"
 # Delta may differ by this share of sigma |g|. Some layers compute in float32 whatever the model's dtype, or the model

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mrd_ray.config.paper import AloneConfig
-from mrd_ray.paper.alone import Limits, ascend
-from mrd_ray.unlearning.extraction import extraction_likelihoods
+from jobs.paper.alone import Limits, ascend
+from jobs.paper.config import AloneConfig
+from mrd_ray.mrd.extraction import extraction_likelihoods
 
 NEVER = Limits(-1.0, None)
 

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 
-from mrd_ray.command_line import task_of
-from mrd_ray.paper import fig2, table7, tables
-from mrd_ray.paper.main import LINE, main
-from mrd_ray.runs import RunDirectory
+from jobs.paper import fig2, table7, tables
+from jobs.paper.main import LINE, main
+from mrd_ray.cli.flags import task_of
+from mrd_ray.runs.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 ALONE = ["--alone.learning_rate", "3e-4", "--alone.max_updates", "12", "--alone.extraction_n", "0"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mrd_ray.paper.statistics import excess, mean, spearman, variation
+from jobs.paper.statistics import excess, mean, spearman, variation
 
 
 @pytest.fixture(scope="module")

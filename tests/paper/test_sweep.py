@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from ray import cloudpickle
 
+from jobs.paper import sweep
 from mrd_ray.errors import UserError
-from mrd_ray.paper import sweep
-from mrd_ray.runs import RunDirectory
+from mrd_ray.runs.directory import RunDirectory
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
 
@@ -56,7 +56,7 @@ def test_what_is_wrong_with_a_cell_is_said_with_its_name(tmp_path, calls):
 SLOW = """
 import sys, time
 import ray
-from mrd_ray.paper import sweep
+from jobs.paper import sweep
 from mrd_ray.runs import RunDirectory
 
 def work(cell):

@@ -16,11 +16,12 @@ import pytest
 from pydantic import ValidationError
 from runs_of_report import HOSTILE, LOG, QUOTED, unlearn_run
 
-from mrd_ray import CompareConfig, ReportConfig, UserError, cli, compare, write_report
+from mrd_ray import CompareConfig, ReportConfig, UserError, compare, write_report
+from mrd_ray.cli import main as cli
+from mrd_ray.data.samples import PLACE
 from mrd_ray.report import tables
 from mrd_ray.report.words import number
 from mrd_ray.scoring import summary
-from mrd_ray.scoring.table import PLACE
 
 
 class Page(HTMLParser):

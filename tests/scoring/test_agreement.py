@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from mrd_ray import DataConfig, ModelConfig, models
+from mrd_ray import DataConfig, ModelConfig
 from mrd_ray.data import samples as samples_table
+from mrd_ray.data.micro_batches import lay_out, lengths
 from mrd_ray.data.tokens import Limits
+from mrd_ray.models import load
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.curvature import TraceEstimator
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.mrd.scores import closed_form_score, monte_carlo_score
-from mrd_ray.scoring import plan
-from mrd_ray.scoring.score import lengths
 
 
 class Scored:
@@ -26,10 +26,10 @@ class Scored:
 
     def __init__(self, model_dir: Path, data: Path, count: int, dtype: str = "float32") -> None:
         data_config = DataConfig(path=str(data), max_samples=count)
-        table = samples_table.build(data_config, models.load_tokenizer(ModelConfig(path=str(model_dir))), Limits(512))
-        layout = plan.layout(lengths(table), 1024)
+        table = samples_table.build(data_config, load.load_tokenizer(ModelConfig(path=str(model_dir))), Limits(512))
+        layout = lay_out(lengths(table), 1024)
         rows = table.to_pylist()
-        self.model = models.load_model(ModelConfig(path=str(model_dir), dtype=dtype), torch.device("cpu"))
+        self.model = load.load_model(ModelConfig(path=str(model_dir), dtype=dtype), torch.device("cpu"))
         self.batches = [
             MicroBatch.collate([r["token_ids"] for r in batch], [r["scored"] for r in batch], self.model.device)
             for batch in ([rows[j] for j in layout.samples(i)] for i in range(len(layout)))

@@ -37,7 +37,7 @@ def test_what_a_local_ray_opens(tmp_path):
 
 
 def test_a_token_that_others_can_read_is_closed(tmp_path):
-    code = "from mrd_ray.scoring.cluster import _keep_token_private; _keep_token_private()"
+    code = "from mrd_ray.workers.cluster import _keep_token_private; _keep_token_private()"
     token = tmp_path / ".ray" / "auth_token"
     token.parent.mkdir()
     token.write_text("a" * 64)

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from mrd_ray import CompareConfig, UserError, compare
-from mrd_ray.cli import main
+from mrd_ray.cli.main import main
 from mrd_ray.mrd import eighths
 from mrd_ray.mrd.monte_carlo import Moments
 from mrd_ray.mrd.scores import monte_carlo_score

@@ -7,9 +7,9 @@ import pytest
 from runs_of import stamps
 
 from mrd_ray import PlanConfig, UserError, plan
-from mrd_ray.cli import main
-from mrd_ray.scoring import probe
-from mrd_ray.scoring.plan import Unit
+from mrd_ray.cli.main import main
+from mrd_ray.planning import probe
+from mrd_ray.scoring.units import Unit
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CTRLConfig, JetMoeConfig, LlamaConfig
 
 from mrd_ray import ScoringConfig, UserError, score
-from mrd_ray.cli import main
+from mrd_ray.cli.main import main
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.likelihood import MicroBatch
-from mrd_ray.scoring.memory import activation_bytes
+from mrd_ray.workers.memory import activation_bytes
 
 CLOSED = {"scoring__estimator": "closed_form"}
 

@@ -30,18 +30,18 @@ from mrd_ray import (
     ScoringConfig,
     UserError,
     compare,
-    model_files,
     score,
     write_report,
 )
-from mrd_ray.cli import main
+from mrd_ray.cli.main import main
+from mrd_ray.data.samples import PLACE
 from mrd_ray.errors import Unfit
+from mrd_ray.models.files import model_digest
 from mrd_ray.mrd.double import Float64, keep_float64
 from mrd_ray.mrd.monte_carlo import draw_seed
 from mrd_ray.mrd.noise import standard_normal
 from mrd_ray.scoring.actor import ScoringActor, Task
-from mrd_ray.scoring.plan import Unit
-from mrd_ray.scoring.table import PLACE
+from mrd_ray.scoring.units import Unit
 
 
 @torch.no_grad()
@@ -304,7 +304,7 @@ def first_word_of(model: Path, **scoring) -> dict:
     """What an actor makes of a unit without samples."""
     of_path = ModelConfig(path=str(model))
     sample = {"micro_batch": 0, "sample_id": "s", "token_ids": [5, 6, 7], "scored": [False, True, True]}
-    actor = ScoringActor(Task(of_path, ScoringConfig(**scoring), model_files.files_digest(of_path), 1, False, [sample]))
+    actor = ScoringActor(Task(of_path, ScoringConfig(**scoring), model_digest(of_path), 1, False, [sample]))
     (row,) = actor(Unit(0, 0, 1, 0, 1).unit_id, pa.table({})).to_pylist()
     return row
 
@@ -314,7 +314,7 @@ def test_weights_that_are_written_to_while_they_are_in_use(tiny_model_dir, tmp_p
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     of_path = ModelConfig(path=str(folder))
     sample = {"micro_batch": 0, "sample_id": "s", "token_ids": [5, 6, 7], "scored": [False, True, True]}
-    task = Task(of_path, ScoringConfig(estimator="closed_form"), model_files.files_digest(of_path), 1, False, [sample])
+    task = Task(of_path, ScoringConfig(estimator="closed_form"), model_digest(of_path), 1, False, [sample])
     actor, unit, block = ScoringActor(task), Unit(0, 0, 1, 0, 1).unit_id, pa.Table.from_pylist([sample])
     assert actor(unit, block)["fatal"].to_pylist() == [None]
     shutil.copy(folder / "model.safetensors", folder / "other")

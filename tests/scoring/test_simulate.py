@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from mrd_ray.scoring import plan
-from mrd_ray.scoring.plan import Unit
-from mrd_ray.scoring.simulate import Fleet, Rates, simulate
+from mrd_ray.data.micro_batches import Layout
+from mrd_ray.planning.simulate import Fleet, Rates, simulate
+from mrd_ray.scoring.units import Unit
 
-LAYOUT = plan.Layout(np.arange(8), np.arange(9), np.full(8, 100))
+LAYOUT = Layout(np.arange(8), np.arange(9), np.full(8, 100))
 RATES = Rates(start_up=10.0, theta=0.01, perturb=0.5, forward=0.02, source="")
 
 

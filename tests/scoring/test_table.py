@@ -6,11 +6,12 @@ import pytest
 
 from mrd_ray.config import ScoringConfig
 from mrd_ray.data import samples as samples_table
+from mrd_ray.data.micro_batches import Layout, lay_out, lengths
 from mrd_ray.mrd.monte_carlo import Moments, exact_sum
 from mrd_ray.mrd.standard_errors import of_half_normal
-from mrd_ray.scoring import plan, table
+from mrd_ray.scoring import table
 from mrd_ray.scoring.result import RESULT_SCHEMA, flaw
-from mrd_ray.scoring.score import lengths
+from mrd_ray.scoring.units import Unit, cut_units, missing_units
 
 RNG = np.random.default_rng(0)
 TOKENS = np.where(RNG.random(300) < 0.1, 0, RNG.integers(2, 60, 300))
@@ -34,7 +35,7 @@ def place(i: int) -> dict:
 SAMPLES = pa.Table.from_pylist([sample(i) for i in range(300)], samples_table.SCHEMA)
 
 
-def result(unit: plan.Unit, layout: plan.Layout) -> pa.Table:
+def result(unit: Unit, layout: Layout) -> pa.Table:
     """Draw k of sample i has Delta = i + k, and each round another log_prob."""
     indices, _ = layout.members(unit.micro_batches)
     draws = range(unit.first_draw, unit.stop_draw)
@@ -61,8 +62,8 @@ def gathered(actors: int) -> pa.Table:
     place = np.argsort(order)
     results = []
     for number, (waiting, draws) in enumerate(rounds):
-        layout = plan.layout(waiting, 128)
-        for unit in plan.cut(layout, plan.missing(number, len(layout), draws, []), actors, 100.0):
+        layout = lay_out(waiting, 128)
+        for unit in cut_units(layout, missing_units(number, len(layout), draws, []), actors, 100.0):
             results.append((int(place[layout.samples(unit.first_micro_batch)[0]]), result(unit, layout)))
     assert len(results) >= 4 * actors
     return table.scores_table(SAMPLES, order, sorted(results, key=lambda one: one[0]), SCORING)
@@ -98,10 +99,10 @@ def test_samples_that_all_have_errors():
     assert scores["weight"].null_count == len(broken)
 
 
-def of_first_unit(**changes) -> tuple[pa.Table, plan.Unit]:
+def of_first_unit(**changes) -> tuple[pa.Table, Unit]:
     """A result of samples without errors whose first sample is changed."""
-    layout = plan.layout(lengths(SAMPLES), 128)
-    unit = plan.Unit(0, 0, 3, 0, 5)
+    layout = lay_out(lengths(SAMPLES), 128)
+    unit = Unit(0, 0, 3, 0, 5)
     good = result(unit, layout).to_pylist()[0]
     first = good["samples"][0]
     good["samples"][0] = None if changes.pop("whole", False) else first | changes
@@ -153,17 +154,17 @@ def test_a_closed_form_that_cannot_be_is_found(changes, wrong):
     scoring = ScoringConfig(estimator="closed_form", curvature_probes=2, measures=("entropy", "mean_log_prob"))
     sample = {"sample_id": "a", "log_prob": -1.0, "num_draws": 2, "measures": {"entropy": 1.0}, "gradient_norm": 1.0}
     sample |= {"probes": [1.0, 2.0]} | changes
-    unit = plan.Unit(0, 0, 1, 0, 1)
+    unit = Unit(0, 0, 1, 0, 1)
     table = pa.Table.from_pylist([{"unit_id": unit.unit_id, "samples": [sample]}], RESULT_SCHEMA)
     found = flaw(table, unit, scoring)
     assert found is None if wrong is None else wrong in found
 
 
 def test_moments_beyond_all_floats_are_an_error_of_the_sample():
-    layout = plan.layout(lengths(SAMPLES), 128)
+    layout = lay_out(lengths(SAMPLES), 128)
     rows = []
     for draws in (range(5), range(5, 10)):
-        (row,) = result(plan.Unit(0, 0, len(layout), draws.start, draws.stop), layout).to_pylist()
+        (row,) = result(Unit(0, 0, len(layout), draws.start, draws.stop), layout).to_pylist()
         row["samples"][0] |= {"sum_abs": [1e154], "sum_abs_squares": [1e308]}
         rows.append((0, pa.Table.from_pylist([row], RESULT_SCHEMA)))
     order = np.argsort(lengths(SAMPLES), kind="stable")

@@ -15,9 +15,9 @@ from mrd_ray.errors import UserError
 from mrd_ray.mrd import gradient_rules
 from mrd_ray.scoring import summary
 from mrd_ray.scoring.estimators import estimator_of
-from mrd_ray.scoring.plan import first_draws
 from mrd_ray.scoring.result import RESULT_SCHEMA
 from mrd_ray.scoring.table import scores_table
+from mrd_ray.scoring.units import first_draws
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ import torch.distributed as dist
 import torch.multiprocessing
 from rich.console import Console
 
-from mrd_ray import models
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.data.tokens import Limits
+from mrd_ray.models.load import load_tokenizer
 from mrd_ray.unlearning import engine as engines
 from mrd_ray.unlearning import model as trained
 from mrd_ray.unlearning import sets
 from mrd_ray.unlearning.loop import Loop, State
-from mrd_ray.unlearning.ranks import Ranks
+from mrd_ray.workers.ranks import Ranks
 
 
 def config(model: Path, data: Path, retain: Path | None, run: Path, **settings: Any) -> UnlearnConfig:
@@ -33,7 +33,7 @@ def config(model: Path, data: Path, retain: Path | None, run: Path, **settings: 
 
 
 def sets_of(config: UnlearnConfig) -> sets.Sets:
-    return sets.build(config, models.load_tokenizer(config.model), Limits(), Console(quiet=True))
+    return sets.build(config, load_tokenizer(config.model), Limits(), Console(quiet=True))
 
 
 def train(

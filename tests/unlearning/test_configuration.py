@@ -8,10 +8,10 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from mrd_ray import cli
+from mrd_ray.cli import main as cli
 from mrd_ray.config import ScoringConfig, UnlearnConfig
 from mrd_ray.errors import UserError
-from mrd_ray.runs import RunDirectory
+from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.unlearning import log
 from mrd_ray.unlearning import model as trained
 from mrd_ray.unlearning.engine import configuration, with_retain

@@ -10,7 +10,7 @@ import torch
 from architectures import CONFIGS, SAMPLES, memorise, model_of
 from transformers import GPT2Config
 
-from mrd_ray.unlearning.extraction import extraction_likelihoods, overlap
+from mrd_ray.mrd.extraction import extraction_likelihoods, overlap
 
 LONGEST = max(map(len, SAMPLES))
 # no position left after the longest sample

@@ -12,10 +12,10 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from mrd_ray import fine_tune, models
 from mrd_ray.config import ModelConfig
 from mrd_ray.demo import demo
-from mrd_ray.unlearning.extraction import greedy
+from mrd_ray.models import fine_tune, load
+from mrd_ray.mrd.extraction import greedy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 METHODS = ["ga", "graddiff", "po", "npo"]
@@ -65,7 +65,7 @@ def unlearned(ranks, configs):
 
 def rouge(model, one) -> float:
     """Mean ROUGE-L recall of the greedy answers to the forget questions."""
-    tokenizer = models.load_tokenizer(one.model)
+    tokenizer = load.load_tokenizer(one.model)
     rows = [json.loads(line) for line in Path(one.data.path).read_text(encoding="utf-8").splitlines()]
     prompts = [tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"] for row in rows]
     lengths = [len(tokenizer(row["answer"])["input_ids"]) + 4 for row in rows]
@@ -78,7 +78,7 @@ def rouge(model, one) -> float:
 
 @pytest.fixture(scope="module")
 def rouge_before(memorised, tofu_dir, tmp_path_factory):
-    model = models.load_model(ModelConfig(path=str(memorised[0])), torch.device("cpu"))
+    model = load.load_model(ModelConfig(path=str(memorised[0])), torch.device("cpu"))
     return rouge(model, config(memorised, tofu_dir, tmp_path_factory.mktemp("unused"), "npo"))
 
 

@@ -9,15 +9,16 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mrd_ray import model_files, models
 from mrd_ray.config import ModelConfig, ScoringConfig
+from mrd_ray.data.micro_batches import lay_out, lengths
+from mrd_ray.models import load
+from mrd_ray.models.files import model_digest
+from mrd_ray.mrd.extraction import extraction_likelihoods
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures
-from mrd_ray.scoring import plan
 from mrd_ray.scoring.actor import ScoringActor, Task
-from mrd_ray.scoring.score import lengths
 from mrd_ray.scoring.table import scores_table
+from mrd_ray.scoring.units import Unit, first_draws
 from mrd_ray.unlearning import refresh
-from mrd_ray.unlearning.extraction import extraction_likelihoods
 
 ESTIMATORS = {
     "closed_form": {"estimator": "closed_form"},
@@ -38,12 +39,12 @@ def config(files, run, estimator, stage, **more):
 
 def standalone(of_path: ModelConfig, samples: pa.Table, scoring: ScoringConfig) -> pa.Table:
     """What an actor of `mrd-ray score` makes of it, all in one unit."""
-    layout = plan.layout(lengths(samples), scoring.micro_batch_tokens)
+    layout = lay_out(lengths(samples), scoring.micro_batch_tokens)
     rows = samples.select(["sample_id", "token_ids", "scored"])
     trial = [{"micro_batch": 0, **row} for row in rows.take(layout.few(4)).to_pylist()]
-    unit = plan.Unit(0, 0, len(layout), plan.first_draws(scoring).start, plan.first_draws(scoring).stop)
+    unit = Unit(0, 0, len(layout), first_draws(scoring).start, first_draws(scoring).stop)
     indices, micro_batch = layout.members(unit.micro_batches)
-    actor = ScoringActor(Task(of_path, scoring, model_files.files_digest(of_path), 1, False, trial))
+    actor = ScoringActor(Task(of_path, scoring, model_digest(of_path), 1, False, trial))
     result = actor(unit.unit_id, rows.take(indices).add_column(0, "micro_batch", pa.array(micro_batch)))
     assert result["fatal"][0].as_py() is None
     return scores_table(samples, np.arange(len(samples)), [(0, result)], scoring)
@@ -147,7 +148,7 @@ def test_memorization_accuracy_and_extraction_of_live_weights(files, tmp_path, s
     first, second = gang.on_ranks(2, measured, one)
     assert first == second
 
-    model = models.load_model(ModelConfig(path=str(tmp_path / "model")), torch.device("cpu"))
+    model = load.load_model(ModelConfig(path=str(tmp_path / "model")), torch.device("cpu"))
     samples = gang.sets_of(one).forget.to_pylist()
     for i, row in enumerate(samples):
         batch = MicroBatch.collate([row["token_ids"]], [row["scored"]], model.device)

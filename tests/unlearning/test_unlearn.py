@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from mrd_ray import ScoreConfig, UnlearnConfig, UserError, score, unlearn
-from mrd_ray.scoring.table import PLACE
+from mrd_ray.data.samples import PLACE
 from mrd_ray.unlearning.loop import State
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from mrd_ray import journal
 from mrd_ray.config import RunConfig
-from mrd_ray.journal import Journal
-from mrd_ray.runs import RunDirectory
+from mrd_ray.runs import journal
+from mrd_ray.runs.directory import RunDirectory
+from mrd_ray.runs.journal import Journal
 from mrd_ray.unlearning import log
 from mrd_ray.unlearning.watch import Watch
 

@@ -1,0 +1,97 @@
+"""A cell that unlearns a set as a whole and asks what is left; Figure 2 and the tables are sweeps of it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jobs.paper import sweep
+from jobs.paper.config import UnlearningSweep
+from jobs.paper.subject import Subject
+from mrd_ray.config import DataConfig, EvaluateConfig, EvaluationConfig, RunConfig, UnlearnConfig, UnlearningConfig
+from mrd_ray.config.base import RayConfig
+from mrd_ray.evaluation.evaluate import evaluate
+from mrd_ray.unlearning.stopping import TITLES
+from mrd_ray.unlearning.unlearn import unlearn
+
+WATCHED = tuple(TITLES)  # of the log's evaluations
+
+
+@dataclass(frozen=True)
+class Cell:
+    """unlearning: None to evaluate the model as it is. evaluation: None to go by the log alone."""
+
+    unlearning: UnlearnConfig | None
+    evaluation: EvaluateConfig | None
+
+
+def cell(
+    config: UnlearningSweep,
+    subject: Subject,
+    name: str,
+    unlearning: UnlearningConfig,
+    data: DataConfig,
+    evaluation: EvaluationConfig | None = None,
+) -> Cell:
+    """Unlearn `data` so, in RUN/runs/NAME, and evaluate the result."""
+    where = subject.run.path(f"runs/{name}")
+    unlearn_it = UnlearnConfig(
+        model=subject.model, data=data, retain=config.retain, run=RunConfig(dir=where), unlearning=unlearning,
+        scoring=config.scoring, stopping=config.stopping, checkpoints=config.checkpoints, deepspeed=config.deepspeed,
+        ray=config.ray,
+    )  # fmt: skip
+    result = None if evaluation is None else evaluation_of(config, subject, f"{where}/model", name, evaluation)
+    return Cell(unlearn_it, result)
+
+
+def evaluation_of(
+    config: UnlearningSweep, subject: Subject, model: str, name: str, evaluation: EvaluationConfig
+) -> EvaluateConfig:
+    """The evaluation of a model, in RUN/evaluations/NAME."""
+    return EvaluateConfig(
+        model=subject.model.model_copy(update={"path": model}),
+        evaluation=evaluation,
+        run=RunConfig(dir=subject.run.path(f"evaluations/{name}")),
+        ray=RayConfig(cpus_per_actor=config.ray.cpus_per_worker, gpus_per_actor=config.ray.gpus_per_worker),
+    )
+
+
+def work(one: Cell) -> sweep.Result:
+    """Figures by name, of the log and of the evaluation."""
+    found: sweep.Result = {}
+    if one.unlearning is not None:
+        finished = unlearn(one.unlearning)
+        evaluations = [line for line in finished.log if line["event"] == "evaluation"]
+        # of the model that results: a state that diverged, or fell below the floor, is logged too
+        after = next(line for line in reversed(evaluations) if line["step"] == finished.step)
+        for when, line in {"before": evaluations[0], "after": after}.items():
+            found[when] = {name: line[name] for name in WATCHED if line[name] is not None}
+            if "retain_loss" in found[when]:
+                found[when]["retain_loss"] = math.exp(min(found[when]["retain_loss"], 700.0))
+        found |= {"failed": finished.failed, "steps": finished.step}
+    if one.evaluation is not None:
+        figures = evaluate(one.evaluation).figures
+        found["figures"] = [[figure.set, figure.metric, figure.value] for figure in figures]
+    return found
+
+
+def work_off(
+    config: UnlearningSweep, subject: Subject, title: str, cells: Mapping[str, Cell]
+) -> dict[str, sweep.Result]:
+    """The results of all cells. Models are not kept: a cell can make its own again."""
+
+    def tidy(name: str) -> None:
+        for folder in ("model", "checkpoints"):
+            subject.run.remove(f"runs/{name}/{folder}")
+
+    return sweep.work_off(subject.run, title, work, cells, at_once=config.at_once, tidy=tidy)
+
+
+def stopped_early(results: Mapping[str, sweep.Result]) -> list[str]:
+    """A sentence on the runs that diverged or fell below the utility floor, if there are any."""
+    failed = [name for name, result in results.items() if result.get("failed")]
+    if not failed:
+        return []
+    return [
+        f"{len(failed)} of {len(results)} runs diverged or fell below the utility floor, and count with the last good "
+        f"state, maybe the model as it was: {', '.join(failed)}."
+    ]

@@ -1,0 +1,1 @@
+"""The `mrd-ray` command line."""

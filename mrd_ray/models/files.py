@@ -1,0 +1,360 @@
+"""Which files a model is: found or fetched, refused where one could not answer for them, and digested."""
+
+import contextlib
+import functools
+import hashlib
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from mrd_ray.config import ModelConfig
+from mrd_ray.errors import UserError
+from mrd_ray.models import foreign
+from mrd_ray.runs import storage
+
+SAFE, _PICKLED = "model.safetensors", "pytorch_model*.bin"
+SAFE_ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
+_OF_TOKENIZERS = ["tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json"]
+_OF_TOKENIZERS += ["chat_template*", "additional_chat_templates/*"]
+_OF_TOKENIZERS += ["*.tiktoken", "*.spm", "spiece.model", "sentencepiece*", "tekken.json"]
+# numbers in config.json that things are made by, one by one: more would take all memory before anything is checked
+_LIMITS = {"layer": 10_000, "expert": 100_000, "num_labels": 1_000_000, "(num|n)_.*head": 1_000_000}
+_OF_MODELS = ("*config.json", "LICENSE*", "NOTICE*")
+
+
+def directory(model: ModelConfig) -> Path:
+    """The local directory of the model, a copy if `model.path` is a hub id or URI. Raises UserError."""
+    return fetch("model.path", model.path, model.revision)
+
+
+def fetch(setting: str, path: str, revision: str | None = None) -> Path:
+    """A local directory; a copy of what a URI or hub id names. Raises UserError, which names the setting."""
+    if "://" in path:
+        try:
+            return storage.local_folder(path)
+        except (ImportError, ValueError, OSError) as problem:
+            raise UserError(f"{setting}: cannot copy {path} to this machine: {problem}") from None
+    local = Path(os.path.expanduser(path))
+    if local.is_dir():
+        return local
+    try:
+        return Path(
+            snapshot_download(path, revision=revision, ignore_patterns=["*.gguf", "*.onnx", "*.h5", "*.msgpack"])
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise UserError(
+            f"{setting}: {path} is neither a directory here nor a model that the Hugging Face hub gives: {reason}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The directories that a model is read from: of a whole model, and of the adapter that changes it, if any."""
+
+    base: Path
+    adapter: Path | None
+
+    @contextlib.contextmanager
+    def base_alone(self) -> Iterator[Path]:
+        """`base`, in which transformers finds no adapter, which it would put on of its own accord."""
+        if not (self.base / ADAPTER_CONFIG).is_file():
+            yield self.base
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            for file in self.base.iterdir():
+                if file.name != ADAPTER_CONFIG:
+                    (Path(folder) / file.name).symlink_to(file.absolute())
+            yield Path(folder)
+
+
+def parts(model: ModelConfig) -> Parts:
+    """Which directories `model.path` is read from. A directory with an adapter_config.json is an adapter, as in PEFT.
+
+    A whole model in the same directory must be the adapter's own base model: its base_model_name_or_path says so, or
+    names a model with the same weights. Raises UserError if it is another, or the base model cannot be told or found.
+    """
+    path = directory(model)
+    refuse_pointers("model.path", sorted(path.glob("*config.json")))
+    if not (path / ADAPTER_CONFIG).is_file():
+        if model.base is not None:
+            raise UserError(
+                f"model.base: {path} holds no adapter ({ADAPTER_CONFIG}), so it has no base model; leave it out"
+            )
+        return Parts(path, None)
+    beside = [*safetensors_of(path), *sorted(path.glob(_PICKLED))]
+    base = _base_of(model, path, bool(beside))
+    refuse_pointers("model.path", sorted(base.glob("*config.json")))
+    if base.resolve() == path.resolve():
+        if not beside:
+            raise UserError(
+                f"model.path: {path / ADAPTER_CONFIG} names its own directory as the base model "
+                "(base_model_name_or_path), which has no whole model's weights; name the model that it was trained on"
+            )
+        return Parts(path, path)
+    if (base / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"model.path: {path} is an adapter of {base}, which holds an adapter too; merge that one into its model "
+            "first (PEFT's merge_and_unload), or move it elsewhere"
+        )
+    if beside and not _same(tuple(beside), (*safetensors_of(base), *sorted(base.glob(_PICKLED)))):
+        raise UserError(
+            f"model.path: {path} holds a whole model ({beside[0].name}) and an adapter of another one ({base}), so "
+            f"which of them is meant cannot be told. For the adapter, move {beside[0].name} elsewhere; for the whole "
+            f"model, move {ADAPTER_CONFIG} elsewhere; for the adapter on the whole model beside it, write {path} into "
+            f"base_model_name_or_path of {ADAPTER_CONFIG}"
+        )
+    return Parts(base, path)
+
+
+def refuse_pointers(setting: str, files: Iterable[Path]) -> None:
+    """Raises UserError, which names the setting, if one of these files is a Git LFS pointer in place of it."""
+    for file in filter(Path.is_file, files):
+        with file.open("rb") as content:
+            storage.refuse_lfs_pointer(setting, file, content.read(64))
+
+
+def _base_of(model: ModelConfig, adapter: Path, beside: bool) -> Path:
+    """The directory of an adapter's base model. beside: whether a whole model is in the same directory."""
+    if model.base is not None:
+        return fetch("model.base", model.base)
+    settings = foreign.read_json("model.path", adapter / ADAPTER_CONFIG)
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    said = f"model.path: {adapter / ADAPTER_CONFIG}, base_model_name_or_path,"
+    remedy = "Name the adapter's model by --model.base: a directory, a hub id or a URI"
+    if beside:
+        remedy += f" ({adapter} for the whole model beside the adapter)"
+    if base is None or base == "":
+        raise UserError(f"{said} is not set. {remedy}")
+    foreign.refuse_address(said, base)
+    there = Path(os.path.normpath(adapter / base))
+    if there.is_dir() and there.is_relative_to(os.path.normpath(adapter)):
+        return there
+    if Path(base).expanduser().is_dir():
+        raise UserError(
+            f"{said} is {base!r}, a folder outside the adapter's own, which is not read because an adapter names it. "
+            f"If that is the adapter's model, say so: --model.base {base}"
+        )
+    if not foreign.is_hub_id(base):
+        raise UserError(f"{said} is {base!r}, which is neither a folder in {adapter} nor a hub id. {remedy}")
+    if not isinstance(revision, str | None) or (revision and not _REVISION.fullmatch(revision)):
+        raise UserError(
+            f"model.path: {adapter / ADAPTER_CONFIG}, revision, is {revision!r:.80}; expected a commit or tag"
+        )
+    try:
+        return fetch(said, base, revision or None)
+    except UserError as problem:
+        raise UserError(f"{problem} {remedy}") from problem
+
+
+def _same(some: tuple[Path, ...], others: tuple[Path, ...]) -> bool:
+    """Whether files hold the same bytes, in their order."""
+    sizes = [[file.stat().st_size for file in files] for files in (some, others)]
+    digests = (_digest(files, tuple(_stamp(file.stat()) for file in files)) for files in (some, others))
+    return sizes[0] == sizes[1] and len(set(digests)) == 1
+
+
+@functools.lru_cache(maxsize=8)
+def _digest(files: tuple[Path, ...], _stamps: tuple[tuple[int, ...], ...]) -> str:
+    return content_digest(files)
+
+
+def weight_files(model: ModelConfig) -> list[Path]:
+    """The files with the weights, those of an adapter's base model first: safetensors where a loader finds them.
+
+    Raises UserError if there are none, or pickles alone without model.allow_pickle.
+    """
+    found = parts(model)
+    if not (files := safetensors_of(found.base) or _pickles(found.base, _PICKLED, model)):
+        raise UserError(f"model.path: {found.base} has no weights; expected {SAFE}, its index and parts, or {_PICKLED}")
+    return files + adapter_files(model)
+
+
+def adapter_files(model: ModelConfig) -> list[Path]:
+    """The files with an adapter's weights; none for a whole model. Raises UserError as `weight_files`."""
+    folder = parts(model).adapter
+    if folder is None:
+        return []
+    if (safe := folder / SAFE_ADAPTER).is_file():
+        refuse_pointers("model.path", [safe])
+        return [safe]
+    if not (files := _pickles(folder, "adapter_model*.bin", model)):
+        raise UserError(
+            f"model.path: {folder} holds {ADAPTER_CONFIG} but no {SAFE_ADAPTER}; copy that file there, or move "
+            f"{ADAPTER_CONFIG} elsewhere if {folder} is a whole model"
+        )
+    return files
+
+
+def safetensors_of(folder: Path) -> list[Path]:
+    """The safetensors that loaders read here, by the names that they look for, and not whatever else is beside them.
+
+    Raises UserError if an index names other files, or some that are not there, or files beside a whole model's one, and
+    if one is a Git LFS pointer.
+    """
+    index, whole = folder / f"{SAFE}.index.json", folder / SAFE
+    refuse_pointers("model.path", [whole, index])
+    if not index.is_file():
+        return [whole] if whole.is_file() else []
+    parts = _named_by(index)
+    if whole.is_file():
+        if beside := [part for part in parts if part != whole and part.is_file()]:
+            raise UserError(
+                f"model.path: {folder} holds a whole model twice: in {SAFE}, and in {beside[0].name} and the other "
+                f"files that {index.name} names. transformers would read {SAFE} and ignore the others, even if it is "
+                f"the older one. Move {SAFE} elsewhere, or {index.name} and its files"
+            )
+        return [whole]
+    for part in parts:
+        if part.suffix != ".safetensors" or not part.is_file():
+            raise UserError(f"model.path: {index} names {part.name}, which is no safetensors file beside it")
+    refuse_pointers("model.path", parts)
+    return parts
+
+
+def _named_by(index: Path) -> list[Path]:
+    """The files that an index names, all beside it. Raises UserError if it is none."""
+    named = foreign.read_json("model.path", index).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise UserError(f"model.path: {index} is no index of weights (weight_map); copy the model again")
+    files = {name: foreign.below(f"model.path: {index}, weight_map,", index.parent, name) for name in named.values()}
+    return [files[name] for name in sorted(files)]
+
+
+def _pickles(folder: Path, pattern: str, model: ModelConfig) -> list[Path]:
+    """Raises UserError if there are any and the settings do not allow them, or if one is a Git LFS pointer."""
+    files = sorted(folder.glob(pattern))
+    for index in folder.glob(f"{pattern}.index.json"):
+        _named_by(index)
+    refuse_pointers("model.path", files)
+    if files and not model.allow_pickle:
+        raise UserError(
+            f"model.path: {files[0]} is a pickle, which can run any code when it is read, and there are no safetensors "
+            "beside it. Convert it (load the model, then save_pretrained), or set model.allow_pickle: true if you "
+            "trust where it comes from"
+        )
+    return files
+
+
+def model_digest(model: ModelConfig) -> str:
+    """Digest of the configuration, the weight files and any code: equal on two machines that would load the same model.
+
+    Raises UserError if one is missing, or not allowed.
+    """
+    found = parts(model)
+    base = found.base
+    if not (base / "config.json").is_file():
+        below = sorted({file.parent for name in ("config.json", ADAPTER_CONFIG) for file in base.glob(f"*/{name}")})
+        hint = f"; is {below[0]} meant?" if below else ""
+        raise UserError(f"model.path: {base} has no config.json; expected a Hugging Face model directory{hint}")
+    files = [base / "config.json", *weight_files(model)]
+    files += sorted(base.glob(f"{SAFE}.index.json"))
+    if found.adapter is not None:
+        files.append(found.adapter / ADAPTER_CONFIG)
+    if model.trust_remote_code:
+        files += code_files(base)
+    return content_digest(files)
+
+
+def code_files(folder: Path) -> list[Path]:
+    """The Python files of a model or tokenizer."""
+    return sorted(folder.rglob("*.py"))
+
+
+def refuse_wild_settings(setting: str, folder: Path, trust_remote_code: bool = False) -> None:
+    """Raises UserError, which names the setting, if a model's or tokenizer's settings reach out of its folder.
+
+    They may ask for code from another repository or from the hub, for files elsewhere, or for more layers than any
+    model has.
+    """
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        settings = foreign.read_json(setting, file) if file.is_file() else {}
+        if trust_remote_code:
+            foreign.refuse_code_elsewhere(setting, file, settings.get("auto_map"))
+        for key, value in foreign.values(settings):
+            said = f"{setting}: {file}, {key},"
+            if key.endswith("implementation") and isinstance(value, str) and "/" in value:
+                raise UserError(f"{said} is {value!r:.200}, code from the hub, which no model may choose; leave it out")
+            most = next((limit for part, limit in _LIMITS.items() if re.search(part, key)), math.inf)
+            if isinstance(value, int | float) and abs(value) > most:
+                raise UserError(f"{said} is {value!r:.80}; expected {most:,} at most")
+            # what a tokenizer was once made from is often left there, and is not on this machine
+            if key.endswith("_file") and isinstance(value, str) and _exists(folder / Path(value).expanduser()):
+                foreign.below(said, folder, value)
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except (OSError, ValueError):  # a name that is too long, or one that may not be looked for
+        return False
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The files of a tokenizer, by their path below the folder: vocabulary, settings, chat templates."""
+    return _matching(folder, _OF_TOKENIZERS)
+
+
+def refuse_tokenizer_pointers(folder: Path) -> None:
+    """Raises UserError if a file of the tokenizer is a Git LFS pointer. Beside a tokenizer.json no other vocabulary is
+    read, so those may be pointers."""
+    files = tokenizer_files(folder)
+    names = [name for name in files if "tokenizer.json" not in files or name.endswith(".json")]
+    refuse_pointers("model.tokenizer", (files[name] for name in names))
+
+
+def descriptions(folder: Path) -> dict[str, Path]:
+    """What describes a model, by path below the folder: its settings, code and licence; no weights, no tokenizer."""
+    code = {str(file.relative_to(folder)): file for file in code_files(folder)}
+    return {
+        name: file
+        for name, file in (_matching(folder, _OF_MODELS) | code).items()
+        if name not in tokenizer_files(folder) and not any(part.startswith((".", "__")) for part in Path(name).parts)
+    }
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
+    files = (file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file())
+    return {str(file.relative_to(folder)): file for file in files}
+
+
+def content_digest(files: Iterable[Path]) -> str:
+    """Digest of what these files hold, in their order."""
+    state = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            state.update(hashlib.file_digest(content, "sha256").digest())
+    return state.hexdigest()
+
+
+class Unchanged:
+    """Makes sure that files are not written to from now on.
+
+    On a CPU a model's weights may be its files, mapped: what is written there would be in the next forward. Once they
+    are in use it does not matter if another file is put in the place of one, since the one that was opened lives on.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files = [(file, file.open("rb")) for file in files]
+        self._stamps = [_stamp(os.fstat(opened.fileno())) for _, opened in self._files]
+
+    def check(self, replaced: bool = False) -> None:
+        """Raises UserError, which names the first file that has changed, or with `replaced` is another one by now."""
+        for (file, opened), before in zip(self._files, self._stamps, strict=True):
+            if before != _stamp(file.stat() if replaced else os.fstat(opened.fileno())):
+                raise UserError(
+                    f"model.path: {file} was written to while its weights were in use. What was found since the last "
+                    "unit is thrown away; put the model back as it was and start the same command again"
+                )
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int, int, int]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -1,0 +1,1 @@
+"""What scoring would cost, before it is done."""

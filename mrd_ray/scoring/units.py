@@ -1,0 +1,144 @@
+"""Work units: rectangles of (samples x draws)."""
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mrd_ray.config import ScoringConfig
+from mrd_ray.data.micro_batches import Layout
+from mrd_ray.errors import UserError
+
+# Perturbing every weight once costs about as much as the forward of so many tokens: 7-10 ns a weight against
+# 2 FLOP a weight and token. True of CPUs (30 GFLOP/s a core) as of GPUs (memory traffic against float32 FLOPs).
+DRAW_TOKENS = 256
+# raise it whenever samples are cut into other micro-batches, or results hold something else: units must not mix
+LAYOUT_VERSION = 5
+_BLOCK_TOKENS = 64 * DRAW_TOKENS  # a unit's samples: enough that perturbing stays under 2% of it
+_MAX_BLOCK_TOKENS = 64 * _BLOCK_TOKENS  # so much as actors and the driver easily hold as Python objects
+_UNIT_SECONDS = 30.0  # aimed at: little is lost with a killed actor, and scheduling costs nothing beside it
+_MAX_UNIT_SECONDS = 180.0  # a single draw over a unit's samples may take so long before the samples are divided
+_UNITS_PER_ACTOR = 4  # at least, if the work can be divided so far, to even out the finish
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A rectangle of work: micro-batches first..stop of a round's layout, draws first..stop (both stops excluded).
+
+    Round 0 is of all samples; later ones add draws to those that adaptive scoring has not settled.
+    """
+
+    round: int
+    first_micro_batch: int
+    stop_micro_batch: int
+    first_draw: int
+    stop_draw: int
+
+    @property
+    def micro_batches(self) -> range:
+        """Those it spans."""
+        return range(self.first_micro_batch, self.stop_micro_batch)
+
+    @property
+    def unit_id(self) -> str:
+        """Its name, from which `of_id` makes it again."""
+        micro_batches = f"m{self.first_micro_batch:08d}-{self.stop_micro_batch:08d}"
+        return f"r{self.round:02d}_{micro_batches}_k{self.first_draw:08d}-{self.stop_draw:08d}"
+
+    @classmethod
+    def of_id(cls, unit_id: str) -> "Unit":
+        """The unit of this id. Raises UserError if it is none."""
+        match = re.fullmatch(r"r(\d+)_m(\d+)-(\d+)_k(\d+)-(\d+)", unit_id, re.ASCII)
+        unit = None if match is None else cls(*map(int, match.groups()))
+        if unit is None or unit.unit_id != unit_id or not unit.micro_batches or unit.first_draw >= unit.stop_draw:
+            raise UserError(f"run.dir: units/{unit_id} is not a unit of this engine; move it out of that folder")
+        return unit
+
+
+def missing_units(round: int, num_micro_batches: int, draws: range, done: Iterable[Unit]) -> list[Unit]:
+    """What of a round's grid is not in `done` (its units alone), in rectangles as large as may be.
+
+    Raises UserError if done reaches past it.
+    """
+    finished: list[list[Unit]] = [[] for _ in range(num_micro_batches)]
+    done = list(done)
+    if (reached := max((unit.stop_draw for unit in done), default=0)) > draws.stop:
+        raise UserError(
+            f"scoring.num_draws: {draws.stop}, but this run directory already holds draws up to {reached}. "
+            "It can only grow; use another directory for fewer"
+        )
+    for unit in done:
+        if unit.stop_micro_batch > num_micro_batches or unit.first_draw < draws.start:
+            raise UserError(f"run.dir: units/{unit.unit_id} is not a unit of this run; move it out of that folder")
+        for micro_batch in unit.micro_batches:
+            finished[micro_batch].append(unit)
+    gaps = [_gaps(units, draws) for units in finished]
+    rectangles = []
+    first = 0
+    for stop in range(1, num_micro_batches + 1):
+        if stop == num_micro_batches or gaps[stop] != gaps[first]:
+            rectangles += [Unit(round, first, stop, *gap) for gap in gaps[first]]
+            first = stop
+    return rectangles
+
+
+def _gaps(units: Sequence[Unit], draws: range) -> list[tuple[int, int]]:
+    """What of the draws is in none of the units, which share a micro-batch."""
+    gaps, reached = [], draws.start
+    ordered = sorted(units, key=lambda unit: unit.first_draw)
+    for before, unit in zip([None, *ordered], ordered, strict=False):
+        if before is not None and unit.first_draw < reached:
+            raise UserError(
+                f"run.dir: units/{before.unit_id} and units/{unit.unit_id} hold the same draws of the same samples; "
+                "move one of them out of that folder and start the same command again"
+            )
+        if unit.first_draw > reached:
+            gaps.append((reached, unit.first_draw))
+        reached = unit.stop_draw
+    return gaps if reached >= draws.stop else [*gaps, (reached, draws.stop)]
+
+
+def cut_units(layout: Layout, rectangles: Sequence[Unit], actors: int, tokens_per_second: float) -> list[Unit]:
+    """Cut what is missing into units for so many actors of such a speed (in token-forwards).
+
+    A unit spans many samples, so that a perturbation is shared by many, and few draws; draws cost nothing to cut,
+    since an actor keeps what it knows of the unperturbed weights from one unit to the next. Where draws are few, it
+    spans the more samples.
+    """
+    total = sum(
+        int(layout.padded_tokens[r.first_micro_batch : r.stop_micro_batch].sum()) * (r.stop_draw - r.first_draw)
+        for r in rectangles
+    )
+    per_actor = max(1, total // (actors * _UNITS_PER_ACTOR))
+    units = []
+    for r in rectangles:
+        draws = r.stop_draw - r.first_draw
+        # fewer tokens only if single draws of a full block would be too long, or too few to go round
+        full = min(max(_BLOCK_TOKENS, int(tokens_per_second * _UNIT_SECONDS) // draws), _MAX_BLOCK_TOKENS)
+        block_tokens = min(full, int(tokens_per_second * _MAX_UNIT_SECONDS), per_actor)
+        for first, stop in _blocks(layout, r.first_micro_batch, r.stop_micro_batch, block_tokens):
+            tokens = int(layout.padded_tokens[first:stop].sum())
+            budget = min(tokens_per_second * _UNIT_SECONDS, per_actor)
+            pieces = min(draws, math.ceil(draws * tokens / budget))
+            edges = [r.first_draw + draws * piece // pieces for piece in range(pieces + 1)]
+            units += [Unit(r.round, first, stop, a, b) for a, b in itertools.pairwise(edges)]
+    return units
+
+
+def _blocks(layout: Layout, first: int, stop: int, tokens: int) -> list[tuple[int, int]]:
+    """Runs of micro-batches of up to so many tokens each, at least one micro-batch long."""
+    blocks, start, held = [], first, 0
+    for micro_batch in range(first, stop):
+        size = int(layout.padded_tokens[micro_batch])
+        if micro_batch > start and held + size > tokens:
+            blocks.append((start, micro_batch))
+            start, held = micro_batch, 0
+        held += size
+    blocks.append((start, stop))
+    return blocks
+
+
+def first_draws(scoring: ScoringConfig) -> range:
+    """The draws of round 0; the closed form's grid is one draw wide."""
+    return range(1 if scoring.estimator == "closed_form" else scoring.num_draws)

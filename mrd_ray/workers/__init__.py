@@ -1,0 +1,1 @@
+"""What actors and workers of any kind need, whatever they compute."""
