@@ -128,9 +128,8 @@ class _Chaos:
             left = seconds - (time.monotonic() - began)
             if left <= 0 or driver.poll() is not None:
                 continue
-            kind = min(events, key=lambda one: (events[one], self._random.random()))
-            if kind == "bad nodes" and events[kind]:  # one is enough
-                kind = "outages"
+            kinds = [one for one in events if one != "bad nodes" or not events[one]]  # one such node is enough
+            kind = min(kinds, key=lambda one: (events[one], self._random.random()))
             events[kind] += 1
             if kind == "outages":
                 seconds_out += self._outage()
