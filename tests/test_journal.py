@@ -112,8 +112,8 @@ def test_status_of_a_failed_and_of_a_dead_run(tmp_path, monkeypatch):
     assert status(str(tmp_path))[0].state == "interrupted"
     code = f"""
 import time
-from mrd_ray.journal import Journal
-from mrd_ray.runs import RunDirectory
+from mrd_ray.runs.journal import Journal
+from mrd_ray.runs.directory import RunDirectory
 with Journal(RunDirectory({str(tmp_path)!r}), "score"):
     print("on", flush=True)
     time.sleep(60)

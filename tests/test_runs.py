@@ -82,7 +82,7 @@ def test_lock_ends_with_its_block_even_if_that_fails(tmp_path):
 def test_lock_holds_against_another_process_and_ends_with_it(tmp_path):
     code = f"""
 import time
-from mrd_ray.runs import RunDirectory
+from mrd_ray.runs.directory import RunDirectory
 with RunDirectory({str(tmp_path)!r}).locked():
     print("held", flush=True)
     time.sleep(60)

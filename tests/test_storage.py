@@ -175,7 +175,7 @@ HOLDING = """
 import sys, time
 from mrd_ray.runs import hold
 from mrd_ray.errors import UserError
-from mrd_ray.runs import RunDirectory
+from mrd_ray.runs.directory import RunDirectory
 hold.BEAT = 0.5
 try:
     with hold.held(RunDirectory("s3://lab/runs/" + sys.argv[1])):

@@ -57,7 +57,7 @@ SLOW = """
 import sys, time
 import ray
 from jobs.paper import sweep
-from mrd_ray.runs import RunDirectory
+from mrd_ray.runs.directory import RunDirectory
 
 def work(cell):
     time.sleep(1.0)

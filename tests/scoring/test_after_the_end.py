@@ -12,7 +12,7 @@ import ray
 from mrd_ray import evaluate, score
 from mrd_ray.config import EvaluateConfig, ScoreConfig
 from mrd_ray.errors import UserError
-from mrd_ray.scoring import lookout
+from mrd_ray.workers import lookout
 
 command, way, model, data, run = sys.argv[1:]
 lookout._LOOK_EVERY = 0.2

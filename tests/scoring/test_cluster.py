@@ -7,7 +7,7 @@ import sys
 
 CODE = """
 import json, psutil, ray, urllib.request
-from mrd_ray.scoring.cluster import cluster
+from mrd_ray.workers.cluster import cluster
 with cluster() as grows:
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     opened = [(one.name(), c) for one in processes for c in one.net_connections("inet")]
