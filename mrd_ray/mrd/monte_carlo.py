@@ -24,6 +24,11 @@ def exact_sum(values: Iterable[float]) -> list[float]:
 
     Adding such sums up is exact too. So moments of a sample come out with the same bits however its draws were
     cut into units and in whatever order those finished. Non-finite input, or a sum beyond all floats, gives [nan].
+
+    >>> exact_sum([1e16, 1.0, -1e16])  # 0.0 if added up from the left
+    [1.0]
+    >>> exact_sum([1.0, 1e-20])
+    [1.0, 1e-20]
     """
     rest = list(values)
     parts: list[float] = []

@@ -143,7 +143,13 @@ def _folded_se(mu: float, mu_se: float, s: float, even: float, k: int) -> float:
 
 
 def folded_normal_mean(mu: float, s: float) -> float:
-    """E|X| for X ~ Normal(mu, s^2):  s sqrt(2 / pi) exp(-mu^2 / 2s^2) + mu erf(mu / s sqrt(2))."""
+    """E|X| for X ~ Normal(mu, s^2):  s sqrt(2 / pi) exp(-mu^2 / 2s^2) + mu erf(mu / s sqrt(2)).
+
+    >>> folded_normal_mean(-3.0, 0.0)
+    3.0
+    >>> round(folded_normal_mean(0.0, 1.0), 6)  # sqrt(2 / pi)
+    0.797885
+    """
     if s == 0:
         return abs(mu)
     return s * math.sqrt(2 / math.pi) * math.exp(-((mu / s) ** 2) / 2) + mu * math.erf(mu / (s * math.sqrt(2)))

@@ -48,7 +48,11 @@ class Unit:
 
     @classmethod
     def of_id(cls, unit_id: str) -> "Unit":
-        """The unit of this id. Raises UserError if it is none."""
+        """The unit of this id. Raises UserError if it is none.
+
+        >>> Unit.of_id("r00_m00000000-00000003_k00000004-00000008").micro_batches
+        range(0, 3)
+        """
         match = re.fullmatch(r"r(\d+)_m(\d+)-(\d+)_k(\d+)-(\d+)", unit_id, re.ASCII)
         unit = None if match is None else cls(*map(int, match.groups()))
         if unit is None or unit.unit_id != unit_id or not unit.micro_batches or unit.first_draw >= unit.stop_draw:
