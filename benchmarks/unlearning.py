@@ -32,8 +32,9 @@ from mrd_ray.mrd.likelihood import MicroBatch
 from mrd_ray.unlearning import losses, refresh, sets
 from mrd_ray.unlearning import model as trained
 from mrd_ray.unlearning.engine import Engine, configuration
-from mrd_ray.unlearning.loop import Loop, Sets, State
+from mrd_ray.unlearning.loop import Loop, Sets
 from mrd_ray.unlearning.sampling import ForgetStream, ShuffledStream, sampling_probabilities
+from mrd_ray.unlearning.state import State
 from mrd_ray.unlearning.stopping import Evaluation
 from mrd_ray.workers.ranks import Ranks
 

@@ -18,6 +18,7 @@ from mrd_ray.models import saving
 from mrd_ray.models.load import weights_digest
 from mrd_ray.mrd.likelihood import MicroBatch
 from mrd_ray.mrd.perturb import Shard
+from mrd_ray.unlearning.batching import Batching
 from mrd_ray.workers.ranks import Ranks
 
 _TAG = "engine"
@@ -52,12 +53,10 @@ _OURS: dict[str, tuple[Any, str]] = {
 
 def configuration(config: UnlearnConfig, workers: int) -> dict[str, Any]:
     """The DeepSpeed configuration: ours, with the user's JSON merged in. Raises UserError where they contradict."""
-    share = share_of_batch(config, workers)
-    micro = min(config.unlearning.micro_batch_size or share, share)
-    sets = 2 if with_retain(config) else 1
+    batching = Batching.of(config, workers)
     ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": sets * -(-share // micro),
+        "train_micro_batch_size_per_gpu": batching.micro_batch_size,
+        "gradient_accumulation_steps": batching.passes,
         "gradient_clipping": config.unlearning.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -76,22 +75,6 @@ def configuration(config: UnlearnConfig, workers: int) -> dict[str, Any]:
     if config.deepspeed.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # a weight that stays gathered takes no noise, silently
     return _merged(ours, user_json(config.deepspeed.config), "")
-
-
-def share_of_batch(config: UnlearnConfig, workers: int) -> int:
-    """Forget samples per step and worker. Raises UserError if they do not come out even."""
-    batch = config.unlearning.batch_size
-    if batch % workers:
-        raise UserError(
-            f"unlearning.batch_size: {batch} cannot be shared by {workers} workers (ray.workers); expected a multiple, "
-            f"such as {-(-batch // workers) * workers}"
-        )
-    return batch // workers
-
-
-def with_retain(config: UnlearnConfig) -> bool:
-    """Whether steps take retain samples too."""
-    return config.unlearning.method != "ga" and config.unlearning.retain_weight > 0
 
 
 def user_json(path: str | None) -> dict[str, Any]:

@@ -3,29 +3,26 @@
 Given a process group, it needs neither Ray nor a cluster. All ranks run it in step: every method is a collective.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from pydantic import BaseModel, NonNegativeInt
 
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.mrd.extraction import extraction_likelihoods
 from mrd_ray.mrd.likelihood import MicroBatch
-from mrd_ray.runs.directory import parsed_json, parsed_table
-from mrd_ray.scoring.table import REQUIRED, SCHEMA
 from mrd_ray.unlearning import losses, refresh
-from mrd_ray.unlearning.engine import Engine, share_of_batch, with_retain
+from mrd_ray.unlearning.batching import Batching
+from mrd_ray.unlearning.engine import Engine
 from mrd_ray.unlearning.sampling import ForgetStream, ShuffledStream, choices, sampling_probabilities
+from mrd_ray.unlearning.state import State
 from mrd_ray.unlearning.stopping import Evaluation, below_floor, forgotten
 from mrd_ray.workers.memory import collate
 
@@ -44,52 +41,22 @@ class Sets:
     watched: np.ndarray
 
 
-_ELSEWHERE = "this checkpoint cannot be gone on from: start again in another run.dir"
+Loss = Callable[[torch.Tensor, MicroBatch, np.ndarray], torch.Tensor]
 
 
-class _Saved(BaseModel):
-    """What state.json holds."""
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward of a step.
 
-    step: NonNegativeInt
-    scored_at: int
-    log: list[dict[str, Any]]
-    initial: Evaluation | None
-    latest: Evaluation | None
-
-
-@dataclass
-class State:
-    """What a resumed run goes on from, beside the engine. The draws need no state: they are functions of the step.
-
-    step: optimiser steps taken. initial: of the model before any, whose log-probabilities are NPO's reference.
-    latest: of this step's model. scores: the latest, of step `scored_at`. log: all lines of metrics.jsonl so far.
+    logged_as: forget_loss or retain_loss. loss: takes log p of the samples [B], their micro-batch and their rows;
+    returns one loss per sample [B]. rows: int64 [B], of the samples in their set. weight: of the loss in the step's.
     """
 
-    step: int = 0
-    initial: Evaluation | None = None
-    latest: Evaluation | None = None
-    scores: pa.Table | None = None
-    scored_at: int = -1
-    log: list[dict[str, Any]] = field(default_factory=list)
-
-    def save(self, folder: Path) -> None:
-        """Write it as state.json and scores.parquet."""
-        content = {"step": self.step, "scored_at": self.scored_at, "log": self.log}
-        for name, evaluation in {"initial": self.initial, "latest": self.latest}.items():
-            content[name] = None if evaluation is None else asdict(evaluation)
-        (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
-        if self.scores is not None:
-            pq.write_table(self.scores, folder / "scores.parquet")
-
-    @classmethod
-    def load(cls, folder: Path) -> "State":
-        """Read what `save` wrote. Raises UserError if it is damaged."""
-        file, table = folder / "state.json", folder / "scores.parquet"
-        saved = _Saved.model_validate(parsed_json(str(file), file.read_bytes(), _Saved, _ELSEWHERE))
-        scores = None
-        if table.exists():
-            scores = parsed_table(str(table), table.read_bytes(), SCHEMA, REQUIRED, _ELSEWHERE)
-        return cls(saved.step, saved.initial, saved.latest, scores, saved.scored_at, saved.log)
+    logged_as: str
+    loss: Loss
+    rows: np.ndarray
+    samples: list[dict[str, Any]]
+    weight: float
 
 
 class Loop:
@@ -123,7 +90,10 @@ class Loop:
         unlearning = config.unlearning
         self.epoch = -(-len(sets.forget) // unlearning.batch_size)  # in steps
         self.last_step = last_step(config, len(sets.forget))
-        self._retain = ShuffledStream(len(sets.retain), unlearning.seed) if sets.retain is not None else None
+        self._batching = Batching.of(config, engine.ranks.size)
+        self._retain = None
+        if sets.retain is not None and self._batching.with_retain:
+            self._retain = ShuffledStream(len(sets.retain), unlearning.seed)
         self._stream: tuple[int, ForgetStream] | None = None
 
     def run(self) -> str | None:
@@ -135,11 +105,19 @@ class Loop:
             elif self.state.step == self.until:
                 return None
             else:
-                self.measure_if_due()
-                reason = self.refresh_if_due() or self.take_step() or self.evaluate_if_due()
+                reason = self._round()
         self.measure_if_due(at_the_end=True)
         self._write({"event": "stop", "reason": reason})
         return reason
+
+    def _round(self) -> str | None:
+        """Refresh the scores if due, take a step, evaluate if due. Returns the reason to stop, if any."""
+        self.measure_if_due()
+        if (diverged := self.refresh_if_due()) is not None:
+            return diverged
+        if (diverged := self.take_step()) is not None:
+            return diverged
+        return self.evaluate_if_due()
 
     def _due(self, every: int | None) -> bool:
         return self.state.step % (every or self.epoch) == 0
@@ -162,7 +140,7 @@ class Loop:
     def refresh_if_due(self) -> str | None:
         """Score the forget set under the live weights, and draw by the new scores from here on.
 
-        Gives the reason to stop if the model in training has no finite scores any more.
+        Returns the reason to stop if the model in training has no finite scores any more.
         """
         state, unlearning = self.state, self.config.unlearning
         due = state.scored_at < 0 or (self._due(unlearning.refresh_every) and state.scored_at != state.step)
@@ -188,59 +166,49 @@ class Loop:
         return None if self.state.scores is None else self.state.scores["mrd"].to_numpy().astype(np.float64)
 
     def take_step(self) -> str | None:
-        """One optimiser step. Gives the reason to stop if the loss is not finite."""
+        """One optimiser step on samples drawn by their MRD (Algorithm 2). Returns the reason to stop if it diverged."""
         started = time.monotonic()
-        mine = self._draw()
-        values = [0.0, 0.0, 0.0]  # forget loss, retain loss, tokens
-        for index, loss_of, table, rows, weight in mine:
-            samples = table.select(["token_ids", "scored"]).take(rows).to_pylist()
-            batch = collate(samples, self.engine.model.device)
-            loss = loss_of(losses.log_probs(self.engine.logits(batch), batch), batch, rows).sum()
-            share = loss / self.config.unlearning.batch_size
-            self.engine.backward(weight * share)
-            values[index] += float(share.detach())
-            values[2] += sum(len(sample["token_ids"]) for sample in samples)
-        device = self.engine.model.device
-        forget_loss, retain_loss, tokens = self.engine.ranks.sum(values, device)
+        of_rank = dict.fromkeys(("forget_loss", "retain_loss", "tokens"), 0.0)
+        for one in self._passes():
+            batch = collate(one.samples, self.engine.model.device)
+            log_prob = losses.log_probs(self.engine.logits(batch), batch)
+            loss = one.loss(log_prob, batch, one.rows).sum() / self.config.unlearning.batch_size
+            self.engine.backward(one.weight * loss)
+            of_rank[one.logged_as] += float(loss.detach())
+            of_rank["tokens"] += sum(len(sample["token_ids"]) for sample in one.samples)
+        of_all = dict(zip(of_rank, self.engine.ranks.sum([*of_rank.values()], self.engine.model.device), strict=True))
         self.state.step += 1
-        losses_and_norm = {
-            "forget_loss": forget_loss,
-            "retain_loss": retain_loss if self._with_retain else None,
-            "grad_norm": self.engine.grad_norm,
-        }
-        if not all(math.isfinite(value or 0.0) for value in losses_and_norm.values()):
-            found = ", ".join(f"{name} {value}" for name, value in losses_and_norm.items())
+        tokens = int(of_all.pop("tokens"))
+        line: dict[str, float | None] = {**of_all, "grad_norm": self.engine.grad_norm}
+        if self._retain is None:
+            line["retain_loss"] = None
+        if not all(math.isfinite(value or 0.0) for value in line.values()):
+            found = ", ".join(f"{name} {value}" for name, value in line.items())
             return f"diverged at step {self.state.step}: {found}; try a smaller unlearning.learning_rate"
-        self._write({"event": "step", **losses_and_norm, "tokens": int(tokens), "seconds": time.monotonic() - started})
+        self._write({"event": "step", **line, "tokens": tokens, "seconds": time.monotonic() - started})
         return None
 
-    @property
-    def _with_retain(self) -> bool:
-        return with_retain(self.config) and self._retain is not None
-
-    def _draw(self) -> list[tuple[int, Callable[..., torch.Tensor], pa.Table, np.ndarray, float]]:
-        """This rank's passes of this step: (0 of forget or 1 of retain samples, loss, table, rows, weight)."""
+    def _passes(self) -> list[Pass]:
+        """This rank's micro-batches of this step: of the forget set or its refusals, then of the retain set."""
         unlearning, step = self.config.unlearning, self.state.step
-        share = share_of_batch(self.config, self.engine.ranks.size)
-        own = slice(self.engine.ranks.rank * share, (self.engine.ranks.rank + 1) * share)
         rows = self._forget_stream().at(step, unlearning.batch_size)
-        table, loss = self.sets.forget, self._forget_loss
+        table = self.sets.forget
         if self.sets.refusals is not None:
-            each = len(self.sets.refusals) // len(self.sets.forget)
-            rows = rows * each + choices(unlearning.seed, step, len(rows), each)
             table = self.sets.refusals
-        passes = [(0, loss, table, part, 1.0) for part in self._micro(rows[own])]
-        if self._with_retain:
-            assert self._retain is not None
+            each = len(table) // len(self.sets.forget)
+            rows = rows * each + choices(unlearning.seed, step, len(rows), each)
+        passes = self._cut("forget_loss", self._forget_loss, table, rows, 1.0)
+        if self._retain is not None:
+            assert self.sets.retain is not None
             rows = self._retain.at(step * unlearning.batch_size, unlearning.batch_size)
-            passes += [
-                (1, _descent, self.sets.retain, part, unlearning.retain_weight) for part in self._micro(rows[own])
-            ]
+            passes += self._cut("retain_loss", _descent, self.sets.retain, rows, unlearning.retain_weight)
         return passes
 
-    def _micro(self, rows: np.ndarray) -> list[np.ndarray]:
-        size = self.config.unlearning.micro_batch_size or len(rows)
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+    def _cut(self, logged_as: str, loss: Loss, table: pa.Table, rows: np.ndarray, weight: float) -> list[Pass]:
+        """This rank's share of a step's rows, in micro-batches."""
+        parts = self._batching.parts(rows, self.engine.ranks.rank)
+        tokens = table.select(["token_ids", "scored"])
+        return [Pass(logged_as, loss, part, tokens.take(part).to_pylist(), weight) for part in parts]
 
     def _forget_stream(self) -> ForgetStream:
         """The draws by the latest scores."""
@@ -259,7 +227,7 @@ class Loop:
         return (_descent if unlearning.method == "po" else _ascent)(log_prob, batch, rows)
 
     def evaluate_if_due(self) -> str | None:
-        """Evaluate, and leave a checkpoint of a state above the utility floor. Gives the reason to stop, if any."""
+        """Evaluate, and leave a checkpoint of a state above the utility floor. Returns the reason to stop, if any."""
         if not (self._due(self.config.stopping.evaluate_every) or self.state.step in (self.last_step, self.until)):
             return None
         assert self.state.initial is not None

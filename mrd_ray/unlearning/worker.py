@@ -26,7 +26,8 @@ from mrd_ray.scoring.estimators import refuse_wrong_rules
 from mrd_ray.unlearning import model as trained
 from mrd_ray.unlearning.engine import Engine
 from mrd_ray.unlearning.log import Log
-from mrd_ray.unlearning.loop import Loop, State
+from mrd_ray.unlearning.loop import Loop
+from mrd_ray.unlearning.state import State
 from mrd_ray.workers.ranks import Ranks
 from mrd_ray.workers.replica import refuse_not_causal
 

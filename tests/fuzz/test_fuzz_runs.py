@@ -19,7 +19,7 @@ from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.runs.status import rows, status
 from mrd_ray.scoring.compare import figure
 from mrd_ray.unlearning import log
-from mrd_ray.unlearning.loop import State
+from mrd_ray.unlearning.state import State
 from mrd_ray.unlearning.stopping import Evaluation
 
 

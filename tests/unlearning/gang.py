@@ -17,7 +17,8 @@ from mrd_ray.models.load import load_tokenizer
 from mrd_ray.unlearning import engine as engines
 from mrd_ray.unlearning import model as trained
 from mrd_ray.unlearning import sets
-from mrd_ray.unlearning.loop import Loop, State
+from mrd_ray.unlearning.loop import Loop
+from mrd_ray.unlearning.state import State
 from mrd_ray.workers.ranks import Ranks
 
 

@@ -14,7 +14,8 @@ from mrd_ray.errors import UserError
 from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.unlearning import log
 from mrd_ray.unlearning import model as trained
-from mrd_ray.unlearning.engine import configuration, with_retain
+from mrd_ray.unlearning.batching import Batching
+from mrd_ray.unlearning.engine import configuration
 
 GA = {"unlearning__method": "ga"}
 NPO = {"unlearning__method": "npo"}
@@ -71,7 +72,7 @@ def test_batch_arithmetic(batch, micro, workers, size, count):
         found = configuration(one, workers)
         assert found["train_micro_batch_size_per_gpu"] == size
         assert found["gradient_accumulation_steps"] == sets * count
-        assert with_retain(one) == (sets == 2)
+        assert Batching.of(one, workers).with_retain == (sets == 2)
 
 
 @pytest.mark.parametrize(("batch", "workers", "such_as"), [(2, 4, 4), (8, 3, 9), (10, 4, 12)])

@@ -19,7 +19,7 @@ import yaml
 
 from mrd_ray import ScoreConfig, UnlearnConfig, UserError, score, unlearn
 from mrd_ray.data.samples import PLACE
-from mrd_ray.unlearning.loop import State
+from mrd_ray.unlearning.state import State
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
