@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-slow lint models soak gpu install requirements
+.PHONY: demo test test-slow lint docs reference models soak gpu install requirements
 
 demo: .venv/installed
 	$(BIN)/mrd-ray demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
@@ -19,6 +19,18 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the site, in docs/_build/html
+docs: .venv/docs
+	$(BIN)/sphinx-build -W --keep-going --quiet -b html docs docs/_build/html
+
+# docs/reference, from the code: after a change of settings, columns, exit codes or metrics
+reference: .venv/installed
+	PYTHONPATH=. $(BIN)/python docs/generate.py
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
 
 # some minutes: measures every architecture of the installed transformers, and writes docs/models.md
 models: .venv/installed

@@ -262,19 +262,19 @@ def test_plan_says_why_rows_cannot_be_scored(stories_dir, tmp_path, capsys):
     ("environment", "sentence"),
     [
         ({"RAY_ADDRESS": "127.0.0.1:1"}, "cannot join the Ray cluster at RAY_ADDRESS=127.0.0.1:1: "),
-        ({"RAY_ADDRESS": "http://127.0.0.1:8265"}, "else set RAY_ADDRESS to HOST:6379"),
+        ({"RAY_ADDRESS": "http://127.0.0.1:8265"}, "Otherwise set RAY_ADDRESS to HOST:6379"),
         ({"RAY_ADDRESS": "", "TMPDIR": "long"}, "is too long for its sockets; set RAY_TMPDIR=/tmp"),
         ({"RAY_ADDRESS": "", "RAY_TMPDIR": "long"}, "is too long for its sockets; set RAY_TMPDIR=/tmp"),
         ({"RAY_ADDRESS": "ray://127.0.0.1:1"}, "cannot join the Ray cluster at RAY_ADDRESS=ray://127.0.0.1:1: "),
-        ({"RAY_ADDRESS": "nonsense"}, "else set RAY_ADDRESS to HOST:6379"),
+        ({"RAY_ADDRESS": "nonsense"}, "Otherwise set RAY_ADDRESS to HOST:6379"),
         (
             {"RAY_ADDRESS": "", "RAY_TMPDIR": "left behind"},
             "run `ray stop`, or set RAY_ADDRESS=local, to start a local",
         ),
-        ({"RAY_ADDRESS": "", "RAY_TMPDIR": "here"}, "here, is no absolute path; set RAY_TMPDIR=/tmp"),
+        ({"RAY_ADDRESS": "", "RAY_TMPDIR": "here"}, "here, is not an absolute path; set RAY_TMPDIR=/tmp"),
         (
             {"RAY_ADDRESS": "", "RAY_TMPDIR": "/dev/null"},
-            "is none that can be written to; set RAY_TMPDIR=/tmp",
+            "is not a folder that can be written to; set RAY_TMPDIR=/tmp",
         ),
     ],
 )
