@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,7 +20,23 @@ from pydantic import (
 
 from mrd_ray.config.credentials import refuse_credentials
 
+
+@dataclass(frozen=True)
+class NamesFile:
+    """Marks a text as one that may name a file or folder. created: it is one even if it does not exist yet."""
+
+    created: bool = False
+
+
+@dataclass(frozen=True)
+class SettingsOf:
+    """Marks a mapping as one that holds some settings of a config class, given by its fields' names."""
+
+    config: type[BaseModel]
+
+
 Name = Annotated[str, StringConstraints(min_length=1)]
+LocalPath = Annotated[str, NamesFile()]  # or a URI, or a hub id
 _OF_JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID"}  # of the command that a job runs, and of workers
 
 
@@ -48,16 +65,16 @@ def refuse_no_pattern(setting: str, value: str) -> str:
 class ModelConfig(Frozen):
     """The causal language model whose memory is measured."""
 
-    path: Name = Field(
+    path: Annotated[Name, NamesFile()] = Field(
         description="Directory of a Hugging Face model, its URI (s3://...), or a hub id such as Qwen/Qwen3-0.6B."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the hub id model.path.")
-    base: str | None = Field(
+    base: LocalPath | None = Field(
         None,
         description="Directory, URI or hub id of the model that the adapter in model.path was trained on, in place of "
         "what its adapter_config.json names. Needed where that is a folder outside the adapter's own.",
     )
-    tokenizer: str | None = Field(
+    tokenizer: LocalPath | None = Field(
         None, description="Directory of the tokenizer, or a hub id (its default branch); the model's own if unset."
     )
     dtype: Literal["float32", "float64", "bfloat16"] = Field(
@@ -80,7 +97,7 @@ class ModelConfig(Frozen):
 class RunConfig(Frozen):
     """Where results go."""
 
-    dir: Name = Field(
+    dir: Annotated[Name, NamesFile(created=True)] = Field(
         description="Run directory: a local path or a URI (s3://..., gs://...). Starting again on it resumes. A new "
         "one is readable by its owner alone."
     )

@@ -1,10 +1,10 @@
 """Settings of the commands that need few: compare, plan, report, status, tasks, demo."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from mrd_ray.config.base import Frozen, ModelConfig, Name, OutputConfig, RayConfig, RunConfig
+from mrd_ray.config.base import Frozen, ModelConfig, Name, NamesFile, OutputConfig, RayConfig, RunConfig
 from mrd_ray.config.data import DataConfig
 from mrd_ray.config.scoring import ScoringConfig
 
@@ -91,7 +91,9 @@ class DemoConfig(Frozen):
 
     model: str | None = Field(None, description="Your own model (directory or hub id); else SmolLM2-135M-Instruct.")
     data: str | None = Field(None, description="Your own forget set; else 40 questions about invented authors.")
-    dir: str | None = Field(None, description="Run directory of the scores; unset, a folder under runs/.")
+    dir: Annotated[str, NamesFile(created=True)] | None = Field(
+        None, description="Run directory of the scores; unset, a folder under runs/."
+    )
     cache: str = Field("~/.cache/mrd_ray", description="Folder that keeps the demo's model between runs.")
     estimator: Literal["closed_form", "monte_carlo"] = Field(
         "closed_form",

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from mrd_ray.config import template as templates
-from mrd_ray.config.base import Frozen, Name
+from mrd_ray.config.base import Frozen, Name, NamesFile
 
-Paths = Name | Annotated[tuple[Name, ...], Field(min_length=1)]
+_Path = Annotated[Name, NamesFile()]
+Paths = _Path | Annotated[tuple[_Path, ...], Field(min_length=1)]
 _PLAIN_TEXT = re.compile(r"\.txt(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
 
 

@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from mrd_ray.config.base import Frozen, ModelConfig, OutputConfig, RayConfig, RunConfig
+from mrd_ray.config.base import Frozen, LocalPath, ModelConfig, OutputConfig, RayConfig, RunConfig
 from mrd_ray.config.data import DataConfig, is_plain_text
 
 Metric = Literal[
@@ -46,7 +46,9 @@ class EvaluatedSet(DataConfig):
     score_on: Literal["all", "response"] = Field(
         "response", description="Which tokens count: the response alone, or all; all of a text, always."
     )
-    metrics: tuple[Metric, ...] = Field(min_length=1, description="What is measured; README defines each.")
+    metrics: tuple[Metric, ...] = Field(
+        min_length=1, description="What is measured; docs/reference/metrics.md defines each."
+    )
     paraphrase: str | None = Field(
         None, description="Column with the true answer in other words; unset, the response stands for it."
     )
@@ -108,7 +110,7 @@ class EvaluationConfig(Frozen):
     forget: str | None = Field(
         None, description="The set that was to be forgotten; a warning says how many of its rows are in other sets."
     )
-    reference: str | None = Field(
+    reference: LocalPath | None = Field(
         None,
         description="Run directory of the same evaluation of a model that never saw the forget set; with it "
         "comes TOFU's forget quality.",
@@ -125,10 +127,10 @@ class EvaluationConfig(Frozen):
         description="A generated answer ends where this text first occurs in it; \\n in it is a line's end, \\t a tab. "
         "It ends at the model's EOS anyway.",
     )
-    embedding_model: str | None = Field(
+    embedding_model: LocalPath | None = Field(
         None, description="embedding_accuracy: a sentence-transformers directory or hub id."
     )
-    toxicity_model: str | None = Field(
+    toxicity_model: LocalPath | None = Field(
         None, description="toxicity: a text-classification directory or hub id, unitary/toxic-bert for instance."
     )
     toxicity_label: str = Field("toxic", description="toxicity: the label whose probability it is.")
@@ -139,7 +141,7 @@ class EvaluationConfig(Frozen):
     zero_shot: tuple[str, ...] = Field(
         (), description="Tasks of the LM Evaluation Harness, without examples in the prompt: hellaswag, for instance."
     )
-    zero_shot_tasks: str | None = Field(None, description="Folder with YAML files of more such tasks.")
+    zero_shot_tasks: LocalPath | None = Field(None, description="Folder with YAML files of more such tasks.")
     zero_shot_limit: PositiveInt | None = Field(None, description="Only so many rows of each zero-shot task.")
     micro_batch_tokens: PositiveInt = Field(512, description="Tokens per forward, padding included.")
     generation_batch: PositiveInt = Field(16, description="Answers that are generated together.")

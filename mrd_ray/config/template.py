@@ -40,7 +40,11 @@ class Template:
 
 
 def unescaped(text: str) -> str:
-    r"""\n and \t as a line break and a tab, since a shell hands on what is typed; within Jinja's braces they stay."""
+    r"""\n and \t as a line break and a tab, since a shell hands on what is typed; within Jinja's braces they stay.
+
+    >>> unescaped(r"Q: {prompt}\nA: {response}")
+    'Q: {prompt}\nA: {response}'
+    """
     parts = re.split(r"(\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\})", text, flags=re.DOTALL)
     return "".join(part if at % 2 else part.replace("\\n", "\n").replace("\\t", "\t") for at, part in enumerate(parts))
 

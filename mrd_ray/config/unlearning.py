@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from mrd_ray.config.base import Frozen, ModelConfig, OutputConfig, Patience, RunConfig, refuse_no_pattern
+from mrd_ray.config.base import Frozen, LocalPath, ModelConfig, OutputConfig, Patience, RunConfig, refuse_no_pattern
 from mrd_ray.config.data import DataConfig, RetainConfig
 from mrd_ray.config.evaluation import EvaluationConfig
 from mrd_ray.config.scoring import ScoringConfig, closed_form_unless_said
@@ -37,7 +37,7 @@ class UnlearningConfig(Frozen):
     )
     retain_weight: NonNegativeFloat = Field(1.0, description="lambda, the retain loss's weight; of all methods but ga.")
     beta: PositiveFloat = Field(0.1, description="npo: inverse temperature.")
-    refusals: str | None = Field(
+    refusals: LocalPath | None = Field(
         None, description="po: a .txt file with a refusal a line; each draw of a forget sample takes one by chance."
     )
     learning_rate: PositiveFloat = Field(5e-5, description="Of AdamW, constant.")
@@ -129,7 +129,7 @@ class DeepSpeedConfig(Frozen):
     )
     offload_optimizer: Literal["none", "cpu"] = Field("none", description="Where optimiser states lie.")
     offload_parameters: Literal["none", "cpu"] = Field("none", description="Stage 3: where weights lie.")
-    config: str | None = Field(
+    config: LocalPath | None = Field(
         None, description="A DeepSpeed JSON file with more settings; what contradicts ours is refused."
     )
 
