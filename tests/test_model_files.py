@@ -137,7 +137,7 @@ def test_an_index_names_safetensors_that_are_there_or_is_refused(tmp_path, tiny_
             load.load_model(of(folder), CPU)
     for content in ("[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
         index.write_text(content)
-        with pytest.raises(UserError, match=r"is no index of weights|JSON|expected text"):
+        with pytest.raises(UserError, match=r"is not an index of weights|JSON|expected text"):
             model_digest(of(folder))
 
 

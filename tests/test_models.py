@@ -149,7 +149,7 @@ def test_whole_numbers_that_are_no_weights_are_allowed(tmp_path, tiny_model_dir)
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "nosuch"}'])
 def test_unreadable_config(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    said = "is not a model directory that transformers reads|expected a JSON object|as JSON"
+    said = "is not a model directory that transformers can read|expected a JSON object|as JSON"
     with pytest.raises(UserError, match=rf"model\.path: .*({said})"):
         load_config(of(tmp_path))
 

@@ -49,7 +49,7 @@ def set_up(folder, **settings):
 def test_what_the_message_says_about_a_llama_vocabulary_is_right(with_pieces):
     """Its own advice once led to texts without <s>, silently."""
     folder, own = with_pieces(**LIKE_LLAMA)
-    with pytest.raises(UserError, match="transformers splits text otherwise") as refused:
+    with pytest.raises(UserError, match="transformers splits text differently") as refused:
         load.load_tokenizer(of(folder))
     advice = json.loads(str(refused.value).partition("beside it: ")[2].partition("}")[0] + "}")
     assert advice == CLASS | {"add_bos_token": True}
@@ -81,7 +81,7 @@ def test_a_tokenizer_json_that_says_nothing_about_it_is_told_of(with_pieces, tin
     set_up(folder, **settings, add_bos_token=False)
     assert said(folder) == ""
     set_up(folder, **settings, add_bos_token=True)
-    with pytest.raises(UserError, match=r"says add_bos_token: true, but .* tokenizer\.json .* without <s>"):
+    with pytest.raises(UserError, match=r"says add_bos_token: true, but .* tokenizer\.json, .* without <s>"):
         load.load_tokenizer(of(folder))
     AutoTokenizer.from_pretrained(folder, add_bos_token=True).save_pretrained(folder)  # the remedy in both messages
     assert said(folder) == ""
@@ -94,7 +94,7 @@ def test_a_vocabulary_whose_ordinary_text_llamas_class_misreads_is_refused(with_
     folder, _ = with_pieces(**NO_BYTES)
     for settings in ({}, CLASS | {"add_bos_token": True}):
         set_up(folder, **settings)
-        with pytest.raises(UserError, match=r"splits text otherwise.*The class of Llama's tokenizers does, too"):
+        with pytest.raises(UserError, match=r"splits text differently.*So does the class of Llama's tokenizers"):
             load.load_tokenizer(of(folder))
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # the remedy, if transformers split the text before
     load.load_tokenizer(of(folder))
@@ -105,10 +105,10 @@ def test_a_vocabulary_whose_ordinary_text_llamas_class_misreads_is_refused(with_
 )
 def test_characters_that_llamas_class_treats_otherwise_are_said(with_pieces, rules):
     folder, own = with_pieces(**LIKE_LLAMA | rules)
-    with pytest.raises(UserError, match=r"transformers splits text otherwise"):
+    with pytest.raises(UserError, match=r"transformers splits text differently"):
         load.load_tokenizer(of(folder))
     set_up(folder, **CLASS, add_bos_token=True)
-    assert "splits some text otherwise than" in said(folder)
+    assert "splits some text differently than" in said(folder)
     assert load.load_tokenizer(of(folder)).encode("the cat") == [own.bos_id(), *own.encode("the cat")]
 
 

@@ -1,4 +1,4 @@
-"""One cell of a row -> its text, or why it has none."""
+"""Turns one cell of a row into text, or says why it has none."""
 
 import decimal
 import math
@@ -9,11 +9,11 @@ from mrd_ray.config import DataConfig
 
 
 class Unscorable(Exception):
-    """This sample has no score; the message is the reason that its row carries."""
+    """This sample cannot be scored. The message is the reason, and is stored in the sample's row."""
 
 
 def lookup(values: Mapping[str, Any], column: str) -> Any:
-    """A row's cell; `answers.text` is the field text of the objects in column answers. None where there is none."""
+    """A row's cell, or None if there is none. `answers.text` is the field `text` of the objects in column answers."""
     if column in values or "." not in column:
         return values.get(column)
     found: Any = values
@@ -31,7 +31,7 @@ def is_id(value: Any) -> bool:
 
 
 def _is_unicode(value: str) -> bool:
-    """Whether UTF-8 can write it; JSON escapes can also say half of a surrogate pair."""
+    """Whether UTF-8 can encode it. A JSON escape can also be half of a surrogate pair, which it cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -43,13 +43,13 @@ def cell(values: Mapping[str, Any], column: str, numbers: bool = False) -> str:
     """The text in a row's column. Raises Unscorable.
 
     Args:
-        numbers: whether a number is text too.
+        numbers: whether a number counts as text.
     """
     return as_text(lookup(values, column), column, numbers)
 
 
 def as_text(value: Any, column: str, numbers: bool = False) -> str:
-    """A cell's value as text. Raises Unscorable, which names the column."""
+    """A cell's value as text. Raises Unscorable, whose message names the column."""
     if value is None:
         raise Unscorable(f"column {column!r} is missing or null")
     if type(value) in (int, float, decimal.Decimal) and math.isfinite(value):
@@ -68,7 +68,7 @@ def as_text(value: Any, column: str, numbers: bool = False) -> str:
 
 
 def response_text(values: Mapping[str, Any], column: str, data: DataConfig) -> str:
-    """The response in a row: its text, or what data.response_index or data.response_join takes of a list.
+    """The response in a row: its text, or what data.response_index or data.response_join takes from a list.
 
     Raises Unscorable.
     """
@@ -90,7 +90,7 @@ def response_text(values: Mapping[str, Any], column: str, data: DataConfig) -> s
 
 
 def list_of_texts(values: Mapping[str, Any], column: str, data: DataConfig) -> list[str]:
-    """A cell's list of texts, or a text cut at data.list_separator. Raises Unscorable."""
+    """A cell's list of texts, or its text split at data.list_separator. Raises Unscorable."""
     found = lookup(values, column)
     if isinstance(found, str) and data.list_separator:
         found = [part for part in found.split(data.list_separator) if part.strip()]

@@ -1,4 +1,4 @@
-"""Which columns of a source hold what: as set, or the well-known ones where only one reading is possible."""
+"""Which columns of a source hold what: as configured, or well-known names if only one choice is possible."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,18 +24,18 @@ _RESPONSES = (
     "ground_truth", "solution", "reply", "chosen", "rejected",
 )  # fmt: skip
 _MESSAGES = ("messages", "conversations", "conversation", "dialogue")
-# A column so called is part of a sample: one that is left out by a guess would be missed.
+# Columns with these names are usually part of a sample, so a guess must not leave one out.
 ROLES = {"text", *_PROMPTS, *_RESPONSES, *_MESSAGES}
-_CLASSES = {"label", "labels", "target", "targets"}  # which classify a text where they hold no text
+_CLASSES = {"label", "labels", "target", "targets"}  # class labels of a text, unless they hold text
 SYSTEM = ("system", "system_prompt")
-_SHOWN = 4  # readings that a message offers
+_SHOWN = 4  # choices that a message offers
 
 
 class Columns(NamedTuple):
     """Which columns hold what; see DataConfig.
 
-    prompt: may be a template. used: all that a sample is made of. chats: those of prompt and response that hold
-    conversations, in every row or in none, so that no text is taken for one.
+    prompt: may be a template. used: all columns that a sample is made of. chats: prompt or response, or both, where
+    they hold conversations. This is decided for all rows together, so that no text is mistaken for a conversation.
     """
 
     text: str | None
@@ -54,9 +54,9 @@ class Columns(NamedTuple):
 
 
 def kinds(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """What the columns of these rows hold, in their order.
+    """What the columns of these rows hold, in the order of the columns.
 
-    That is messages, text, texts, nested texts, number, other, or nothing.
+    One of messages, text, texts, nested text, nested texts, number, other, nothing.
     """
     found: dict[str, str] = {}
     for values in rows:
@@ -67,7 +67,7 @@ def kinds(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def kind(value: Any) -> str:
-    """What one cell holds, as `kinds` calls it."""
+    """What one cell holds, in the terms of `kinds`."""
     if value in (None, "", [], {}):
         return "nothing"
     if is_conversation(value):
@@ -84,14 +84,14 @@ def kind(value: Any) -> str:
 
 
 def choose(data: DataConfig, present: Mapping[str, str], where: str) -> Columns:
-    """The configured columns, or the well-known ones if exactly one choice is present.
+    """The configured columns, or the well-known ones if exactly one choice of them is present.
 
     Args:
-        present: of `kinds`.
-        where: what a message begins with.
+        present: from `kinds`.
+        where: how messages begin.
 
     Raises:
-        UserError: a configured column is not there, or more than one reading is possible; the flags for each are shown.
+        UserError: a configured column is missing, or more than one choice is possible; the message shows the flags.
     """
 
     def require(setting: str, name: str) -> str:
@@ -135,12 +135,12 @@ def choose(data: DataConfig, present: Mapping[str, str], where: str) -> Columns:
 
 
 def _refuse_literal_columns(template: Template, present: Mapping[str, str], where: str) -> None:
-    """Raises UserError for {{ name }} of a column in a format string, where these are literal braces."""
+    """Raises UserError if a format string has a column as {{ name }}: doubled braces are literal there."""
     doubled = [] if template.jinja else re.findall(r"(?<!\{)\{\{\s*(\w+)\s*\}\}(?!\})", template.text)
     if named := [name for name in doubled if name in present]:
         raise UserError(
-            f"{where}: data.template holds {{{{{named[0]}}}}}, which a format string writes as {{{named[0]}}} and no "
-            f"text of the column; write all its columns as {{{named[0]}}}, or all as {{{{ {named[0]} }}}}"
+            f"{where}: data.template holds {{{{{named[0]}}}}}, which a format string turns into {{{named[0]}}}, not "
+            f"into the column's text; write all columns as {{{named[0]}}}, or all as {{{{ {named[0]} }}}}"
         )
 
 
@@ -151,26 +151,26 @@ def _may_lack(data: DataConfig, name: str, present: Mapping[str, str]) -> bool:
 def _of_template(
     data: DataConfig, template: Template, present: Mapping[str, str], where: str
 ) -> tuple[str | None, str | None]:
-    """Prompt and response of a template that names other columns too.
+    """The prompt and response columns of a template that names other columns too.
 
-    Without a setting {prompt} and {response} are the columns of these names. Raises UserError where there are none.
+    Unless configured, {prompt} and {response} are the columns with these names. Raises UserError if those are missing.
     """
     set_to = {"prompt": data.prompt, "response": data.response or ("output" if data.template == "alpaca" else None)}
     for role in set_to:
         if role in template.columns and set_to[role] is None:
             if role not in present:
-                raise UserError(f"{where}: data.template holds {{{role}}}; say which column that is with data.{role}")
+                raise UserError(f"{where}: data.template holds {{{role}}}; set data.{role} to the column for it")
             set_to[role] = role
     if set_to["response"] is None and data.score_on == "response":
         raise UserError(
-            f"{where}: data.score_on: response, but which of {', '.join(template.own_columns)} (data.template) is the "
-            "response? Say so with data.response"
+            f"{where}: data.score_on: response, but data.template does not show which of "
+            f"{', '.join(template.own_columns)} is the response; name that column with data.response"
         )
     return set_to["prompt"], set_to["response"]
 
 
 def _guess(data: DataConfig, present: Mapping[str, str], where: str) -> dict[str, str]:
-    """The only reading of the well-known columns. Raises UserError if there is none, or another may be meant."""
+    """The only possible choice of well-known columns. Raises UserError if there is none, or another may be meant."""
     named = {name.casefold(): name for name in present}
     readable = {name for name, kind in present.items() if kind in ("text", "messages") or kind == "nothing"}
 
@@ -198,8 +198,8 @@ def _guess(data: DataConfig, present: Mapping[str, str], where: str) -> dict[str
     if len(found) == 1:
         taken = " and ".join(found[0].values())
         raise UserError(
-            f"{where}: {taken} would be scored, and {', '.join(left)} left out, which may be part of the sample; say "
-            f"which columns to use:{flags}"
+            f"{where}: {taken} would be scored, and {', '.join(left)}, which may be part of the sample, left out; "
+            f"say which columns to use:{flags}"
         )
     raise UserError(
         f"{where}: cannot tell which columns to score; set data.text, data.messages, or data.prompt and data.response. "
@@ -208,12 +208,12 @@ def _guess(data: DataConfig, present: Mapping[str, str], where: str) -> dict[str
 
 
 def _may_be_part(name: str, kind: str) -> bool:
-    """Whether a column of a known role may be part of a sample, and not the class of a text."""
+    """Whether a column with a well-known name may be part of a sample, rather than the class label of a text."""
     return kind in ("text", "messages") or (kind != "nothing" and name.casefold() not in _CLASSES)
 
 
 def _readings(present: Mapping[str, str], readable: set[str]) -> list[str]:
-    """Flags for what the columns may mean."""
+    """The flags for each possible choice of columns."""
     names = {name.casefold(): name for name in present if name in readable and present[name] != "nothing"}
     roles = {role: quote(name) for role, name in names.items()}
     prompts = [roles[role] for role in (*_PROMPTS, "text") if role in roles]
@@ -240,6 +240,6 @@ def _readings(present: Mapping[str, str], readable: set[str]) -> list[str]:
 
 
 def unused(columns: Columns, present: Mapping[str, str]) -> list[str]:
-    """Columns that no sample is made of, the id left out."""
+    """Columns that are not used for samples, except the id."""
     used = {name if name in present else name.split(".")[0] for name in columns.used}
     return [name for name in present if name not in used and name != columns.id]

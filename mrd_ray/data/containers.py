@@ -1,4 +1,4 @@
-"""A JSON document -> rows: a list of rows or texts, columns as pandas writes them, or an object of such lists."""
+"""The rows of a JSON document: a list of rows or texts, columns as pandas writes them, or an object of such lists."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,14 +15,14 @@ def rows_of(path: str, document: Any, split: str, say: Say) -> Numbered:
     """The rows of a JSON document, numbered from 1.
 
     Args:
-        split: which list of an object of lists.
-        say: told which list is taken.
+        split: which list to take from an object of lists.
+        say: receives a notice about which list is taken.
 
     Raises:
-        UserError: it holds no rows, or several lists and none called `split`.
+        UserError: it holds no rows, or several lists of which none is named `split`.
     """
     if isinstance(document, list) and len(document) == 1 and _is_of_lists(document[0]):
-        document = document[0]  # how the hub stores such an object: one row, whose cells are lists of rows
+        document = document[0]  # the hub stores such an object as one row whose cells are lists of rows
     if isinstance(document, list):
         refuse_split(path, split)
         rows = document
@@ -33,7 +33,7 @@ def rows_of(path: str, document: Any, split: str, say: Say) -> Numbered:
 
 
 def row_of(path: str, number: int, value: Any) -> dict[str, Any]:
-    """A JSON value as a row; a text is its only column. Raises UserError."""
+    """A JSON value as a row; a text becomes a row with one column. Raises UserError."""
     if isinstance(value, str):
         return {"text": value}
     if isinstance(value, list) and is_conversation(value):
@@ -45,13 +45,15 @@ def row_of(path: str, number: int, value: Any) -> dict[str, Any]:
 
 
 def refuse_split(path: str, split: str) -> None:
-    """Raises UserError if a split is asked of what has none."""
+    """Raises UserError if a split is requested of a file without splits."""
     if split != "train":
-        raise UserError(f"data.split: {split}, but {path} has no splits; leave it out, or slice its rows: train[:100]")
+        raise UserError(
+            f"data.split: {split}, but {path} has no splits; leave it out, or slice the rows, for example train[:100]"
+        )
 
 
 def _is_rows(value: Any) -> bool:
-    """Whether it is a list of rows, and not one cell of a row, as a conversation is."""
+    """Whether this is a list of rows. A conversation is not: it is one cell of a row."""
     of_objects = isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
     return of_objects and not is_conversation(value)
 
@@ -74,7 +76,10 @@ def _of_object(path: str, document: Any, split: str, say: Say) -> list[Any]:
         alike = len({len(cell) for cell in cells}) == 1
         if alike and split == "train" and split not in document and not _is_of_lists(document):
             if not any(name.casefold() in ROLES for name in document):
-                say(f"{', '.join(document)} of {path} are read as columns; data.split takes one as a list of texts")
+                say(
+                    f"{', '.join(document)} of {path} are read as columns; set data.split to one of them to read it "
+                    "as a list of texts"
+                )
             return _records(document)
         return _picked(path, document, split, say)
     if split in document and all(map(_is_columns, cells)):
@@ -94,7 +99,7 @@ def _records(columns: dict[str, list[Any]]) -> list[Any]:
 
 
 def _is_columns(value: Any) -> bool:
-    """Whether it is an object of lists of one length."""
+    """Whether this is an object of lists of equal length."""
     of_lists = isinstance(value, dict) and bool(value) and all(isinstance(cell, list) for cell in value.values())
     return of_lists and len({len(cell) for cell in value.values()}) == 1 and not is_conversation(value)
 
@@ -106,15 +111,15 @@ def _record(path: str, number: int, columns: list[str], cells: Any) -> dict[str,
 
 
 def _of_objects(path: str, document: dict[str, dict[str, Any]], one_row: bool) -> list[Any]:
-    """Columns by row label, as pandas writes by default; rows by their label; or one row of nested cells.
+    """Columns by row label (the default of pandas), rows by label, or one row of nested cells.
 
-    one_row: whether its names are those of columns.
+    one_row: whether the object's names are names of columns.
     """
     labels = list(next(iter(document.values())))
     if labels and all(label.isdecimal() for label in labels):
         if any(cells.keys() != set(labels) for cells in document.values()):
             raise UserError(
-                f"{path}: its columns are of different rows; expected each of {', '.join(document)} to have all"
+                f"{path}: its columns have different rows; expected each of {', '.join(document)} to have all rows"
             )
         return [{name: cells[label] for name, cells in document.items()} for label in labels]
     if all(label.isdecimal() for label in document):
@@ -125,10 +130,10 @@ def _of_objects(path: str, document: dict[str, dict[str, Any]], one_row: bool) -
 
 
 def _picked(path: str, lists: dict[str, list[Any]], split: str, say: Say) -> list[Any]:
-    """The list called `split`; without one so called, the only one that is not empty, if none was asked for."""
+    """The list named `split`. If there is none and no split was requested, the only list that is not empty."""
     if split in lists:
         if len(lists) > 1:
-            say(f"Rows under {split!r} of {path}")
+            say(f"Reading the rows under {split!r} in {path}")
         return lists[split]
     names = [name for name, rows in lists.items() if rows]
     each = ", ".join(f"{name} ({len(rows)} rows)" for name, rows in lists.items())
@@ -138,5 +143,5 @@ def _picked(path: str, lists: dict[str, list[Any]], split: str, say: Say) -> lis
         raise UserError(f"{path} holds several lists: {each}; choose one with data.split, e.g. data.split: {names[0]}")
     if not names:
         return []
-    say(f"Rows under {names[0]!r} of {path}")
+    say(f"Reading the rows under {names[0]!r} in {path}")
     return lists[names[0]]

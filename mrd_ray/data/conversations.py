@@ -1,4 +1,7 @@
-"""Chat data: the shapes that conversations come in -> text by the tokenizer's own template, assistant turns marked."""
+"""Chat data: reads conversations of several shapes, and renders them with the tokenizer's chat template.
+
+The positions of assistant turns in the text are kept.
+"""
 
 import datetime
 import json
@@ -19,9 +22,9 @@ _SHAREGPT = {"human": "user", "observation": "tool", "function_response": "tool"
 _SHAREGPT |= dict.fromkeys(_ASSISTANTS, "assistant")
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_PLACEHOLDER = "The response 5c0e7d stands here."  # mixed case and bare ends, to notice templates that change them
-# Goes before every chat template, since some write today's date, and a run begun today must be resumable tomorrow.
-# The day is the one that Llama's template takes where it has no clock.
+_PLACEHOLDER = "The response 5c0e7d stands here."  # shows whether templates change case
+# Put before every chat template: some write today's date, and a run started today must be resumable tomorrow.
+# The date is the one that Llama's template uses when it has no clock.
 _CLOCK = "".join(
     ["{% macro strftime_now(form) %}{{ form"]
     + [f" | replace('%{code}', '{datetime.datetime(2024, 7, 26).strftime(f'%{code}')}')" for code in "aAbBdjmyYHIMpS"]
@@ -30,7 +33,7 @@ _CLOCK = "".join(
 
 
 class Chat(NamedTuple):
-    """A conversation as text, and the places in it, start..stop, of the assistant turns that count."""
+    """A conversation as text, and the spans (start, stop) of the assistant turns that count."""
 
     text: str
     spans: tuple[Span, ...]
@@ -50,7 +53,7 @@ def _is_turn(turn: Any) -> bool:
 
 
 def _turns(value: Any) -> list[Any]:
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):  # how CSV files, and some others, hold them
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):  # as in CSV files and some others
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
@@ -63,7 +66,7 @@ def _turns(value: Any) -> list[Any]:
 
 
 def messages(value: Any, column: str) -> list[Message]:
-    """A cell's conversation as {role, content} messages. Raises Unscorable, which names the turn."""
+    """A cell's conversation as {role, content} messages. Raises Unscorable, whose message names the turn."""
     if not is_conversation(value):
         raise Unscorable(f"column {column!r} holds no conversation, a list of role and content: {value!r:.40}")
     found = []
@@ -80,16 +83,16 @@ def messages(value: Any, column: str) -> list[Message]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Without empty fields at any depth: Parquet and Arrow give every object the fields of all others."""
+    """Removes null fields at any depth: Parquet and Arrow give every object the fields of all others."""
     if isinstance(value, dict):
         return {name: _without_nulls(cell) for name, cell in value.items() if cell is not None}
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def joined(prompt: Sequence[Message], response: Sequence[Message], column: str) -> tuple[list[Message], int]:
-    """The whole conversation, and from which turn on it is the response, which may bring the prompt along.
+    """The whole conversation, and the index of the response's first turn. The response may repeat the prompt.
 
-    Raises Unscorable if the response begins with turns that are neither the prompt's nor an answer.
+    Raises Unscorable if the response begins with turns that are neither the prompt nor an answer.
     """
 
     def said(turns: Sequence[Message]) -> list[tuple[str, str]]:
@@ -108,7 +111,7 @@ def joined(prompt: Sequence[Message], response: Sequence[Message], column: str) 
 
 
 def tools(value: Any) -> list[Any] | None:
-    """What a template is told of tools: a list, also as JSON text. None without any. Raises Unscorable."""
+    """The tools for the template: a list, which may be given as JSON text, or None. Raises Unscorable."""
     try:
         found = json.loads(value) if isinstance(value, str) and value.strip() else value
     except (ValueError, RecursionError):
@@ -129,7 +132,7 @@ def last_answer(turns: Sequence[Message]) -> int:
 
 
 def _content(value: Any, number: int) -> str:
-    if isinstance(value, list):  # parts, as OpenAI has them
+    if isinstance(value, list):  # a list of parts, as in OpenAI's format
         parts: list[Any] = [part["text"] if isinstance(part, dict) and "text" in part else part for part in value]
         value = "".join(parts) if all(isinstance(part, str) for part in parts) else value
     if value is None:
@@ -142,15 +145,15 @@ def _content(value: Any, number: int) -> str:
 def render(
     turns: Sequence[Message], first: int, marked: bool, tokenizer: PreTrainedTokenizerBase, tools: Any = None
 ) -> Chat:
-    """A conversation by the tokenizer's chat template.
+    """Renders a conversation with the tokenizer's chat template.
 
     Args:
-        first: assistant turns from this one on count.
-        marked: whether their places are wanted; without, there are no spans.
-        tools: what the template is told of tools.
+        first: index of the first turn from which assistant turns count.
+        marked: whether to find the spans of assistant turns; if not, there are none.
+        tools: the tools for the template, see `tools`.
 
     Raises:
-        Unscorable: the template refuses the conversation, or the places of assistant turns in it are not known.
+        Unscorable: the template refuses the conversation, or the spans of assistant turns cannot be found.
     """
     if not marked:
         return Chat(_text(turns, tokenizer, tools), ())
@@ -179,14 +182,14 @@ def _says_something(turn: Message) -> bool:
 
 
 def _span(text: str, turns: Sequence[Message], i: int, tokenizer: PreTrainedTokenizerBase, tools: Any) -> Span:
-    """Where turn i is in the whole text: at the end of the conversation up to it, of which the text must be more."""
+    """Where turn i is in the whole text: at the end of the rendered turns up to it, with which `text` must begin."""
     which = f"assistant turn {i + 1}" if len(turns) > 2 else "the response"
     calls = turns[i].get("tool_calls")
     until = text if i + 1 == len(turns) else _text(turns[: i + 1], tokenizer, tools)
-    other = {"role": "assistant"} if calls else turns[i]  # calls are written after the content, and are part of it
+    other = {"role": "assistant"} if calls else turns[i]  # calls are written after the content and count as part of it
     marked = _text([*turns[:i], other | {"content": _PLACEHOLDER}], tokenizer, tools)
-    # What follows a turn is the same for any turn, so the turn ends where that begins. What goes before is not:
-    # templates write thoughts of their own there, or leave those that it brings.
+    # What follows a turn is the same for any content, so the turn ends where that begins. What comes before is not:
+    # templates add thinking sections there, or drop those in the content.
     beginning, *endings = marked.split(_PLACEHOLDER)
     if len(endings) != 1 or not until.endswith(endings[0]):
         raise Unscorable(f"the chat template changes {which}, repeats it or leaves it out: its place is not known")
@@ -205,9 +208,9 @@ def _span(text: str, turns: Sequence[Message], i: int, tokenizer: PreTrainedToke
 
 
 def _place(until: str, content: str, beginning: str) -> Span:
-    """Where a turn's content is, at the end of `until`, as it is or trimmed; before -1 if it is not there.
+    """Where a turn's content is at the end of `until`, unchanged or trimmed; (-1, -1) if it is not there.
 
-    beginning: what stands before another content, to tell the content's own white space from the template's.
+    beginning: what comes before a different content. It tells the content's white space from the template's.
     """
     core = content.strip()
     if until.endswith(content.lstrip()):
@@ -224,7 +227,7 @@ def _place(until: str, content: str, beginning: str) -> Span:
 
 
 def _text(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Any, asks: bool = False) -> str:
-    """asks: whether the beginning of an answer follows."""
+    """asks: whether to add the beginning of an answer."""
     template = _CLOCK + _template(tokenizer, tools)
     try:
         return str(
@@ -232,12 +235,12 @@ def _text(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: A
                 list(turns), tools=tools, chat_template=template, tokenize=False, add_generation_prompt=asks
             )
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as problem:  # a template is a program, and can fail as one
+    except (jinja2.TemplateError, TypeError, ValueError) as problem:  # a template is a program and can fail like one
         raise Unscorable(f"the chat template refuses it: {problem}") from problem
 
 
 def _generated(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Any) -> tuple[str, list[Span]]:
-    """The text with the places that the template itself marks as generated."""
+    """The text, and the spans that the template itself marks as generated."""
     special: dict[str, Any] = dict(tokenizer.special_tokens_map)
     try:
         rendered: Any = render_jinja_template(

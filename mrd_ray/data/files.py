@@ -1,4 +1,4 @@
-"""One file as bytes or text: compression by its content, encoding by its content where it is not set."""
+"""Opens a file as bytes or text. The content shows the compression, and the encoding unless that is set."""
 
 import bz2
 import codecs
@@ -16,11 +16,14 @@ from mrd_ray.errors import UserError
 from mrd_ray.runs import storage
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-Say = Callable[[str], None]  # told what a person may want to know of how a source is read
+Say = Callable[[str], None]  # receives notices for people about how a source is read
 _CHUNK = 1 << 20
-_BEGIN = 64  # bytes that tell a compressed file, and a pointer of Git LFS
+_BEGIN = 64  # bytes that identify a compressed file or a Git LFS pointer
 _BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
-_BOMS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # after UTF-32, whose mark begins alike
+_BOMS |= {
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}  # after UTF-32, which begins alike
 OF_WINDOWS = "cp1252"
 
 
@@ -39,20 +42,20 @@ _MAGIC: dict[bytes, Callable[[Any], Any]] = {
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Whatever goes wrong while the file is read becomes a UserError that names it."""
+    """Turns every exception while the file is read into a UserError that names the file."""
     try:
         yield
     except UserError:
         raise
     except OSError as problem:
         raise UserError(f"data.path: cannot read {path}: {problem.strerror or problem}") from problem
-    except Exception as problem:  # each file system, compression and format fails in ways of its own
+    except Exception as problem:  # file systems, compressions and formats all have their own exceptions
         raise UserError(f"data.path: cannot read {path}: {problem}") from problem
 
 
 @contextlib.contextmanager
 def open_bytes(path: str) -> Iterator[BinaryIO]:
-    """What the file holds, decompressed, from its begin. Raises UserError; reads are to be within `reading`."""
+    """The decompressed content of the file. Raises UserError; callers read from it within `reading`."""
     with contextlib.ExitStack() as stack:
         with reading(path):
             file = stack.enter_context(storage.open_file(path))
@@ -67,12 +70,12 @@ def open_bytes(path: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def open_text(path: str, encoding: str | None, guess: bool, say: Say) -> Iterator[TextIO]:
-    """What the file holds as text, newlines as they are.
+    """The file's content as text; newlines are not translated.
 
     Args:
-        encoding: as set; None to find it by the content.
-        guess: whether a file that is not Unicode may be in Windows' encoding of western languages.
-        say: told if it is.
+        encoding: as configured, or None to detect it from the content.
+        guess: whether a file that is not Unicode may be in cp1252, the encoding of Windows for western languages.
+        say: receives a notice if it is.
     """
     if encoding is None:
         encoding = _encoding(path, guess)
@@ -85,7 +88,7 @@ def open_text(path: str, encoding: str | None, guess: bool, say: Say) -> Iterato
         try:
             yield text
         finally:
-            text.detach()  # closed by who has opened it
+            text.detach()  # open_bytes closes the file
 
 
 def _encoding(path: str, guess: bool) -> str:
@@ -94,16 +97,16 @@ def _encoding(path: str, guess: bool) -> str:
         for mark, encoding in _BOMS.items():
             if start.startswith(mark):
                 return encoding
-        if b"\0" in start[:2]:  # ASCII, as a header or JSON begins, in two bytes
+        if b"\0" in start[:2]:  # an ASCII character in two bytes, as a header or JSON begins
             return "utf-16-be" if start[:1] == b"\0" else "utf-16-le"
         return "utf-8" if not guess or _is_utf8(path, start, file) else OF_WINDOWS
 
 
-_CONTROL = re.compile("[\x00-\x08]")  # in no text: high bytes of UTF-16, or no text at all
+_CONTROL = re.compile("[\x00-\x08]")  # never in text: high bytes of UTF-16, or binary data
 
 
 def _is_utf8(path: str, start: bytes, file: BinaryIO) -> bool:
-    """Whether the rest of the file is; raises UserError if only parts are, since no encoding is right for all of it."""
+    """Whether the whole file is UTF-8. Raises UserError if only parts are: no encoding would fit all of it."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # bytes that are not UTF-8 become \udc80..\udcff
     lines, bad_line, of_unicode = 1, 0, False
     chunk = start
@@ -112,7 +115,7 @@ def _is_utf8(path: str, start: bytes, file: BinaryIO) -> bool:
         if bad := _CONTROL.search(text):
             raise UserError(
                 f"{path}, line {lines + text.count(chr(10), 0, bad.start())}: holds control characters; set "
-                "data.encoding to what it is in, e.g. utf-16-le"
+                "data.encoding to the file's encoding, for example utf-16-le"
             )
         if not text.isascii():
             of_unicode = of_unicode or re.search("[^\x00-\x7f\udc80-\udcff]", text) is not None

@@ -1,4 +1,4 @@
-"""One file of each format -> its rows, each with its number: the line of JSON lines, else the record, from 1."""
+"""Reads the rows of any file, each with its number from 1: the line of a JSON-lines file, else the record."""
 
 import csv
 import io
@@ -23,11 +23,11 @@ SEPARATED = (".csv", ".tsv")
 TEXT = ".txt"
 ENDINGS = (*JSON, *SEPARATED, TEXT, ".parquet", ".arrow")
 _SEPARATORS = ",;\t|"
-_LOOKED_AT = 100  # records that tell a CSV file's separator
+_LOOKED_AT = 100  # records from which a CSV file's separator is detected
 
 
 def ending(path: str) -> str | None:
-    """What a file's name says of its format, compression left out: one of ENDINGS, or None."""
+    """The format that a file's name shows, ignoring compression: one of ENDINGS, or None."""
     name = PurePosixPath(path.lower())
     if name.suffix in COMPRESSED:
         name = name.with_suffix("")
@@ -35,11 +35,11 @@ def ending(path: str) -> str | None:
 
 
 def rows(path: str, data: DataConfig, split: str, say: Say) -> Numbered:
-    """The rows of a file, but for .txt (see `text`). Raises UserError, which names file, row and cause.
+    """The rows of any file but .txt (see `text`). Raises UserError, which names file, row and cause.
 
     Args:
-        split: which list of a JSON object of lists.
-        say: told what a person may want to know of how the file is read.
+        split: which list to take from a JSON object of lists.
+        say: receives notices about how the file is read.
     """
     kind = ending(path)
     if kind in JSON:
@@ -57,18 +57,21 @@ def rows(path: str, data: DataConfig, split: str, say: Say) -> Numbered:
 
 
 def text(path: str, data: DataConfig, say: Say) -> str:
-    """The whole of a plain text file. Raises UserError."""
+    """The whole text of a plain text file. Raises UserError."""
     with open_text(path, data.encoding, True, say) as file:
         return "".join(line for _, line in _numbered(path, file))
 
 
 def _numbered(path: str, file: TextIO) -> Iterator[tuple[int, str]]:
-    """Lines, numbered from 1; one that cannot be decoded is an error that names it."""
+    """Lines, numbered from 1. Raises UserError, which names the line, if one cannot be decoded."""
     number = 0
     try:
         with reading(path):
             for number, line in enumerate(file, 1):
-                yield number, line if number > 1 else line.removeprefix("\ufeff")  # of an encoding set without it
+                yield (
+                    number,
+                    line if number > 1 else line.removeprefix("\ufeff"),
+                )  # the encoding may keep it
     except UserError as problem:
         if not isinstance(problem.__cause__, UnicodeError):
             raise
@@ -77,7 +80,8 @@ def _numbered(path: str, file: TextIO) -> Iterator[tuple[int, str]]:
             (f"neither UTF-8 nor {name}", "shift_jis") if name == OF_WINDOWS.upper() else (f"not {name}", OF_WINDOWS)
         )
         raise UserError(
-            f"{path}, at or after line {number + 1}: {found} text; set data.encoding to what it is in, e.g. {other}"
+            f"{path}, at or after line {number + 1}: {found} text; set data.encoding to the file's encoding, for "
+            f"example {other}"
         ) from problem
 
 
@@ -85,7 +89,7 @@ def _numbered(path: str, file: TextIO) -> Iterator[tuple[int, str]]:
 
 
 def _json(path: str, file: TextIO, split: str, say: Say) -> Numbered:
-    """JSON lines, or one JSON document, whatever the file is called."""
+    """JSON lines or one JSON document, whatever the file's name."""
     lines = ((number, line) for number, line in _numbered(path, file) if line.strip())
     first = next(lines, None)
     if first is None:
@@ -104,13 +108,13 @@ def _json(path: str, file: TextIO, split: str, say: Say) -> Numbered:
 
 
 def _is_whole(line: str) -> bool:
-    """Whether a first line is a row by itself, be it broken, and not the beginning of a document."""
+    """Whether a first line is a row, even a broken one, and not the beginning of a longer document."""
     stripped = line.strip()
     return stripped[0] not in "[{" or (stripped[0], stripped[-1]) in (("{", "}"), ("[", "]"))
 
 
 def _parsed(path: str, content: str, line: int) -> Any:
-    """The value of JSON that begins on `line` of the file."""
+    """The value of JSON text that begins on this line of the file."""
     try:
         return _DECODER.decode(content)
     except json.JSONDecodeError as problem:
@@ -118,13 +122,13 @@ def _parsed(path: str, content: str, line: int) -> Any:
             f"{path}, line {line + problem.lineno - 1}: broken JSON: {problem.msg} at column {problem.colno} "
             "(expected an object per line, or one document: a list of objects or texts, or an object of lists)"
         ) from problem
-    except (ValueError, RecursionError) as problem:  # a repeated name, a number of thousands of digits, deep nesting
+    except (ValueError, RecursionError) as problem:  # a repeated name, a number with thousands of digits, deep nesting
         raise UserError(f"{path}, at or after line {line}: cannot read this JSON: {problem}") from problem
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
-    if len(values) < len(pairs):  # Python keeps the last and drops the others
+    if len(values) < len(pairs):  # Python would keep the last one and drop the others
         raise ValueError(f"an object names {_repeated([name for name, _ in pairs])} more than once; rename one")
     return values
 
@@ -140,10 +144,10 @@ def _repeated(names: Sequence[str]) -> str:
 
 
 def _separated(path: str, file: TextIO, separator: str | None, quotes: bool) -> Numbered:
-    csv.field_size_limit(2**31 - 1)  # a sample over the default of 128 KiB is for data.max_tokens to judge
+    csv.field_size_limit(2**31 - 1)  # over the default of 128 KiB: data.max_tokens decides which samples are too long
     lines = (line for _, line in _numbered(path, file))
     peeked, skipped = list(itertools.islice(lines, _LOOKED_AT)), 0
-    if peeked and (named := re.fullmatch(r'"?sep=(.)"?\r?\n?', peeked[0], re.IGNORECASE)):  # of Excel
+    if peeked and (named := re.fullmatch(r'"?sep=(.)"?\r?\n?', peeked[0], re.IGNORECASE)):  # as Excel writes it
         separator, skipped = separator or named[1], 1
         peeked = peeked[1:]
     if separator is None:
@@ -171,7 +175,7 @@ def _separated(path: str, file: TextIO, separator: str | None, quotes: bool) -> 
     except csv.Error as problem:
         raise UserError(
             f"{path}, line {reader.line_num + skipped}: broken CSV, separated by {_named(separator)}: {problem}; "
-            "within quoted fields double a quotation mark, or set data.quotes: false where they are text; "
+            "double quotation marks within quoted fields, or set data.quotes: false if quotation marks are text here; "
             "data.separator sets another separator"
         ) from problem
 
@@ -181,20 +185,20 @@ def _quoting(quotes: bool) -> Literal[0, 3]:
 
 
 def _separator(lines: list[str], quoting: Literal[0, 3]) -> str:
-    """The one that cuts all records into the same number of fields, and into most; a comma where none does."""
+    """The separator that splits all records into the same, largest number of fields; a comma if none does."""
 
     def fields(separator: str) -> int:
         try:
             records = [
                 record for record in csv.reader(lines, delimiter=separator, quoting=quoting, strict=True) if record
             ]
-        except csv.Error:  # the last may be cut off within a quoted field
+        except csv.Error:  # the last record may be cut off within a quoted field
             reader = csv.reader(lines, delimiter=separator, quoting=quoting)
             records = [record for record in reader if record][:-1]
         widths = {len(record) for record in records}
         return widths.pop() if len(widths) == 1 else 1
 
-    best = max(_SEPARATORS, key=fields)  # the first of equals
+    best = max(_SEPARATORS, key=fields)  # the first of those with the most fields
     return best if fields(best) > 1 else ","
 
 
@@ -213,7 +217,7 @@ def _parquet(path: str) -> Numbered:
 
 
 def _arrow(path: str) -> Numbered:
-    """Of Arrow's file format, and of its stream format, which `datasets` writes."""
+    """Rows of Arrow's file format, or of its stream format, which `datasets` writes."""
     with open_bytes(path) as file:
         with reading(path):
             whole = file if file.seekable() else io.BytesIO(file.read())

@@ -1,4 +1,4 @@
-"""Samples in micro-batches: the shapes of all forwards."""
+"""Groups samples into micro-batches, which fixes the shapes of all forward passes."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_PADDING = 0.05  # of a micro-batch's positions at most, where it is cut for that
-_LEAST_TOKENS = 512  # a micro-batch is not cut below that for its padding's sake: each forward has its own overhead
+_PADDING = 0.05  # largest share of padding in a micro-batch; it is cut before it has more
+_LEAST_TOKENS = 512  # a smaller micro-batch is not cut because of padding: every forward has an overhead
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Samples in micro-batches: the shapes of all forwards, fixed by the samples alone, whatever the cluster.
+    """Samples in micro-batches. The samples determine all shapes of forwards; the cluster has no influence.
 
-    order: int64 [n], indices of the samples (sorted by sample_id) by length, then id.
+    order: int64 [n], indices of samples (in a table sorted by sample_id), ordered by length, then id.
     bounds: int64 [m + 1]; micro-batch i is order[bounds[i]:bounds[i + 1]].
     padded_tokens: int64 [m], positions in each micro-batch's forward.
     """
@@ -27,7 +27,7 @@ class Layout:
         return len(self.padded_tokens)
 
     def samples(self, micro_batch: int) -> np.ndarray:
-        """Indices of its samples."""
+        """Indices of the samples in a micro-batch."""
         return self.order[self.bounds[micro_batch] : self.bounds[micro_batch + 1]]
 
     def members(self, micro_batches: range) -> tuple[np.ndarray, np.ndarray]:
@@ -36,15 +36,16 @@ class Layout:
         return self.order[bounds[0] : bounds[-1]], np.repeat(micro_batches, np.diff(bounds))
 
     def few(self, count: int) -> np.ndarray:
-        """Indices of up to so many samples, of different lengths, none of the longer half."""
+        """Indices of up to `count` samples of different lengths, none from the longer half."""
         return self.order[: -(-len(self.order) // 2) : max(1, len(self.order) // (2 * count))][:count]
 
 
 def lay_out(lengths: np.ndarray, micro_batch_tokens: int, switch: int | None = None) -> Layout:
-    """Cut samples, given their int [n] lengths in order of sample_id, into micro-batches of so many padded tokens.
+    """Group samples, given their int [n] lengths in order of sample_id, into micro-batches.
 
-    Of fewer, where they would hold more than 5% of padding. A sample longer than `micro_batch_tokens` has a micro-batch
-    of its own. Length 0 marks a sample to leave out.
+    A micro-batch has at most `micro_batch_tokens` tokens, padding included, and fewer if more than 5% of them would be
+    padding. A sample longer than `micro_batch_tokens` has a micro-batch of its own. Length 0 marks a sample to leave
+    out.
 
     Args:
         switch: see `models.load.rope_switch`; no micro-batch has samples on both sides of it.
@@ -52,8 +53,8 @@ def lay_out(lengths: np.ndarray, micro_batch_tokens: int, switch: int | None = N
     order = np.argsort(lengths, kind="stable")
     order = order[np.searchsorted(lengths[order], 1) :]
     bounds, widths = [0], []
-    held = 0  # tokens of the micro-batch so far
-    for position, length in enumerate(lengths[order].tolist()):  # lengths rise, so the newest is the padded width
+    held = 0  # tokens in the micro-batch so far, without padding
+    for position, length in enumerate(lengths[order].tolist()):  # lengths increase, so the latest is the padded width
         members = position - bounds[-1]
         positions = (members + 1) * length
         wasteful = held >= _LEAST_TOKENS and held + length < (1 - _PADDING) * positions
@@ -71,6 +72,6 @@ def lay_out(lengths: np.ndarray, micro_batch_tokens: int, switch: int | None = N
 
 
 def lengths(samples: pa.Table) -> np.ndarray:
-    """Tokens of each sample, zero for those that cannot be scored: int64 [n]."""
+    """The number of tokens of each sample, zero if it cannot be scored: int64 [n]."""
     found: np.ndarray = pc.fill_null(pc.list_value_length(samples["token_ids"]), 0).to_numpy().astype(np.int64)
     return found

@@ -1,4 +1,4 @@
-"""The rows of a data source: read, sliced, filtered and drawn, each with the place it came from."""
+"""Reads the rows of a data source, sliced, filtered and sampled as configured, each with its position there."""
 
 import contextlib
 import heapq
@@ -32,8 +32,8 @@ _BATCH = 1000
 class Row:
     """A row as read.
 
-    index: its place in the whole source, from 0: what `load_dataset(...)[index]` is. file: the file it is from, None
-    where there is only one. number: from 1, the line of a JSON-lines file, else the record.
+    index: its position in the whole source, from 0, as in `load_dataset(...)[index]`. file: the file it is from, or
+    None if there is only one. number: its line in a JSON-lines file, else its record, from 1.
     """
 
     index: int
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def place(self) -> str:
-        """For messages."""
+        """File and row, for messages."""
         return f"row {self.number}" if self.file is None else f"{self.file}, row {self.number}"
 
 
@@ -52,10 +52,10 @@ def quiet(_: str) -> None:
 
 
 def rows(data: DataConfig, say: Say = quiet) -> Iterator[Row]:
-    """The rows that `data` asks for, in the order of the source (not of .txt, see `texts`).
+    """The rows that `data` selects, in the order of the source. For .txt files see `texts`.
 
     Args:
-        say: told what a person may want to know of how the source is read.
+        say: receives notices about how the source is read.
 
     Raises:
         UserError: names the file, row and cause.
@@ -68,7 +68,7 @@ def rows(data: DataConfig, say: Say = quiet) -> Iterator[Row]:
 
 
 def texts(data: DataConfig, say: Say = quiet) -> list[tuple[str | None, str]] | None:
-    """Plain texts with their files' names (None where there is only one), or None if the source is a table."""
+    """Plain texts, each with its file's name (None if there is only one file), or None if the source is a table."""
     sliced = "[" in data.split or "+" in data.split
     found, settled = sources.find(data, _names(data.split)[0], quiet)
     if not isinstance(found, list) or not found[0].is_text:
@@ -76,14 +76,14 @@ def texts(data: DataConfig, say: Say = quiet) -> list[tuple[str | None, str]] | 
     if sliced or not (settled or data.split == "train"):
         raise UserError(
             f"data.split: {data.split}, but {found[0].path} is plain text, which has no rows to slice and no splits; "
-            "leave it out (data.max_samples takes a part)"
+            "leave it out (data.max_samples reads only a part)"
         )
     _refuse_columns(data, found[0].path)
     read = [(_called(file, found), formats.text(file.path, data, say)) for file in found]
     if not (filled := [(name, text) for name, text in read if text.strip()]):
         raise UserError(f"data.path: {described(data)} is empty")
     if blank := [name for name, text in read if not text.strip()]:
-        say(f"Not read, since they are empty: {', '.join(map(str, blank))}")
+        say(f"Skipped empty files: {', '.join(map(str, blank))}")
     return filled
 
 
@@ -94,7 +94,7 @@ def _refuse_columns(data: DataConfig, path: str) -> None:
 
 
 def described(data: DataConfig) -> str:
-    """The source, for messages."""
+    """How messages name the source."""
     return data.path if isinstance(data.path, str) else ", ".join(data.path)
 
 
@@ -116,7 +116,7 @@ def _all(data: DataConfig, say: Say) -> Iterator[Row]:
                 {name: len(rows) for name, rows in of.items()}
             )
         except (ValueError, AssertionError) as problem:
-            raise UserError(f"data.split: {spec} is no slice of {described(data)}: {problem}") from problem
+            raise UserError(f"data.split: {spec} is not a valid slice of {described(data)}: {problem}") from problem
         numbered = itertools.chain.from_iterable(of[part.splitname][part.from_ : part.to] for part in slices)
     for index, (file, number, values) in enumerate(numbered):
         yield Row(index, file, number, values)
@@ -147,7 +147,7 @@ def _of_split(data: DataConfig, split: str, say: Say) -> _Numbered:
 def _of_saved(path: str) -> _Numbered:
     for key, name in foreign.values(foreign.read_json("data.path", f"{path}/state.json").get("_data_files")):
         if key == "filename" and not foreign.is_plain_name(name):
-            raise UserError(f"data.path: {path}/state.json names {name!r:.200}; expected files beside it")
+            raise UserError(f"data.path: {path}/state.json names {name!r:.200}; expected files in the same folder")
     try:
         saved = datasets.load_from_disk(path).with_format("arrow")
         number = 0
@@ -155,7 +155,7 @@ def _of_saved(path: str) -> _Numbered:
             for values in batch.to_pylist():
                 number += 1
                 yield None, number, values
-    except Exception as problem:  # each format and version fails in ways of its own
+    except Exception as problem:  # formats and versions all have their own exceptions
         raise UserError(f"data.path: cannot read {path} as saved by datasets: {problem}") from problem
 
 
@@ -166,14 +166,14 @@ def _of_hub(data: DataConfig, split: str, say: Say) -> _Numbered:
             data.path, data.name, split=split, revision=data.revision, streaming="[" not in split and "+" not in split
         )
         media = [name for name, feature in (table.features or {}).items() if require_decoding(feature)]
-        if media:  # decoding would fetch what its rows name
-            say(f"Not read, since they are images or sound: {', '.join(media)}")
+        if media:  # decoding would download what the rows name
+            say(f"Skipped columns with images or sound: {', '.join(media)}")
             table = table.remove_columns(media)
         for number, values in enumerate(table, 1):
             yield None, number, values
     except UserError:
         raise
-    except Exception as problem:  # loading scripts and formats fail in ways of their own
+    except Exception as problem:  # loading scripts and formats have their own exceptions
         raise UserError(
             f"data.path: no such file or folder: {data.path}, and it could not be loaded as a Hugging Face dataset "
             f"(data.name={data.name}, data.split={data.split}, data.revision={data.revision}): {problem}"
@@ -183,7 +183,7 @@ def _of_hub(data: DataConfig, split: str, say: Say) -> _Numbered:
 def _refuse_wild_cards(data: DataConfig) -> None:
     cards = {}
     for card in CARDS:
-        # offline, only what was cached is read, and no card again
+        # offline, only cached files are read; the card may not be among them
         with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
             found = hf_hub_download(str(data.path), card, repo_type="dataset", revision=data.revision)
             cards[card] = Path(found)
@@ -191,7 +191,7 @@ def _refuse_wild_cards(data: DataConfig) -> None:
 
 
 def _where(data: DataConfig, records: Iterable[Row]) -> Iterator[Row]:
-    """Those rows whose columns have the values of data.where, at least one."""
+    """The rows whose columns have the values of data.where. Raises UserError if there are none."""
     found = False
     for row in records:
         for column in data.where:
@@ -208,9 +208,9 @@ def _where(data: DataConfig, records: Iterable[Row]) -> Iterator[Row]:
 
 
 def drawn(data: DataConfig, records: Iterator[R], index: Callable[[R], int]) -> Iterator[R]:
-    """The first data.max_samples, or with data.sample_seed those for which the smallest of random numbers came.
+    """The first data.max_samples records, or with data.sample_seed the ones with the smallest random numbers.
 
-    index: of a record in the source, which sets the order.
+    index: returns a record's position in the source, which sets the order of the result.
     """
     if data.sample_seed is None or data.max_samples is None:
         return itertools.islice(records, data.max_samples)

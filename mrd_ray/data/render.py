@@ -1,4 +1,4 @@
-"""A row's columns put together: the sample as text, with the places of what is its response."""
+"""Renders a row as text, and finds where the response is in it."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,12 +14,12 @@ from mrd_ray.data.cells import Unscorable, as_text, cell, lookup, response_text
 from mrd_ray.data.columns import SYSTEM, Columns
 from mrd_ray.data.conversations import Message, Span
 
-# Around a response while Jinja puts a sample together, to find it again. Of the plane for private use.
+# Put around a response while Jinja renders a sample, to find it again. From Unicode's private-use planes.
 _BEGIN, _END = "\U000f5c0e", "\U000f7d01"
 
 
 class Rendered(NamedTuple):
-    """A sample as text, start..stop of its responses in it (a whole text is one), and whether to add special tokens."""
+    """A sample as text, the (start, stop) of its responses (a plain text is one), and whether to add special tokens."""
 
     text: str
     spans: tuple[Span, ...]
@@ -29,19 +29,19 @@ class Rendered(NamedTuple):
 def render(
     values: Mapping[str, Any], columns: Columns, data: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Rendered:
-    """A row's columns put together. Raises Unscorable."""
+    """Render a row as text. Raises Unscorable."""
     if columns.text is not None:
         text = cell(values, columns.text)
         return Rendered(text, ((0, len(text)),), True)
     if (turns := conversation(values, columns, data)) is not None:
         chat = conversations.render(turns.messages, turns.first, data.score_on == "response", tokenizer, turns.tools)
-        return Rendered(chat.text, chat.spans, False)  # a chat template writes its special tokens itself
+        return Rendered(chat.text, chat.spans, False)  # a chat template writes the special tokens itself
     text, span = _from_template(templates.parse(data.template), values, columns, data)
     return Rendered(text, () if span is None else (span,), True)
 
 
 def prompt_text(values: Mapping[str, Any], columns: Columns, data: DataConfig) -> str:
-    """The prompt in a row, of prompts and responses. Raises Unscorable."""
+    """The prompt of a row with prompt and response. Raises Unscorable."""
     assert columns.prompt is not None
     if lookup(values, columns.prompt) is None and "{" in columns.prompt:
         text, _ = _from_template(templates.parse(columns.prompt), values, columns, data)
@@ -50,7 +50,7 @@ def prompt_text(values: Mapping[str, Any], columns: Columns, data: DataConfig) -
 
 
 def with_response(values: Mapping[str, Any], columns: Columns, response: str) -> dict[str, Any]:
-    """The row with another response: of a conversation, its last assistant turn. Raises Unscorable."""
+    """The row with its response replaced; in a conversation, the last assistant turn. Raises Unscorable."""
     if columns.messages is None:
         assert columns.response is not None
         in_chat = columns.response in columns.chats
@@ -61,7 +61,7 @@ def with_response(values: Mapping[str, Any], columns: Columns, response: str) ->
 
 
 class Turns(NamedTuple):
-    """A conversation, from which turn on its assistant's count, and the tools that it may name."""
+    """A conversation, the index from which assistant turns count, and the tools that it may use."""
 
     messages: list[Message]
     first: int
@@ -69,7 +69,7 @@ class Turns(NamedTuple):
 
 
 def conversation(values: Mapping[str, Any], columns: Columns, data: DataConfig) -> Turns | None:
-    """The turns of a row that is chat data, or that data.template: chat makes one. Raises Unscorable."""
+    """The turns of a row if it is chat data, or data.template is chat; else None. Raises Unscorable."""
     if columns.messages is not None:
         turns, first = conversations.messages(lookup(values, columns.messages), columns.messages), 0
     elif columns.prompt is None or columns.response is None or (not columns.chats and data.template != "chat"):
@@ -94,7 +94,7 @@ def conversation(values: Mapping[str, Any], columns: Columns, data: DataConfig) 
 def _from_template(
     template: Template, values: Mapping[str, Any], columns: Columns, data: DataConfig
 ) -> tuple[str, Span | None]:
-    """The text, and where the response is in it; None if the template has none. Raises Unscorable."""
+    """The text, and where the response is in it, or None if the template has none. Raises Unscorable."""
     if template.jinja:
         return _from_jinja(template, values, columns, data)
     text, span = "", None
@@ -103,7 +103,7 @@ def _from_template(
         if field is None:
             continue
         part = _field(field, values, columns, data)
-        if field in ("response", columns.response):  # its place is known from here: its words may be in the prompt too
+        if field in ("response", columns.response):  # not found by searching: the prompt may hold the same words
             span = (len(text), len(text) + len(part))
         text += part
     return text, span
@@ -122,7 +122,7 @@ def _field(field: str, values: Mapping[str, Any], columns: Columns, data: DataCo
 def _from_jinja(
     template: Template, values: Mapping[str, Any], columns: Columns, data: DataConfig
 ) -> tuple[str, Span | None]:
-    # a blank text is empty, so that a template can ask for it with {% if %}
+    # blank text becomes empty, so that a template can test it with {% if %}
     given = {
         name: "" if isinstance(one, str) and not one.strip() else one for name, one in values.items() if one is not None
     }
@@ -142,7 +142,7 @@ def _from_jinja(
 
         text = with_it(response)
         marked = with_it(f"{_BEGIN}{response}{_END}")
-        if _unmarked(marked) != text:  # it trims the response
+        if _unmarked(marked) != text:  # the template trims the response
             marked = with_it(f"{before}{_BEGIN}{core}{_END}{after}")
     except (jinja2.TemplateError, TypeError, ValueError) as problem:
         raise Unscorable(f"data.template refuses it: {problem}") from problem
@@ -159,7 +159,7 @@ def _unmarked(text: str) -> str:
 
 
 def _replaced(values: Mapping[str, Any], column: str, text: str) -> dict[str, Any]:
-    """The cells with another text in a column, which may be nested: answers.text."""
+    """The cells with the text of one column replaced. The column may be nested, for example answers.text."""
     if column in values or "." not in column:
         return {**values, column: text}
     name, _, rest = column.partition(".")

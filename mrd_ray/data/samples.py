@@ -1,4 +1,4 @@
-"""The samples table: a forget set with stable ids, tokenised once, before anything is scored."""
+"""The samples table: a forget set with stable ids, tokenised once before scoring."""
 
 import contextlib
 import gc
@@ -27,11 +27,15 @@ from mrd_ray.data.tokens import Encoder, Limits, Tokenized, tokenize
 from mrd_ray.errors import UserError
 from mrd_ray.runs.meter import Tally
 
-PEEKED = 1000  # rows need not name the same columns: the first so many together say which are there
+PEEKED = 1000  # rows may lack columns, so the first PEEKED rows together show which there are
 _BATCH = 4096
 
-PLACE = ("index", "file", "row")  # of a sample in its source: people index a data set by position, not by our ids
-SCHEMA = pa.schema(  # large types: all tokens or characters of a column may be over 2^31
+PLACE = (
+    "index",
+    "file",
+    "row",
+)  # a sample's position in its source: people index data sets by position, not by our ids
+SCHEMA = pa.schema(  # large types: a column may have more than 2^31 tokens or characters
     [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field(
@@ -50,18 +54,20 @@ SCHEMA = pa.schema(  # large types: all tokens or characters of a column may be 
 def build(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console | None = None
 ) -> pa.Table:
-    """Read, render and tokenise `data`: one row per sample, sorted by sample_id, of SCHEMA.
+    """Read, render and tokenise `data`: a table of SCHEMA, one row per sample, sorted by sample_id.
 
     A sample that cannot be scored keeps its row, with the reason in `error` and null tokens.
 
     Args:
-        console: told which columns are used and which left, how far reading is, and what is odd about the samples.
+        console: shows which columns are used and which are not, progress, and what is unusual about the samples.
 
     Raises:
-        UserError: the source as a whole is unusable, or two rows carry the same id.
+        UserError: the source as a whole is unusable, or two rows have the same id.
     """
     if data.score_on == "response" and not tokenizer.is_fast:
-        raise UserError("data.score_on: response needs a fast tokenizer, which knows each token's place in the text")
+        raise UserError(
+            "data.score_on: response needs a fast tokenizer, which reports each token's position in the text"
+        )
     console = console or Console(quiet=True)
     builder = _Builder(data, tokenizer, limits.with_context(data.max_tokens), console)
     console.print(f"Reading {read.described(data)}", markup=False, highlight=False, soft_wrap=True)
@@ -73,7 +79,7 @@ def build(
 
 @contextlib.contextmanager
 def _garbage_of_samples_alone() -> Iterator[None]:
-    """Let Python's search for garbage leave out what is there by now, which took a quarter of the time of reading."""
+    """Exclude existing objects from garbage collection, which otherwise takes a quarter of the reading time."""
     gc.freeze()
     try:
         yield
@@ -82,7 +88,7 @@ def _garbage_of_samples_alone() -> Iterator[None]:
 
 
 def digest(table: pa.Table) -> str:
-    """Digest of what is scored: ids, tokens, masks and errors, whatever the order of the source's rows."""
+    """Digest of what is scored: ids, tokens, masks and errors. It does not depend on the order of the source's rows."""
     state = hashlib.sha256()
     for batch in table.select(["sample_id", "token_ids", "scored", "error"]).to_batches(max_chunksize=4096):
         for row in batch.to_pylist():
@@ -91,7 +97,7 @@ def digest(table: pa.Table) -> str:
 
 
 class Peeked:
-    """The rows of a source, the columns that hold its samples, and a promise that later rows do not change these."""
+    """The rows of a source, and the columns used: the first rows decide which, and later rows are checked."""
 
     def __init__(self, data: DataConfig, say: Say = read.quiet) -> None:
         self._data = data
@@ -102,7 +108,7 @@ class Peeked:
         self._rows = itertools.chain(first, rows)
 
     def __iter__(self) -> Iterator[Row]:
-        """Raises UserError if a late row fills a column that would have been chosen, had it been there before."""
+        """Raises UserError if a later row fills a column that would have been chosen had it been filled earlier."""
         blank = self._blank()
         for row in self._rows:
             new = row.values.keys() - self.present.keys()
@@ -115,7 +121,7 @@ class Peeked:
         return [name for name, kind in self.present.items() if kind == "nothing"]
 
     def _look_again(self, row: Row, new: Collection[str]) -> None:
-        """Raises UserError if the columns would be others now."""
+        """Raises UserError if other columns would be chosen now."""
         found = of_columns.kinds([row.values])
         filled = {name: found[name] for name in self._blank() if found.get(name, "nothing") != "nothing"}
         self.present |= filled | {name: found[name] for name in new}
@@ -125,12 +131,15 @@ class Peeked:
         )
         chosen = of_columns.choose(self._data, self.present, where)
         if chosen.id != self.columns.id:
-            raise UserError(f"{where}: among them {chosen.id!r}, an id; give every row one, or rename it")
+            raise UserError(f"{where}: one of them is {chosen.id!r}, an id; give every row one, or rename it")
         if chosen != self.columns:
-            raise UserError(f"{where}: the samples would be made of {chosen}, and not of {self.columns}; say which")
+            raise UserError(
+                f"{where}: from here on samples would be made of {chosen}, not of {self.columns}; "
+                "name the columns to use (data.text, data.messages, or data.prompt and data.response)"
+            )
 
     def refuse_chat_without_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises UserError if all samples need a chat template, and the tokenizer has none."""
+        """Raises UserError if all samples need a chat template and the tokenizer has none."""
         columns = self.columns
         named = columns.messages or ", ".join(columns.chats)
         chat = bool(named) or (self._data.template == "chat" and columns.text is None)
@@ -138,12 +147,12 @@ class Peeked:
             of_turns = self._data.template != "chat"
             cause = f"column {named} holds conversations" if of_turns else "data.template: chat"
             raise UserError(
-                f"{cause}, but the tokenizer has no chat template; name one that has in model.tokenizer"
+                f"{cause}, but the tokenizer has no chat template; set model.tokenizer to one that has"
                 + ("" if of_turns else ", or give a format string in data.template")
             )
 
     def say_columns(self, console: Console, more: Collection[str] = ()) -> None:
-        """Which are used, and which are left. more: used ones that no sample is made of."""
+        """Print which columns are used and which are not. more: columns with other uses than samples."""
         left = [name for name in of_columns.unused(self.columns, self.present) if name not in more]
         text = f"Columns: {self.columns}" + (f"; not used: {', '.join(left)}" if left else "")
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -167,13 +176,13 @@ class _Builder:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def say_what_is_odd(self) -> None:
-        """Of special tokens that samples bring along."""
+        """Print notices about special tokens in the text of samples."""
         for own, count in self._own_special.items():
             names = " and ".join(map(str, self._tokenizer.convert_ids_to_tokens(list(own))))
-            self._say(f"{count} sample(s) have {names} in their text already; it is not added again")
+            self._say(f"{count} sample(s) already have {names} in their text; it is not added again")
         for token_id, count in self._within.items():
             name = self._tokenizer.convert_ids_to_tokens(token_id)
-            self._say(f"{count} sample(s) have {name} within their text, where it counts as any token; is it meant?")
+            self._say(f"{count} sample(s) have {name} within their text, where it is scored like any token; check this")
 
     def _of_rows(self) -> Iterator[list[dict[str, Any]]]:
         source = Peeked(self._data, self._say)
@@ -212,7 +221,7 @@ class _Builder:
         return samples
 
     def _windows(self, texts: Sequence[tuple[str | None, str]]) -> Iterator[dict[str, Any]]:
-        """Text files cut into windows of `window_tokens`, each with the special tokens a text starts with."""
+        """Windows of `window_tokens` of the text files, each with the special tokens that a text starts with."""
         data = self._data
         if data.score_on == "response":
             raise UserError(f"data.score_on: response, but {read.described(data)} is plain text and has no responses")
@@ -226,7 +235,7 @@ class _Builder:
         step = size - len(before)
         for file, text in texts:
             ((stream, _),) = self._encoder.encode([text], offsets=False)
-            if before and stream[: len(before)] == before:  # each window gets them
+            if before and stream[: len(before)] == before:  # added to each window instead
                 stream = stream[len(before) :]
             for number, begin in enumerate(range(0, len(stream), step), 1):
                 token_ids = before + stream[begin : begin + step]
@@ -252,9 +261,9 @@ def _by_batch(items: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def name_sample(sample: dict[str, Any], row: Row, columns: Columns, data: DataConfig, seen: Counter[str]) -> None:
-    """Give a sample its id; one that is not an id makes the sample an error.
+    """Set a sample's id. If the id column's value cannot be one, the sample gets an error.
 
-    seen: how often each digest has come before.
+    seen: how often each digest has occurred so far.
     """
     if columns.id is None:
         made_of = [_canonical(lookup(row.values, column)) for column in columns.used]
@@ -271,14 +280,14 @@ def name_sample(sample: dict[str, Any], row: Row, columns: Columns, data: DataCo
 
 
 def digest_id(cells: list[Any], seen: Counter[str]) -> str:
-    """A digest of all that a sample is made of, numbered where samples repeat, so that ids survive reordering."""
+    """A digest of all that a sample is made of, numbered if samples repeat. Such ids survive reordering."""
     stem = hashlib.sha256(json.dumps(cells, default=repr).encode()).hexdigest()[:16]
     seen[stem] += 1
     return stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"
 
 
 def _canonical(value: Any) -> Any:
-    """A cell as every format holds it: CSV has no numbers, nulls or lists."""
+    """A cell in a form that does not depend on the file format: CSV has no numbers, nulls or lists."""
     if value is None:
         return ""
     if is_conversation(value):
@@ -290,13 +299,13 @@ def _canonical(value: Any) -> Any:
 
 
 def with_unique_ids(data: DataConfig, table: pa.Table) -> pa.Table:
-    """The table, its repeated ids made unique by data.id_with_row.
+    """The table; with data.id_with_row, repeated ids are made unique.
 
     Args:
         table: with columns sample_id, file and row.
 
     Raises:
-        UserError: ids repeat, and the settings do not say what to do.
+        UserError: ids repeat, and the settings do not say what to do about it.
     """
     if not (repeated := _repeated(table)):
         return table
@@ -310,16 +319,16 @@ def with_unique_ids(data: DataConfig, table: pa.Table) -> pa.Table:
         if not (repeated := _repeated(table)):
             return table
         raise UserError(
-            f"{read.described(data)}: {min(repeated)!r}, an id made unique by its row, is another row's own id; set "
-            "data.id: null for digests of the samples, or name another column with data.id"
+            f"{read.described(data)}: {min(repeated)!r}, an id made unique by its row, is also the id of another row; "
+            "set data.id: null for digests of the samples, or name another column with data.id"
         )
     first = min(repeated)
     where = table.filter(pc.equal(table["sample_id"], first))["row"].to_pylist()
     rows = ", ".join(map(str, where[:5])) + (", ..." if len(where) > 5 else "")
     raise UserError(
-        f"{read.described(data)}: {len(repeated)} id(s) stand more than once; {first!r} in rows {rows}. Where it is a "
-        f"document's, set data.id_with_row: true for ids such as {first}#{where[0]}, or data.id: null for digests of "
-        "the samples; else make ids unique, or name another column with data.id"
+        f"{read.described(data)}: {len(repeated)} id(s) appear more than once, for example {first!r} in rows {rows}. "
+        f"If ids are of documents, set data.id_with_row: true for ids like {first}#{where[0]}, or data.id: null for "
+        "digests of the samples; otherwise make ids unique, or name another column with data.id"
     )
 
 

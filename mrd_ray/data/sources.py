@@ -1,4 +1,4 @@
-"""What data.path names: files, also by folder or pattern, a folder of save_to_disk, or a dataset of the hub."""
+"""Finds what data.path names: files (also by folder or pattern), a save_to_disk folder, or a dataset of the hub."""
 
 import contextlib
 import os
@@ -19,16 +19,16 @@ from mrd_ray.errors import UserError
 from mrd_ray.models import foreign
 from mrd_ray.runs import storage
 
-CARDS = ("README.md", ".huggingface.yaml")  # what a data set says of its files, by configuration and split
-_ABOUT = {"dataset_infos.json", "dataset_info.json", "state.json"}  # what `datasets` writes beside data
-_LAYOUT = ("field", "column_names", "names", "header", "skiprows", "columns")  # settings of builders of `datasets`
+CARDS = ("README.md", ".huggingface.yaml")  # where a data set lists its files, by configuration and split
+_ABOUT = {"dataset_infos.json", "dataset_info.json", "state.json"}  # written by `datasets` next to the data
+_LAYOUT = ("field", "column_names", "names", "header", "skiprows", "columns")  # settings of the builders in `datasets`
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_ENDS = f"a file ending in {', '.join(ENDINGS)} (or one of these with .gz, .zst, .bz2 or .xz after it)"
+_ENDS = f"a file ending in {', '.join(ENDINGS)} (or one of these followed by .gz, .zst, .bz2 or .xz)"
 
 
 @dataclass(frozen=True)
 class File:
-    """A file, what it is called beside others, and the columns that its folders name (`year=2024/`)."""
+    """A file, its name among the others, and the columns that its folders name (`year=2024/`)."""
 
     path: str
     name: str
@@ -36,13 +36,13 @@ class File:
 
     @property
     def is_text(self) -> bool:
-        """Whether it is plain text, not a table."""
+        """Whether it is plain text and not a table."""
         return ending(self.path) == TEXT
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A folder of `datasets.Dataset.save_to_disk`."""
+    """A folder written by `datasets.Dataset.save_to_disk`."""
 
     path: str
 
@@ -55,13 +55,13 @@ class Hub:
 
 
 def find(data: DataConfig, split: str, say: Say) -> tuple[list[File] | Saved | Hub, bool]:
-    """What to read, files in the order of their rows, and whether `split` has been looked up already.
+    """What to read, with files in the order of their rows, and whether `split` is already taken into account.
 
     Args:
-        say: told what is beside the files and not read.
+        say: receives notices about files that are not read.
 
     Raises:
-        UserError: there is no such file, or a folder without such a split.
+        UserError: there is no such file, or the folder has no such split.
     """
     paths = [data.path] if isinstance(data.path, str) else list(data.path)
     if len(paths) == 1:
@@ -72,12 +72,14 @@ def find(data: DataConfig, split: str, say: Say) -> tuple[list[File] | Saved | H
         several = [_find(path, data, split, say) for path in paths]
         if other := [path for path, (one, _) in zip(paths, several, strict=True) if not isinstance(one, list)]:
             raise UserError(
-                f"data.path: {other[0]} cannot be one of several; expected files, folders of files or patterns"
+                f"data.path: {other[0]} cannot be one of several paths; expected files, folders of files or patterns"
             )
         found = [file for one, _ in several if isinstance(one, list) for file in one]
         settled = any(settled for _, settled in several)
     if len({file.is_text for file in found}) > 1:
-        raise UserError(f"data.path: {data.path} names .txt files and tables; give one kind, e.g. by a pattern")
+        raise UserError(
+            f"data.path: {data.path} names both .txt files and tables; give one kind, for example by a pattern"
+        )
     return _with_names(found), settled
 
 
@@ -87,7 +89,7 @@ def _find(path: str, data: DataConfig, split: str, say: Say) -> tuple[list[File]
         fs, inner = storage.filesystem(path)
         is_file, is_folder = fs.isfile(inner), fs.isdir(inner)
         matching = [] if is_file or is_folder or not re.search(r"[*?\[]", path) else sorted(fs.glob(inner))
-    except Exception as problem:  # an unknown protocol, its package missing, no access: each has errors of its own
+    except Exception as problem:  # unknown protocol, missing package, no access: each has its own exceptions
         raise UserError(f"data.path: cannot open {path}: {problem}") from problem
     if is_file:
         if given := [f"data.{name}" for name in ("name", "revision") if getattr(data, name) is not None]:
@@ -107,15 +109,15 @@ def _find(path: str, data: DataConfig, split: str, say: Say) -> tuple[list[File]
             if fs.isfile(name):
                 files.append(File(prefix + name, name))
                 continue
-            inside, _ = _folder(prefix + name, fs, name, data, split, say)  # Spark writes folders so called
+            inside, _ = _folder(prefix + name, fs, name, data, split, say)  # Spark writes folders with such names
             if not isinstance(inside, list):
-                raise UserError(f"data.path: {path} matches {name}, a folder of save_to_disk; give that alone")
+                raise UserError(f"data.path: {path} matches {name}, a folder of save_to_disk; give only that folder")
             files += inside
         return files, False
     if re.search(r"[*?\[]", path):
         raise UserError(f"data.path: no file matches {path}")
     if prefix:
-        with open_bytes(path):  # its own words for why not: no such bucket, no access
+        with open_bytes(path):  # raises with the storage's own reason: no such bucket, no access
             pass
     if prefix or ending(path) or path.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(path):
         raise UserError(f"data.path: no such file or folder: {path}")
@@ -123,7 +125,7 @@ def _find(path: str, data: DataConfig, split: str, say: Say) -> tuple[list[File]
 
 
 def _scheme(path: str) -> str:
-    """What a URI begins with, which file systems leave out of the names that they give."""
+    """The beginning of a URI, which file systems omit from the names that they return."""
     return path.split("://")[0] + "://" if "://" in path else ""
 
 
@@ -133,7 +135,7 @@ def _some(names: list[str]) -> str:
 
 def _file(path: str) -> File:
     if ending(path) is None:
-        raise UserError(f"data.path: {path} exists, but its name does not say what it is; expected {_ENDS}")
+        raise UserError(f"data.path: {path} exists, but its name does not show its format; expected {_ENDS}")
     return File(path, path)
 
 
@@ -157,17 +159,17 @@ def _folder(path: str, fs: Any, inner: str, data: DataConfig, split: str, say: S
     splits_of, left = _laid_out(path, data.name, ours)
     _require(path, split, list(splits_of))
     if left:
-        say(f"Not read: {_some(left)}, of no split by the names of files")
+        say(f"Not read: {_some(left)}, whose names match no split")
     return _of_one_format(path, [_file(name) for name in splits_of[split]]), True
 
 
 def _is_hidden(name: str) -> bool:
-    """What writers leave beside data: _SUCCESS, .part-0.crc, .git/."""
+    """Files that writers leave next to the data: _SUCCESS, .part-0.crc, .git/."""
     return any(part.startswith((".", "_")) and "=" not in part for part in PurePosixPath(name).parts)
 
 
 def _of_folders(name: str) -> dict[str, str | None]:
-    """The columns of a table that is partitioned as Hive does it."""
+    """The columns in the folder names of a table with Hive partitions."""
     pairs = [part.split("=", 1) for part in PurePosixPath(name).parts[:-1] if "=" in part]
     return {
         column: None if value == "__HIVE_DEFAULT_PARTITION__" else urllib.parse.unquote(value)
@@ -185,22 +187,24 @@ def _of_one_format(path: str, files: list[File]) -> list[File]:
 
 
 def _laid_out(path: str, name: str | None, ours: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The files of each split of a local folder, as `datasets` reads its README and file names, and those of none."""
+    """The files of each split of a local folder, as `datasets` assigns them, and the files that are in no split."""
     subfolder = Path(path) / name if name is not None else None
     refuse_wild_cards(f"data.path: {path}", {card: Path(path) / card for card in CARDS})
     try:
         with _quiet():
             builder = datasets.load_dataset_builder(path, name)
     except Exception as problem:
-        if subfolder is not None and subfolder.is_dir():  # a copy without its README
+        if subfolder is not None and subfolder.is_dir():  # a copy of a data set without its README
             inside = [file for file in ours if Path(file).is_relative_to(subfolder.absolute())]
             return _laid_out(str(subfolder), None, inside)
         reason = " ".join(str(problem).split("Example of usage")[0].split())
-        raise UserError(f"data.path: cannot tell the parts of {path} (data.name={name}): {reason}") from problem
+        raise UserError(
+            f"data.path: cannot tell which files of {path} to read (data.name={name}): {reason}"
+        ) from problem
     for name in _LAYOUT:
         if (set_to := getattr(builder.config, name, None)) not in (None, "infer"):
             raise UserError(
-                f"data.path: the README of {path} sets {name}: {set_to!r:.60}, which is not followed; name its files "
+                f"data.path: the README of {path} sets {name}: {set_to!r:.60}, which is not supported; name its files "
                 "in data.path, in a form that docs/your-data.md shows"
             )
     found = {str(split): [str(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
@@ -216,7 +220,7 @@ def _laid_out(path: str, name: str | None, ours: list[str]) -> tuple[dict[str, l
 
 
 def refuse_wild_cards(said: str, cards: Mapping[str, Path]) -> None:
-    """Raises UserError if a data set's card names files outside its folder. said: whose, for the message."""
+    """Raises UserError if a data set's card names files outside its folder. said: names the data set in messages."""
     for card, file in cards.items():
         if not file.is_file():
             continue
@@ -228,7 +232,9 @@ def refuse_wild_cards(said: str, cards: Mapping[str, Path]) -> None:
             settings = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as problem:
             reason = " ".join(str(problem).split())[:200]
-            raise UserError(f"{said}: {card} holds no YAML ({reason}); mend it, or name files in data.path") from None
+            raise UserError(
+                f"{said}: {card} is not valid YAML ({reason}); fix it, or name files in data.path"
+            ) from None
         configs = settings.get("configs") if isinstance(settings, dict) else None
         for config in configs if isinstance(configs, list) else [configs]:
             of = config if isinstance(config, dict) else {}
@@ -244,7 +250,7 @@ def _has_configs(path: str) -> bool:
 
 
 def _family(path: str) -> str | None:
-    """The format, all kinds of JSON being one."""
+    """The format; all kinds of JSON count as one."""
     return JSON[0] if ending(path) in JSON else ending(path)
 
 
@@ -265,7 +271,7 @@ def _require(path: str, split: str, splits: Iterable[str]) -> None:
 
 
 def _with_names(files: list[File]) -> list[File]:
-    """Each called by its path from the folder that they have in common."""
+    """The files, each named by its path relative to their common folder."""
     if len(files) < 2 or any("://" in file.path for file in files):
         return files
     places = [Path(file.path).absolute() for file in files]

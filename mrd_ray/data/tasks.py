@@ -1,4 +1,4 @@
-"""Tasks: forget, retain and evaluated sets with the paper's settings, each a YAML file."""
+"""Tasks: YAML files with a forget set, a retain set, evaluated sets and the paper's settings."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from huggingface_hub import HfApi
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_validator
 
-from mrd_ray.config import EvaluationConfig, document
-from mrd_ray.config.base import Frozen
-from mrd_ray.config.paths import NAMES_OF_PATHS
+from mrd_ray.config import DataConfig, EvaluationConfig, RetainConfig, ScoringConfig, UnlearningConfig, document
+from mrd_ray.config.base import Frozen, NamesFile, SettingsOf
+from mrd_ray.config.paths import with_paths
 from mrd_ray.data.formats import ending
 from mrd_ray.errors import UserError
 from mrd_ray.models import foreign
@@ -28,25 +28,30 @@ def _files_are_text(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-_Section = Annotated[dict[str, Any], AfterValidator(_files_are_text)]
+_FilesAreText = AfterValidator(_files_are_text)
+_Unlearning = Annotated[dict[str, Any], SettingsOf(UnlearningConfig), _FilesAreText]
 
 
 class Task(Frozen):
-    """A task file. Its sections are settings of `score`, `unlearn` and `evaluate`; each command takes those it has."""
+    """A task file. Its sections are settings of `score`, `unlearn` and `evaluate`; each command uses its own."""
 
     model_config = ConfigDict(extra="forbid")
 
-    description: str = Field("", description="What it is, in a line.")
+    description: str = Field("", description="What the task is, in one line.")
     copies: dict[str, str] = Field(
         {},
-        description="By hub id, how a file of a local copy is named, from {name} and {split}.",
+        description="By hub id, the file name pattern of a local copy, with {name} and {split}.",
     )
-    data: _Section = Field({}, description="The forget set.")
-    retain: _Section = Field({}, description="The retain set.")
-    scoring: dict[str, Any] = Field({}, description="Settings of scoring.")
-    unlearning: _Section = Field({}, description="Settings of unlearning.")
-    methods: dict[str, _Section] = Field({}, description="More settings of unlearning, by method.")
-    evaluation: dict[str, Any] = Field({}, description="Evaluated sets, and settings of evaluation.")
+    data: Annotated[dict[str, Any], SettingsOf(DataConfig), _FilesAreText] = Field({}, description="The forget set.")
+    retain: Annotated[dict[str, Any], SettingsOf(RetainConfig), _FilesAreText] = Field(
+        {}, description="The retain set."
+    )
+    scoring: Annotated[dict[str, Any], SettingsOf(ScoringConfig)] = Field({}, description="Settings of scoring.")
+    unlearning: _Unlearning = Field({}, description="Settings of unlearning.")
+    methods: dict[str, _Unlearning] = Field({}, description="More settings of unlearning, by method.")
+    evaluation: Annotated[dict[str, Any], SettingsOf(EvaluationConfig)] = Field(
+        {}, description="Evaluated sets and settings of evaluation."
+    )
 
     @field_validator("copies")
     @classmethod
@@ -55,7 +60,7 @@ class Task(Frozen):
             try:
                 pattern.format(name="", split="")
             except (LookupError, ValueError, AttributeError):
-                raise ValueError(f"{pattern!r} is no format string of {{name}} and {{split}} alone") from None
+                raise ValueError(f"{pattern!r} is not a format string with only {{name}} and {{split}}") from None
         return copies
 
 
@@ -65,20 +70,20 @@ def names() -> list[str]:
 
 
 def load(task: str, copies: Mapping[str, str], method: str | None = None) -> dict[str, Any]:
-    """Settings by section: data, retain, scoring, unlearning, methods (settings of unlearning by method), evaluation.
+    """Settings by section: data, retain, scoring, unlearning, methods (unlearning settings by method), evaluation.
 
     Args:
-        task: a name of `names`, or a YAML file.
-        copies: by hub id, a folder with a local copy to read instead.
-        method: of unlearning, if it is not the task's own.
+        task: one of `names`, or a YAML file.
+        copies: by hub id, the folder of a local copy to read instead.
+        method: the unlearning method, if not the task's own.
 
     Raises:
-        UserError: no such task, or one with other settings than a task has.
+        UserError: no such task, or it has unknown settings.
     """
     file, read = _read(task)
     if unknown := copies.keys() - read.copies.keys():
         raise UserError(
-            f"task_data: the task reads nothing from {min(unknown)!r}, but from {', '.join(read.copies) or 'no hub id'}"
+            f"task_data: the task does not read {min(unknown)!r}; it reads {', '.join(read.copies) or 'no hub id'}"
         )
     return _sections(file, read, copies, method)
 
@@ -98,37 +103,38 @@ def _sections(file: Path, read: Task, copies: Mapping[str, str], method: str | N
         "methods": methods,
         "evaluation": read.evaluation,
     }
-    sections = {name: _located(section, file) for name, section in sections.items() if section}
+    sections = _located({name: section for name, section in sections.items() if section}, file)
     for _, source in _sources(sections):
         _use_copy(source, read.copies, copies)
     return sections
 
 
-def _located(value: Any, file: Path, key: str = "") -> Any:
-    """The settings of a task, in which files and folders are those beside it. Raises UserError if one is elsewhere."""
-    if isinstance(value, dict):
-        return {name: _located(one, file, name) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_located(one, file, key) for one in value]
-    if key not in NAMES_OF_PATHS or not isinstance(value, str):
-        return value
-    said = f"task: {file}, {key},"
-    if key == "zero_shot_tasks":
-        raise UserError(f"{said} is {value!r}, whose files can run code; give it as evaluation.zero_shot_tasks")
-    there = foreign.below(said, file.parent, value)
-    if there.exists() or ending(value) or not foreign.is_hub_id(value):
-        return str(there)
-    if Path(value).exists():
-        raise UserError(
-            f"{said} is {value!r}, which could be a name on the hub, and is a folder here that is not beside the task; "
-            "move it there, or give it on the command line"
-        )
-    return value
+def _located(sections: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A task's settings, with paths relative to the task's folder. Raises UserError if one is outside it."""
+
+    def beside(path: str, _mark: NamesFile, name: str) -> str:
+        said = f"task: {file}, {name},"
+        if name == "zero_shot_tasks":
+            raise UserError(
+                f"{said} is {path!r}, whose files can run code; set it yourself, as evaluation.zero_shot_tasks"
+            )
+        there = foreign.below(said, file.parent, path)
+        if there.exists() or ending(path) or not foreign.is_hub_id(path):
+            return str(there)
+        if Path(path).exists():
+            raise UserError(
+                f"{said} is {path!r}, which could be a name on the hub, and is also a folder here, but not next "
+                "to the task; move the folder there, or give it on the command line"
+            )
+        return path
+
+    located: dict[str, Any] = with_paths(Task, sections, beside)
+    return located
 
 
 @dataclass(frozen=True)
 class Source:
-    """A set of a task, and why it cannot be read from here; None where it can."""
+    """A set of a task. problem: why it cannot be read from here, or None if it can."""
 
     name: str
     path: str
@@ -136,9 +142,9 @@ class Source:
 
 
 def sources(task: str, copies: Mapping[str, str]) -> tuple[str, list[Source]]:
-    """A task's description and sets, each tried: a file is looked for, the hub is asked. Copies as for `load`.
+    """A task's description and its sets, each checked for access to its file or hub data set. Copies as for `load`.
 
-    Raises UserError as `load` does, but for copies that the task does not read.
+    Raises UserError like `load`, except for copies that the task does not read.
     """
     file, read = _read(task)
     sections = _sections(file, read, copies, None)
@@ -157,7 +163,7 @@ def _problem(path: str) -> str | None:
         return None
     try:
         HfApi().dataset_info(path, timeout=_HUB_SECONDS)
-    except Exception as problem:  # no network, no such dataset, no access to it: each library layer has its own
+    except Exception as problem:  # no network, no such dataset, no access: each library layer has its own exceptions
         return (str(problem).splitlines() or [type(problem).__name__])[0]
     return None
 
@@ -182,18 +188,20 @@ def _read(task: str) -> tuple[Path, Task]:
 
 
 def _sources(sections: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every set of a task, by its name or what it is for, but for those whose path the command line has to give."""
+    """Every set of a task, by name or role, except those whose path the command line must give."""
     yield from ((name, sections[name]) for name in ("data", "retain") if sections.get(name, {}).get("path"))
     yield from sections.get("evaluation", {}).get("sets", {}).items()
 
 
 def _use_copy(source: dict[str, Any], patterns: Mapping[str, str], copies: Mapping[str, str]) -> None:
-    """Read from a local copy of a hub dataset, if there is one."""
+    """Make `source` read the local copy of its hub dataset, if there is one."""
     if (folder := copies.get(source["path"])) is None:
         return
     pattern = patterns[source["path"]]
     file = Path(folder).expanduser() / pattern.format(name=source.get("name", ""), split=source.get("split", "train"))
-    if not file.exists() and (Path(folder).expanduser() / "README.md").is_file():  # a clone, which says where parts are
+    if (
+        not file.exists() and (Path(folder).expanduser() / "README.md").is_file()
+    ):  # a clone, whose README says where the parts are
         source["path"] = folder
         return
     source["path"] = str(file)

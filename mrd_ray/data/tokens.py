@@ -1,4 +1,4 @@
-"""Samples as text -> their tokens, and which of them count."""
+"""Turns the text of samples into tokens, and marks which tokens count."""
 
 import json
 from collections import Counter
@@ -14,38 +14,38 @@ from mrd_ray.data.render import Rendered
 from mrd_ray.errors import UserError
 from mrd_ray.models import load
 
-_TRIED = 16  # texts on which the quick way to tokens must give what the tokenizer itself does
+_TRIED = 16  # texts for which the quick path must return the same tokens as the tokenizer itself
 
 
 class Limits(NamedTuple):
-    """What a model takes: the longest sample in tokens, and how many different tokens; None where there is no limit."""
+    """A model's limits: longest sample in tokens, and number of different tokens; None means no limit."""
 
     context: int | None = None
     vocabulary: int | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Limits":
-        """Those of a model, or of one without storage for weights."""
+        """The limits of a model, which may have no storage for weights."""
         embeddings: Any = model.get_input_embeddings().weight
         return cls(load.context_length(model.config), len(embeddings))
 
     def with_context(self, max_tokens: int | None) -> "Limits":
-        """The same, for samples of so many tokens at most."""
+        """The same limits, with samples of at most `max_tokens` tokens."""
         known = [limit for limit in (max_tokens, self.context) if limit is not None]
         return Limits(min(known, default=None), self.vocabulary)
 
 
 class Tokens(NamedTuple):
-    """token_ids[t] is scored, given those before it, where scored[t]; the first never is."""
+    """If scored[t], token_ids[t] is scored given the tokens before it. The first token is never scored."""
 
     token_ids: list[int]
     scored: list[bool]
 
 
 class Tokenized(NamedTuple):
-    """Tokens of a sample, and those of the tokenizer's special tokens that its text has brought along.
+    """Tokens of a sample, and which of the tokenizer's special tokens its text already had.
 
-    own_special: at its ends, where they are not added again. within: elsewhere.
+    own_special: those at the ends of the text, which are not added again. within: those elsewhere.
     """
 
     tokens: Tokens
@@ -54,7 +54,7 @@ class Tokenized(NamedTuple):
 
 
 class Encoder:
-    """Texts to tokens, many at once, with the special tokens that the tokenizer puts around a text put there once."""
+    """Tokenises many texts at once, and knows the special tokens that the tokenizer puts around a text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -65,7 +65,7 @@ class Encoder:
         self._quick: bool | None = None
 
     def _special(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and after a text, of one where that can be told from the text's own tokens."""
+        """The special tokens before and after a text, from the first text in which they are distinct from its own."""
         for text in ("a", "The end.", "\u0391\u03c9 1 \u5b57"):
             whole, plain = (self._ids(text, special) for special in (True, False))
             places = [i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain]
@@ -73,14 +73,14 @@ class Encoder:
                 return whole[: places[0]], whole[places[0] + len(plain) :]
         raise UserError(
             "model.tokenizer: cannot tell which special tokens it puts around a text; expected the text's own tokens "
-            "in one piece between them. Give another tokenizer"
+            "unchanged between them. Use another tokenizer"
         )
 
     def _ids(self, text: str, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def encode(self, texts: Sequence[str], offsets: bool) -> list[tuple[list[int], list[tuple[int, int]] | None]]:
-        """Token ids of each, without special tokens but its own, and each token's place in the text if asked for."""
+        """Token ids of each text, without added special tokens, and with `offsets` each token's position in it."""
         if not texts:
             return []
         if self._quick is None:
@@ -95,13 +95,13 @@ class Encoder:
         return [(list(ids), at) for ids, at in zip(encoded["input_ids"], places, strict=True)]
 
     def framed(self, text: str) -> list[int]:
-        """A text with the tokenizer's special tokens around, none twice."""
+        """The tokens of a text with the special tokens around it, none of them twice."""
         ((token_ids, _),) = self.encode([text], offsets=False)
         before, after, _ = self.around(token_ids)
         return [*before, *token_ids, *after]
 
     def around(self, token_ids: list[int]) -> tuple[list[int], list[int], list[int]]:
-        """The special tokens to put before and after a text's own, and those that it brings along instead."""
+        """The special tokens to add before and after a text's tokens, and those that the text already has."""
         before, after, own = self.before, self.after, list[int]()
         if before and token_ids[: len(before)] == before:
             own, before = own + before, []
@@ -110,7 +110,7 @@ class Encoder:
         return before, after, own
 
     def outside(self, token_id: int, vocabulary: int) -> str:
-        """What is said of a token that a model of so many embeddings does not have."""
+        """The error for a token that a model with `vocabulary` embeddings does not have."""
         token = self.tokenizer.convert_ids_to_tokens(token_id)
         return (
             f"token {token_id} {token!r} is not among the model's {vocabulary} embeddings (was the model resized for "
@@ -119,21 +119,21 @@ class Encoder:
 
     def _backend(self) -> Any:
         backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()  # some files bring these along; each call of the tokenizer sets them anew
+        backend.no_truncation()  # some tokenizer files set these; each call of the tokenizer sets them again
         backend.no_padding()
         backend.encode_special_tokens = False
         return backend
 
     def _agrees(self, texts: Sequence[str]) -> bool:
-        """Whether the Rust tokenizer alone does what the whole does, which code of a model's own may change."""
+        """Whether the Rust tokenizer returns what the Python one does; a model's own code may change the latter."""
         quick = [one.ids for one in self._backend().encode_batch_fast(list(texts), add_special_tokens=False)]
         return quick == [self._ids(text, False) for text in texts]
 
 
 def _keep_white_space(backend: Any) -> None:
-    """Let a token's place in the text hold its white space, so that one of nothing else has a place, too.
+    """Let a token's position in the text include its white space, so that a token of only white space has a position.
 
-    Some byte-level tokenizers trim places (`trim_offsets`), which says nothing of tokens.
+    Some byte-level tokenizers trim positions (`trim_offsets`). This does not change the tokens.
     """
     state = json.loads(backend.to_str())
     parts = [state["post_processor"] or {}]
@@ -148,7 +148,7 @@ def _keep_white_space(backend: Any) -> None:
 def tokenize(
     rendered: Sequence[Rendered], data: DataConfig, encoder: Encoder, limits: Limits
 ) -> list[Tokenized | Unscorable]:
-    """Tokens of samples; all are scored, or those that overlap the responses."""
+    """Tokens of samples. All tokens are scored, or only those that overlap the responses."""
     encoded = encoder.encode([one.text for one in rendered], offsets=data.score_on != "all")
     return [_one(*pair, data, encoder, limits) for pair in zip(rendered, encoded, strict=True)]
 

@@ -1,1 +1,1 @@
-"""Models and tokenizers: which files they are, how they are loaded, trained and saved."""
+"""Models and tokenizers: their files, and how they are loaded, trained and saved."""

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format, put on the model that they were trained on, or refused by their kind."""
+"""Puts adapters in PEFT's format on the model that they were trained on; unsupported kinds are refused."""
 
 import contextlib
 import copy
@@ -18,20 +18,20 @@ from mrd_ray.models import weights
 from mrd_ray.models.files import ADAPTER_CONFIG, SAFE_ADAPTER
 from mrd_ray.models.weights import Fit, Shape
 
-_PREFIX = "base_model.model."  # of names in PEFT's files
+_PREFIX = "base_model.model."  # of tensor names in PEFT's files
 _NAME = "default"
-# below a layer that PEFT has wrapped: where the weight is that it has itself
+# in a layer that PEFT has wrapped: where the layer's own weight is
 _WHOLE = r"base_layer\.|token_adapter\.base_layer\.|original_module\.|modules_to_save\."
-_NUMBERS = re.compile(r"\blora_|\.(weight|bias)$")  # names of what is multiplied or added; others may be indices
-# init_lora_weights that move a part of the base model's weights into the adapter, also when PEFT loads it; and those
-# for which what PEFT would move then is another part
+_NUMBERS = re.compile(r"\blora_|\.(weight|bias)$")  # names of factors, weights and biases; other tensors may be indices
+# values of init_lora_weights that move a part of the base model's weights into the adapter, also when PEFT loads it;
+# and those for which PEFT would then move a different part
 _SPLIT = ("pissa", "olora")
 _ONCE = {"pissa_niter_": "at random", "corda": "by data", "lora_ga": "by data", "loftq": "by quantising them"}
 MERGE = "merge it first (PEFT's merge_and_unload, then save_pretrained), and give the merged model"
 
 
 def require_peft(setting: str) -> Any:
-    """The peft library. Raises UserError, with the setting that needs it, where it is not installed."""
+    """The peft library. Raises UserError, which names the setting that needs it, if it is not installed."""
     try:
         return importlib.import_module("peft")
     except ImportError:
@@ -39,15 +39,15 @@ def require_peft(setting: str) -> Any:
 
 
 def settings(folder: Path) -> Any:
-    """An adapter's peft.PeftConfig. Raises UserError if it cannot be read, or is of a kind that changes no weights."""
+    """An adapter's peft.PeftConfig. Raises UserError if it cannot be read or is of an unsupported kind."""
     peft = require_peft("model.path, an adapter,")
     try:
         with _quiet():
             found = peft.PeftConfig.from_pretrained(str(folder))
-    except Exception as problem:  # each kind objects in a way of its own
+    except Exception as problem:  # each kind has its own exceptions
         raise UserError(
             f"model.path: PEFT {peft.__version__} cannot read {folder / ADAPTER_CONFIG}: {_said(problem)}. If the "
-            "adapter is of a newer PEFT, install that one"
+            "adapter was made with a newer PEFT, install that version"
         ) from problem
     kind = _kind(found)
     if found.is_prompt_learning or kind == "ADAPTION_PROMPT":
@@ -62,25 +62,26 @@ def settings(folder: Path) -> Any:
 
 
 def _refuse_lost_beginning(folder: Path, began: str) -> None:
-    """Raises UserError if training began by a change of the base model that nothing in its files can repeat."""
+    """Raises UserError if training began by changing the base model in a way that cannot be repeated from the files."""
     for name, how in _ONCE.items():
         if began.startswith(name):
             raise UserError(
                 f"model.path: {folder} holds an adapter with init_lora_weights: {began}, which changed the weights of "
-                f"the base model {how} when training began; the adapter belongs to those, and they cannot be found "
-                "again. Save it again where it was trained: with PEFT's path_initial_model_for_weight_conversion where "
-                "PEFT has that for it, or merged (merge_and_unload, then save_pretrained)"
+                f"the base model {how} when training began. The adapter needs those changed weights, and they cannot "
+                "be computed again. Save it again where it was trained: with PEFT's "
+                "path_initial_model_for_weight_conversion if PEFT supports that for it, or merged (merge_and_unload, "
+                "then save_pretrained)"
             )
 
 
 def _beginning(adapter: Any) -> str:
-    """How the adapter's values were set when training began, in lower case, or "" if in no way that has a name."""
+    """The named method that initialised the adapter for training, in lower case, or "" if it has no name."""
     began = getattr(adapter, "init_lora_weights", None)
     return began.lower() if isinstance(began, str) else ""
 
 
 def _without_values(adapter: Any) -> Any:
-    """The settings for a model without values, which PEFT could not split: the names and shapes are the same."""
+    """The settings for a model without values, which PEFT could not split. Names and shapes stay the same."""
     if _beginning(adapter) not in _SPLIT:
         return adapter
     found = copy.deepcopy(adapter)
@@ -89,7 +90,7 @@ def _without_values(adapter: Any) -> Any:
 
 
 def more_than_factors(folder: Path) -> str | None:
-    """What an adapter trains beside LoRA factors, as its settings have it; None if it is LoRA factors alone."""
+    """What an adapter trains in addition to LoRA factors, by its settings; None if only LoRA factors."""
     found = settings(folder)
     if _kind(found) != "LORA":
         return f"peft_type: {_kind(found)}"
@@ -108,7 +109,7 @@ def _listed(value: Any) -> str:
 
 
 def shape(model: PreTrainedModel, folder: Path, found: Mapping[str, Shape]) -> None:
-    """Give the model an adapter's layers, without its values. found: shapes in its files. Raises UserError."""
+    """Add an adapter's layers to the model, without their values. found: shapes in its files. Raises UserError."""
     adapter = settings(folder)
     _resize(model, adapter, _stripped(found))
     try:
@@ -121,7 +122,7 @@ def shape(model: PreTrainedModel, folder: Path, found: Mapping[str, Shape]) -> N
 
 
 def put_on(model: PreTrainedModel, folder: Path, files: list[Path]) -> Fit:
-    """Give the model an adapter, and tell how well its tensors fit. files: with its weights. Raises UserError.
+    """Put an adapter on the model, and return how its tensors fit. files: its weight files. Raises UserError.
 
     The vocabulary is resized first if the adapter was trained on a resized one.
     """
@@ -165,12 +166,12 @@ def _does_not_fit(folder: Path, adapter: Any, problem: Exception) -> UserError:
 
 
 def _said(problem: Exception) -> str:
-    """What an exception says, as the inside of a sentence."""
+    """An exception's message in a form that can be part of a sentence."""
     return (str(problem).strip().splitlines() or [type(problem).__name__])[0].rstrip(".")
 
 
 def plain(name: str) -> str:
-    """A tensor's name without what PEFT's files put before it."""
+    """A tensor's name without the prefix that PEFT's files add."""
     return name.removeprefix(_PREFIX)
 
 
@@ -179,9 +180,9 @@ def _stripped(found: Mapping[str, Shape]) -> dict[str, Shape]:
 
 
 def _resize(model: PreTrainedModel, adapter: Any, found: Mapping[str, Shape]) -> int:
-    """Give the embeddings as many rows as they had when the adapter was trained, and tell how many.
+    """Give the embeddings as many rows as they had when the adapter was trained, and return how many.
 
-    New rows are zero until the adapter's values are put there.
+    New rows are zero until the adapter's values are written to them.
     """
     embeddings = _embeddings(model)
     own, width = _embedding(model, output=False).weight.shape
@@ -209,14 +210,14 @@ def _embeddings(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _trained_tokens(adapter: Any) -> set[int]:
-    """Tokens whose rows the adapter holds one by one."""
+    """Tokens for which the adapter holds single rows of the embeddings."""
     indices = getattr(adapter, "trainable_token_indices", None) or getattr(adapter, "token_indices", None) or []
     lists = indices.values() if isinstance(indices, dict) else [indices]
     return {int(index) for some in lists for index in some}
 
 
 def _repeated(unused: set[str], found: Mapping[str, Shape], files: list[Path]) -> set[str]:
-    """Of these tensors, those that equal another one in the files, which is used: PEFT saves some twice."""
+    """The unused tensors that equal another tensor in the files that is used: PEFT saves some twice."""
     doubtful = {name: found[name] for name in unused if name in found}
     if not doubtful:
         return set()
@@ -227,7 +228,7 @@ def _repeated(unused: set[str], found: Mapping[str, Shape], files: list[Path]) -
 
 
 def _given(model: PreTrainedModel, found: Mapping[str, Shape]) -> set[int]:
-    """Ids of the parameters that the files hold the whole of, under one of the names that PEFT gives them."""
+    """Ids of the parameters that the files hold completely, under any of the names that PEFT uses."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     saved = f".modules_to_save.{_NAME}.weight"
     names = {
@@ -239,7 +240,7 @@ def _given(model: PreTrainedModel, found: Mapping[str, Shape]) -> set[int]:
 
 
 def _embedding(model: PreTrainedModel, output: bool) -> Any:
-    """The layer, below what PEFT wraps around it, that turns tokens into vectors, or with `output` back."""
+    """The layer, without PEFT's wrapper, that turns tokens into vectors, or with `output` vectors into tokens."""
     module: Any = model.get_output_embeddings() if output else model.get_input_embeddings()
     if hasattr(module, "modules_to_save"):
         return module.modules_to_save[_NAME]
@@ -248,9 +249,9 @@ def _embedding(model: PreTrainedModel, output: bool) -> Any:
 
 
 def _tie_again(model: PreTrainedModel, adapter: Any, given: set[int]) -> None:
-    """Make embedding and head one parameter again, as PEFT leaves them, where loading made two of the same value.
+    """Make embedding and head one parameter again, as PEFT saved them, if loading made two with equal values.
 
-    Two parameters would take noise, and change in training, each on its own. given: see `_given`.
+    Two parameters would each get their own noise, and change differently in training. given: see `_given`.
     """
     both = (model.get_input_embeddings(), model.get_output_embeddings())
     copies = [hasattr(module, "modules_to_save") for module in both]
@@ -266,9 +267,9 @@ def _tie_again(model: PreTrainedModel, adapter: Any, given: set[int]) -> None:
 
 
 def _refuse_shared_factors(model: PreTrainedModel, adapter: Any, folder: Path) -> None:
-    """Raises UserError if embedding and head have one pair of factors, which PEFT keeps as parameters of each.
+    """Raises UserError if embedding and head share a pair of factors, which PEFT keeps as parameters of both.
 
-    Both would take noise, and the gradients of both be counted, as if they were not the same.
+    Both would get noise, and the gradients of both would count, as if they were different parameters.
     """
     factors = hasattr(model.get_input_embeddings(), "lora_embedding_A") and hasattr(
         model.get_output_embeddings(), "lora_A"
@@ -281,9 +282,9 @@ def _refuse_shared_factors(model: PreTrainedModel, adapter: Any, folder: Path) -
 
 
 def _put_tokens_in(model: PreTrainedModel) -> None:
-    """Put rows that the adapter holds for single tokens into the embeddings, in place of the layers that would.
+    """Write the rows that the adapter holds for single tokens into the embeddings, and remove the layers for them.
 
-    It is the same function with the same gradients, of layers that have a rule in `mrd.gradient_rules`.
+    Function and gradients stay the same, and `mrd.gradient_rules` has rules for the layers that remain.
     """
     for name, module in [(name, module) for name, module in model.named_modules() if hasattr(module, "token_adapter")]:
         layer = module.token_adapter
@@ -293,7 +294,7 @@ def _put_tokens_in(model: PreTrainedModel) -> None:
 
 
 def _refuse_random_rows(model: PreTrainedModel, adapter: Any, given: set[int], new: range, folder: Path) -> None:
-    """Raises UserError if the adapter has no values for new rows of an embedding, where training began at random."""
+    """Raises UserError if the adapter lacks values for new rows of an embedding, which training began at random."""
     by_token = set(new) <= _trained_tokens(adapter)
     for output, module in enumerate((model.get_input_embeddings(), model.get_output_embeddings())):
         weight = _embedding(model, bool(output)).weight
@@ -309,7 +310,7 @@ def _refuse_random_rows(model: PreTrainedModel, adapter: Any, given: set[int], n
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Without the libraries' warnings: what matters of them is refused."""
+    """Suppresses the libraries' warnings: what matters in them is refused with an error."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

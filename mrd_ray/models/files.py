@@ -1,4 +1,4 @@
-"""Which files a model is: found or fetched, refused where one could not answer for them, and digested."""
+"""Finds or fetches the files of a model, refuses unsafe ones, and computes their digest."""
 
 import contextlib
 import functools
@@ -25,7 +25,7 @@ _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 _OF_TOKENIZERS = ["tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json"]
 _OF_TOKENIZERS += ["chat_template*", "additional_chat_templates/*"]
 _OF_TOKENIZERS += ["*.tiktoken", "*.spm", "spiece.model", "sentencepiece*", "tekken.json"]
-# numbers in config.json that things are made by, one by one: more would take all memory before anything is checked
+# largest counts in config.json: objects are made one by one, so more would fill memory before any check
 _LIMITS = {"layer": 10_000, "expert": 100_000, "num_labels": 1_000_000, "(num|n)_.*head": 1_000_000}
 _OF_MODELS = ("*config.json", "LICENSE*", "NOTICE*")
 
@@ -36,7 +36,7 @@ def directory(model: ModelConfig) -> Path:
 
 
 def fetch(setting: str, path: str, revision: str | None = None) -> Path:
-    """A local directory; a copy of what a URI or hub id names. Raises UserError, which names the setting."""
+    """A local directory, or a local copy of a URI or hub id. Raises UserError, which names the setting."""
     if "://" in path:
         try:
             return storage.local_folder(path)
@@ -52,20 +52,20 @@ def fetch(setting: str, path: str, revision: str | None = None) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as problem:
         reason = str(problem).splitlines()[0]
         raise UserError(
-            f"{setting}: {path} is neither a directory here nor a model that the Hugging Face hub gives: {reason}"
+            f"{setting}: {path} is neither a directory here nor a model that the Hugging Face hub provides: {reason}"
         ) from None
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The directories that a model is read from: of a whole model, and of the adapter that changes it, if any."""
+    """The directories that a model is read from: a whole model, and an adapter on it, if any."""
 
     base: Path
     adapter: Path | None
 
     @contextlib.contextmanager
     def base_alone(self) -> Iterator[Path]:
-        """`base`, in which transformers finds no adapter, which it would put on of its own accord."""
+        """`base`, or a copy by links without its adapter, which transformers would put on unasked."""
         if not (self.base / ADAPTER_CONFIG).is_file():
             yield self.base
             return
@@ -77,10 +77,10 @@ class Parts:
 
 
 def parts(model: ModelConfig) -> Parts:
-    """Which directories `model.path` is read from. A directory with an adapter_config.json is an adapter, as in PEFT.
+    """The directories of `model.path`. A directory with an adapter_config.json is an adapter, as in PEFT.
 
-    A whole model in the same directory must be the adapter's own base model: its base_model_name_or_path says so, or
-    names a model with the same weights. Raises UserError if it is another, or the base model cannot be told or found.
+    A whole model in the same directory must be the adapter's base model: base_model_name_or_path must name it, or a
+    model with the same weights. Raises UserError if it is another model, or the base model is unclear or missing.
     """
     path = directory(model)
     refuse_pointers("model.path", sorted(path.glob("*config.json")))
@@ -116,7 +116,7 @@ def parts(model: ModelConfig) -> Parts:
 
 
 def refuse_pointers(setting: str, files: Iterable[Path]) -> None:
-    """Raises UserError, which names the setting, if one of these files is a Git LFS pointer in place of it."""
+    """Raises UserError, which names the setting, if one of these files is only a Git LFS pointer."""
     for file in filter(Path.is_file, files):
         with file.open("rb") as content:
             storage.refuse_lfs_pointer(setting, file, content.read(64))
@@ -140,8 +140,8 @@ def _base_of(model: ModelConfig, adapter: Path, beside: bool) -> Path:
         return there
     if Path(base).expanduser().is_dir():
         raise UserError(
-            f"{said} is {base!r}, a folder outside the adapter's own, which is not read because an adapter names it. "
-            f"If that is the adapter's model, say so: --model.base {base}"
+            f"{said} is {base!r}, a folder outside the adapter's own, which is not read just because an adapter names "
+            f"it. If that is the adapter's model, say so: --model.base {base}"
         )
     if not foreign.is_hub_id(base):
         raise UserError(f"{said} is {base!r}, which is neither a folder in {adapter} nor a hub id. {remedy}")
@@ -156,7 +156,7 @@ def _base_of(model: ModelConfig, adapter: Path, beside: bool) -> Path:
 
 
 def _same(some: tuple[Path, ...], others: tuple[Path, ...]) -> bool:
-    """Whether files hold the same bytes, in their order."""
+    """Whether two lists of files hold the same bytes, file by file."""
     sizes = [[file.stat().st_size for file in files] for files in (some, others)]
     digests = (_digest(files, tuple(_stamp(file.stat()) for file in files)) for files in (some, others))
     return sizes[0] == sizes[1] and len(set(digests)) == 1
@@ -168,9 +168,9 @@ def _digest(files: tuple[Path, ...], _stamps: tuple[tuple[int, ...], ...]) -> st
 
 
 def weight_files(model: ModelConfig) -> list[Path]:
-    """The files with the weights, those of an adapter's base model first: safetensors where a loader finds them.
+    """The weight files, an adapter's base model first: safetensors if loaders find them, else pickles.
 
-    Raises UserError if there are none, or pickles alone without model.allow_pickle.
+    Raises UserError if there are none, or only pickles without model.allow_pickle.
     """
     found = parts(model)
     if not (files := safetensors_of(found.base) or _pickles(found.base, _PICKLED, model)):
@@ -179,7 +179,7 @@ def weight_files(model: ModelConfig) -> list[Path]:
 
 
 def adapter_files(model: ModelConfig) -> list[Path]:
-    """The files with an adapter's weights; none for a whole model. Raises UserError as `weight_files`."""
+    """The weight files of an adapter; none for a whole model. Raises UserError like `weight_files`."""
     folder = parts(model).adapter
     if folder is None:
         return []
@@ -195,10 +195,10 @@ def adapter_files(model: ModelConfig) -> list[Path]:
 
 
 def safetensors_of(folder: Path) -> list[Path]:
-    """The safetensors that loaders read here, by the names that they look for, and not whatever else is beside them.
+    """The safetensors files that loaders read here, found by the names they look for; other files are ignored.
 
-    Raises UserError if an index names other files, or some that are not there, or files beside a whole model's one, and
-    if one is a Git LFS pointer.
+    Raises UserError if an index names files that are not safetensors or missing, or files next to a file with the
+    whole model, or if a file is a Git LFS pointer.
     """
     index, whole = folder / f"{SAFE}.index.json", folder / SAFE
     refuse_pointers("model.path", [whole, index])
@@ -215,22 +215,24 @@ def safetensors_of(folder: Path) -> list[Path]:
         return [whole]
     for part in parts:
         if part.suffix != ".safetensors" or not part.is_file():
-            raise UserError(f"model.path: {index} names {part.name}, which is no safetensors file beside it")
+            raise UserError(
+                f"model.path: {index} names {part.name}, which is not a safetensors file in the same folder"
+            )
     refuse_pointers("model.path", parts)
     return parts
 
 
 def _named_by(index: Path) -> list[Path]:
-    """The files that an index names, all beside it. Raises UserError if it is none."""
+    """The files that an index names, all in its folder. Raises UserError if it is not an index."""
     named = foreign.read_json("model.path", index).get("weight_map")
     if not isinstance(named, dict) or not named:
-        raise UserError(f"model.path: {index} is no index of weights (weight_map); copy the model again")
+        raise UserError(f"model.path: {index} is not an index of weights (weight_map); copy the model again")
     files = {name: foreign.below(f"model.path: {index}, weight_map,", index.parent, name) for name in named.values()}
     return [files[name] for name in sorted(files)]
 
 
 def _pickles(folder: Path, pattern: str, model: ModelConfig) -> list[Path]:
-    """Raises UserError if there are any and the settings do not allow them, or if one is a Git LFS pointer."""
+    """Files that match. Raises UserError if there are any without model.allow_pickle, or one is a Git LFS pointer."""
     files = sorted(folder.glob(pattern))
     for index in folder.glob(f"{pattern}.index.json"):
         _named_by(index)
@@ -238,22 +240,22 @@ def _pickles(folder: Path, pattern: str, model: ModelConfig) -> list[Path]:
     if files and not model.allow_pickle:
         raise UserError(
             f"model.path: {files[0]} is a pickle, which can run any code when it is read, and there are no safetensors "
-            "beside it. Convert it (load the model, then save_pretrained), or set model.allow_pickle: true if you "
-            "trust where it comes from"
+            "in its folder. Convert it (load the model, then save_pretrained), or set model.allow_pickle: true if you "
+            "trust its source"
         )
     return files
 
 
 def model_digest(model: ModelConfig) -> str:
-    """Digest of the configuration, the weight files and any code: equal on two machines that would load the same model.
+    """Digest of configuration, weight files and any code. It is equal on machines that would load the same model.
 
-    Raises UserError if one is missing, or not allowed.
+    Raises UserError if a file is missing or not allowed.
     """
     found = parts(model)
     base = found.base
     if not (base / "config.json").is_file():
         below = sorted({file.parent for name in ("config.json", ADAPTER_CONFIG) for file in base.glob(f"*/{name}")})
-        hint = f"; is {below[0]} meant?" if below else ""
+        hint = f"; do you mean {below[0]}?" if below else ""
         raise UserError(f"model.path: {base} has no config.json; expected a Hugging Face model directory{hint}")
     files = [base / "config.json", *weight_files(model)]
     files += sorted(base.glob(f"{SAFE}.index.json"))
@@ -270,10 +272,10 @@ def code_files(folder: Path) -> list[Path]:
 
 
 def refuse_wild_settings(setting: str, folder: Path, trust_remote_code: bool = False) -> None:
-    """Raises UserError, which names the setting, if a model's or tokenizer's settings reach out of its folder.
+    """Raises UserError, which names the setting, if the settings of a model or tokenizer are not safe to follow.
 
-    They may ask for code from another repository or from the hub, for files elsewhere, or for more layers than any
-    model has.
+    They could request code from another repository or the hub, files outside the folder, or more layers than any model
+    has.
     """
     for file in (folder / "config.json", folder / "tokenizer_config.json"):
         settings = foreign.read_json(setting, file) if file.is_file() else {}
@@ -282,11 +284,11 @@ def refuse_wild_settings(setting: str, folder: Path, trust_remote_code: bool = F
         for key, value in foreign.values(settings):
             said = f"{setting}: {file}, {key},"
             if key.endswith("implementation") and isinstance(value, str) and "/" in value:
-                raise UserError(f"{said} is {value!r:.200}, code from the hub, which no model may choose; leave it out")
+                raise UserError(f"{said} is {value!r:.200}, code from the hub, which a model may not choose; remove it")
             most = next((limit for part, limit in _LIMITS.items() if re.search(part, key)), math.inf)
             if isinstance(value, int | float) and abs(value) > most:
-                raise UserError(f"{said} is {value!r:.80}; expected {most:,} at most")
-            # what a tokenizer was once made from is often left there, and is not on this machine
+                raise UserError(f"{said} is {value!r:.80}; expected at most {most:,}")
+            # often the file that a tokenizer was once made from, which is not on this machine
             if key.endswith("_file") and isinstance(value, str) and _exists(folder / Path(value).expanduser()):
                 foreign.below(said, folder, value)
 
@@ -294,7 +296,7 @@ def refuse_wild_settings(setting: str, folder: Path, trust_remote_code: bool = F
 def _exists(file: Path) -> bool:
     try:
         return file.exists()
-    except (OSError, ValueError):  # a name that is too long, or one that may not be looked for
+    except (OSError, ValueError):  # a name that is too long, or no permission to look for it
         return False
 
 
@@ -304,15 +306,17 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
 
 
 def refuse_tokenizer_pointers(folder: Path) -> None:
-    """Raises UserError if a file of the tokenizer is a Git LFS pointer. Beside a tokenizer.json no other vocabulary is
-    read, so those may be pointers."""
+    """Raises UserError if a file of the tokenizer is a Git LFS pointer.
+
+    If there is a tokenizer.json, no other vocabulary is read, so those may be pointers.
+    """
     files = tokenizer_files(folder)
     names = [name for name in files if "tokenizer.json" not in files or name.endswith(".json")]
     refuse_pointers("model.tokenizer", (files[name] for name in names))
 
 
 def descriptions(folder: Path) -> dict[str, Path]:
-    """What describes a model, by path below the folder: its settings, code and licence; no weights, no tokenizer."""
+    """The files that describe a model, by path below the folder: settings, code, licence; no weights or tokenizer."""
     code = {str(file.relative_to(folder)): file for file in code_files(folder)}
     return {
         name: file
@@ -327,7 +331,7 @@ def _matching(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
 
 
 def content_digest(files: Iterable[Path]) -> str:
-    """Digest of what these files hold, in their order."""
+    """Digest of the contents of these files, in this order."""
     state = hashlib.sha256()
     for file in files:
         with file.open("rb") as content:
@@ -336,10 +340,10 @@ def content_digest(files: Iterable[Path]) -> str:
 
 
 class Unchanged:
-    """Makes sure that files are not written to from now on.
+    """Checks that files are not written to from now on.
 
-    On a CPU a model's weights may be its files, mapped: what is written there would be in the next forward. Once they
-    are in use it does not matter if another file is put in the place of one, since the one that was opened lives on.
+    On a CPU a model's weights may be its files, mapped into memory: anything written to them would be used in the next
+    forward. Replacing a file that is in use does no harm, since the opened file continues to exist.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -347,12 +351,12 @@ class Unchanged:
         self._stamps = [_stamp(os.fstat(opened.fileno())) for _, opened in self._files]
 
     def check(self, replaced: bool = False) -> None:
-        """Raises UserError, which names the first file that has changed, or with `replaced` is another one by now."""
+        """Raises UserError, which names the first file that was written to or, with `replaced`, was replaced."""
         for (file, opened), before in zip(self._files, self._stamps, strict=True):
             if before != _stamp(file.stat() if replaced else os.fstat(opened.fileno())):
                 raise UserError(
-                    f"model.path: {file} was written to while its weights were in use. What was found since the last "
-                    "unit is thrown away; put the model back as it was and start the same command again"
+                    f"model.path: {file} was written to while its weights were in use. Results since the last unit "
+                    "are discarded; restore the model and run the same command again"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Plain fine-tuning until a model knows a set by heart, for the demo and for experiments on models that do not yet."""
+"""Plain fine-tuning that makes a model memorise a set, for the demo and for experiments with other models."""
 
 import json
 import random
@@ -19,7 +19,7 @@ from mrd_ray.runs.meter import Meter
 
 
 def cached(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
-    """The folder cache/name, made if it is not there; a kill while making it leaves nothing under that name."""
+    """The folder cache/name, made if it is not there. A kill while it is made leaves nothing under that name."""
     folder, partial = cache / name, cache / f"{name}.partial"
     if folder.is_dir():
         return folder
@@ -43,12 +43,12 @@ def memorise(
     learning_rate: float = 3e-4,
     console: Console | None = None,
 ) -> None:
-    """Train on these samples with AdamW, every token after the first counting, and save model and tokenizer.
+    """Train on these samples with AdamW, on every token after the first, and save model and tokenizer.
 
     Raises UserError if the model is an adapter.
     """
     if (adapter := parts(pretrained).adapter) is not None:
-        raise UserError(f"model.path: {adapter} is an adapter, and all weights are to be trained; {adapters.MERGE}")
+        raise UserError(f"model.path: {adapter} is an adapter, but all weights are trained here; {adapters.MERGE}")
     torch.manual_seed(0)
     shuffle, order = random.Random(0), list(token_ids)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,9 +70,9 @@ def memorise(
 
 
 def for_transformers_4(folder: Path) -> None:
-    """Let transformers 4 read a model's directory too: by other names of the rotary base and of the tokenizer's class.
+    """Make a model's directory readable for transformers 4, which has other names for rotary base and tokenizer class.
 
-    Without them it takes its default for the rotary base, and says nothing.
+    Without them it silently uses its default for the rotary base.
     """
     config = _read(folder / "config.json")
     rotary = config.get("rope_parameters") or {}

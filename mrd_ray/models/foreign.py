@@ -1,7 +1,8 @@
-"""What files of others may name: something below their own folder, or a hub id.
+"""Limits what the files of other people may name: something below their own folder, or a hub id.
 
-Models, adapters, tokenizers, data sets and tasks are made by others. A name in one of their files that was followed
-anywhere would send credentials to a host of their choice, copy files from outside, or reach file systems that run code.
+Models, adapters, tokenizers, data sets and tasks are made by others. If a name in such a file were followed without
+limits, it could send credentials to a host of their choice, copy files from outside, or reach file systems that run
+code.
 """
 
 import json
@@ -15,7 +16,7 @@ from mrd_ray.errors import UserError
 from mrd_ray.runs import storage
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_MAX_JSON = 64 << 20  # bytes; a large vocabulary's settings have some
+_MAX_JSON = 64 << 20  # bytes; the settings of large vocabularies have several MiB
 
 
 def is_hub_id(name: str) -> bool:
@@ -24,9 +25,9 @@ def is_hub_id(name: str) -> bool:
 
 
 def refuse_address(said: str, name: object) -> str:
-    """The name. Raises UserError if it is no text, or has a protocol.
+    """Return the name. Raises UserError if it is not text, or has a protocol.
 
-    said: where it stands, such as a setting, a file and a key in it.
+    said: where the name appears, for messages: for example a setting, a file and a key in it.
     """
     if not isinstance(name, str) or "\0" in name:
         raise UserError(f"{said} is {name!r:.80}; expected text")
@@ -39,7 +40,7 @@ def refuse_address(said: str, name: object) -> str:
 
 
 def below(said: str, folder: Path, name: object) -> Path:
-    """The path of what a file in `folder` names. Raises UserError if that is not below the folder. said: as above."""
+    """The path that a file in `folder` names. Raises UserError if it is not below `folder`. said: as above."""
     given = refuse_address(said, name)
     path = Path(os.path.normpath(folder / os.path.expanduser(given)))
     if not path.absolute().is_relative_to(os.path.normpath(folder.absolute())):
@@ -59,7 +60,7 @@ def read_json(setting: str, file: Path | str) -> dict[str, Any]:
 
 
 def read_any_json(setting: str, file: Path | str) -> Any:
-    """What a JSON file or URI holds. Raises UserError, which names the setting, if that is no JSON."""
+    """The value in a JSON file or URI. Raises UserError, which names the setting, if it is not JSON."""
     try:
         with storage.open_file(str(file)) as opened:
             content = opened.read(_MAX_JSON + 1)
@@ -72,7 +73,7 @@ def read_any_json(setting: str, file: Path | str) -> Any:
 
 
 def values(of: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key and value that is no object itself, at any depth; those of a list have its key."""
+    """Every key and value at any depth, except objects and lists themselves; values in a list have its key."""
     waiting = [(key, of)]
     while waiting:
         key, value = waiting.pop()
@@ -85,15 +86,15 @@ def values(of: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def refuse_code_elsewhere(setting: str, file: Path, auto_map: object) -> None:
-    """Raises UserError if a class is to come from another repository, whose code could differ from node to node."""
+    """Raises UserError if a class comes from another repository, whose code could differ between nodes."""
     for _, reference in values(auto_map):
         if "--" in str(reference):
             raise UserError(
-                f"{setting}: {file} takes code from another repository ({reference}), which no digest of this one "
-                "covers; copy its .py files beside it, and leave out the part up to -- there"
+                f"{setting}: {file} takes code from another repository ({reference}), which no digest of this "
+                "model covers; copy the .py files next to this file, and remove the part up to -- in it"
             )
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether this is the name of a file in a folder, and not a way to another one."""
+    """Whether this is only the name of a file, without a path to another folder."""
     return isinstance(name, str) and PurePosixPath(name).name == name and "\\" not in name and name not in ("", "..")

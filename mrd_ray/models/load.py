@@ -1,4 +1,4 @@
-"""Models and tokenizers, loaded in true precision or refused, and digests that tell them apart."""
+"""Loads models and tokenizers in full precision or refuses them, and computes digests that identify them."""
 
 import contextlib
 import hashlib
@@ -42,7 +42,7 @@ from mrd_ray.mrd.double import Float64, keep_float64
 
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
-    """Digest of weights in memory: names, dtypes, shapes and bits."""
+    """Digest of weights in memory: their names, dtypes, shapes and bits."""
     state = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -52,7 +52,7 @@ def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def load_config(model: ModelConfig) -> PretrainedConfig:
-    """The architecture's configuration, of an adapter's base model if `model` is an adapter. Raises UserError."""
+    """The configuration of the model, or of its base model if it is an adapter. Raises UserError."""
     base = parts(model).base
     refuse_wild_settings("model.path", base, model.trust_remote_code)
     try:
@@ -60,25 +60,27 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code)
     except Exception as problem:  # each architecture, or its own code, objects in a way of its own
         _refuse_code("model.path", base, problem)
-        raise UserError(f"model.path: {base} is not a model directory that transformers reads: {problem}") from problem
+        raise UserError(
+            f"model.path: {base} is not a model directory that transformers can read: {problem}"
+        ) from problem
     if elsewhere := getattr(config, "transformers_weights", None):
         raise UserError(
             f"model.path: {base / 'config.json'} takes weights from {elsewhere} (transformers_weights), which no "
-            f"digest covers; rename it to {SAFE}, and leave that setting out"
+            f"digest covers; rename it to {SAFE}, and remove that setting"
         )
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise UserError(
-            f"model.path: {base} holds quantised weights ({method}), which take neither noise nor gradients; "
+            f"model.path: {base} holds quantised weights ({method}), which cannot have noise or gradients; "
             "give the model as it was before quantisation"
         )
     _ignore_pad_outside_vocabulary(config)
-    config.return_dict = config.get_text_config().return_dict = True  # some configs ask for tuples
+    config.return_dict = config.get_text_config().return_dict = True  # some configurations request tuples
     return config
 
 
 def _ignore_pad_outside_vocabulary(config: PretrainedConfig) -> None:
-    """Nothing here pads by the pad token, which some give a number that no embedding row has."""
+    """Remove a pad token id for which there is no embedding row. The pad token is not used for padding here."""
     for one in {id(one): one for one in (config, config.get_text_config())}.values():
         pad, rows = getattr(one, "pad_token_id", None), getattr(one, "vocab_size", None)
         if pad is not None and isinstance(rows, int) and not 0 <= pad < rows:
@@ -86,7 +88,7 @@ def _ignore_pad_outside_vocabulary(config: PretrainedConfig) -> None:
 
 
 def _refuse_code(setting: str, path: Path, problem: Exception) -> None:
-    """Raises UserError if that is transformers' refusal to run the Python code of a model."""
+    """Raises UserError if the problem is that transformers refuses to run the Python code of a model."""
     if "trust_remote_code=True" in str(problem):
         raise UserError(
             f"{setting}: {path} needs Python code that comes with it; read that code, and set model.trust_remote_code: "
@@ -95,9 +97,9 @@ def _refuse_code(setting: str, path: Path, problem: Exception) -> None:
 
 
 def skeleton(model: ModelConfig) -> PreTrainedModel:
-    """The model, adapter included, without storage for weights: names, shapes and layers. Raises UserError.
+    """The model, including an adapter, without storage for weights: names, shapes, layers. Raises UserError.
 
-    A whole model's weights need not be there.
+    The weight files of a whole model may be missing.
     """
     config, found = load_config(model), parts(model)
     try:
@@ -123,25 +125,25 @@ def select(names: Iterable[str], parameters: str) -> list[str]:
         return found
     if not (found := [name for name in names if re.search(parameters, name)]):
         raise UserError(
-            f"scoring.parameters: {parameters!r} is found in none of the model's {len(names)} parameter names, "
-            f"which read like {', '.join(names[:3])}"
+            f"scoring.parameters: {parameters!r} matches none of the model's {len(names)} parameter names, "
+            f"for example {', '.join(names[:3])}"
         )
     return found
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Longest input in tokens, or None where the architecture sets none."""
+    """Longest input in tokens, or None if the architecture has no limit."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length if length is None or length > 0 else None  # XLNet has -1
 
 
 def rope_switch(config: PretrainedConfig) -> int | None:
-    """The length in tokens beyond which all positions of an input turn by other frequencies (longrope), or None.
+    """The length in tokens above which all positions of an input use other rotary frequencies (longrope), or None.
 
-    A forward decides by its longest row, so samples up to it and beyond it must not share one.
+    A forward decides by its longest row, so shorter and longer samples than this must not share a forward.
     """
     settings = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    layers = [one for one in settings.values() if isinstance(one, dict)]  # by type of layer, in some models
+    layers = [one for one in settings.values() if isinstance(one, dict)]  # in some models, settings by type of layer
     for of_layers in layers or [settings]:
         if of_layers.get("rope_type") == "longrope":
             own = of_layers.get("original_max_position_embeddings")
@@ -150,14 +152,14 @@ def rope_switch(config: PretrainedConfig) -> int | None:
 
 
 def ending_ids(model: ModelConfig) -> dict[str, Any]:
-    """EOS and pad ids of the model that `load_model` gives, by name: of its generation settings, else of its config.
+    """EOS and pad ids of the model that `load_model` returns, from its generation settings, else its configuration.
 
     Raises UserError.
     """
     base, config = parts(model).base, load_config(model)
     try:
         settings = GenerationConfig.from_pretrained(base)
-    except OSError:  # without such a file transformers does the same
+    except OSError:  # transformers does the same if there is no such file
         settings = GenerationConfig.from_model_config(config)
     except ValueError as problem:
         raise UserError(f"model.path: cannot read {base / 'generation_config.json'}: {problem}") from problem
@@ -166,7 +168,7 @@ def ending_ids(model: ModelConfig) -> dict[str, Any]:
 
 
 def tokenizer_directory(model: ModelConfig) -> Path:
-    """The directory of `model.tokenizer`, else of the model; of the base model if an adapter comes without a tokenizer.
+    """The directory of `model.tokenizer`, else of the model, or its base model if an adapter has no tokenizer.
 
     Raises UserError.
     """
@@ -180,18 +182,20 @@ def load_tokenizer(model: ModelConfig, console: Console | None = None) -> PreTra
     """The tokenizer of `model.tokenizer`, else of the model.
 
     Args:
-        console: told if texts begin, or are split, otherwise than the files suggest.
+        console: shows a notice if texts begin, or are split, differently than the files suggest.
 
-    Raises UserError, also if transformers reads the tokenizer otherwise than its files mean it.
+    Raises UserError, also if transformers reads the tokenizer differently than its files intend.
     """
     path = tokenizer_directory(model)
     refuse_tokenizer_pointers(path)
     refuse_wild_settings("model.tokenizer", path, model.trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    except Exception as problem:  # each tokenizer, or its own code, objects in a way of its own
+    except Exception as problem:  # each tokenizer, or its code, has its own exceptions
         _refuse_code("model.tokenizer", path, problem)
-        raise UserError(f"model.tokenizer: {path} holds no tokenizer that transformers reads: {problem}") from problem
+        raise UserError(
+            f"model.tokenizer: {path} holds no tokenizer that transformers can read: {problem}"
+        ) from problem
     tokenizer_checks.refuse_misread(tokenizer, path)
     if console is not None:
         begins = getattr(load_config(model).get_text_config(), "bos_token_id", None)
@@ -201,10 +205,10 @@ def load_tokenizer(model: ModelConfig, console: Console | None = None) -> PreTra
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of everything that decides how text becomes tokens, but for code that a tokenizer brings."""
+    """Digest of everything that decides how text becomes tokens, except code that comes with the tokenizer."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        del rules["truncation"], rules["padding"]  # left there by the last call, and set anew by each
+        del rules["truncation"], rules["padding"]  # left by the last call, and set again by each
         backend = json.dumps(rules)
     else:
         backend = repr(sorted(tokenizer.get_vocab().items()))
@@ -212,7 +216,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> str:
-    """Its digest, and that of the code that the settings let it bring."""
+    """The tokenizer's digest, and the digest of its code if the settings allow that."""
     digest = tokenizer_digest(tokenizer)
     if not model.trust_remote_code or not (code := code_files(tokenizer_directory(model))):
         return digest
@@ -221,7 +225,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' tables of misfits, which end in a refusal or are allowed."""
+    """Suppresses transformers' tables of mismatches: these are either refused with an error or allowed."""
     transformers.utils.logging.disable_progress_bar()
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
@@ -232,7 +236,7 @@ def _quiet() -> Iterator[None]:
 
 
 def unused_weights(model: ModelConfig) -> list[str]:
-    """Names of the tensors in the model's files that it does not use, as far as model.allow_unused_weights allows.
+    """Names of the tensors in the model's files that it does not use, if model.allow_unused_weights allows any.
 
     Only names and shapes are read. Raises UserError if the weights do not fit the model.
     """
@@ -240,12 +244,12 @@ def unused_weights(model: ModelConfig) -> list[str]:
 
 
 def _assembled(model: ModelConfig, device_map: str | None) -> tuple[PreTrainedModel, list[str]]:
-    """The model, adapter included, every parameter from its files, and the names of tensors there that it does not use.
+    """The model, including an adapter, with every parameter from its files, and the names of unused tensors there.
 
     Raises UserError.
     """
     found, files, of_adapter = parts(model), weight_files(model), adapter_files(model)  # refuses pickles
-    config = load_config(model)  # refuses code that the digest cannot answer for
+    config = load_config(model)  # refuses code that the digest does not cover
     of_base = [file for file in files if file not in of_adapter]
     weights.refuse_empty(files)
     weights.refuse_contradictions(of_base)
@@ -266,17 +270,17 @@ def _assembled(model: ModelConfig, device_map: str | None) -> tuple[PreTrainedMo
 def _base(
     model: ModelConfig, found: Parts, config: PretrainedConfig, device_map: str | None
 ) -> tuple[PreTrainedModel, weights.Fit]:
-    exact = Float64() if model.dtype == "float64" else contextlib.nullcontext()  # rotary frequencies, too
+    exact = Float64() if model.dtype == "float64" else contextlib.nullcontext()  # rotary frequencies too
     try:
         with found.base_alone() as folder, exact:
             both: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=getattr(torch, model.dtype),
-                use_safetensors=None if model.allow_pickle else True,  # None: where there are some
+                use_safetensors=None if model.allow_pickle else True,  # None: if there are any
                 trust_remote_code=model.trust_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # and refused, with their names
+                ignore_mismatched_sizes=True,  # refused below, with their names
                 device_map=device_map,
             )
     except torch.OutOfMemoryError:
@@ -288,13 +292,13 @@ def _base(
 
 
 def load_model(model: ModelConfig, device: torch.device, spread: bool = False) -> PreTrainedModel:
-    """The model in eval mode and true `model.dtype` arithmetic: no TF32, and in float64 no casts to float32.
+    """The model in eval mode with exact `model.dtype` arithmetic: no TF32, and in float64 no casts to float32.
 
     Args:
-        spread: over all GPUs of this process instead of `device`, some layers on each.
+        spread: distribute the layers over all GPUs of this process instead of `device`.
 
-    Raises UserError on weights that are absent, unused, of another shape or non-finite, and on files that the settings
-    do not allow.
+    Raises UserError if weights are absent, unused, of another shape or not finite, or if the settings do not allow a
+    file.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -303,11 +307,11 @@ def load_model(model: ModelConfig, device: torch.device, spread: bool = False) -
     places = {str(place) for place in getattr(loaded, "hf_device_map", {}).values()}
     if elsewhere := sorted(places & {"cpu", "disk"}):
         raise UserError(
-            f"ray.gpus_per_actor: {torch.cuda.device_count()} GPU(s) do not hold {path}, some of which would be on "
-            f"the {elsewhere[0]}; give an actor more of them"
+            f"ray.gpus_per_actor: {torch.cuda.device_count()} GPU(s) cannot hold {path}: a part would be on the "
+            f"{elsewhere[0]}; give an actor more GPUs"
         )
     loaded = loaded.eval() if spread else loaded.to(device).eval()
-    for parameter in loaded.parameters():  # an adapter's; not the buffers, whose rotary angles bfloat16 would round
+    for parameter in loaded.parameters():  # for adapters; not for buffers, whose rotary angles bfloat16 would round
         parameter.data = parameter.data.to(dtype)
     keep_float64(loaded)
     broken = [name for name, parameter in loaded.named_parameters() if not torch.isfinite(parameter).all()]

@@ -1,4 +1,4 @@
-"""A model written as the directory that it came from, but for weights: training changes nothing else."""
+"""Writes a model as a copy of the directory it came from, except for the weights: training changes nothing else."""
 
 import shutil
 from collections.abc import Iterable, Mapping
@@ -24,12 +24,12 @@ from mrd_ray.models.files import (
 
 
 def save(model: PreTrainedModel, trained: Mapping[str, torch.Tensor], source: ModelConfig, folder: Path) -> None:
-    """Write a Hugging Face directory: of the adapter alone if there is one, and the tokenizer in any case.
+    """Write a Hugging Face directory: only the adapter if there is one, else the model; always with the tokenizer.
 
     Args:
         trained: every parameter and saved buffer of a whole model, or the factors of an adapter.
-        source: that the model was loaded from. Its other files are copied byte for byte, and tensors in its weight
-            files that the model does not use are carried over.
+        source: what the model was loaded from. Its other files are copied byte for byte, and tensors in its weight
+            files that the model does not use are copied too.
     """
     found = parts(source)
     adapted = bool(getattr(model, "_hf_peft_config_loaded", False))
@@ -46,7 +46,7 @@ def save(model: PreTrainedModel, trained: Mapping[str, torch.Tensor], source: Mo
 
 
 def refuse_loss(source: ModelConfig, unused: Iterable[str]) -> None:
-    """Raises UserError if `save` could not carry over one of these tensors that the model does not use."""
+    """Raises UserError if `save` could not copy one of these tensors that the model does not use."""
     held = set(map(adapters.plain, weights.shapes(weight_files(source))))
     if lost := sorted(set(unused) - held):
         raise UserError(
@@ -57,16 +57,19 @@ def refuse_loss(source: ModelConfig, unused: Iterable[str]) -> None:
 
 
 def _beside(model: PreTrainedModel, trained: Mapping[str, torch.Tensor], source: ModelConfig) -> dict[str, Any]:
-    """The tensors of a whole model's files that it does not use, but for those that follow from its configuration."""
+    """The tensors in a whole model's files that it does not use, except those that follow from its configuration."""
     files = weight_files(source)
     names = set(load.unused_weights(source)) | weights.set_aside(model, weights.shapes(files))
     return weights.read(files, names - trained.keys())
 
 
 def _write_weights(model: PreTrainedModel, whole: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write files with weights, and adapter_config.json of an adapter; nothing else."""
+    """Write only weight files and, for an adapter, adapter_config.json."""
     generator: Any = model
-    kept, generator.generation_config = generator.generation_config, GenerationConfig()  # some refuse to be saved
+    kept, generator.generation_config = (
+        generator.generation_config,
+        GenerationConfig(),
+    )  # some generation settings refuse to be saved
     try:
         model.save_pretrained(folder, state_dict=whole)
     finally:
@@ -77,7 +80,7 @@ def _write_weights(model: PreTrainedModel, whole: dict[str, torch.Tensor], folde
 
 
 def _complete_adapter(written: Path, source: ModelConfig) -> None:
-    """Add what the adapter's files hold beside factors, such as embeddings, and factors that the model does not use."""
+    """Add the adapter's other tensors, for example embeddings, and factors that the model does not use."""
     files, unused = adapter_files(source), set(load.unused_weights(source))
     factors = load_file(written)
     names = {
@@ -90,7 +93,7 @@ def _complete_adapter(written: Path, source: ModelConfig) -> None:
 
 
 def _save_tokenizer(source: ModelConfig, folder: Path) -> None:
-    """Copy the tokenizer's files; where they would be read otherwise beside this model, write the tokenizer anew."""
+    """Copy the tokenizer's files. If they would be read differently in this folder, save the tokenizer instead."""
     tokenizer, origin = load.load_tokenizer(source), load.tokenizer_directory(source)
     names = tokenizer_files(origin)
     names |= {name: origin / name for name in tokenizer.vocab_files_names.values() if (origin / name).is_file()}

@@ -1,4 +1,4 @@
-"""The tensors in weight files, and what a model makes of them: none missing, none unused, every shape its own."""
+"""Reads the tensors in weight files, and checks them against a model: none missing, none unused, all shapes equal."""
 
 import math
 import re
@@ -19,7 +19,7 @@ _WHOLE = re.compile(r"[IU]\d|BOOL|q?u?int\d|bool")  # dtypes, as safetensors and
 _NARROW = re.compile(r"F[468]_|float[48]_")
 _SCALES = ("_scale", "_scale_inv")
 _PREFIXES = {"_orig_mod.": "torch.compile", "module.": "DataParallel", "_fsdp_wrapped_module.": "FSDP"}
-# what the names of parameters follow from, and what makes a file hold more of them
+# what determines the parameters' names, and why a file may hold more of them
 _OF_MODELS = (
     "its configuration",
     "config.json says the wrong thing (attention_bias: false for a model with biases, or too few layers). Correct "
@@ -38,13 +38,13 @@ def shapes(files: Iterable[Path]) -> dict[str, Shape]:
 
 
 def read(files: Iterable[Path], names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """These tensors, of those that are there. Raises UserError if a file cannot be read."""
+    """The tensors with these names that exist. Raises UserError if a file cannot be read."""
     wanted = set(names)
     return {name: tensor[...] for file in files for name, tensor in _slices(file, "cpu").items() if name in wanted}
 
 
 def dtypes(files: Iterable[Path]) -> dict[str, str]:
-    """The dtype of every tensor in these files, by name, as the format calls it. Raises UserError as `shapes`."""
+    """The dtype of every tensor in these files, by name, in the format's terms. Raises UserError like `shapes`."""
     return {name: tensor.get_dtype() for file in files for name, tensor in _slices(file, "meta").items()}
 
 
@@ -71,7 +71,7 @@ def _slices(file: Path, device: str) -> dict[str, Any]:
             return {name: opened.get_slice(name) for name in opened.offset_keys()}
         found = torch.load(file, map_location=device, weights_only=True)
         return {name: _Pickled(tensor) for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
-    except Exception as problem:  # safetensors, zip and pickle each have exceptions of their own
+    except Exception as problem:  # safetensors, zip and pickle have their own exceptions
         raise UserError(f"model.path: cannot load {file}: {problem}; copy the file again") from problem
 
 
@@ -88,7 +88,7 @@ def refuse_empty(files: Iterable[Path]) -> None:
 
 
 def refuse_quantised(files: Iterable[Path], whole: Container[str] = ()) -> None:
-    """Raises UserError if a file holds values that have to be multiplied by scales first, which nothing here does.
+    """Raises UserError if a file holds quantised values, which would have to be multiplied by scales first.
 
     Args:
         whole: names of tensors that may hold whole numbers.
@@ -103,14 +103,14 @@ def refuse_quantised(files: Iterable[Path], whole: Container[str] = ()) -> None:
             raise UserError(
                 f"model.path: {file} holds {len(quantised)} quantised tensor(s), first {first} ({found[first]}), but "
                 "the configuration has no quantization_config, so their scales would be ignored. Quantised weights "
-                "take neither noise nor gradients; give the model as it was before quantisation"
+                "cannot have noise or gradients; give the model as it was before quantisation"
             )
 
 
 def whole_numbers(model: PreTrainedModel, fit: "Fit", found: Mapping[str, Shape]) -> set[str]:
-    """Names of tensors in files that may hold whole numbers: the model's own ones, and those that it has no use for.
+    """Names of tensors in files that may hold whole numbers: the model's integer tensors, and those it does not need.
 
-    Where it lacks weights, its quantised ones may be under names of their own, so none counts as without use.
+    If weights are missing, they may be there quantised under other names, so no unused tensor counts as not needed.
     """
     known = model.state_dict()
     own = {name for name, tensor in known.items() if not tensor.is_floating_point()}
@@ -122,7 +122,7 @@ def whole_numbers(model: PreTrainedModel, fit: "Fit", found: Mapping[str, Shape]
 
 
 def refuse_contradictions(files: Iterable[Path]) -> None:
-    """Raises UserError if two files hold a tensor of the same name with different values: loaders take either."""
+    """Raises UserError if two files hold different values for one name: it is unclear which a loader takes."""
     holders: dict[str, Path] = {}
     for file in files:
         for name in shapes([file]):
@@ -141,8 +141,11 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 @dataclass
 class Fit:
-    """How tensors of files fit a model: names that the model lacks a value of, names that it does not use, and
-    (name, shape in the file, shape in the model)."""
+    """How the tensors of files fit a model.
+
+    missing: names without a value. unused: names that the model does not use. mismatched: (name, shape in the file,
+    shape in the model).
+    """
 
     missing: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
@@ -150,12 +153,12 @@ class Fit:
 
     @classmethod
     def of(cls, loading: Mapping[str, Any]) -> "Fit":
-        """From what transformers tells of a model's loading."""
+        """The fit that transformers reported when it loaded a model."""
         mismatched = {(name, tuple(found), tuple(own)) for name, found, own in loading["mismatched_keys"]}
         return cls(set(loading["missing_keys"]), set(loading["unexpected_keys"]), mismatched)
 
     def refuse(self, path: Path, allow_unused: bool, of_adapter: bool = False) -> None:
-        """Raises UserError, which names `path`, for any misfit; with `allow_unused`, unused tensors are none."""
+        """Raises UserError, which names `path`, if anything does not fit; `allow_unused` permits unused tensors."""
         settings, causes = _OF_ADAPTERS if of_adapter else _OF_MODELS
         if self.mismatched:
             told = [
@@ -164,8 +167,9 @@ class Fit:
             ]
             more = f" (and {len(self.mismatched) - _SHOWN} more)" if len(self.mismatched) > _SHOWN else ""
             raise UserError(
-                f"model.path: cannot load {path}: {len(self.mismatched)} tensor(s) of its weights have another shape "
-                f"than its configuration says: {'; '.join(told)}{more}. Give weights and configuration of one model"
+                f"model.path: cannot load {path}: {len(self.mismatched)} tensor(s) of its weights have a different "
+                f"shape than in its configuration: {'; '.join(told)}{more}. Use weights and configuration of the same "
+                "model"
             )
         unused = f"{len(self.unused)} tensor(s) that it does not use, first {', '.join(sorted(self.unused)[:_SHOWN])}"
         if self.missing:
@@ -176,20 +180,20 @@ class Fit:
             )
         if self.unused and not allow_unused:
             raise UserError(
-                f"model.path: the weights in {path} hold {unused}. Scores would be those of another model than the "
-                f"file holds, if {causes}; if the model is meant to do without these tensors, set "
+                f"model.path: the weights in {path} hold {unused}. Scores would belong to a different model than "
+                f"the file's if {causes}; if the model should not use these tensors, set "
                 "model.allow_unused_weights: true"
             )
 
     def _prefixed(self) -> str:
         if all(".default.default." in name for name in self.unused):
             return (
-                ". In the file their names have .default. in them, as in the state_dict() of a PEFT model; save the "
-                "adapter with PEFT's save_pretrained, which leaves that out, or rename them"
+                ". In the file their names contain .default., as in the state_dict() of a PEFT model; save the adapter "
+                "with PEFT's save_pretrained, which removes that, or rename them"
             )
         for prefix, maker in _PREFIXES.items():
             if all(name.startswith(prefix) for name in self.unused):
-                return f". Every name begins with {prefix}, as {maker} leaves it; save the model inside that wrapper"
+                return f". Every name begins with {prefix}, which {maker} adds; save the model inside that wrapper"
         return ""
 
 
@@ -209,8 +213,8 @@ def _row(shape: Shape) -> bool:
     return len(shape) == 1 or (len(shape) == 2 and shape[0] == 1)
 
 
-# What earlier versions of transformers saved though it follows from the configuration: the end of the name, and the
-# shape, since a layer may have a true parameter of the same name.
+# Tensors that earlier versions of transformers saved although they follow from the configuration: the end of the
+# name, and the shape, since a layer may have a real parameter of the same name.
 _DERIVED = [
     (re.compile(r"(^|\.)inv_freq$"), _row),
     (re.compile(r"(^|\.)rotary_emb\.(cos|sin)_cached$"), lambda shape: len(shape) in (2, 3, 4)),
@@ -222,10 +226,10 @@ _DERIVED = [
 
 
 def unused(model: PreTrainedModel, unexpected: Iterable[str], found: Mapping[str, Shape]) -> set[str]:
-    """The tensors of files that the model would need and does not use; what follows from its configuration is none.
+    """The tensors in files that the model does not use, without those that follow from its configuration.
 
     Args:
-        unexpected: names that transformers reports. It keeps quiet about some, by name alone.
+        unexpected: names that transformers reports. It does not report some, judging only by their names.
         found: the shapes of all tensors in the files.
     """
     known = model.state_dict()
@@ -248,11 +252,11 @@ def _derived(name: str, shape: Shape) -> bool:
 
 
 def _ignored(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers would not report that a file holds this tensor and the model does not."""
+    """Whether transformers does not report this tensor if a file has it but the model does not."""
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 
 def set_aside(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
-    """Of these tensors, those that the architecture declares to have no use for, such as heads that guess ahead."""
+    """The tensors that the architecture declares as not used, for example heads that predict further tokens."""
     tied = getattr(model, "all_tied_weights_keys", {})
     return {name for name in names if name not in tied and not _named_as_derived(name) and _ignored(model, name)}

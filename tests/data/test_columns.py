@@ -100,7 +100,7 @@ def test_the_response_of_a_template_of_columns_is_marked(build, tokenizer, templ
     ("settings", "message"),
     [
         ({"template": "{instruction} {nothing}"}, r"no column 'nothing' \(data\.template\)"),
-        ({"template": "{instruction} {response}"}, "say which column that is with data.response"),
+        ({"template": "{instruction} {response}"}, "set data.response to the column for it"),
         ({"template": "{instruction} {output}", "score_on": "response"}, "which of instruction, output"),
         ({"prompt": "{nothing}", "response": "output"}, r"no column 'nothing' \(data\.prompt\)"),
     ],
@@ -127,13 +127,13 @@ def test_a_template_cannot_reach_out(build):
 def test_ids(build):
     rows = [{"id": "d", "text": "one two"}, {"id": "d", "text": "three four"}, {"id": "e", "text": "five six"}]
     with pytest.raises(
-        UserError, match=r"'d' in rows 1, 2.*data\.id_with_row: true for ids such as d#1, or data\.id: null"
+        UserError, match=r"'d' in rows 1, 2.*data\.id_with_row: true for ids like d#1, or data\.id: null"
     ):
         build(rows)
     assert build(rows, id_with_row=True)["sample_id"].to_pylist() == ["d#1", "d#2", "e"]
     assert len(set(build(rows, id=None)["sample_id"].to_pylist())) == 3
     clash = [*rows, {"id": "d#1", "text": "six seven"}]
-    with pytest.raises(UserError, match="'d#1', an id made unique by its row, is another row's own id"):
+    with pytest.raises(UserError, match="'d#1', an id made unique by its row, is also the id of another row"):
         build(clash, id_with_row=True)
 
 
@@ -194,7 +194,7 @@ def test_escapes_of_a_shell_are_line_breaks(build):
 
 
 def test_a_template_of_both_kinds_is_refused(build):
-    with pytest.raises(UserError, match=r"holds \{\{instruction\}\}, which a format string writes as"):
+    with pytest.raises(UserError, match=r"holds \{\{instruction\}\}, which a format string turns into"):
         build([{"instruction": "do", "output": "Arr"}], template="{{ instruction }} {output}")
 
 

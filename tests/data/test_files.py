@@ -235,7 +235,7 @@ def test_an_empty_text_among_others(tmp_path):
     said = []
     found = read.texts(DataConfig(path=str(tmp_path / "*.txt")), said.append)
     assert [text for _, text in found] == ["a b", "c d"]
-    assert said == ["Not read, since they are empty: b.txt"]
+    assert said == ["Skipped empty files: b.txt"]
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.txt", "d.parquet", "d.csv.gz"])

@@ -150,7 +150,7 @@ def test_unusable_id_is_an_error_of_its_row(build, value):
 
 def test_duplicate_ids_are_refused_with_their_rows(build):
     rows = [{"id": 7, "text": "what"}, {"id": "8", "text": "is"}, {"id": "7", "text": "it"}]
-    with pytest.raises(UserError, match=r"1 id\(s\) stand more than once; '7' in rows 1, 3"):
+    with pytest.raises(UserError, match=r"1 id\(s\) appear more than once, for example '7' in rows 1, 3"):
         build(rows)
 
 
@@ -273,5 +273,5 @@ def test_special_tokens_within_a_text_are_said(tmp_path, bos_tokenizer):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     shown = io.StringIO()
     samples.build(DataConfig(path=str(tmp_path / "d.jsonl")), bos_tokenizer, Limits(64), Console(file=shown, width=200))
-    assert "2 sample(s) have <s> in their text already; it is not added again" in shown.getvalue()
-    assert "2 sample(s) have <s> within their text, where it counts as any token; is it meant?" in shown.getvalue()
+    assert "2 sample(s) already have <s> in their text; it is not added again" in shown.getvalue()
+    assert "2 sample(s) have <s> within their text, where it is scored like any token; check this" in shown.getvalue()

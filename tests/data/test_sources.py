@@ -67,7 +67,7 @@ def test_slices(parts, split, expected):
     ("split", "message"),
     [
         ("validation", r"data\.split: validation, but .*has no splits"),
-        ("train[:x]", r"data\.split: train\[:x\] is no slice"),
+        ("train[:x]", r"data\.split: train\[:x\] is not a valid slice"),
     ],
 )
 def test_splits_that_a_file_does_not_have(parts, split, message):
@@ -107,7 +107,7 @@ def test_a_clone_of_a_hub_dataset(tmp_path):
     assert values(tmp_path, name="full") == ROWS
     assert values(tmp_path, name="forget") == ROWS[:1]
     assert values(tmp_path, name="forget", split="test[:2]") == ROWS[:2]
-    with pytest.raises(UserError, match=r"cannot tell the parts .*full.*forget"):
+    with pytest.raises(UserError, match=r"cannot tell which files of .*full.*forget"):
         rows(tmp_path)
     with pytest.raises(UserError, match=r"data\.split: dev, but .* holds train, test"):
         rows(tmp_path, name="forget", split="dev")
@@ -136,8 +136,8 @@ def test_what_is_beside_the_files_is_said_or_refused(parts):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("forget", r"data\.path: .*forget exists, but its name does not say what it is; expected a file ending in"),
-        ("forget.pdf", r"forget\.pdf exists, but its name does not say"),
+        ("forget", r"data\.path: .*forget exists, but its name does not show its format; expected a file ending in"),
+        ("forget.pdf", r"forget\.pdf exists, but its name does not show its format"),
         ("empty/", r"the folder .*empty.* holds no data: expected a file ending in"),
         ("no*.jsonl", r"no file matches .*no\*\.jsonl"),
         ("none.jsonl.gz", r"no such file or folder: .*none\.jsonl\.gz"),
@@ -157,7 +157,7 @@ def test_what_exists_is_never_said_to_lack_on_the_hub(tmp_path, name, message):
 def test_texts_and_tables_do_not_mix(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     write_lines(tmp_path / "b.jsonl", ROWS)
-    with pytest.raises(UserError, match=r"names \.txt files and tables"):
+    with pytest.raises(UserError, match=r"names both \.txt files and tables"):
         rows([tmp_path / "a.txt", tmp_path / "b.jsonl"])
     (tmp_path / "b.txt").write_text("b")
     assert read.texts(DataConfig(path=str(tmp_path / "*.txt"))) == [("a.txt", "a"), ("b.txt", "b")]
@@ -197,11 +197,11 @@ def test_what_a_readme_says_of_files_is_followed_or_refused(tmp_path, setting):
     (tmp_path / f"d.{ending}").write_text('{"rows": [{"q": "a", "a": "b"}]}' if ending == "json" else "a,b\nc,d\n")
     config = f"configs:\n- config_name: default\n  data_files: d.{ending}\n  {setting}\n"
     (tmp_path / "README.md").write_text(f"---\n{config}---\n")
-    with pytest.raises(UserError, match=f"the README .* sets {setting.split(':')[0]}: .* which is not followed"):
+    with pytest.raises(UserError, match=f"the README .* sets {setting.split(':')[0]}: .* which is not supported"):
         values(tmp_path)
 
 
 def test_a_pattern_that_matches_a_saved_dataset_is_refused(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "a.arrow"))
-    with pytest.raises(UserError, match=r"a\.arrow, a folder of save_to_disk; give that alone"):
+    with pytest.raises(UserError, match=r"a\.arrow, a folder of save_to_disk; give only that folder"):
         values(tmp_path / "*.arrow")

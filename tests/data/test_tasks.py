@@ -37,8 +37,8 @@ def test_local_copies_are_read_instead_of_the_hub(tofu_dir):
         ("retain: {path: [a]}", r"task.yaml: retain: path is \['a'\]; expected text"),
         ("unlearning: {refusals: [a]}", "unlearning: refusals is"),
         ("methods: {po: {refusals: 1}}", "methods.po: refusals is 1; expected text"),
-        ("copies: {a/b: '{lang}.json'}", "copies: '{lang}.json' is no format string of {name} and {split} alone"),
-        ("copies: {a/b: '{'}", "copies: '{' is no format string"),
+        ("copies: {a/b: '{lang}.json'}", "copies: '{lang}.json' is not a format string with only {name} and {split}"),
+        ("copies: {a/b: '{'}", "copies: '{' is not a format string"),
     ],
 )
 def test_a_bad_task_file_is_named_with_its_setting(tmp_path, content, message):
@@ -59,5 +59,5 @@ def test_a_set_without_a_path_waits_for_the_command_line(tmp_path, content):
 def test_unknown_tasks_and_copies_are_refused():
     with pytest.raises(UserError, match=r"neither one of safe, tofu, whp, wmdp nor a file"):
         tasks.load("tofuu", {})
-    with pytest.raises(UserError, match="reads nothing from 'locuslab/TOFUU', but from locuslab/TOFU"):
+    with pytest.raises(UserError, match="the task does not read 'locuslab/TOFUU'; it reads locuslab/TOFU"):
         tasks.load("tofu", {"locuslab/TOFUU": "x"})
