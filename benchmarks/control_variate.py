@@ -11,7 +11,7 @@ from benchmarks.figures import Figure, Results
 from mrd_ray import ScoreConfig
 from mrd_ray.mrd.first_order import FirstOrder
 from mrd_ray.mrd.likelihood import Likelihood
-from mrd_ray.mrd.monte_carlo import delta, draw_seed
+from mrd_ray.mrd.monte_carlo import delta, noise_key
 from mrd_ray.mrd.perturb import Replica
 
 _WANTED = {1e-5: 30.0, 1e-4: 5.0}  # times smaller, by sigma: the error at equal time
@@ -67,7 +67,7 @@ def _drawn(work: Batches, sigma: float, draws: int) -> Raw:
     seconds = {"plain": 0.0, "first order": 0.0, "other sign": 0.0}
 
     def drawn(k: int, step: float) -> torch.Tensor:
-        replica.perturb(step, draw_seed(0, k))
+        replica.perturb(step, noise_key(0, k))
         pairs = zip(theta, work.batches, strict=True)
         return torch.cat([delta(at, likelihood.log_neg_log_probs(batch), batch.scored) for at, batch in pairs])
 

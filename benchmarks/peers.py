@@ -16,7 +16,7 @@ from benchmarks.figures import Figure, Results, ratios
 from mrd_ray import ScoreConfig, ScoringConfig
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
-from mrd_ray.mrd.monte_carlo import delta, draw_seed
+from mrd_ray.mrd.monte_carlo import delta, noise_key
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.workers.memory import activation_bytes
 
@@ -147,7 +147,7 @@ class Ways:
         lap = stopwatch()
         theta = [self._likelihood.log_neg_log_probs(batch) for batch in batches]
         unperturbed = lap()
-        self._replica.perturb(self._sigma, draw_seed(0, 0))
+        self._replica.perturb(self._sigma, noise_key(0, 0))
         noise = lap()
         for before, batch in zip(theta, batches, strict=True):
             delta(before, self._likelihood.log_neg_log_probs(batch), batch.scored).tolist()

@@ -8,7 +8,7 @@ from benchmarks.common import stopwatch
 from benchmarks.figures import Figure, Results, ratios
 from mrd_ray import ModelConfig
 from mrd_ray.models import load
-from mrd_ray.mrd.monte_carlo import draw_seed
+from mrd_ray.mrd.monte_carlo import noise_key
 from mrd_ray.mrd.perturb import Replica
 
 
@@ -47,7 +47,7 @@ def main(
         for name, shard in replica.working().items():
             shard.tensor.copy_(replica.base[name])
 
-    ways = {"perturb": lambda: replica.perturb(1e-5, draw_seed(0, 0)), "copy": copy, "forward": forward}
+    ways = {"perturb": lambda: replica.perturb(1e-5, noise_key(0, 0)), "copy": copy, "forward": forward}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for repeat in range(repeats + 1):  # the first one warms up
         for way, run in ways.items():

@@ -14,7 +14,7 @@ from benchmarks.common import Batches, Raw, stopwatch
 from benchmarks.figures import Figure, Results
 from mrd_ray import ScoreConfig, score
 from mrd_ray.mrd.likelihood import Likelihood
-from mrd_ray.mrd.monte_carlo import delta, draw_seed
+from mrd_ray.mrd.monte_carlo import delta, noise_key
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.scoring.result import RESULT_SCHEMA
 from mrd_ray.scoring.units import Unit
@@ -85,7 +85,7 @@ class Work(Batches):
     def ideal_draw(self, k: int) -> Raw:
         """Draw k for all samples: one perturbation, the forwards, and nothing else."""
         lap = stopwatch()
-        self._replica.perturb(self._scoring.sigma, draw_seed(self._scoring.seed, k))
+        self._replica.perturb(self._scoring.sigma, noise_key(self._scoring.seed, k))
         perturb = lap()
         deltas = [
             delta(theta, self._likelihood.log_neg_log_probs(batch), batch.scored)

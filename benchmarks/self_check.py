@@ -12,7 +12,7 @@ from mrd_ray import ScoreConfig, ScoringConfig
 from mrd_ray.mrd.choices import Choices, Gaps
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
-from mrd_ray.mrd.monte_carlo import delta, draw_seed
+from mrd_ray.mrd.monte_carlo import delta, noise_key
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.scoring.estimators import estimator_of
 
@@ -128,7 +128,7 @@ def drawn(model: PreTrainedModel, batch: MicroBatch, draws: int) -> tuple[torch.
     jumped = torch.zeros(len(s), dtype=torch.bool)
     squares = {turn: torch.zeros_like(gap) for turn, gap in at_theta.items()}
     for k in range(draws):
-        replica.perturb(_SIGMA, draw_seed(7, k))
+        replica.perturb(_SIGMA, noise_key(7, k))
         values, gaps = heard(likelihood, batch)
         jumped |= delta(theta, values, batch.scored).abs() > _JUMP * s
         for turn in squares:

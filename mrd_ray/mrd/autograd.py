@@ -1,4 +1,4 @@
-"""Gradient norms of one sample by autograd: for parameters that no rule covers, and to hold the rules against."""
+"""Gradient norms of one sample by autograd: for parameters that no rule covers, and to check the rules."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ import torch
 def square_norms(
     model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], objective: Callable[[], torch.Tensor]
 ) -> dict[str, float]:
-    """|gradient|^2 of a scalar objective for each parameter, 0 where it has no influence."""
+    """|gradient|^2 of a scalar objective for each parameter; 0 if the parameter does not affect the objective."""
 
     found = _of_gradients(model, parameters, objective, lambda _, gradient: [_square(gradient)])
     return {name: values[0] if values else 0.0 for name, values in found.items()}
@@ -40,10 +40,10 @@ def _of_gradients(
     objective: Callable[[], torch.Tensor],
     numbers: Callable[[str, torch.Tensor], list[torch.Tensor]],
 ) -> dict[str, list[float]]:
-    """Numbers for each parameter's gradient, which is dropped as soon as it is made; none where there is none.
+    """Numbers computed from each parameter's gradient; an empty list if it has none. Gradients are freed at once.
 
-    The model computes with other tensors on the same memory meanwhile, so that what waits for gradients of its own
-    parameters, such as DeepSpeed, sees none.
+    Meanwhile the model computes with other tensors that share the parameters' memory. So code that waits for gradients
+    of the model's own parameters, such as DeepSpeed, sees none.
     """
     found: dict[str, list[float]] = {name: [] for name in parameters}
     leaves = {}
@@ -56,7 +56,7 @@ def _of_gradients(
 
         leaves[f"model.{name}"] = parameter.detach().requires_grad_()
         leaves[f"model.{name}"].register_post_accumulate_grad_hook(measure)
-    # torch leaves the padding row's gradient out; noise does not leave out the row
+    # torch skips the gradient of the padding row, but noise is added to that row too
     paddings = {m: m.padding_idx for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     try:
         for embedding in paddings:
@@ -69,7 +69,7 @@ def _of_gradients(
 
 
 class _Backward(torch.nn.Module):
-    """Differentiates an objective of a model by tensors that are its parameters meanwhile."""
+    """Differentiates a model's objective with respect to tensors that temporarily replace its parameters."""
 
     def __init__(
         self, model: torch.nn.Module, objective: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor]

@@ -1,7 +1,7 @@
-"""Holds the rules of the closed form against autograd on the very model that is to be scored, on two short samples.
+"""Checks the rules of the closed form against autograd, on the model to be scored and two short samples.
 
-A layer may look like one that a rule knows and yet scale its weights, be called twice, or mix samples: its norms would
-be wrong and look right. So this is run once before any sample is scored.
+A layer may look like one that a rule knows, but scale its weights, be called twice, or mix samples. Its norms would
+look right and be wrong. So this check runs once, before any sample is scored.
 """
 
 import functools
@@ -19,7 +19,7 @@ _SAMPLES = [[1, 2, 3, 4, 2, 3], [4, 1, 1, 3]]
 
 
 def disagreements(norms: GradientNorms) -> list[str]:
-    """Names of the parameters whose share of |g|^2 is not what autograd gives."""
+    """Names of the parameters whose share of |g|^2 differs from autograd's."""
     model = norms.model
     everything = [[True] * len(sample) for sample in _SAMPLES]
     _, found = norms.by_parameter(MicroBatch.collate(_SAMPLES, everything, model.device))
@@ -33,16 +33,16 @@ def disagreements(norms: GradientNorms) -> list[str]:
     for name, squares in found.items():
         right = torch.tensor([of_sample[name] for of_sample in expected], dtype=torch.float64)
         ours = squares.cpu()
-        # some gradients are zero but for rounding, such as those of key biases
+        # some gradients are zero except for rounding, for example of key biases
         holds = (ours - right).abs() <= tolerance * right + 1e-6 * totals
-        unseen = (ours == 0) & (right > 1e-12 * totals)  # of a layer whose weight is used without it
+        unseen = (ours == 0) & (right > 1e-12 * totals)  # the weight is used without calling its layer
         if not (holds & ~unseen).all():
             wrong.append(name)
     return wrong
 
 
 def agrees(first_order: FirstOrder, parameters: Mapping[str, torch.nn.Parameter], step: Weights) -> bool:
-    """Whether L along this step, in forward mode, is what autograd gives; the model is at theta."""
+    """Whether L along this step, computed in forward mode, agrees with autograd; the model is at theta."""
     model = first_order.model
     everything = [[True] * len(sample) for sample in _SAMPLES]
     theta = {name: parameter.detach() for name, parameter in parameters.items()}
@@ -60,7 +60,7 @@ def agrees(first_order: FirstOrder, parameters: Mapping[str, torch.nn.Parameter]
 
 
 def _objective(model: PreTrainedModel, sample: list[int]) -> torch.Tensor:
-    """sum_t log(-P_t), by the plainest means."""
+    """sum_t log(-P_t), computed in the simplest way."""
     tokens = torch.tensor([sample], device=model.device)
     logits = model(tokens, use_cache=False).logits[:, :-1].double()
     targets = tokens[:, 1:, None]

@@ -1,8 +1,8 @@
-"""Discrete choices inside a model, such as a router's experts: how close each was, and what it is worth.
+"""Discrete choices inside a model, such as a router's experts: how close each one was, and how much a flip changes.
 
-Where sigma flips a choice, Delta jumps. No gradient knows of that, and a few draws can miss a flip that is rare. So the
-gap of each choice, by which the last one chosen is ahead of the next, is held against how far sigma moves it, and the
-flips within reach are tried.
+Where sigma flips a choice, Delta jumps. No gradient sees that, and a few draws can miss a rare flip. The gap of a
+choice is how far the last chosen candidate is ahead of the next one. Each gap is compared with how far sigma moves it,
+and the flips within reach are tried.
 """
 
 import math
@@ -24,21 +24,21 @@ _COMPARED = {
     )
     for name in names
 }
-_REACH = 5.0  # standard deviations of what sigma moves a gap by; beyond, a flip comes in 3 of 10 million draws
-_UNEVEN = 3.0  # some positions' gaps are moved so many times farther than two draws and the median one show
-_MEDIAN = 0.6745  # of the absolute value of a standard normal
-_TRIED = 16  # flips of a sample, one by one
+_REACH = 5.0  # in standard deviations of a gap's change under sigma; farther gaps flip in 3 of 10 million draws
+_UNEVEN = 3.0  # some gaps move this many times farther than two draws and the median show
+_MEDIAN = 0.6745  # median absolute value of a standard normal
+_TRIED = 16  # flips tried per sample, one by one
 
-Gaps = dict[int, torch.Tensor]  # by the choice's turn in the forward
+Gaps = dict[int, torch.Tensor]  # keyed by the choice's turn: its place in the order of the forward's choices
 
 
 class Choices(TorchFunctionMode):
-    """Within this block, listens to every choice of the largest of some numbers, and to comparisons of numbers.
+    """Within this block, records every choice of the largest of some numbers, and comparisons of numbers.
 
     Args:
-        flips: by the choice's turn, where to take the next one in place of the last one chosen: bool, as its gaps.
-            Where to turn a comparison's outcome around.
-        positions: B T of the batch; comparisons of so many numbers, or a multiple, are listened to. 0: of none.
+        flips: by the choice's turn, where to flip it: bool, in the shape of its gaps. A flip takes the next candidate
+            instead of the last chosen one, or reverses the outcome of a comparison.
+        positions: B T of the batch. Comparisons of that many numbers, or a multiple, are recorded; with 0, none are.
     """
 
     def __init__(self, flips: Mapping[int, torch.Tensor] | None = None, positions: int = 0) -> None:
@@ -46,7 +46,7 @@ class Choices(TorchFunctionMode):
         self._positions = positions
         self._flips = flips or {}
         self._gaps: list[torch.Tensor] = []
-        self._indices: list[torch.Tensor] = []  # held, so that no other object is taken for one of them
+        self._indices: list[torch.Tensor] = []  # kept alive, so that no other object gets the same id()
         self._used: set[int] = set()
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -82,7 +82,7 @@ class Choices(TorchFunctionMode):
         return found
 
     def gaps(self) -> Gaps:
-        """Of the choices whose indices, or outcomes, were used: some models take the largest for their values alone."""
+        """Gaps of the choices whose indices or outcomes were used. Some models use only the values of the largest."""
         return {turn: self._gaps[turn] for turn in sorted(self._used)}
 
 
@@ -91,9 +91,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _gap(x: torch.Tensor, k: int) -> torch.Tensor:
-    """[..., n] -> float32 [...], infinite where nothing was left out, or could be chosen instead.
+    """[..., n] -> float32 [...]; infinite where every candidate was chosen, or no other could be.
 
-    Probabilities are taken as logits, whose gaps move by much the same at each position.
+    Probabilities are converted to logits, whose gaps move by about the same amount at each position.
     """
     if k >= x.shape[-1]:
         return torch.full(x.shape[:-1], math.inf, device=x.device)
@@ -104,12 +104,12 @@ def _gap(x: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _flipped(found: Any, x: torch.Tensor, k: int, dim: int, where: torch.Tensor) -> Any:
-    """What was found, with the next one for the last one chosen where told."""
+    """The result `found`, with the next candidate in place of the last chosen one where `where` is true."""
     best = x.topk(k + 1, -1)
     (last, other), value = best.indices[..., k - 1 :, None].unbind(-2), best.values[..., k:]
     if isinstance(found, torch.Tensor):
         return torch.where(where.view(found.shape), other.view(found.shape), found)
-    if found[1].dim() < x.dim():  # of max
+    if found[1].dim() < x.dim():  # the result of max
         values, indices = (part[..., None] for part in found)
     else:
         values, indices = (part.movedim(dim, -1) for part in found)
@@ -121,33 +121,36 @@ def _flipped(found: Any, x: torch.Tensor, k: int, dim: int, where: torch.Tensor)
 
 
 class Reach:
-    """What flips within sigma's reach add to the scores of a batch's samples.
+    """How much the flips within sigma's reach add to the scores of a batch's samples.
 
     Args:
-        scored: of the batch, bool [B, T - 1].
-        gaps: at theta.
+        scored: the batch's score mask, bool [B, T - 1].
+        gaps: the gaps at theta.
     """
 
     def __init__(self, scored: torch.Tensor, gaps: Gaps) -> None:
         self._matters = torch.nn.functional.pad(scored.flip(1).cumsum(1).flip(1) > 0, (0, 1))  # to later targets
         self._gaps = {turn: self._by_position(gap) for turn, gap in gaps.items()}
         self._shapes = {turn: gap.shape for turn, gap in gaps.items()}
-        self._moved: dict[int, list[float]] = {turn: [] for turn in gaps}  # by each draw, the median
-        self._own = {turn: torch.zeros_like(gap) for turn, gap in self._gaps.items()}  # by the draw that did most
+        self._moved: dict[int, list[float]] = {turn: [] for turn in gaps}  # median change of the gaps in each draw
+        self._own = {turn: torch.zeros_like(gap) for turn, gap in self._gaps.items()}  # each gap's largest change
 
     def _by_position(self, gap: torch.Tensor) -> torch.Tensor:
-        """[B, T n], infinite where the position does not matter. Raises UserError if samples cannot be told apart."""
+        """[B, T n], infinite where the position does not affect a score.
+
+        Raises UserError if the gaps cannot be assigned to samples.
+        """
         samples, tokens = self._matters.shape
         if gap.numel() % (samples * tokens):
             raise UserError(
                 f"scoring.verify_draws: this model makes a choice of shape {tuple(gap.shape)} for {samples} samples of "
-                f"{tokens} tokens, which cannot be laid to any of them; use monte_carlo, or set 0 for no check"
+                f"{tokens} tokens, which cannot be assigned to samples. Use monte_carlo, or set 0 to skip the check"
             )
         gap = gap.to(self._matters.device).reshape(samples, tokens, -1)
         return torch.where(self._matters[..., None], gap, math.inf).flatten(1)
 
     def draw(self, gaps: Gaps) -> None:
-        """Take in the same choices' gaps at a draw."""
+        """Record the gaps of the same choices at a draw."""
         for turn, at_theta in self._gaps.items():
             by = (self._by_position(gaps[turn]) - at_theta).abs().nan_to_num_(nan=0.0)
             torch.maximum(self._own[turn], by, out=self._own[turn])
@@ -160,15 +163,15 @@ class Reach:
         deviations: Callable[[dict[int, torch.Tensor]], torch.Tensor] | None = None,
         whole: bool = True,
     ) -> torch.Tensor:
-        """Moments of what flips add to Delta, sum_i P(flip i) |jump i|^n: float64 [B, 2], n = 1, 2; infinite if untold.
+        """Moments of what flips add to Delta, sum_i P(flip i) |jump i|^n: float64 [B, 2], n = 1, 2.
 
-        The first is the most that they add to E|Delta|.
+        The first is an upper bound of what they add to E|Delta|. Infinite where it is not known.
 
         Args:
-            jumps: gives Delta [B] of a forward with flips, as `Choices` takes them.
-            deviations: gives the standard deviation [B] of what sigma moves each sample's gap by, one of each told
-                alike. Without it the draws must do, which show the half or less of some.
-            whole: whether they are of all parameters; if not, what the draws show counts where it is more.
+            jumps: returns Delta [B] of a forward with flips, in the form that `Choices` takes.
+            deviations: returns the standard deviation [B] of how far sigma moves a gap, one gap per sample, selected in
+                the same form. Without it the draws are used, which show half or less of some gaps' movement.
+            whole: whether these deviations cover all parameters; if not, the larger of them and the draws' counts.
         """
         found = torch.zeros(len(self._matters), 2, dtype=torch.float64, device=self._matters.device)
         turns = [turn for turn, moved in self._moved.items() if moved]
@@ -186,7 +189,7 @@ class Reach:
             if deviations is not None:
                 moved = deviations(self._told(turns, here)).to(gaps.device)
                 exact = gaps.gather(1, place[:, None])[:, 0] / moved
-                # zero where a model keeps gradients from a choice, as some sparse attention does: the draws must do
+                # zero where a model blocks gradients of a choice, as some sparse attention does: use the draws then
                 nearest = torch.where(moved > 0, exact if whole else torch.minimum(exact, nearest), nearest)
                 here &= (nearest < _REACH)[:, None]
             if here.any():
@@ -197,12 +200,12 @@ class Reach:
         return found.nan_to_num_(nan=math.inf)
 
     def _told(self, turns: list[int], here: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Places among all choices of a sample, by turn."""
+        """Marked places among all choices of a sample, split by turn."""
         parts = zip(turns, here.split([self._gaps[turn].shape[1] for turn in turns], 1), strict=True)
         return {turn: part.reshape(self._shapes[turn]) for turn, part in parts if part.any()}
 
     def _far(self, turn: int) -> torch.Tensor:
-        """Each gap in standard deviations of what sigma moves it by, as far as the draws show: [B, T n]."""
+        """Each gap in standard deviations of its change under sigma, estimated from the draws: [B, T n]."""
         moved = self._moved[turn]
         scale = math.sqrt(sum(one * one for one in moved) / len(moved)) / _MEDIAN
         return (self._gaps[turn] / self._own[turn].clamp(min=scale)).nan_to_num_(nan=math.inf)

@@ -1,10 +1,10 @@
-"""The closed form of E|Delta|: one forward and one backward give every sample's exact gradient norm.
+"""The closed form of E|Delta|: one forward and one backward yield every sample's exact gradient norm.
 
 For small sigma, Delta ~ Normal(mu, s^2) with s = sigma |g|, g = grad_theta sum_t log(-P_t), and mu of order sigma^2. So
-E|Delta| is the mean of a folded normal, s sqrt(2/pi) where mu/s -> 0, without Monte Carlo error.
+E|Delta| is the mean of a folded normal, s sqrt(2/pi) as mu/s -> 0, without Monte Carlo error.
 
-No gradient of a parameter is ever made for this, neither of the batch nor of a sample: each layer type has a rule in
-`gradient_rules` that turns a layer's input and the gradient at its output into per-sample squared norms.
+This never computes the gradient of a parameter, neither for the batch nor for a sample. Instead, each layer type has a
+rule in `gradient_rules` that computes per-sample squared norms from the layer's input and the gradient at its output.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ from mrd_ray.mrd.recompute import recomputing
 
 
 class GradientNorms:
-    """Per-sample |grad_theta sum_t log(-P_t)| for a batch, under the model's present weights.
+    """Per-sample |grad_theta sum_t log(-P_t)| for a batch, under the model's current weights.
 
     Args:
-        model: a transformers causal language model in eval mode. Its parameters' requires_grad is left as it is found
-            after each call, and no gradient is written to them.
-        selected: the parameters theta, by name; all if None.
+        model: a transformers causal language model in eval mode. Each call restores its parameters' requires_grad, and
+            writes no gradient to them.
+        selected: names of the parameters theta; all if None.
         activations: bytes that layers may keep for a backward; the rest is recomputed (see `recomputing`).
     """
 
@@ -53,25 +53,25 @@ class GradientNorms:
         self._by_groups = output_layer_is_plain(model)
 
     def give_up_rules(self, names: Collection[str]) -> None:
-        """Leave these parameters to autograd, since their rules do not hold (see `autograd_check`)."""
+        """Use autograd for these parameters, because their rules do not hold (see `autograd_check`)."""
         self.coverage = coverage(self.model, self.parameters, names)
 
     def __call__(
         self, batch: MicroBatch, measures: TokenMeasures | None = None, of_log_prob: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """log(-P_t) (float64 [B, T - 1], of no meaning where not scored) and |g|^2 (float64 [B]).
+        """log(-P_t) (float64 [B, T - 1], meaningless where not scored) and |g|^2 (float64 [B]).
 
         Args:
-            measures: sees the logits.
-            of_log_prob: take the plain gradient of the log-likelihood, sum_t P_t, instead of g.
+            measures: receives the logits.
+            of_log_prob: use the gradient of the log-likelihood sum_t P_t itself, instead of g.
         """
         theta, squares = self.by_parameter(batch, measures, of_log_prob)
-        return theta, torch.stack(list(squares.values())).sum(0).clamp_(min=0.0)  # zero to rounding may be below it
+        return theta, torch.stack(list(squares.values())).sum(0).clamp_(min=0.0)  # rounding can turn 0 negative
 
     def by_parameter(
         self, batch: MicroBatch, measures: TokenMeasures | None = None, of_log_prob: bool = False
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """log(-P_t), and each parameter's share of |g|^2: float64 [B] by name."""
+        """log(-P_t), and each parameter's share of |g|^2: float64 [B], keyed by name."""
         with self._frozen(), recomputing(self.model, self._activations):
             taps = _Taps(self, batch)
             with taps.attached():
@@ -83,10 +83,10 @@ class GradientNorms:
         return theta, squares
 
     def of_gaps(self, batch: MicroBatch, where: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """|gradient| of the gap of one choice of each sample, of parameters with a rule: float64 [B].
+        """|gradient| of the gap of one choice per sample, over the parameters with a rule: float64 [B].
 
         Args:
-            where: by the choice's turn, which one (see `choices`); zero for a sample of which none is told.
+            where: marks that choice, by its turn (see `choices`). The result is 0 for a sample without a mark.
         """
         with self._frozen(), recomputing(self.model, self._activations):
             taps = _Taps(self, batch)
@@ -125,7 +125,7 @@ class GradientNorms:
         samples = max(1, LOGITS // (head.out_features * targets.shape[1]))
         for start in range(0, len(targets), samples):
             taps.rows = slice(start, start + samples)
-            used = batch.scored[taps.rows].any(0)  # a column in which nothing is scored needs no logits
+            used = batch.scored[taps.rows].any(0)  # columns without a scored target need no logits
             logits = head(leaf[taps.rows, :-1][:, used.to(leaf.device)])
             values, slope = token_values((taps.rows, used), logits, True)
             gradient += torch.autograd.grad(values, leaf, slope)[0]
@@ -134,7 +134,7 @@ class GradientNorms:
         return theta
 
     def _slow(self, batch: MicroBatch, of_log_prob: bool) -> dict[str, list[float]]:
-        """Shares of |g|^2 of the parameters without a rule, sample by sample."""
+        """Shares of |g|^2 for the parameters without a rule, computed sample by sample."""
         slow = {name: self.parameters[name] for name in self.coverage.slow}
         squares: dict[str, list[float]] = {name: [] for name in slow}
         for row in range(len(batch.token_ids) if slow else 0):
@@ -145,14 +145,14 @@ class GradientNorms:
         return squares
 
     def objective(self, batch: MicroBatch, of_log_prob: bool = False) -> torch.Tensor:
-        """sum_t log(-P_t), or sum_t P_t, of all samples together, differentiable."""
+        """sum_t log(-P_t), or sum_t P_t, summed over all samples; differentiable."""
         logits = self.model(batch.token_ids, use_cache=False).logits[:, :-1]
         values = LogNegLogProb.apply(logits, batch.token_ids[:, 1:], False)
         return (values * _slope(values, batch.scored, of_log_prob)).sum()
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
-        """No gradients of parameters; they are wanted again afterwards."""
+        """Within this block no parameter requires a gradient; afterwards the same ones do as before."""
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -165,9 +165,9 @@ class GradientNorms:
 
 
 class _Taps:
-    """Listens at every layer of one batch, and adds up what the rules make of it.
+    """Records every layer's input and output gradient for one batch, and adds up what the rules compute from them.
 
-    leaves: outputs of the embeddings, where the backward ends. rows: the samples whose output layer is being run.
+    leaves: outputs of the embeddings, where the backward ends. rows: samples whose output layer is running just now.
     """
 
     def __init__(self, norms: GradientNorms, batch: MicroBatch) -> None:
@@ -182,13 +182,13 @@ class _Taps:
             id(module): {local: names[id(parameter)] for local, parameter in module.named_parameters(recurse=False)}
             for module in self._coverage.layers
         }
-        self.squares = {  # in the model's order, whichever process sums them
+        self.squares = {  # in the model's order, so that every process sums in the same order
             name: torch.zeros(len(batch.token_ids), dtype=torch.float64, device=batch.token_ids.device)
             for name in norms.parameters
             if name not in norms.coverage.slow
         }
         self._grams = GramCache()
-        # of a tied output layer: samples, its inputs h_s, and the gradients at the logits of the samples' own tokens
+        # for a tied output layer: samples, its inputs h_s, and the gradients at the logits of the samples' own tokens
         self._heads: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
 
     @contextlib.contextmanager
@@ -210,7 +210,7 @@ class _Taps:
                     module.forward = forward
 
     def _forward_inside(self, module: torch.nn.Module) -> Callable[..., Any]:
-        """A forward that taps what cannot be seen from outside the layer."""
+        """A forward with taps inside the layer, on what cannot be seen from outside."""
         if is_router(module):
             tap = functools.partial(_Tap.apply, functools.partial(self.measure, module))
             return functools.partial(router_forward, module, module.forward, tap)
@@ -233,9 +233,9 @@ class _Taps:
         return self.leaves[-1]
 
     def _of_each_sample(self, x: torch.Tensor, width: int) -> torch.Tensor:
-        """A single row of positions, [T, ...] or [1, T, ...], or what they are looked up as, for every sample.
+        """Expand a single row of positions, or of their embeddings, [T, ...] or [1, T, ...], to one row per sample.
 
-        All samples would share it, and so they would the gradient at their embedding. width: dimensions with [T, ...].
+        Otherwise all samples would share the row, and the gradient at its embedding. width: dimensions of [T, ...].
         """
         samples, tokens = self._shape
         if samples == 1 or x.dim() not in (width, width + 1) or x.shape[-width] != tokens:
@@ -243,17 +243,17 @@ class _Taps:
         return x.expand(samples, *x.shape[-width:]) if x.dim() == width or x.shape[0] == 1 else x
 
     def _tap(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        # learned positions may be given by name, beside a mask
+        # learned positions may be passed by name, next to a mask
         layer_input = kwargs["position_ids"] if kwargs.get("position_ids") is not None else (*args, *kwargs.values())[0]
         if not isinstance(layer_input, torch.Tensor) or not isinstance(output, torch.Tensor):
-            return output  # nothing is added up then, which `disagreements` finds
-        layer_input = layer_input.to(output.device)  # of a model over several GPUs, it may come from another
+            return output  # nothing is added then, and `disagreements` reports it
+        layer_input = layer_input.to(output.device)  # if the model spans several GPUs, it may come from another one
         if isinstance(module, torch.nn.Embedding):
             layer_input = self._of_each_sample(layer_input, 1)
         return _Tap.apply(functools.partial(self.measure, module), output, layer_input)
 
     def measure(self, module: torch.nn.Module, layer_input: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add this layer's parameters' shares; `gradient` is that at its output."""
+        """Add the shares of this layer's parameters; `gradient` is the gradient at its output."""
         names = self._names[id(module)]
         rule = rule_of(module)
         assert rule is not None
@@ -261,7 +261,7 @@ class _Taps:
         layer_input = layer_input if layer_input.is_floating_point() else layer_input[..., None]
         try:
             layer_input, gradient = (by_sample(x, rows, self._shape[1]) for x in (layer_input, gradient))
-        except ValueError:  # no rule holds for it, then
+        except ValueError:  # then no rule holds for it
             nothing = torch.full((rows,), torch.nan, dtype=torch.float64)
             self._add(module, dict.fromkeys(names, nothing))
             return
@@ -275,7 +275,7 @@ class _Taps:
                 self.squares[name][self.rows] += square.to(self._token_ids.device)
 
     def _tie(self, module: torch.nn.Module, name: str, layer_input: torch.Tensor, gradient: torch.Tensor) -> None:
-        """2 <g_embed, g_head>: the head's part is kept until the embedding's backward, which comes last."""
+        """Add 2 <g_embed, g_head>; the head's part is kept until the embedding's backward, which comes last."""
         if isinstance(module, torch.nn.Embedding):
             for rows, hidden, own in self._heads:
                 overlap = embedding_overlap(module, gradient[rows], hidden, own)
@@ -287,9 +287,9 @@ class _Taps:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on a layer's output, whose backward tells `measure` the layer's input and the gradient there.
+    """The identity on a layer's output; its backward calls `measure` with the layer's input and the gradient there.
 
-    The input is kept as autograd keeps its own tensors, so that checkpointing recomputes it and memory is shared.
+    The input is saved the way autograd saves tensors, so that checkpointing recomputes it and memory is shared.
     """
 
     @staticmethod
@@ -306,13 +306,13 @@ class _Tap(torch.autograd.Function):
 
 
 def _unseen_view(output: torch.Tensor) -> torch.Tensor:
-    """The same memory, as a tensor that autograd lets a model write to in place; no layer with a rule needs its output.
+    """The same memory, as a tensor that a model may write to in place; no layer with a rule needs its own output.
 
-    (It refuses that on views which a function of one's own has made, and on leaves.)
+    (Autograd refuses such writes to leaves, and to views made by a custom function.)
     """
     return torch.ops.aten._unsafe_view(output, output.shape)
 
 
 def _slope(values: torch.Tensor, scored: torch.Tensor, of_log_prob: bool) -> torch.Tensor:
-    """d objective / d log(-P_t), of the sum over scored t of log(-P_t), or of P_t = -exp(log(-P_t))."""
+    """d objective / d log(-P_t); the objective is the sum over scored t of log(-P_t), or of P_t = -exp(log(-P_t))."""
     return torch.where(scored, -values.detach().exp() if of_log_prob else 1.0, 0.0)

@@ -1,4 +1,4 @@
-"""Which parameters of a model have a rule that gives their gradients' norms by sample, and which do not."""
+"""Which parameters of a model have a rule for their per-sample gradient norms, and which do not."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from mrd_ray.mrd.gradient_rules import rule_of
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which layers hold the selected parameters, and which of these no rule covers.
+    """Which layers hold the selected parameters, and which parameters no rule covers.
 
-    layers: those whose parameters have a rule. tied: names of parameters that an embedding and
-    an output layer share. slow: names that only autograd, one sample at a time, can answer for.
+    layers: layers whose parameters have a rule. tied: names of parameters that an embedding and an output layer share.
+    slow: names of parameters that need autograd, one sample at a time.
     """
 
     layers: list[torch.nn.Module]
@@ -26,8 +26,8 @@ def coverage(model: torch.nn.Module, selected: Collection[str], without: Collect
     """Match parameters to rules by the types of the layers that hold them; works on a model without weights.
 
     Args:
-        selected: names as in `model.named_parameters()`, where tied parameters stand once, under their first name.
-        without: those that go without their rules, which do not hold for them.
+        selected: names as in `model.named_parameters()`, which lists tied parameters once, under their first name.
+        without: names of parameters whose rules are not used, because they do not hold.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     holders: dict[str, list[torch.nn.Module]] = {name: [] for name in selected}

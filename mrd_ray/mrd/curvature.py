@@ -2,10 +2,10 @@
 
     E Delta -> -(sigma^2 / 2) sum_t Tr(H_t) / P_t,  with H_t the Hessian of P_t at theta
 
-Hutchinson's estimate of a trace is the mean of v^T H v over random probes v with E v v^T = I. Here v = sign(z), z the
-noise of a draw: signs have less variance than normals, and none from the diagonal. v^T H_t v is the second derivative
-of P_t(theta + eps v) in eps, the product of v with the Hessian-vector product H_t v; two nested forward-mode
-derivatives give it for every token of a batch at once, and no Hessian-vector product is stored.
+Hutchinson's estimate of a trace is the mean of v^T H v over random probes v with E v v^T = I. Here v = sign(z), where z
+is the noise of a draw: signs have less variance than normals, and none from the diagonal. v^T H_t v is the second
+derivative of P_t(theta + eps v) in eps, the product of v with the Hessian-vector product H_t v. Two nested forward-mode
+derivatives compute it for every token of a batch at once, and no Hessian-vector product is stored.
 """
 
 from collections.abc import Callable, Collection
@@ -20,9 +20,9 @@ from mrd_ray.mrd.noise import standard_normal_like
 
 
 class TraceEstimator:
-    """Probes of mu / sigma^2 for the samples of a batch, at the model's present weights.
+    """Probes of mu / sigma^2 for the samples of a batch, at the model's current weights.
 
-    Beside the model it holds a direction, the moved weights and their derivatives: four copies of theta in all.
+    Memory: besides the model, a direction, the moved weights and their derivatives; four copies of theta in total.
 
     Args:
         model: a transformers causal language model in eval mode.
@@ -38,10 +38,10 @@ class TraceEstimator:
         }
         self._direction: dict[str, torch.Tensor] = {}
 
-    def aim(self, seed: int) -> None:
-        """Take the signs of this seed's noise for the direction of the probes to come."""
+    def aim(self, noise_key: int) -> None:
+        """Use the signs of this key's noise as the direction of the next probes."""
         self._direction = {
-            name: standard_normal_like(tensor, seed, name).sign_().to(tensor.dtype)
+            name: standard_normal_like(tensor, noise_key, name).sign_().to(tensor.dtype)
             for name, tensor in self._theta.items()
         }
 
@@ -49,11 +49,11 @@ class TraceEstimator:
         """One probe: float64 [B], with mean mu / sigma^2 = -1/2 sum_t Tr(H_t) / P_t over seeds.
 
         Raises NotImplementedError if torch cannot differentiate one of the model's functions twice in forward mode, or
-        if one has a kink or jumps: where sigma moves inputs across that, it adds to mu at order sigma^2 or before, and
-        no derivative at theta knows of it.
+        if one has a kink or a jump. Where sigma moves inputs across it, it adds to mu at order sigma^2 or lower, and no
+        derivative at theta sees that.
         """
         vocabulary = self.model.config.get_text_config().vocab_size
-        samples = max(1, LOGITS // (vocabulary * batch.token_ids.shape[1]))  # bounds the memory of logits
+        samples = max(1, LOGITS // (vocabulary * batch.token_ids.shape[1]))  # limits the memory of logits
         pieces = zip(batch.token_ids.split(samples), batch.scored.split(samples), strict=True)
         return torch.cat([self._probe(MicroBatch(*piece)) for piece in pieces])
 
@@ -91,16 +91,16 @@ _KINKED = {
 
 
 class _TwiceDifferentiable(ForwardMode):
-    """Refuses functions with kinks or jumps, and spells out what torch 2.13 cannot differentiate twice in forward mode.
+    """Refuses functions with kinks or jumps, and replaces what torch 2.13 cannot differentiate twice in forward mode.
 
-    That refuses silu, and gives layer_norm a wrong second derivative: its mean and variance count as constants there.
+    torch refuses silu, and returns a wrong second derivative of layer_norm: it treats mean and variance as constants.
     """
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _KINKED:
-            raise NotImplementedError(f"{func.__name__} has a kink, whose part of E Delta no second derivative sees")
+            raise NotImplementedError(f"{func.__name__} has a kink; no second derivative sees what it adds to E Delta")
         if func in (torch.topk, torch.Tensor.topk):
-            raise NotImplementedError("topk jumps, as where experts change, which no derivative sees")
+            raise NotImplementedError("topk jumps, for example where experts change, and no derivative sees that")
         if func is torch.nn.functional.silu:
             return args[0] * torch.sigmoid(args[0])
         if func is torch.nn.functional.layer_norm:

@@ -1,8 +1,8 @@
-"""float64 that is: a float64 model computes in float64 throughout, also where its code casts down to float32.
+"""True float64: a float64 model computes in float64 throughout, even where its code casts down to float32.
 
-transformers' norms, rotary tables, routers and many a softmax name float32, which is up from the bfloat16 that they
-were written for, and down from float64. A rounding of 1e-7 in one norm is then all that "float64" is worth. So within
-the forward of such a model, float32 and narrower types are read as float64, wherever they are named.
+transformers' norms, rotary tables, routers and many softmaxes cast to float32. That is up from bfloat16, for which they
+were written, but down from float64. Rounding of 1e-7 in a single norm would spoil float64's precision. So within the
+forward of a float64 model, float32 and narrower types are read as float64 wherever code names them.
 """
 
 import functools
@@ -18,13 +18,13 @@ from mrd_ray.mrd.first_order import GROUPED_MM, grouped_mm
 
 _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _BY_NAME = frozenset({torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16})
-_BITS = frozenset({torch.Tensor.view, torch.frombuffer})  # read bits as numbers of the type that they name
+_BITS = frozenset({torch.Tensor.view, torch.frombuffer})  # reinterpret bits as the type that they name
 
 
 class Float64(TorchFunctionMode):
-    """Within this block, whatever asks for a floating-point type gets float64.
+    """Within this block, code that asks for any floating-point type gets float64.
 
-    Models are to be built in it too, whose rotary frequencies are then float64 numbers, not float32 ones made longer.
+    Build float64 models in it too: their rotary frequencies are then computed in float64, not converted from float32.
     """
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -34,7 +34,7 @@ class Float64(TorchFunctionMode):
         if func in _BITS:
             return func(*args, **kwargs)
         if func is GROUPED_MM and kwargs.get("bias") is None and args[0].dtype == torch.float64:
-            return grouped_mm(*args, **kwargs)  # torch's own has no float64
+            return grouped_mm(*args, **kwargs)  # torch's own does not support float64
         return func(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
 
 
@@ -43,9 +43,9 @@ def _wide(value: Any) -> Any:
 
 
 def keep_float64(model: PreTrainedModel) -> None:
-    """Have a float64 model compute in float64 throughout, from now on; any other is left as it is.
+    """Make a float64 model compute in float64 throughout from now on; other models stay unchanged.
 
-    Its hooks are plain functions, which copies and pickles of the model take along.
+    The hooks are plain functions, so that copies and pickles of the model keep them.
     """
     if model.dtype != torch.float64:
         return
@@ -58,7 +58,7 @@ def keep_float64(model: PreTrainedModel) -> None:
 
 
 class _Entered(threading.local):
-    """Modes of the forwards that this thread is in the middle of."""
+    """Modes of the forwards that this thread is currently running."""
 
     def __init__(self) -> None:
         self.modes: list[Float64] = []
@@ -77,9 +77,9 @@ def _leave(module: torch.nn.Module, args: Any, output: Any) -> None:
 
 
 def as_now(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which computes in float64 throughout if it is made within a forward that does.
+    """The function, made to compute in float64 throughout if this is called within a forward that does.
 
-    A backward may recompute a part of a forward long after it, and on a thread of its own.
+    A backward may recompute a part of the forward much later, and on another thread.
     """
     return functools.partial(_in_float64, function) if _entered.modes else function
 

@@ -1,8 +1,8 @@
-"""What each eighth of the draws says of a score, the draws k with the same k mod 8.
+"""A score estimated from each eighth of the draws separately; an eighth is the draws k with the same k mod 8.
 
-Two runs with the same seed shake the weights alike, so that their errors go together. The difference of the two runs,
-eighth by eighth, has only the error that is left, whatever they share: its spread over the eighths tells how large that
-is, and the draws themselves need not be kept.
+Two runs with the same seed perturb the weights in the same way, so their errors are correlated. In the difference of
+the two runs, eighth by eighth, the shared error cancels. The spread of the difference over the eighths shows how large
+the remaining error is, whatever the runs share, and the draws themselves need not be kept.
 """
 
 import math
@@ -17,9 +17,9 @@ Statistic = Literal["mean_abs", "abs_mean"]
 
 
 def of_moments(moments: Moments, score: Score, statistic: Statistic, first_std: float | None) -> list[float] | None:
-    """Score by the draws of each eighth, 0 to 7 as far as there are draws; None for a single draw.
+    """Score from the draws of each eighth, 0 to 7, as far as there are draws; None for a single draw.
 
-    Control variates have their coefficient 1 here. Of abs_mean, E Delta has the sign of the score's.
+    Control variates have the coefficient 1 here. For abs_mean, each eighth's E Delta times the sign of the score's.
     """
     k = moments.num_draws
     if k < 2:
@@ -33,7 +33,10 @@ def of_moments(moments: Moments, score: Score, statistic: Statistic, first_std: 
 
 
 def of_probes(sigma: float, score: Score, statistic: Statistic, probes: Sequence[float]) -> list[float] | None:
-    """The same from probes of the curvature, to first order in their deviations from their mean; None below two."""
+    """The same from probes of the curvature, to first order in their deviations from the mean; None for a single probe.
+
+    None also if the score has no delta_mean.
+    """
     if len(probes) < 2 or score.delta_mean is None:
         return None
     mu, s = score.delta_mean, score.delta_std

@@ -1,14 +1,15 @@
-"""Per-sample gradient norms of layers that have to be measured inside, those of mixtures of experts above all.
+"""Per-sample gradient norms of layers that must be measured from inside, above all mixtures of experts.
 
-In these, one parameter [E, out, in] holds a matrix of every expert.
+In a mixture of experts, one parameter [E, out, in] holds a matrix for every expert.
 
-The gradient of expert e's matrix is the sum of G_t A_t^T over the tokens t that are routed to e, so its norm for a
-sample is that of a linear layer which saw those of the sample's tokens alone; the parameter's is the sum over e.
+The gradient of expert e's matrix is the sum of G_t A_t^T over the tokens t that are routed to e. So its norm for a
+sample equals the norm for a linear layer that saw only those tokens of the sample. The parameter's squared norm is the
+sum over e.
 
-Neither the inputs of the second matrices nor the gradients at the outputs of the first are seen from outside such a
-layer, and the gradient at a router's logits is not from outside of that; nor is what attention makes of its sinks. So
-such layers compute by the functions here while norms are taken. (transformers has several ways to compute experts; this
-is one more, with the same results.)
+From outside such a layer, one sees neither the inputs of the second matrices nor the gradients at the outputs of the
+first. In the same way, the gradient at a router's logits is hidden inside the router, and the use of attention sinks
+inside the attention. So these layers compute with the functions here while norms are measured. (transformers has
+several ways to compute experts; this is one more, with the same results.)
 """
 
 import functools
@@ -22,12 +23,12 @@ from torch.overrides import TorchFunctionMode
 
 from mrd_ray.mrd.gradient_rules import Squares, gram_of, is_router, square_of_product, square_sum
 
-Measure = Callable[[torch.Tensor, torch.Tensor], None]  # told the input of a layer, and the gradient at its output
-Tap = Callable[..., torch.Tensor]  # of a Measure, an output and an input: the output
+Measure = Callable[[torch.Tensor, torch.Tensor], None]  # receives a layer's input and the gradient at its output
+Tap = Callable[..., torch.Tensor]  # takes a Measure, an output and an input; returns the output
 
 
 class _Layout(NamedTuple):
-    """A layer's parameters, by name: the matrices, and biases if any, of the first and the second linear map.
+    """Names of a layer's parameters: matrix, and bias if any, of the first and of the second linear map.
 
     transposed: whether matrices are [E, in, out].
     """
@@ -41,7 +42,7 @@ def _layout(module: Module) -> _Layout | None:
     own: Any = module
     if type(module).__name__ == "Llama4TextExperts":
         layout = _Layout(("gate_up_proj",), ("down_proj",), True)
-    elif hasattr(module, "is_transposed") and hasattr(module, "has_gate"):  # by use_experts_implementation
+    elif hasattr(module, "is_transposed") and hasattr(module, "has_gate"):  # set by use_experts_implementation
         names = ("gate_up_proj" if own.has_gate else "up_proj", "down_proj")
         first, second = ((name, f"{name}_bias") if own.has_bias else (name,) for name in names)
         layout = _Layout(first, second, own.is_transposed)
@@ -54,28 +55,28 @@ def _layout(module: Module) -> _Layout | None:
 
 
 def is_experts(module: Module) -> bool:
-    """Whether it is one of transformers' layers of experts, which share the parts that they compute by."""
+    """Whether it is one of transformers' expert layers, which are all built from the same parts."""
     return _layout(module) is not None
 
 
 def measured_inside(module: Module) -> bool:
-    """Whether it is one of the layers that compute by the functions here."""
+    """Whether it is one of the layers that compute with the functions here."""
     return is_experts(module) or is_router(module) or has_sinks(module)
 
 
 def has_sinks(module: Module) -> bool:
-    """Whether it is attention with a logit for every head that stands for no token, as in GPT-OSS, and no more."""
+    """Whether it is attention whose only own parameter is a sink per head: a logit of no token, as in GPT-OSS."""
     return [name for name, _ in module.named_parameters(recurse=False)] == ["sinks"]
 
 
 def experts_forward(
     experts: Any, samples: int, tap: Tap, add: Callable[[Squares], None], hidden: torch.Tensor, *routes: torch.Tensor
 ) -> torch.Tensor:
-    """What the layer makes of hidden [B T, H]; `add` is told the B samples' squares in the backward.
+    """The layer's output for hidden [B T, H]; the backward passes the B samples' squares to `add`.
 
     Args:
-        routes: the experts of each token and their weights, both [B T, k]. There are none in Llama 4, where hidden is
-            [E B T, H], weighted already, and zero where a token is not for the expert.
+        routes: the experts of each token and their weights, both [B T, k]. Llama 4 has none: there hidden is
+            [E B T, H], already weighted, and zero where a token is not routed to the expert.
     """
     if routes:
         chosen, weights = (of_tokens.reshape(len(hidden), -1) for of_tokens in routes)
@@ -93,14 +94,14 @@ def experts_forward(
     if not routes:
         return found
     if experts.has_post_expert_norm:
-        found = experts.post_expert_norm(found.view(samples, -1, found.shape[1]))  # has a rule of its own
+        found = experts.post_expert_norm(found.view(samples, -1, found.shape[1]))  # this norm has its own rule
     return (found.view(tokens, -1, found.shape[-1]) * weights[..., None]).sum(1).to(hidden.dtype)
 
 
 def _by_expert(
     experts: Any, rows: torch.Tensor, counts: list[list[int]], tap: Tap, add: Callable[[Squares], None]
 ) -> torch.Tensor:
-    """Outputs of rows, which stand by expert and then by sample: counts[e][i] for expert e are of sample i."""
+    """Outputs of rows, which are ordered by expert, then by sample: counts[e][i] rows are of expert e and sample i."""
     layout = _layout(experts)
     assert layout is not None
     both = [{name: getattr(experts, name) for name in names} for names in (layout.first, layout.second)]
@@ -119,7 +120,7 @@ def _by_expert(
 
 
 def _between(experts: Any, x: torch.Tensor) -> torch.Tensor:
-    """From the outputs of the first map to the inputs of the second."""
+    """Turns outputs of the first map into inputs of the second."""
     if not getattr(experts, "has_gate", True):
         activated: torch.Tensor = experts.act_fn(x)
     elif hasattr(experts, "_apply_gate"):
@@ -133,21 +134,21 @@ def _between(experts: Any, x: torch.Tensor) -> torch.Tensor:
 def _measure(
     names: list[str], of_samples: list[int], add: Callable[[Squares], None], x: torch.Tensor, gradient: torch.Tensor
 ) -> None:
-    """Tell the squares of one expert's matrix, and of its bias if there is one. x, gradient: [n, in] and [n, out]."""
-    # zeros add nothing
+    """Add the squares of one expert's matrix, and of its bias if it has one. x, gradient: [n, in] and [n, out]."""
+    # the zeros of the padding add nothing
     a, g = (pad_sequence(of_rows.split(of_samples), batch_first=True) for of_rows in (x, gradient))
     matrix, *bias = names
     add({matrix: square_of_product(a, g, gram_of)} | {name: square_sum(g.sum(1, dtype=torch.float64)) for name in bias})
 
 
 def router_forward(router: Module, forward: Callable[..., Any], tap: Tap, *args: Any, **kwargs: Any) -> Any:
-    """The router's own forward, with a tap on its logits; `tap` is of an output and an input."""
+    """The router's own forward, with a tap on its logits; `tap` takes an output and an input."""
     with _Logits(router, tap):
         return forward(*args, **kwargs)
 
 
 class _Logits(TorchFunctionMode):
-    """Taps what F.linear makes with a router's weight, which may be given to it in another dtype."""
+    """Taps the output of F.linear with a router's weight, which may be passed in another dtype."""
 
     def __init__(self, router: Any, tap: Tap) -> None:
         super().__init__()
@@ -167,13 +168,13 @@ def sinks_forward(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """The attention's own forward, where every sample has sinks of its own; `copies` makes them of [1, heads, ...]."""
+    """The attention's own forward, with separate sinks for every sample; `copies` makes them from [1, heads, ...]."""
     with _Copies(attention, copies):
         return forward(*args, **kwargs)
 
 
 class _Copies(TorchFunctionMode):
-    """Puts copies for every sample in place of sinks where they are given the shape to be used in."""
+    """Replaces sinks by one copy per sample, where the model reshapes them for use."""
 
     def __init__(self, attention: Any, copies: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()

@@ -1,11 +1,12 @@
 """Extraction Likelihood of Jang et al., 2023, "Knowledge Unlearning for Mitigating Privacy Risks in Language Models".
 
-How much of a sample the model gives away when handed its beginning, in the stopping rule of arXiv 2504.06658, C.4:
+How much of a sample the model reveals when prompted with its beginning, as in the stopping rule of arXiv 2504.06658,
+C.4:
 
     EL_n(x) = sum_{t=1}^{T-n} OVERLAP_n(f(x_<=t), x_>t) / (T - n)
 
-f(x_<=t) is the greedy continuation of the first t tokens, as long as x_>t at most. Where responses alone are scored, x
-is the response, and every prefix has the prompt before it.
+f(x_<=t) is the greedy continuation of the first t tokens, at most as long as x_>t. Where only responses are scored, x
+is the response, and the prompt precedes every prefix.
 """
 
 import math
@@ -17,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 
 def overlap(generated: Sequence[int], suffix: Sequence[int], n: int) -> float:
-    """OVERLAP_n: the share of generated's n-grams, each as often as it occurs, that suffix has too; 0 without any."""
+    """OVERLAP_n: the share of generated's n-grams, counted with repeats, that suffix contains; 0 if it has none."""
     known = set(_ngrams(suffix, n))
     ngrams = _ngrams(generated, n)
     return sum(ngram in known for ngram in ngrams) / len(ngrams) if ngrams else 0.0
@@ -37,23 +38,23 @@ def extraction_likelihoods(
     all_ranks: bool = False,
     scored: Sequence[Sequence[bool]] | None = None,
 ) -> list[float]:
-    """EL_n of every sample, between 0 and 1; nan where it has too few tokens for one n-gram.
+    """EL_n of every sample, between 0 and 1; nan for a sample with too few tokens for one n-gram.
 
     Args:
-        model: a causal language model in eval mode. Only its EOS and pad ids are taken from its generation settings.
-        samples: token ids of each.
+        model: a causal language model in eval mode. Of its generation settings, only the EOS and pad ids are used.
+        samples: token ids of each sample.
         n: tokens per n-gram, at least 1.
-        stride: the mean is over every so many-th prefix; 1 is the definition.
-        rows: prefixes per call of `generate`. They matter to the result only as rounding does.
-        all_ranks: every rank of the default process group calls this, each with samples of its own, maybe none, and
-            all make the same number of forwards, as ZeRO-3 demands of them. Otherwise this rank works alone.
-        scored: of each token, whether it counts: x runs from the first that does to the last. None: all but the first.
+        stride: average over every stride-th prefix; 1 is the definition.
+        rows: prefixes per call of `generate`. Affects the result only through rounding.
+        all_ranks: every rank of the default process group calls this, each with its own samples, possibly none. All
+            then make the same number of forwards, as ZeRO-3 requires. Otherwise only this rank works.
+        scored: whether each token counts: x runs from the first token that does to the last. None: all but the first.
     """
     flags = [[False] + [True] * (len(sample) - 1) for sample in samples] if scored is None else [*map(list, scored)]
     spans = [(of.index(True), len(of) - of[::-1].index(True)) if any(of) else (0, 0) for of in flags]
     samples = [sample[:stop] for sample, (_, stop) in zip(samples, spans, strict=True)]
     prefixes = [(i, t) for i, (start, stop) in enumerate(spans) for t in range(start, stop - n + 1, stride)]
-    # By the tokens to generate, so that few are generated past a row's need; the most first, on every rank alike.
+    # Sorted by tokens to generate, so that few rows generate more than they need; most first, alike on every rank.
     prefixes.sort(key=lambda prefix: (len(samples[prefix[0]]) - prefix[1], prefix[1]), reverse=True)
     calls = [prefixes[start : start + rows] for start in range(0, len(prefixes), rows)]
     if all_ranks:
@@ -62,12 +63,12 @@ def extraction_likelihoods(
         calls += [[]] * (int(most) - len(calls))
     overlaps: list[list[float]] = [[] for _ in samples]
     for call in calls:
-        heads = [samples[i][:t] for i, t in call] or [[0]]  # a call without rows takes part with one of no meaning
+        heads = [samples[i][:t] for i, t in call] or [[0]]  # a call without rows joins in with a dummy row
         lengths = [len(samples[i]) - t for i, t in call] or [1]
         continuations = greedy(model, heads, lengths, synced=all_ranks)
         for (i, t), generated in zip(call, continuations, strict=bool(call)):
             overlaps[i].append(overlap(generated, samples[i][t:], n))
-    # fsum, since the order in which a sample's prefixes come depends on the other samples
+    # fsum, because the order of a sample's prefixes depends on the other samples
     return [math.fsum(found) / len(found) if found else math.nan for found in overlaps]
 
 
@@ -75,14 +76,14 @@ def extraction_likelihoods(
 def greedy(
     model: PreTrainedModel, prefixes: Sequence[Sequence[int]], lengths: Sequence[int], synced: bool = False
 ) -> list[list[int]]:
-    """The greedy continuation of each prefix: up to lengths[row] tokens, or to the model's EOS, which is left out.
+    """The greedy continuation of each prefix: at most lengths[row] tokens, ending before the model's EOS.
 
-    synced: go on with forwards until every rank is done.
+    synced: continue with forwards until every rank is done.
     """
     eos = _token_id(model, "eos_token_id")
     ends = [eos] if isinstance(eos, int) else list(eos or [])
     pad = _token_id(model, "pad_token_id") or 0
-    if not 0 <= pad < model.config.get_text_config().vocab_size:  # some settings say -1, or one beyond the last
+    if not 0 <= pad < model.config.get_text_config().vocab_size:  # some models set -1, or an id past the end
         pad = 0
     width = max(map(len, prefixes))
     tokens = torch.full((len(prefixes), width), pad, dtype=torch.int64)
@@ -107,16 +108,16 @@ def greedy(
 
     generator: Any = model
     kept = generator.generation_config
-    # `generate` fills what `settings` leaves open from the model's own (repetition penalty, suppressed tokens, ...).
+    # `generate` takes what `settings` leaves unset from the model's own (repetition penalty, suppressed tokens, ...).
     generator.generation_config = GenerationConfig()
     try:
-        # Rows run past their need, and synced ranks past their last token: beyond a full context there is no position.
+        # Rows run past their length, and synced ranks past their last token; a full context has no further position.
         with model.register_forward_pre_hook(clamp_positions, with_kwargs=True):
             output = generator.generate(
                 tokens.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=settings,
-                synced_gpus=synced,  # unset, `generate` would ask torch.distributed
+                synced_gpus=synced,  # if unset, `generate` would ask torch.distributed
             )
     finally:
         generator.generation_config = kept
@@ -128,6 +129,6 @@ def greedy(
 
 
 def _token_id(model: PreTrainedModel, name: str) -> Any:
-    """A special token's id, or ids, as the model's generation settings have it, or else its config; None without."""
+    """A special token's id, or ids, from the model's generation settings, else from its config; None if in neither."""
     found = getattr(model.generation_config, name)
     return getattr(model.config.get_text_config(), name, None) if found is None else found

@@ -1,8 +1,8 @@
-"""L = -g . delta of every sample of a batch: what Delta is to first order, by one Jacobian-vector product.
+"""L = -g . delta for every sample of a batch: Delta to first order, from one Jacobian-vector product.
 
-With delta = sigma z it shares a draw's noise with Delta, and E|L| = sigma |g| sqrt(2/pi) is known. So |L| serves as a
-control variate (see `scores.monte_carlo_score`). A forward in which every value carries its derivative along delta
-(forward mode) gives L at the cost of some four forwards, whatever the layers are made of.
+With delta = sigma z, L shares a draw's noise with Delta, and E|L| = sigma |g| sqrt(2/pi) is known. So |L| serves as a
+control variate (see `scores.monte_carlo_score`). In forward mode, every value of a forward carries its derivative along
+delta. That computes L at the cost of about four forwards, for any kind of layer.
 """
 
 import itertools
@@ -16,17 +16,17 @@ from transformers import PreTrainedModel
 from mrd_ray.mrd.likelihood import LOGITS, MicroBatch, log_neg_log_prob, output_layer_is_plain
 
 Weights = Mapping[str, torch.Tensor]
-# L [B] of a batch, theta and a step, of which `FirstOrder` is one way
+# computes L [B] from a batch, theta and a step; `FirstOrder` is one implementation
 FirstOrders = Callable[[MicroBatch, Weights, Weights], torch.Tensor]
-GROUPED_MM: Any = getattr(torch, "_grouped_mm", None)  # what experts are multiplied by
+GROUPED_MM: Any = getattr(torch, "_grouped_mm", None)  # the function that multiplies experts
 
 
 class FirstOrder:
-    """Jacobian-vector products of sum_t log(-P_t), at weights theta that the model need not have just now.
+    """Jacobian-vector products of sum_t log(-P_t) at weights theta, whatever weights the model holds at the moment.
 
     Args:
         model: a transformers causal language model in eval mode.
-        selected: the parameters theta, by name, as in `model.named_parameters()`.
+        selected: names of the parameters theta, as in `model.named_parameters()`.
     """
 
     def __init__(self, model: PreTrainedModel, selected: Collection[str]) -> None:
@@ -34,12 +34,12 @@ class FirstOrder:
         inner = model.base_model
         head = model.get_output_embeddings()
         if not output_layer_is_plain(model) or inner is model:
-            inner, head = model, None  # its own code must make the logits, all at once
+            inner, head = model, None  # only the model's own code can compute the logits, all at once
         self._inner, self._head = inner, head
         names = {id(parameter): name for name, parameter in model.named_parameters()}
 
         def theirs(module: torch.nn.Module) -> dict[str, str]:
-            """Names in a module, and in the model, of the selected parameters in it."""
+            """The selected parameters in a module: name in the module -> name in the model."""
             own = {name: names[id(parameter)] for name, parameter in module.named_parameters()}
             return {name: of_model for name, of_model in own.items() if of_model in selected}
 
@@ -49,7 +49,7 @@ class FirstOrder:
         """L of each sample: float64 [B].
 
         Args:
-            theta, step: the selected parameters, and delta, by name.
+            theta, step: the selected parameters, and delta, keyed by name.
 
         Raises:
             NotImplementedError: torch has no forward mode for one of the model's functions.
@@ -77,7 +77,7 @@ class FirstOrder:
     def _slopes(
         self, out: torch.Tensor, slope: torch.Tensor, targets: torch.Tensor, theta: Weights, step: Weights
     ) -> torch.Tensor:
-        """Derivatives of log(-P_t) along the step: float64 [n], from [n, hidden], or [n, V] where there is no head."""
+        """Derivatives of log(-P_t) along the step: float64 [n], from [n, hidden], or from [n, V] without a head."""
         if self._head is not None:
             of_head = [{own: of[name] for own, name in self._of_head.items()} for of in (theta, step)]
 
@@ -99,9 +99,10 @@ def _along(function: Callable[[Weights], Any], theta: Weights, step: Weights) ->
 
 
 class ForwardMode(TorchFunctionMode):
-    """Spells out what torch 2.13 has no forward mode for, and attention, for which it has a slow one alone.
+    """Replaces functions for which torch 2.13 has no forward mode, and attention, for which it has only a slow one.
 
-    Functions with a backward of their own (BLOOM's gelu) have none either; what their forwards are made of has.
+    Functions with a custom backward (BLOOM's gelu) have no forward mode either, but the operations in their forwards
+    do, so those run instead.
     """
 
     def __enter__(self) -> "ForwardMode":
@@ -129,7 +130,7 @@ class ForwardMode(TorchFunctionMode):
 
 
 class _Context:
-    """Of a function that will have no backward: takes in whatever its forward keeps."""
+    """The context of a function that needs no backward: ignores whatever its forward saves."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None
@@ -158,7 +159,7 @@ def _attention(
 
 
 def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor, **_: None) -> torch.Tensor:
-    """Of experts: rows [n, in] up to offs[e] are for the e-th of weight [E, in, out]. Float [n, out]."""
+    """Multiply rows by experts: rows [n, in] up to offs[e] by the e-th of weight [E, in, out]. Returns [n, out]."""
     edges = [0, *offs.tolist()]
     pieces = [rows[a:b] @ expert for (a, b), expert in zip(itertools.pairwise(edges), weight, strict=True)]
     return torch.cat([*pieces, rows.new_zeros(len(rows) - edges[-1], weight.shape[2])])

@@ -1,7 +1,7 @@
-"""Per-sample squared gradient norms, one rule for each type of layer.
+"""Per-sample squared gradient norms, with one rule per type of layer.
 
-A rule takes the layer, its input A and the gradient G at its output, both by sample, and gives, for each of the layer's
-own parameters, the squared norm of every sample's gradient: float64 [B].
+A rule takes the layer, its input A and the gradient G at its output, both by sample. For each of the layer's own
+parameters, it returns the squared norm of every sample's gradient: float64 [B].
 
 (Goodfellow, "Efficient per-example gradient computations", arXiv 1510.01799; Li et al., "Large language models can be
 strong differentially private learners", arXiv 2110.05679, for the Gram product.)
@@ -15,13 +15,13 @@ from torch.nn import Embedding, LayerNorm, Linear, Module
 from transformers.pytorch_utils import Conv1D
 
 Squares = dict[str, torch.Tensor]
-_CHOICE = {"e_score_correction_bias", "expert_bias"}  # added to the scores of experts for their choice alone
+_CHOICE = {"e_score_correction_bias", "expert_bias"}  # added to the experts' scores only to choose between them
 # Elements of per-sample gradients that the direct product holds at once.
 _DIRECT = 1 << 24
 
 
 def by_sample(x: torch.Tensor, samples: int, tokens: int) -> torch.Tensor:
-    """[B, ..., n] or [B T, n] -> [B, positions, n]. Raises ValueError if samples cannot be told apart."""
+    """[B, ..., n] or [B T, n] -> [B, positions, n]. Raises ValueError if rows cannot be assigned to samples."""
     if x.shape[0] == samples:
         return x.reshape(samples, -1, x.shape[-1])
     if x.dim() == 2 and x.shape[0] == samples * tokens:  # some layers flatten their input
@@ -30,14 +30,14 @@ def by_sample(x: torch.Tensor, samples: int, tokens: int) -> torch.Tensor:
 
 
 class GramCache:
-    """A A^T of the last input: layers that share an input (queries, keys, values) come one after another."""
+    """Keeps A A^T of the last input: layers that share an input (queries, keys, values) run one after another."""
 
     def __init__(self) -> None:
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, a: torch.Tensor) -> torch.Tensor:
         """[B, T, n] -> [B, T, T]."""
-        # the cached tensor is held, so that its address cannot have become another's
+        # the cached tensor is kept alive, so that no other tensor can have its address
         if self._last is None or self._last[0].data_ptr() != a.data_ptr() or self._last[0].shape != a.shape:
             self._last = (a, gram_of(a))
         return self._last[1]
@@ -46,7 +46,7 @@ class GramCache:
 def gram_of(a: torch.Tensor) -> torch.Tensor:
     """[B, T, n] -> [B, T, T]."""
     if a.dtype not in (torch.float32, torch.float64):
-        a = a.float()  # products of bf16 are exact in float32, their sums are not in bf16
+        a = a.float()  # products of bf16 are exact in float32; sums in bf16 are not exact
     return a @ a.mT
 
 
@@ -56,7 +56,7 @@ def square_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def square_of_product(a: torch.Tensor, g: torch.Tensor, gram: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """|G^T A|_F^2 = sum_{t,s} (A A^T)_{ts} (G G^T)_{ts}, whichever costs less. `gram` makes A A^T."""
+    """|G^T A|_F^2 = sum_{t,s} (A A^T)_{ts} (G G^T)_{ts}, by whichever side costs less. `gram` computes A A^T."""
     tokens, width = a.shape[1], a.shape[2]
     if tokens * (width + g.shape[2]) <= width * g.shape[2]:
         return (gram(a) * gram_of(g)).sum((1, 2), dtype=torch.float64)
@@ -66,9 +66,9 @@ def square_of_product(a: torch.Tensor, g: torch.Tensor, gram: Callable[[torch.Te
 
 
 def linear(layer: Module, a: torch.Tensor, g: torch.Tensor, grams: GramCache) -> Squares:
-    """The gradient of the weight is G^T A, and that of the bias sum_t G_t.
+    """The weight's gradient is G^T A, and the bias's gradient is sum_t G_t.
 
-    GPT-2's Conv1D is a linear layer that keeps its weight transposed, which no norm sees.
+    GPT-2's Conv1D is a linear layer that stores its weight transposed, which does not change the norm.
     """
     found = {"weight": square_of_product(a, g, grams)}
     if getattr(layer, "bias", None) is not None:
@@ -79,8 +79,8 @@ def linear(layer: Module, a: torch.Tensor, g: torch.Tensor, grams: GramCache) ->
 def embedding(layer: Module, ids: torch.Tensor, g: torch.Tensor, grams: GramCache) -> Squares:
     """The gradient of row v is the sum of G_t over x_t = v, so |.|^2 is the Gram sum over pairs of equal tokens.
 
-    The padding row counts where it is looked up, since noise moves it as it moves all others (torch's own backward
-    leaves it out).
+    The padding row counts where it is looked up, because noise moves it like any other row (torch's own backward skips
+    it).
     """
     same = ids == ids.mT  # ids: [B, T, 1]
     return {"weight": (gram_of(g) * same).sum((1, 2), dtype=torch.float64) * _scale(layer) ** 2}
@@ -89,21 +89,21 @@ def embedding(layer: Module, ids: torch.Tensor, g: torch.Tensor, grams: GramCach
 def embedding_overlap(layer: Module, g: torch.Tensor, hidden: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """<g_embed, g_head> of a weight that an embedding and an output layer share: float64 [B].
 
-    = sum_{s,t} (gradient at logit x_t of position s) (h_s . G_t), with h the output layer's inputs [B, S, n], G the
-    gradients at the embedding's output [B, T, n] and own[b, s, t] the first factor.
+    = sum_{s,t} (gradient at logit x_t of position s) (h_s . G_t), where h are the output layer's inputs [B, S, n], G
+    the gradients at the embedding's output [B, T, n], and own[b, s, t] is the first factor.
     """
     return (own * (hidden @ g.mT)).sum((1, 2), dtype=torch.float64) * _scale(layer)
 
 
 def _scale(layer: Module) -> float:
-    """What an embedding multiplies its rows by (Gemma 3 and others)."""
+    """The factor by which an embedding multiplies its rows (Gemma 3 and others)."""
     scale = getattr(layer, "embed_scale", None)
     weight: Any = layer.weight
     return 1.0 if scale is None else float(torch.as_tensor(scale).to(weight.dtype))
 
 
 def layer_norm(layer: Module, a: torch.Tensor, g: torch.Tensor, grams: GramCache) -> Squares:
-    """y = w x + b with x the standardised input: gradients sum_t G_t x_t and sum_t G_t."""
+    """y = w x + b, where x is the standardised input: the gradients are sum_t G_t x_t and sum_t G_t."""
     assert isinstance(layer, LayerNorm)
     x = torch.nn.functional.layer_norm(a, layer.normalized_shape, eps=layer.eps)
     found = {"weight": square_sum((g * x).sum(1, dtype=torch.float64))}
@@ -113,14 +113,14 @@ def layer_norm(layer: Module, a: torch.Tensor, g: torch.Tensor, grams: GramCache
 
 
 def rms_norm(layer: Module, a: torch.Tensor, g: torch.Tensor, grams: GramCache) -> Squares:
-    """y = w x, or (1 + w) x in Gemma, with x = input / rms: gradient sum_t G_t x_t."""
+    """y = w x, or (1 + w) x in Gemma, with x = input / rms: the gradient is sum_t G_t x_t."""
     eps: Any = layer.variance_epsilon if hasattr(layer, "variance_epsilon") else layer.eps
     x = torch.nn.functional.rms_norm(a, a.shape[-1:], eps=eps)
     return {"weight": square_sum((g * x).sum(1, dtype=torch.float64))}
 
 
 def is_router(layer: Module) -> bool:
-    """Whether it makes the logits of experts, by F.linear of its weight, and returns what it makes of those too."""
+    """Whether the layer computes the experts' logits with F.linear and its weight, and returns more than the logits."""
     own = dict(layer.named_parameters(recurse=False))
     matrix = own.get("weight")
     return (
@@ -132,7 +132,7 @@ def is_router(layer: Module) -> bool:
 
 
 def choice(layer: Module, a: torch.Tensor, g: torch.Tensor, grams: GramCache) -> Squares:
-    """What decides between experts, and does no more, has no gradient."""
+    """Parameters that only decide between experts have no gradient."""
     return {}
 
 
@@ -148,7 +148,7 @@ def rule_of(layer: Module) -> Rule | None:
     if isinstance(layer, LayerNorm):
         return layer_norm
     own = {name for name, _ in layer.named_parameters(recurse=False)}
-    # every model of transformers has an RMSNorm class of its own
+    # every model in transformers defines its own RMSNorm class
     if type(layer).__name__.endswith("RMSNorm") and own == {"weight"}:
         return rms_norm
     if own and own <= _CHOICE:

@@ -1,7 +1,7 @@
 """Token likelihoods in a form that keeps full relative precision on memorised tokens.
 
 For target x_t with logits l:  a_t = logsumexp_{j != x_t}(l_j) - l_{x_t},  P_t = log p(x_t | x_<t) = -softplus(a_t).
-A memorised token has P_t = 0 to float32 rounding but a perfectly good a_t << 0, and log(-P_t) -> a_t.
+A memorised token has P_t = 0 up to float32 rounding, but its a_t << 0 is still precise, and log(-P_t) -> a_t.
 """
 
 import itertools
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-# Elements of logits held at once. The output layer is applied to as many tokens as fit.
+# Elements of logits held at once. The output layer runs on as many tokens as fit.
 LOGITS = 1 << 25
-# On a CPU: tokens of the vocabulary, and logits, made and used up in one go. Its cache holds them together with the
-# float64 copy that their sum makes.
+# On a CPU: vocabulary tokens, and logits, processed at once. They fit in the cache together with the float64 copy that
+# summing makes.
 _VOCABULARY, _CACHED = 1 << 11, 1 << 19
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples that share one forward, on the device where the model's inputs are.
+    """Samples that share one forward, on the device of the model's inputs.
 
-    token_ids: int64 [B, T], padded on the right with anything: a causal model's real positions never see it.
-    scored: bool [B, T - 1]; [i, t] says whether target token_ids[i, t + 1] counts. Padding never does.
+    token_ids: int64 [B, T], padded on the right with any ids: a causal model's real positions never see the padding.
+    scored: bool [B, T - 1]; [i, t] says whether target token_ids[i, t + 1] counts. Padding never counts.
     """
 
     token_ids: torch.Tensor
@@ -32,7 +32,7 @@ class MicroBatch:
 
     @classmethod
     def collate(cls, token_ids: list[list[int]], scored: list[list[bool]], device: torch.device) -> "MicroBatch":
-        """Pad ragged samples; scored[i][t] belongs to token t, so that scored[i][0] is never used."""
+        """Pad samples of different lengths; scored[i][t] belongs to token t, so scored[i][0] is never used."""
         width = max(map(len, token_ids))
         tokens = torch.zeros(len(token_ids), width, dtype=torch.int64)
         mask = torch.zeros(len(token_ids), width, dtype=torch.bool)
@@ -43,7 +43,7 @@ class MicroBatch:
 
 
 class TokenMeasures:
-    """What else the logits at theta say of a batch's samples, collected as they come by.
+    """More measures of a batch's samples, computed from the logits at theta while these are in memory.
 
     entropy: of the predicted distribution, in nats. correct: whether the target is the likeliest token. Both are
     float64 [B, T - 1].
@@ -55,22 +55,22 @@ class TokenMeasures:
         self.correct = torch.zeros_like(self.entropy)
 
     def observe(self, where: Any, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        """Take in logits [..., V] and targets [...], on one device, which stand at index `where` of [B, T - 1]."""
+        """Record logits [..., V] and targets [...], on the same device, for index `where` of [B, T - 1]."""
         log_probs = logits.detach().log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         self.entropy[where] = -(log_probs.exp() * log_probs).sum(-1, dtype=torch.float64).to(self.entropy.device)
         self.correct[where] = (logits.argmax(-1) == targets).double().to(self.entropy.device)
 
     def means(self) -> dict[str, list[float]]:
-        """Mean over each sample's scored tokens, by the name of the measure."""
+        """Mean over each sample's scored tokens, keyed by the name of the measure."""
         means = {"entropy": self.entropy, "memorization_accuracy": self.correct}
         count = self._scored.sum(1)
         return {name: (torch.where(self._scored, x, 0.0).sum(1) / count).tolist() for name, x in means.items()}
 
 
 def output_layer_is_plain(model: PreTrainedModel) -> bool:
-    """Whether logits = output_embeddings(last hidden state), with no cap, scale or shift of them after.
+    """Whether logits = output_embeddings(last hidden state), with no cap, scale or shift afterwards.
 
-    Asked of the model itself on a few tokens, since no attribute says it for every architecture.
+    Tested on the model itself with a few tokens, because no attribute says so for every architecture.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -85,7 +85,7 @@ def output_layer_is_plain(model: PreTrainedModel) -> bool:
 
 
 class Likelihood:
-    """Token likelihoods under the model's present weights, whatever they are.
+    """Token likelihoods under the weights that the model holds at the time of the call.
 
     Args:
         model: a transformers causal language model in eval mode.
@@ -93,14 +93,14 @@ class Likelihood:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        # If logits are capped or scaled after the output layer, the model's own code must make them, all at once.
+        # If logits are capped or scaled after the output layer, the model's own code must compute them, all at once.
         self._by_chunks = output_layer_is_plain(model)
 
     @torch.no_grad()
     def margins(self, batch: MicroBatch, measures: TokenMeasures | None = None) -> torch.Tensor:
-        """a_t of every scored target: float64 [B, T - 1], zero where not scored. `measures` sees the logits."""
+        """a_t of every scored target: float64 [B, T - 1], zero where not scored. `measures` receives the logits."""
         a = torch.zeros(batch.scored.shape, dtype=torch.float64, device=batch.scored.device)
-        # No attention mask: with padding on the right the causal mask alone is exact, and takes the fast path.
+        # No attention mask: with padding on the right the causal mask is exact by itself, and takes the fast path.
         if self._by_chunks:
             hidden = self.model.base_model(batch.token_ids, use_cache=False).last_hidden_state[:, :-1]
             hidden = hidden[batch.scored.to(hidden.device)]
@@ -124,7 +124,7 @@ class Likelihood:
         return a
 
     def _output_layer(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Logits of [n, hidden], a slice of the vocabulary after the other."""
+        """Logits of [n, hidden], one slice of the vocabulary after another."""
         head = self.model.get_output_embeddings()
         bare = type(head) is torch.nn.Linear and "forward" not in vars(head)
         bare = bare and not (head._forward_hooks or head._forward_pre_hooks)
@@ -136,41 +136,41 @@ class Likelihood:
             yield torch.nn.functional.linear(hidden, weight, bias)
 
     def log_neg_log_probs(self, batch: MicroBatch, measures: TokenMeasures | None = None) -> torch.Tensor:
-        """log(-P_t) of every scored target: float64 [B, T - 1], of no meaning where not scored."""
+        """log(-P_t) of every scored target: float64 [B, T - 1], meaningless where not scored."""
         return log_neg_log_prob(self.margins(batch, measures))
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
-    """The logits, in float32 if they are narrower."""
+    """The logits, converted to float32 if they are narrower."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 class Margins:
-    """a_t of some targets, from logits that come a slice of the vocabulary after the other.
+    """a_t of some targets, from logits that arrive one slice of the vocabulary after another.
 
     Args:
         targets: int64 [n].
     """
 
     def __init__(self, targets: torch.Tensor) -> None:
-        self._targets = targets[:, None]  # from where the next slice begins
+        self._targets = targets[:, None]  # relative to the start of the next slice
         self._highest = self._of_target = torch.tensor(-torch.inf, device=targets.device)
         self.total = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
 
     def add(self, logits: torch.Tensor) -> None:
-        """Take in the next slice, [n, V'], whose memory is overwritten with e^{l_j - max} for j != x, and 0 for x.
+        """Process the next slice, [n, V'], and overwrite its memory with e^{l_j - max} for j != x, and 0 for x.
 
-        max is over all j != x so far. `total` becomes sum_{j != x} e^{l_j - max}.
+        max is the maximum over all j != x so far. `total` becomes sum_{j != x} e^{l_j - max}.
         """
         width = logits.shape[1]
         here, index = (self._targets >= 0) & (self._targets < width), self._targets.clamp(0, width - 1)
         there = logits.gather(1, index)
         self._of_target = torch.where(here, there, self._of_target)
         logits.scatter_(1, index, torch.where(here, -torch.inf, there))
-        lowest = torch.finfo(logits.dtype).min  # stands for -inf, from which nothing can be subtracted
+        lowest = torch.finfo(logits.dtype).min  # used for -inf, because -inf minus -inf is nan
         highest = torch.maximum(logits.amax(1, keepdim=True), self._highest).clamp(min=lowest)
         self.total *= (self._highest - highest)[:, 0].double().exp()
-        # the exponentials in the model's precision, their sum and everything after in float64
+        # exponentials are computed in the model's precision, their sum and everything after it in float64
         rows = len(logits) if logits.is_cuda else max(1, _CACHED // width)
         sums = [
             piece.sub_(high).exp_().sum(1, dtype=torch.float64)
@@ -182,13 +182,13 @@ class Margins:
 
     @property
     def a(self) -> torch.Tensor:
-        """Of all slices: float64 [n]."""
+        """a_t from all slices: float64 [n]."""
         return self._highest[:, 0].double() + self.total.log() - self._of_target[:, 0].double()
 
 
 def log_neg_log_prob(a: torch.Tensor) -> torch.Tensor:
     """log(-P_t) = log softplus(a_t), elementwise, float64; exact to rounding for any a_t."""
-    # below -30, log(log1p(e^a)) = a - e^a / 2 + O(e^2a), and e^2a is under float64's rounding of a
+    # below -30, log(log1p(e^a)) = a - e^a / 2 + O(e^2a), and e^2a is smaller than float64's rounding of a
     small = a.clamp(max=-30.0)
     softplus = -torch.nn.functional.logsigmoid(-a.clamp(min=-30.0))  # F.softplus drops e^-a above a threshold
     return torch.where(a < -30.0, small - small.exp() / 2, softplus.log())
@@ -203,11 +203,11 @@ class LogNegLogProb(torch.autograd.Function):
     """log(-P_t) from logits, differentiable once: [..., n, V], [..., n] -> float64 [..., n].
 
     The gradient at logit j is c e^{l_j} / sum_{i != x} e^{l_i}, and -c at the target x, with
-    c = sigmoid(a) / softplus(a) -> 1 for a << 0. One buffer of logits is all it needs, forward and backward.
+    c = sigmoid(a) / softplus(a) -> 1 for a << 0. Forward and backward together need only one buffer of logits.
 
     Args of apply:
         logits, targets: as above.
-        overwrite: whether the logits' own memory may serve as that buffer; no one else may need them then.
+        overwrite: whether the logits' own memory may be that buffer; then nothing else may use them.
     """
 
     @staticmethod

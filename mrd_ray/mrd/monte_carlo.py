@@ -14,18 +14,18 @@ from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.perturb import Replica
 
 
-def draw_seed(seed: int, k: int) -> int:
-    """The noise seed of draw k: runs with different `seed` (both under 2^32) share no draw."""
+def noise_key(seed: int, k: int) -> int:
+    """The key of draw k's noise. Runs with different seeds share no key; seed and k must be under 2^32."""
     return seed << 32 | k
 
 
 def exact_sum(values: Iterable[float]) -> list[float]:
-    """The sum without rounding, as floats of falling magnitude whose exact sum it is (Shewchuk, 1997).
+    """The sum without rounding, as a list of floats of decreasing magnitude that add up to it exactly (Shewchuk, 1997).
 
-    Adding such sums up is exact too. So moments of a sample come out with the same bits however its draws were
-    cut into units and in whatever order those finished. Non-finite input, or a sum beyond all floats, gives [nan].
+    Adding such sums is exact too. So a sample's moments have the same bits however its draws were cut into units, and
+    in whatever order the units finished. Returns [nan] for non-finite input, or if the sum is too large for a float.
 
-    >>> exact_sum([1e16, 1.0, -1e16])  # 0.0 if added up from the left
+    >>> exact_sum([1e16, 1.0, -1e16])  # adding from the left would return 0.0
     [1.0]
     >>> exact_sum([1.0, 1e-20])
     [1.0, 1e-20]
@@ -43,22 +43,22 @@ def exact_sum(values: Iterable[float]) -> list[float]:
     return parts
 
 
-EIGHTHS = 8  # the draws k with the same k mod 8: two runs' draws are paired by them where these are the same draws
+EIGHTHS = 8  # an eighth: the draws k with the same k mod 8. Runs with the same draws are compared eighth by eighth
 
 
 @dataclass(frozen=True)
 class Moments:
     """Partial moments of Delta for one sample over `num_draws` draws; the sums are `exact_sum`s.
 
-    A plain draw gives Delta. An antithetic one gives Delta at theta + delta_k and at theta - delta_k: their half sum is
-    the even part, their half difference the odd one. A plain draw counts as even, and has no odd part.
+    A plain draw yields Delta. An antithetic draw yields Delta at theta + delta_k and at theta - delta_k: half their sum
+    is the even part, half their difference the odd part. A plain draw counts as even, and has no odd part.
 
     sum_abs, sum_abs_squares: of |Delta|, or of the mean |Delta| of the pair. sum, sum_squares: of the even part.
-    sum_odd_squares: of the odd part. The others are of antithetic draws with L, what Delta is to first order (see
-    `first_order`): of |L|, of its products with |Delta|, and of `smoothed` pairs; empty if there is no L.
+    sum_odd_squares: of the odd part. The other sums need antithetic draws with L, Delta to first order (see
+    `first_order`): of |L|, of its products with |Delta|, and of `smoothed` pairs. They are empty without L.
 
-    abs_by_eighth, mean_by_eighth: sums of what the draws of each eighth tell of E|Delta|, and of E Delta: what is left
-    of |Delta| by the control variate |L|, times 1, and the even part. Eight exact sums each.
+    abs_by_eighth, mean_by_eighth: for each eighth of the draws, sums that estimate E|Delta| and E Delta: of |Delta|
+    minus the control variate |L| (coefficient 1), and of the even part. Eight exact sums each.
     """
 
     num_draws: int
@@ -83,10 +83,10 @@ class Moments:
         first_std: float | None = None,
         first_draw: int = 0,
     ) -> "Moments":
-        """Moments of one sample, whose draws are [Delta] each, or [Delta at +delta_k, Delta at -delta_k].
+        """Moments of one sample; each draw is [Delta], or [Delta at +delta_k, Delta at -delta_k].
 
-        first: L of each draw, which must be a pair, if it is known. first_std: sigma |g|, its standard deviation.
-        first_draw: k of the first.
+        first: L of each draw, if known; draws must then be pairs. first_std: sigma |g|, the standard deviation of L.
+        first_draw: k of the first draw.
         """
         absolute = [math.fsum(map(abs, deltas)) / len(deltas) for deltas in draws]
         even = [math.fsum(deltas) / len(deltas) for deltas in draws]
@@ -117,7 +117,7 @@ class Moments:
 
     @classmethod
     def merge(cls, parts: Sequence["Moments"]) -> "Moments":
-        """Moments of all the draws of `parts` together."""
+        """Moments of all draws in `parts` together."""
 
         def by_eighth(name: str) -> list[list[float]]:
             return [
@@ -132,18 +132,19 @@ class Moments:
 
     @classmethod
     def sums(cls) -> list[str]:
-        """Names of the fields that are one exact sum."""
+        """Names of the fields that are a single exact sum."""
         return [field.name for field in dataclasses.fields(cls)[1:-2]]
 
 
 def smoothed(even: float, odd: float, first: float, first_std: float) -> float:
-    """What a pair tells of E|Delta| - E|L|, freed of what is large in rare draws alone.
+    """One pair's estimate of E|Delta| - E|L|, without the part that is large only in rare draws.
 
-    The mean |Delta| of a pair is max(|O|, |Q|) for its odd and even part: |O|, but for the draws with |L| < |Q|. These
-    add E (|Q| - |O|)+ = E[Q^2 | L = 0] / s sqrt(2 pi) + ..., s = sigma |g|, from a share |Q| / s of all draws: a few
-    draws have none of them, and look far more certain than they are. Q^2 of each draw has that mean if it is weighed by
-    w(x) = 1 - He_2(x) / 2 + He_4(x) / 8, x = L / s, for which E w(x) p(x) = p(0) for polynomials p of degree 4, as
-    E[Q^2 | L] is for small sigma. So this is |O| - |L| + w Q^2 / s sqrt(2 pi); where |Q| is over s, the pair's own.
+    The mean |Delta| of a pair is max(|O|, |Q|), where O is its odd and Q its even part: it is |O|, except for the draws
+    with |L| < |Q|. These add E (|Q| - |O|)+ = E[Q^2 | L = 0] / s sqrt(2 pi) + ..., with s = sigma |g|, from a share
+    |Q| / s of all draws. A few draws contain none of them, and look far more certain than they are. Instead, Q^2 of
+    every draw has that mean if it is weighted by w(x) = 1 - He_2(x) / 2 + He_4(x) / 8 with x = L / s. For this weight,
+    E w(x) p(x) = p(0) for polynomials p of degree 4, and E[Q^2 | L] is such a polynomial for small sigma. So this
+    returns |O| - |L| + w Q^2 / s sqrt(2 pi), or, where |Q| is larger than s, the pair's own max(|O|, |Q|) - |L|.
     """
     if abs(even) > first_std:
         return max(abs(odd), abs(even)) - abs(first)
@@ -173,24 +174,24 @@ def draw_deltas(
 ) -> list[torch.Tensor]:
     """Delta of every sample for every k in `draws`: per batch, float64 [B, len(draws), 1 or 2] on the CPU.
 
-    With `first_order` there is one number more in the last dimension: L of the draw.
+    With `first_order`, the last dimension has one more number: L of the draw.
 
-    The loops are turned inside out against Algorithm 1, which perturbs anew for each sample: one perturbation
-    serves all batches. Since z depends on (seed, k) alone, the numbers are the same.
+    Algorithm 1 perturbs the weights again for each sample. Here the loops are swapped: one perturbation serves all
+    batches. z depends only on (seed, k), so the numbers are the same.
 
     Args:
         likelihood: of the replica's model.
         theta: per batch, `likelihood.log_neg_log_probs` of the restored replica.
-        antithetic: whether to evaluate theta - delta_k too, the last dimension's second element.
+        antithetic: whether to evaluate theta - delta_k too, as the last dimension's second element.
         first_order: of the replica's model and theta.
     """
     signed = (sigma, -sigma) if antithetic else (sigma,)
-    # in place from the beginning: small results kept among a forward's buffers would take the heap apart
+    # allocated once at the start: small results kept between a forward's buffers would fragment the heap
     width = len(signed) + (first_order is not None)
     found = [torch.empty(len(batch.scored), len(draws), width, dtype=torch.float64) for batch in batches]
     for column, k in enumerate(draws):
         for sign, step in enumerate(signed):
-            replica.perturb(step, draw_seed(seed, k))
+            replica.perturb(step, noise_key(seed, k))
             for deltas, batch, at_theta in zip(found, batches, theta, strict=True):
                 deltas[:, column, sign] = delta(at_theta, likelihood.log_neg_log_probs(batch), batch.scored)
             if first_order is not None and sign == 0:

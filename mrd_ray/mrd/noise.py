@@ -1,10 +1,10 @@
-"""Gaussian noise as a pure function of (seed, parameter name, flat element index).
+"""Gaussian noise as a pure function of (noise_key, parameter name, flat element index).
 
-No score may depend on how many actors there are, on batch order, on world size or on which slice of a parameter
-a process holds. So z is not drawn from a stream: any slice of it can be computed alone.
+No score may depend on the number of actors, the batch order, the world size, or which slice of a parameter a process
+holds. So z is not drawn from a stream: any slice of it can be computed by itself.
 
-    block b of parameter `name` under `seed`  =  Philox4x64-10(counter = b, key = (seed, hash64(name)))
-    its four 64-bit words hold elements 8b .. 8b+7; word j, with low half l and high half h (signed 32-bit), gives
+    block b of parameter `name` under `noise_key`  =  Philox4x64-10(counter = b, key = (noise_key, hash64(name)))
+    its four 64-bit words hold elements 8b .. 8b+7; word j, with low half l and high half h (signed 32-bit), yields
         u = (|l| + 1/2) / 2^31     in (0, 1]
         phi = pi h / 2^31          in [-pi, pi)
         z[8b + 2j] = sqrt(-2 ln u) cos(phi),   z[8b + 2j + 1] = sqrt(-2 ln u) sin(phi)
@@ -22,10 +22,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-NOISE_VERSION = 1  # raise it whenever any element of z changes: runs of different versions must not mix
+NOISE_VERSION = 1  # increase it whenever any element of z changes: runs of different versions must not mix
 
 _BLOCK = 8  # normals per Philox block
-# Normals per pass: small enough that scratch stays in a core's L2 cache.
+# Normals per pass: few enough that the scratch buffers stay in a core's L2 cache.
 _CHUNK = 1 << 16
 
 
@@ -34,14 +34,14 @@ def hash64(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def philox(seed: int, name: str, first_block: int) -> np.random.Philox:
+def philox(noise_key: int, name: str, first_block: int) -> np.random.Philox:
     """The generator of `name`'s words, positioned so that its first word is word 0 of block `first_block`."""
-    # numpy raises the counter before it makes a block, hence the - 1 (modulo the counter's 256 bits)
-    return np.random.Philox(key=seed | hash64(name) << 64, counter=(first_block - 1) % 2**256)
+    # numpy increments the counter before it makes a block, hence the - 1 (modulo the counter's 256 bits)
+    return np.random.Philox(key=noise_key | hash64(name) << 64, counter=(first_block - 1) % 2**256)
 
 
 class _Scratch(threading.local):
-    """Per-thread buffers: allocating them anew for each chunk costs as much as the arithmetic."""
+    """Per-thread buffers: allocating them for each chunk would cost as much as the arithmetic."""
 
     def __init__(self) -> None:
         half = _CHUNK // 2
@@ -53,7 +53,7 @@ _scratch = _Scratch()
 
 
 def _box_muller(words: np.ndarray) -> torch.Tensor:
-    """uint64 [m] -> float32 [2m], a view of this thread's scratch; numpy is fast at strides, torch at log and cos."""
+    """uint64 [m] -> float32 [2m], view of this thread's scratch; numpy is fast with strides, torch with log and cos."""
     m = len(words)
     halves = words.view(np.int32).reshape(m, 2)  # little-endian: column 0 is the low half
     radius, angle, cosine = (buffer[:m] for buffer in (_scratch.radius, _scratch.angle, _scratch.cosine))
@@ -73,10 +73,10 @@ def _box_muller(words: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(_scratch.z[: 2 * m])
 
 
-def _chunks(seed: int, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+def _chunks(noise_key: int, name: str, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (offset from start, float32 normals in scratch) covering elements start..stop of z."""
     first_block = start // _BLOCK
-    generator = philox(seed, name, first_block)
+    generator = philox(noise_key, name, first_block)
     position = first_block * _BLOCK
     while position < stop:
         count = min(_CHUNK, -(-(stop - position) // _BLOCK) * _BLOCK)
@@ -86,32 +86,32 @@ def _chunks(seed: int, name: str, start: int, stop: int) -> Iterator[tuple[int, 
         position += count
 
 
-def standard_normal(seed: int, name: str, start: int, stop: int) -> torch.Tensor:
+def standard_normal(noise_key: int, name: str, start: int, stop: int) -> torch.Tensor:
     """Elements start..stop of z for one parameter: float32 [stop - start], on the CPU.
 
     Args:
-        seed: 0 <= seed < 2**64; one per draw.
+        noise_key: 0 <= noise_key < 2**64; one per draw.
         name: the parameter's name, as in `model.named_parameters()`.
         start, stop: flat (row-major) element indices.
     """
     out = torch.empty(stop - start)
-    for offset, z in _chunks(seed, name, start, stop):
+    for offset, z in _chunks(noise_key, name, start, stop):
         out[offset : offset + len(z)] = z
     return out
 
 
-def standard_normal_like(tensor: torch.Tensor, seed: int, name: str, start: int = 0) -> torch.Tensor:
-    """z for the parameter `name` from flat element `start` on: float32, of the tensor's shape and on its device."""
+def standard_normal_like(tensor: torch.Tensor, noise_key: int, name: str, start: int = 0) -> torch.Tensor:
+    """z for the parameter `name`, from flat element `start`: float32, with the tensor's shape and on its device."""
     zero = torch.zeros(tensor.shape, device=tensor.device)
     z = torch.empty_like(zero)
-    add_noise(z, zero, 1.0, seed, name, start)
+    add_noise(z, zero, 1.0, noise_key, name, start)
     return z
 
 
 class Piece(NamedTuple):
-    """out = base + sigma * z is to be done, where z starts at flat element `start` of the parameter `name`.
+    """One task: out = base + sigma * z, where z starts at flat element `start` of the parameter `name`.
 
-    `out` and `base` are contiguous, of one shape, dtype and device; `base` is not written.
+    `out` and `base` are contiguous, with the same shape, dtype and device; `base` is not written.
     """
 
     out: torch.Tensor
@@ -120,27 +120,27 @@ class Piece(NamedTuple):
     start: int
 
 
-def add_noise(out: torch.Tensor, base: torch.Tensor, sigma: float, seed: int, name: str, start: int = 0) -> None:
+def add_noise(out: torch.Tensor, base: torch.Tensor, sigma: float, noise_key: int, name: str, start: int = 0) -> None:
     """out = base + sigma * z, where z starts at flat element `start` of the parameter `name`; see `Piece`."""
-    add_noise_to_all([Piece(out, base, name, start)], sigma, seed)
+    add_noise_to_all([Piece(out, base, name, start)], sigma, noise_key)
 
 
-def add_noise_to_all(pieces: Collection[Piece], sigma: float, seed: int) -> None:
+def add_noise_to_all(pieces: Collection[Piece], sigma: float, noise_key: int) -> None:
     """out = base + sigma * z for each piece.
 
-    On the CPU the normals are made in cache-sized chunks, one piece after the other; on CUDA pieces of a device and
-    dtype share a launch of a fused kernel without a noise tensor.
+    On the CPU, normals are made in cache-sized chunks, one piece after another. On CUDA, pieces with the same device
+    and dtype share one launch of a fused kernel, without a noise tensor.
     """
     for out, base, name, _ in pieces:
         if not (out.is_contiguous() and base.is_contiguous() and out.shape == base.shape and out.dtype == base.dtype):
-            raise ValueError(f"{name}: add_noise needs contiguous tensors of one shape and dtype")
+            raise ValueError(f"{name}: add_noise needs contiguous tensors with the same shape and dtype")
     if on_cuda := [piece for piece in pieces if piece.out.is_cuda]:
-        from mrd_ray.mrd.noise_triton import add_noise_cuda  # Triton comes with CUDA builds of torch only
+        from mrd_ray.mrd.noise_triton import add_noise_cuda  # only CUDA builds of torch include Triton
 
-        add_noise_cuda(on_cuda, sigma, seed)
+        add_noise_cuda(on_cuda, sigma, noise_key)
     for out, base, name, start in pieces:
         if not out.is_cuda:
             flat_out, flat_base = out.view(-1), base.view(-1)
-            for offset, z in _chunks(seed, name, start, start + out.numel()):
+            for offset, z in _chunks(noise_key, name, start, start + out.numel()):
                 window = slice(offset, offset + len(z))
                 torch.add(flat_base[window], z, alpha=sigma, out=flat_out[window])

@@ -1,8 +1,8 @@
-"""The noise of `noise.py` as one fused CUDA kernel: out = base + sigma * z, no noise tensor in memory.
+"""The noise of `noise.py` as one fused CUDA kernel: out = base + sigma * z, with no noise tensor in memory.
 
-One launch serves many parameters, so that small ones cost nothing. The kernel is bound by instructions rather than by
-memory, and is written to have few: 128-bit products out of 32-bit ones, one range reduction by integers for sine and
-cosine, and a whole Philox block, which is 8 neighbouring elements, in one thread.
+One launch serves many parameters, so that small ones cost almost nothing. The kernel's speed is limited by instructions
+rather than by memory, so it uses few: 128-bit products built from 32-bit ones, one integer range reduction for both
+sine and cosine, and a whole Philox block, which is 8 neighbouring elements, in one thread.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _TYPES = {
 
 @triton.jit
 def _product(a, low, high):
-    """uint64 a times the constant high:low, 32 bits each: the upper and the lower 64 of 128 bits."""
+    """uint64 a times the constant high:low, 32 bits each: the upper and the lower 64 bits of the 128."""
     a0 = a & 0xFFFFFFFF
     a1 = a >> 32
     p0 = a0 * low
@@ -61,9 +61,9 @@ def _philox4x64_10(counter, key0, key1):
 
 @triton.jit
 def _box_muller(word):
-    """uint64 [n] -> float32 [n, 2], as `noise` has it.
+    """uint64 [n] -> float32 [n, 2], as defined in `noise`.
 
-    phi = quadrant pi/2 + x, |x| <= pi/4, where sine and cosine are polynomials good to float32 (Moshier's Cephes).
+    phi = quadrant pi/2 + x, |x| <= pi/4, where sine and cosine are polynomials accurate to float32 (Moshier's Cephes).
     """
     low = word.to(tl.uint32).to(tl.int32, bitcast=True)
     high = (word >> 32).to(tl.uint32).to(tl.int32, bitcast=True)
@@ -83,10 +83,10 @@ def _box_muller(word):
     return tl.join(radius * cos, radius * sin)
 
 
-# not specialised: Triton would make an argument that equals 1 a constant, without a type
-@triton.jit(do_not_specialize=["seed"])
-def _add_noise_kernel(table, row_of, sigma, seed, TYPE: tl.constexpr, BLOCKS: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
-    """Each program does BLOCKS Philox blocks of the tensor whose row of the table it is told."""
+# key is not specialised: Triton would turn an argument that equals 1 into a constant without a type
+@triton.jit(do_not_specialize=["key"])
+def _add_noise_kernel(table, row_of, sigma, key, TYPE: tl.constexpr, BLOCKS: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
+    """Each program computes BLOCKS Philox blocks of one tensor; row_of says which row of the table describes it."""
     program = tl.program_id(0)
     row = table + tl.load(row_of + program).to(tl.int64) * 6
     out = tl.load(row).to(tl.pointer_type(TYPE))
@@ -97,13 +97,13 @@ def _add_noise_kernel(table, row_of, sigma, seed, TYPE: tl.constexpr, BLOCKS: tl
     index = (program - tl.load(row + 5)) * BLOCKS + tl.arange(0, BLOCKS)
     counter = (start // 8 + index).to(tl.uint64)
     zero = tl.zeros_like(counter)
-    words = _philox4x64_10(counter, zero + seed.to(tl.uint64), zero + name_hash.to(tl.uint64))
+    words = _philox4x64_10(counter, zero + key.to(tl.uint64), zero + name_hash.to(tl.uint64))
     even = tl.join(_box_muller(words[0]), _box_muller(words[2]))
     odd = tl.join(_box_muller(words[1]), _box_muller(words[3]))
     # [block, cosine or sine, upper half of the block, odd word]
     z = tl.join(even, odd).permute(0, 2, 3, 1).reshape(BLOCKS, 8)
     offset = index[:, None] * 8 + tl.arange(0, 8)[None, :]
-    if WHOLE_BLOCKS:  # what a thread reads and writes is 16 bytes at once
+    if WHOLE_BLOCKS:  # a thread reads and writes 16 bytes at once
         out = tl.multiple_of(out, 16)
         base = tl.multiple_of(base, 16)
         inside = (index < count // 8)[:, None].broadcast_to(BLOCKS, 8)
@@ -115,7 +115,7 @@ def _add_noise_kernel(table, row_of, sigma, seed, TYPE: tl.constexpr, BLOCKS: tl
     tl.store(out + offset, (wide + sigma * z).to(TYPE), mask=inside)
 
 
-def add_noise_cuda(pieces: Collection[Piece], sigma: float, seed: int) -> None:
+def add_noise_cuda(pieces: Collection[Piece], sigma: float, noise_key: int) -> None:
     """out = base + sigma * z for each piece; see `noise`."""
     kinds: dict[tuple[torch.dtype, torch.device, bool], list[Piece]] = {}
     for piece in pieces:
@@ -135,14 +135,14 @@ def add_noise_cuda(pieces: Collection[Piece], sigma: float, seed: int) -> None:
         # the interpreter has no device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             _add_noise_kernel[(total,)](
-                table, row_of, sigma, _signed(seed),
+                table, row_of, sigma, _signed(noise_key),
                 TYPE=_TYPES[dtype], BLOCKS=_BLOCKS_PER_PROGRAM, WHOLE_BLOCKS=whole_blocks,
                 enable_fp_fusion=True,
             )  # fmt: skip
 
 
 def _whole_blocks(piece: Piece) -> bool:
-    """Whether it begins and ends with a Philox block, at places in memory that are multiples of 16 bytes."""
+    """Whether it begins and ends at the edge of a Philox block, at addresses that are multiples of 16 bytes."""
     pointers = piece.out.data_ptr() | piece.base.data_ptr()
     return not (pointers % 16 or piece.start % 8 or piece.out.numel() % 8)
 
@@ -153,5 +153,5 @@ def _programs(piece: Piece) -> int:
 
 
 def _signed(word: int) -> int:
-    """The int64 with the bits of this uint64: launch arguments of one type, whatever their value."""
+    """The int64 with the same bits as this uint64, so that launch arguments have one type, whatever their value."""
     return word - (word >> 63 << 64)

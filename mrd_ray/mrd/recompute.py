@@ -1,4 +1,4 @@
-"""Gradient checkpointing by memory budget: layers keep their activations while it lasts, the rest recompute theirs."""
+"""Gradient checkpointing with a memory budget: layers keep activations while they fit, the others recompute theirs."""
 
 import contextlib
 import functools
@@ -16,22 +16,22 @@ from mrd_ray.mrd.double import as_now
 
 
 def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The layers that can be recomputed, by transformers' word."""
+    """The layers that can be recomputed, according to transformers."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextlib.contextmanager
 def recomputing(model: PreTrainedModel, budget: float) -> Iterator[None]:
-    """Within this block, what a forward's layers keep for its backward takes up to `budget` bytes of each device.
+    """Within this block, what a forward's layers keep for the backward takes at most `budget` bytes on each device.
 
-    The layers that keep their activations are the first ones of a device; of the others their inputs alone are kept,
-    which count too. One layer more is left room for, since recomputing one makes its activations again. The first one
-    is kept whatever it takes. What embeddings and the output layer keep comes on top. Recomputed activations have the
-    same bits. (transformers' own switch knows all layers or none, and works in training mode alone, which turns
-    dropout on.)
+    The first layers on a device keep their activations. The other layers keep only their inputs, which also count
+    towards the budget. Room for one more layer is reserved, because recomputing a layer creates its activations again.
+    The first layer keeps its activations whatever their size. What embeddings and the output layer keep comes on top.
+    Recomputed activations have the same bits. (transformers' own switch covers all layers or none, and works only in
+    training mode, which turns on dropout.)
 
     Args:
-        budget: zero recomputes every layer, and infinity none.
+        budget: zero recomputes every layer, and infinity recomputes none.
     """
     layers = layers_of(model) if math.isfinite(budget) else []
     own = {layer: layer.__dict__["forward"] for layer in layers if "forward" in layer.__dict__}
@@ -50,20 +50,20 @@ def recomputing(model: PreTrainedModel, budget: float) -> Iterator[None]:
 
 
 class _Activations:
-    """What the layers of a forward have kept so far, by the memory that holds it: several tensors may share some."""
+    """Bytes that a forward's layers have kept so far; memory that several tensors share counts once."""
 
     def __init__(self, model: PreTrainedModel, budget: float) -> None:
         self._model, self._budget = model, budget
         self.begin()
 
     def begin(self) -> None:
-        """Count anew, for a forward."""
+        """Start counting again, for a new forward."""
         self._held = {_address(parameter) for parameter in self._model.parameters()}
         self._bytes: Counter[torch.device] = Counter()
-        self._largest: Counter[torch.device] = Counter()  # of a layer
+        self._largest: Counter[torch.device] = Counter()  # most bytes kept by a single layer
 
     def run(self, layer: torch.nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The layer's forward."""
+        """The layer's forward, with activations kept or recomputed, as the budget allows."""
         device = next((parameter.device for parameter in layer.parameters()), torch.device("cpu"))
         before = self._bytes[device]
         if self._budget == 0 or before + 2 * self._largest[device] > self._budget:
@@ -80,7 +80,7 @@ class _Activations:
         if (address := _address(tensor)) not in self._held:
             self._held.add(address)
             self._bytes[tensor.device] += tensor.untyped_storage().nbytes()
-        return tensor.detach()  # the tensor itself would hold the graph that holds it
+        return tensor.detach()  # the tensor itself would keep alive the graph that keeps it alive
 
 
 def _address(tensor: torch.Tensor) -> tuple[torch.device, int]:

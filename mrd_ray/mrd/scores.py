@@ -1,4 +1,4 @@
-"""Moments of Delta, or its closed form -> scores with standard errors -> sampling weights."""
+"""From moments of Delta, or its closed form, to scores with standard errors, to sampling weights."""
 
 import math
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from mrd_ray.mrd.standard_errors import COVERAGE, minus, of_half_normal, of_mean
 
 @dataclass(frozen=True)
 class Score:
-    """Both statistics of one sample, each with its standard error; None where the estimator cannot know it.
+    """Both statistics of one sample, each with its standard error; None where the estimator cannot know a value.
 
-    95% of scores lie within two standard errors of the truth, however few the draws (see `standard_errors`).
+    95% of scores are within two standard errors of the truth, however few the draws (see `standard_errors`).
 
     mean_abs = E|Delta| (Algorithm 1), first order in sigma. abs_mean = |E Delta| (Definition 3.1), second order in
-    sigma: with plain draws its standard error is usually larger than itself, which `abs_mean_se` shows.
+    sigma: with plain draws, its standard error `abs_mean_se` is usually larger than the value itself.
 
-    delta_mean, delta_std: mu and s, mean and standard deviation of Delta. From antithetic pairs they come from the even
-    and the odd part, each free of the other. nonlinearity: |mu| / s, zero in the small-sigma limit; plain draws would
-    show little but their own 1 / sqrt(K).
+    delta_mean, delta_std: mu and s, the mean and standard deviation of Delta. With antithetic pairs, they come from the
+    even and the odd part, so that neither affects the other. nonlinearity: |mu| / s, zero in the small-sigma limit;
+    None for plain draws, which would show little except their own 1 / sqrt(K).
     """
 
     mean_abs: float
@@ -33,20 +33,21 @@ class Score:
     nonlinearity: float | None
 
 
-_FITTED = 16  # draws from which on the control variate's coefficient is fitted; of fewer it is 1
-_SMOOTH = 0.1  # even part over first order up to which antithetic pairs are `smoothed`
+_FITTED = 16  # with this many draws or more, the control variate's coefficient is fitted; with fewer it is 1
+_SMOOTH = 0.1  # antithetic pairs are `smoothed` while the even part is at most this share of the first order
 
 
 def monte_carlo_score(moments: Moments, antithetic: bool = False, first_std: float | None = None) -> Score:
-    """Score of one sample. Standard errors are calibrated (see `standard_errors`); None for one draw.
+    """Score of one sample. Standard errors are calibrated (see `standard_errors`), and None for one draw.
 
-    With first_std, sigma |g|, the standard deviation of L, draws are antithetic pairs with L as control variate:
+    With first_std = sigma |g|, the standard deviation of L, draws are antithetic pairs with L as control variate.
     E|L| = sigma |g| sqrt(2 / pi) is known, so that
 
         E|Delta| = E|L| + E(|Delta| - |L|)
 
-    which is unbiased for every sigma. Where the even part is small beside L, pairs are `smoothed`; elsewhere, from 16
-    draws on, the coefficient of |L| is fitted by least squares. E Delta needs no L: the even part has no first order.
+    which is unbiased for every sigma. Where the even part is small compared with L, pairs are `smoothed`. Elsewhere,
+    with 16 draws or more, the coefficient of |L| is fitted by least squares. E Delta needs no L: the even part has no
+    first order.
     """
     k = moments.num_draws
     if first_std:
@@ -64,10 +65,10 @@ def monte_carlo_score(moments: Moments, antithetic: bool = False, first_std: flo
 
 
 def with_flips(score: Score, flip_squares: float | None, k: int) -> Score:
-    """The score, whose standard errors tell of choices that sigma may flip, too, which k draws may not have met.
+    """The score, with standard errors that also allow for choices that sigma may flip, which k draws may have missed.
 
-    flip_squares: what flips add to E Delta^2 (see `choices`), so that they add this over k to a mean's variance.
-    Infinite where that is not known, and neither are the standard errors then.
+    flip_squares: what flips add to E Delta^2 (see `choices`); divided by k, it is their part of a mean's variance.
+    Infinite if unknown, and then the standard errors are None.
     """
     if not flip_squares:
         return score
@@ -82,7 +83,7 @@ def with_flips(score: Score, flip_squares: float | None, k: int) -> Score:
 
 
 def _controlled(moments: Moments, first_std: float) -> tuple[float, float | None]:
-    """E|Delta| by the control variate, and its standard error."""
+    """E|Delta| from the control variate, and its standard error."""
     k, known = moments.num_draws, first_std * math.sqrt(2 / math.pi)
     if moments.sum_smooth_squares and total(moments.sum_squares) <= k * (_SMOOTH * first_std) ** 2:
         mean, se = _mean(total(moments.sum_smooth), total(moments.sum_smooth_squares), k)
@@ -110,7 +111,7 @@ def _mean(values: float, squares: float, k: int) -> tuple[float, float | None]:
 def closed_form_score(sigma: float, gradient_norm: float, probes: Sequence[float]) -> Score:
     """Score of one sample from |g|, and from probes of mu / sigma^2 if there are any (see `curvature`).
 
-    Without probes mean_abs has no sampling error, and a standard error of 0, which tells nothing of higher orders.
+    Without probes, mean_abs has no sampling error: its standard error is 0, which says nothing about higher orders.
     """
     s = sigma * gradient_norm
     if not probes:
@@ -124,15 +125,16 @@ def closed_form_score(sigma: float, gradient_norm: float, probes: Sequence[float
 
 
 def _folded_se(mu: float, mu_se: float, s: float, even: float, k: int) -> float:
-    """Of the folded normal's mean from mu, with mu_se from k probes: the sampling error, and what it leaves out.
+    """Standard error of the folded normal's mean, from mu and mu_se of k probes: sampling error and neglected terms.
 
-    The mean rises with |mu|, so that the end of mu's interval bounds its error; where that interval holds zero, only
-    the upper end does, and the quantile is that of one side. What is left out is of the same order sigma^3 as mu^2 / s:
-    the third derivative, and the spread of the even part. They are about as large as what the even part adds; 0.8 of
-    that is the root mean square found on small models, (1 + 4 / k) since few probes may all be small.
+    The mean increases with |mu|, so the end of mu's interval bounds its error. Where that interval contains zero, only
+    the upper end does, and a one-sided quantile is used. The neglected terms, the third derivative and the spread of
+    the even part, are of the same order sigma^3 as mu^2 / s. They are about as large as what the even part adds: 0.8 of
+    that was the root mean square measured on small models. The factor (1 + 4 / k) is there because a few probes may all
+    be small.
 
     Args:
-        even: root mean square of the even part of Delta, by the probes.
+        even: root mean square of the even part of Delta, estimated from the probes.
     """
     reach = 2 * mu_se
     if abs(mu) < reach:
@@ -158,7 +160,7 @@ def folded_normal_mean(mu: float, s: float) -> float:
 def sampling_weights(mrd: np.ndarray) -> np.ndarray:
     """Probability of each sample in Algorithm 2, proportional to its MRD: float64 [n], summing to 1.
 
-    Samples without a score (nan) get nan, and so do all if every score is zero: there is nothing to weigh by.
+    Samples without a score (nan) get nan. If every score is zero, all samples get nan: there is nothing to weight by.
     """
     total = math.fsum(mrd[np.isfinite(mrd)])
     return mrd / total if total else np.full_like(mrd, np.nan)

@@ -1,8 +1,8 @@
-"""Holds the closed form against draws: Delta_k, what sigma z_k does to a sample, beside L_k, what its gradient says.
+"""Checks the closed form against draws: compares Delta_k, the effect of sigma z_k on a sample, with its prediction L_k.
 
-The closed form takes Delta for L + mu. Both share a draw's noise, so a few draws show by how much that is wrong: where
-the model has jumps or kinks, where a rule is wrong, where something is cast to too few bits. Choices that sigma can
-flip are looked for as well (see `choices`), since a few draws may not meet one.
+The closed form assumes that Delta is L + mu. Both share a draw's noise, so a few draws show how wrong that is: where
+the model has jumps or kinks, where a rule is wrong, or where something is cast to too few bits. It also looks for
+choices that sigma can flip (see `choices`), because a few draws may miss one.
 """
 
 import math
@@ -16,18 +16,18 @@ from mrd_ray.mrd.choices import Choices, Gaps, Reach
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.first_order import FirstOrders
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
-from mrd_ray.mrd.monte_carlo import delta, draw_seed
+from mrd_ray.mrd.monte_carlo import delta, noise_key
 from mrd_ray.mrd.perturb import Replica
 
-_OFF = 0.3  # of s; what L does not foretell of Delta, in quadrature, adds 4% to a score then
-_TAIL = 4.5  # standard deviations; a normal Delta is beyond them in 7 of a million draws
-_FLIPS = 0.001  # of a score
+_OFF = 0.3  # in units of s: then the part of Delta that L does not predict adds 4% to a score, in quadrature
+_TAIL = 4.5  # standard deviations; a normal Delta is farther out in 7 of a million draws
+_FLIPS = 0.001  # share of a score
 
 
 class Finding(NamedTuple):
-    """What draws say of one sample.
+    """What the draws show about one sample.
 
-    deltas: Delta_k / s. first: L_k / s, empty if not known. flips: the share of its score that flips of choices add.
+    deltas: Delta_k / s. first: L_k / s, empty if unknown. flips: what flips of choices add, as a share of its score.
     flip_squares: what they add to E Delta^2.
     """
 
@@ -37,15 +37,15 @@ class Finding(NamedTuple):
     flip_squares: float
 
     def off(self, mu: float = 0.0) -> float:
-        """Root mean square of Delta_k - L_k - mu, over s. mu: of Delta, over s."""
+        """Root mean square of Delta_k - L_k - mu, divided by s. mu: the mean of Delta, divided by s."""
         return math.sqrt(sum((d - f - mu) ** 2 for d, f in zip(self.deltas, self.first, strict=True)) / len(self.first))
 
     def differs(self, mu: float = 0.0) -> bool:
-        """Whether draws are not what the gradient says."""
+        """Whether the draws differ from what the gradient predicts."""
         return bool(self.first) and not self.off(mu) <= _OFF
 
     def doubt(self, mu: float = 0.0) -> str | None:
-        """Why the closed form is not to be trusted, or None."""
+        """Why the closed form should not be trusted, or None."""
         if self.flips > _FLIPS:
             return "sigma can flip a choice inside the model, such as of experts, that its score depends on"
         if self.differs(mu):
@@ -60,9 +60,9 @@ class SelfCheck:
 
     Args:
         norms: of the replica's model.
-        first_order: gives L, as `FirstOrder` does; None if nothing can, and only draws that are far out are found.
+        first_order: returns L, as `FirstOrder` does; None if L cannot be computed: then only draws far out are found.
         choices: whether to look for choices within reach.
-        exact: whether `norms` may say how far sigma moves a choice, which takes the whole weights.
+        exact: whether to compute from `norms` how far sigma moves a choice, which needs the whole weights.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class SelfCheck:
         first: list[list[list[float]]] = [[[] for _ in of_batch] for of_batch in norms]
         try:
             for k in range(self._draws):
-                self._replica.perturb(self._sigma, draw_seed(self._seed, k))
+                self._replica.perturb(self._sigma, noise_key(self._seed, k))
                 for i, (batch, at_theta) in enumerate(zip(batches, theta, strict=True)):
                     perturbed, gaps = self._at(batch)
                     if reaches:
@@ -112,14 +112,14 @@ class SelfCheck:
         ]
 
     def _at(self, batch: MicroBatch) -> tuple[torch.Tensor, Gaps]:
-        """log(-P_t) under the present weights, and the gaps of choices."""
+        """log(-P_t) under the current weights, and the gaps of choices."""
         if not self._choices:
             return self.likelihood.log_neg_log_probs(batch), {}
         with Choices(positions=batch.token_ids.numel()) as heard:
             return self.likelihood.log_neg_log_probs(batch), heard.gaps()
 
     def _flips(self, reach: Reach, batch: MicroBatch, theta: torch.Tensor) -> list[list[float]]:
-        """What flips add to E|Delta| and E Delta^2 of each sample."""
+        """What flips add to each sample's E|Delta| and E Delta^2."""
 
         def jumps(flips: Gaps) -> torch.Tensor:
             with Choices(flips, batch.token_ids.numel()):
@@ -133,9 +133,9 @@ class SelfCheck:
 
 
 def has_choices(model: PreTrainedModel, token_ids: torch.Tensor) -> bool:
-    """Whether a forward makes discrete choices among numbers that depend on its tokens [B, T], unlike masks."""
+    """Whether a forward makes discrete choices among numbers that depend on the tokens [B, T] (masks do not)."""
     both = []
-    for tokens in (token_ids, torch.where(token_ids > 0, token_ids - 1, 1)):  # each another one
+    for tokens in (token_ids, torch.where(token_ids > 0, token_ids - 1, 1)):  # the second replaces every token
         with torch.no_grad(), Choices(positions=token_ids.numel()) as heard:
             model.base_model(tokens, use_cache=False)
             both.append(heard.gaps())

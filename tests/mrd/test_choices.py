@@ -8,7 +8,7 @@ from mrd_ray.mrd.choices import Choices, Reach
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.first_order import FirstOrder
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
-from mrd_ray.mrd.monte_carlo import delta, draw_seed
+from mrd_ray.mrd.monte_carlo import delta, noise_key
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.mrd.self_check import Finding, SelfCheck, has_choices
 
@@ -71,7 +71,7 @@ def drawn(model, batch, draws):
     s = SIGMA * GradientNorms(model)(batch)[1].sqrt()
     deltas, moved = [], []
     for k in draws:
-        replica.perturb(SIGMA, draw_seed(3, k))
+        replica.perturb(SIGMA, noise_key(3, k))
         values, gaps = gaps_of(likelihood, batch)
         deltas.append(delta(theta, values, batch.scored) / s)
         moved.append(torch.cat([(gaps[turn] - at_theta[turn]).view(len(s), 60, -1) for turn in gaps], 2))

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mrd_ray.mrd.curvature import TraceEstimator
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
-from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
+from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, noise_key
 from mrd_ray.mrd.noise import standard_normal
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.mrd.scores import monte_carlo_score
@@ -74,7 +74,7 @@ def test_mean_of_probes_is_the_trace():
     expected = -0.5 * float(hessian.trace())
     estimator = TraceEstimator(model, names)
     batch = MicroBatch(tokens, torch.ones(1, 3, dtype=torch.bool))
-    probes = torch.cat([aimed(estimator, batch, draw_seed(0, k)) for k in range(200)])
+    probes = torch.cat([aimed(estimator, batch, noise_key(0, k)) for k in range(200)])
     off_diagonal = hessian - hessian.diag().diag()
     spread = float(off_diagonal.square().sum() / 2) ** 0.5  # of -v^T H v / 2 for random signs v
     assert abs(float(probes.mean()) - expected) < 3 * spread / 200**0.5
@@ -85,7 +85,7 @@ def test_agrees_with_antithetic_draws():
     model = tiny()
     batch = MicroBatch(torch.tensor([[1, 5, 3, 7], [2, 2, 9, 4]]), torch.ones(2, 3, dtype=torch.bool))
     estimator = TraceEstimator(model)
-    probes = torch.stack([aimed(estimator, batch, draw_seed(1, k)) for k in range(200)], 1)
+    probes = torch.stack([aimed(estimator, batch, noise_key(1, k)) for k in range(200)], 1)
     replica, likelihood = Replica(model), Likelihood(model)
     theta = [likelihood.log_neg_log_probs(batch)]
     (pairs,) = draw_deltas(replica, likelihood, [batch], theta, 1e-3, 0, range(400), antithetic=True)

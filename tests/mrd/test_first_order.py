@@ -12,7 +12,7 @@ from mrd_ray.mrd.autograd_check import agrees
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.first_order import FirstOrder
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
-from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
+from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, noise_key
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.mrd.scores import monte_carlo_score
 
@@ -29,7 +29,7 @@ def objective(model, sample, scored):
 def test_is_the_derivative_along_a_draw(name):
     model = model_of(name)
     replica = Replica(model)
-    replica.perturb(SIGMA, draw_seed(0, 1))
+    replica.perturb(SIGMA, noise_key(0, 1))
     step = {name: delta.clone() for name, delta in replica.step().items()}
     replica.restore()
     parameters = dict(model.named_parameters())

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mrd_ray.models.load import weights_digest
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
-from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed, exact_sum
+from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, exact_sum, noise_key
 from mrd_ray.mrd.noise import standard_normal
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.mrd.scores import monte_carlo_score
@@ -64,7 +64,7 @@ def algorithm_1(
     deltas = []
     for k in range(num_draws):
         for name, parameter in model.named_parameters():
-            z = standard_normal(draw_seed(seed, k), name, 0, parameter.numel()).double().view_as(parameter)
+            z = standard_normal(noise_key(seed, k), name, 0, parameter.numel()).double().view_as(parameter)
             parameter.copy_(kept[name] + sigma * z)
         after = log_probs(model, sample)
         deltas.append(sum(float((p - q) / p) for p, q, counts in zip(before, after, scored[1:], strict=True) if counts))
@@ -205,7 +205,7 @@ def test_exact_sum():
 
 
 def test_draws_of_different_seeds_differ():
-    assert len({draw_seed(seed, k) for seed in range(5) for k in range(200)}) == 1000
+    assert len({noise_key(seed, k) for seed in range(5) for k in range(200)}) == 1000
 
 
 def test_antithetic_pairs_are_both_signs_of_the_same_noise():

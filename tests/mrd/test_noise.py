@@ -161,8 +161,8 @@ from mrd_ray.mrd.noise_triton import _BLOCKS_PER_PROGRAM, _add_noise_kernel
 
 bytes_of, whole_blocks = int(sys.argv[1]), sys.argv[2] == "True"
 parameters = {parameter.name: parameter for parameter in _add_noise_kernel.params}
-assert parameters["seed"].do_not_specialize  # else Triton would make a seed that equals 1 a constant, without a type
-signature = dict(table="*i64", row_of="*i32", sigma="fp32", seed="i64")
+assert parameters["key"].do_not_specialize  # else Triton would make a key that equals 1 a constant, without a type
+signature = dict(table="*i64", row_of="*i32", sigma="fp32", key="i64")
 constants = dict(
     TYPE={2: tl.bfloat16, 4: tl.float32}[bytes_of],
     BLOCKS=_BLOCKS_PER_PROGRAM,

@@ -21,7 +21,7 @@ def found(model: torch.nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, torc
     norms = GradientNorms(model)
     assert disagreements(norms) == []
     _, squares = norms(batch)
-    Replica(model).perturb(1e-2, seed=3)
+    Replica(model).perturb(1e-2, noise_key=3)
     return Likelihood(model).margins(batch), squares
 
 

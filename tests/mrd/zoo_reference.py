@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from mrd_ray.mrd.monte_carlo import draw_seed
+from mrd_ray.mrd.monte_carlo import noise_key
 from mrd_ray.mrd.noise import standard_normal
 
 SEED, DRAWS = 5, 3
@@ -22,7 +22,7 @@ def log_probs(model: torch.nn.Module, sample: list[int], scored: list[bool]) -> 
 def noise(model: torch.nn.Module, k: int) -> dict[str, torch.Tensor]:
     """z of draw k by the names of the parameters: float64."""
     return {
-        name: standard_normal(draw_seed(SEED, k), name, 0, parameter.numel()).double().view_as(parameter)
+        name: standard_normal(noise_key(SEED, k), name, 0, parameter.numel()).double().view_as(parameter)
         for name, parameter in model.named_parameters()
     }
 
