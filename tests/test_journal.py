@@ -222,14 +222,14 @@ def test_a_stall_names_unit_and_worker(ray_cluster, tmp_path, monkeypatch, capsy
         until("no actor has started")
         board = watched.board
         board.started.remote("actor-1", "its node", "node-7:4711")
-        until("the start of an actor has been at work on node-7:4711 for")
+        until("the start of an actor has been running on node-7:4711 for")
         board.ready.remote("actor-1")
         board.begins.remote("actor-1", "0-0-4-0-12")
-        until("unit 0-0-4-0-12 has been at work on node-7:4711 for")
+        until("unit 0-0-4-0-12 has been running on node-7:4711 for")
         board.started.remote("actor-1", "its node", "node-7:4712")  # it was restarted while at the unit
-        until("an actor has started again after its end (1 by now)")
+        until("an actor died and was restarted (1 so far)")
     assert said.count("no actor has started") == 1
-    assert said.count("unit 0-0-4-0-12 has been at work on node-7:4711 for") == 1
+    assert said.count("unit 0-0-4-0-12 has been running on node-7:4711 for") == 1
     (found,) = status(str(tmp_path))
     assert (found.progress.actor_restarts, found.progress.units_failed) == (1, 1)
     assert any(event.event == "stall" and "0-0-4-0-12" in event.message for event in found.events)
@@ -248,7 +248,7 @@ def test_where_actors_end_again_and_again_the_board_gives_up_unless_their_nodes_
         assert (why is not None) == given_up
         assert (board.look()["given up"] is not None) == given_up
         if given_up:
-            assert "actors at work on unit u have ended 5 times (n:2 would" in why
+            assert "actors working on unit u died 5 times (n:2 would" in why
         board = lookout.Board()  # that was lost, with all it knew
         assert board.begins("a", "u") is None
         assert board.started("a", node, "n:1") is None
@@ -279,8 +279,8 @@ class EndsAtOnce:
 @pytest.mark.parametrize(
     ("actor", "words"),
     [
-        (EndsAtTheSecond, "actors at work on unit second have ended 5 times"),
-        (EndsAtOnce, "an actor has ended 5 times bef"),
+        (EndsAtTheSecond, "actors working on unit second died 5 times"),
+        (EndsAtOnce, "an actor died 5 times while starting"),
     ],
 )
 def test_a_run_whose_actors_end_again_and_again_ends(ray_cluster, tmp_path, actor, words):

@@ -196,7 +196,7 @@ def test_a_directory_that_a_job_throws_away_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(copy)
     with pytest.raises(UserError, match=r"run\.dir: runs/one would be in the job's copy of the working directory"):
         RunDirectory("runs/one")
-    with pytest.raises(UserError, match="which Ray throws away"):  # as unlearn has made it absolute
+    with pytest.raises(UserError, match="which Ray deletes"):  # as unlearn has made it absolute
         RunDirectory(str(Path("one").absolute()))
     RunDirectory(str(tmp_path / "one"))
     RunDirectory("memory://one")

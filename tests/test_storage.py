@@ -275,7 +275,7 @@ def test_a_bucket_that_goes_away():
         server.stop()
         asked = (lambda: run.names("units"), lambda: run.exists("manifest.json"), lambda: run.read("units/u.parquet"))
         for ask in asked:
-            with pytest.raises(UserError, match=r"cannot read lab/run/.* start the same command again once"):
+            with pytest.raises(UserError, match=r"cannot read lab/run/.* fix this and run the same command again"):
                 ask()
         with pytest.raises(UserError, match=r"cannot write lab/run/units/u\.parquet"):
             run.write("units/u.parquet", b"other")
@@ -310,6 +310,6 @@ def test_a_copy_stays_in_its_place(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "m.zip", "w") as archive:
         archive.writestr("model/config.json", "{}")
         archive.writestr("model/../../../stolen.txt", "x")
-    with pytest.raises(ValueError, match="would be written outside of its copy"):
+    with pytest.raises(ValueError, match="would be written outside its copy"):
         storage.local_folder(f"zip://model::{tmp_path / 'm.zip'}")
     assert not list(tmp_path.rglob("stolen.txt"))

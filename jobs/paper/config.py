@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from mrd_ray.config.base import Frozen, ModelConfig, RayConfig, RunConfig
+from mrd_ray.config.base import Frozen, LocalPath, ModelConfig, RayConfig, RunConfig, SettingsOf
 from mrd_ray.config.data import DataConfig, RetainConfig
 from mrd_ray.config.evaluation import EvaluationConfig
 from mrd_ray.config.scoring import ScoringConfig, closed_form_unless_said
@@ -67,7 +67,7 @@ class AloneConfig(Frozen):
 
     learning_rate: PositiveFloat = Field(5e-6, description="Of AdamW, constant, without weight decay.")
     max_updates: PositiveInt = Field(100, description="Give up after so many; what is not forgotten counts as this.")
-    reference: str | None = Field(
+    reference: LocalPath | None = Field(
         None,
         description="Model (directory or hub id) that never saw the samples: forgotten is what has MA and EL below the "
         "forget set's averages on it. Unset: with learn.epochs, model.path before it learned; otherwise the averages "
@@ -146,7 +146,7 @@ class Fig2Config(UnlearningSweep):
 class TablesConfig(UnlearningSweep):
     """Tables 1, 4, 5, 6: each method with uniform and with MRD weights, on a task."""
 
-    methods: dict[Method, dict[str, Any]] = Field(
+    methods: dict[Method, Annotated[dict[str, Any], SettingsOf(UnlearningConfig)]] = Field(
         {"ga": {}, "graddiff": {}, "npo": {}},
         description="Methods (ga is the paper's SGA, and with MRD weights its CGA), each with settings of unlearning "
         "of its own.",
@@ -158,7 +158,7 @@ class TablesConfig(UnlearningSweep):
 class Table7Config(ExperimentConfig):
     """Table 7: MRD against what samples are like: semantic complexity, frequency, initial probability, rare words."""
 
-    corpus: str | None = Field(
+    corpus: LocalPath | None = Field(
         None, description="A .txt file of ordinary text, which says how common a word is; unset, both sets do."
     )
     common_words: PositiveInt = Field(5000, description="So many of its words, the most frequent, are not rare.")

@@ -82,7 +82,13 @@ def forget_quality(truth_ratios: Sequence[float], reference: Sequence[float]) ->
 
 
 def model_utility(parts: Sequence[float]) -> float:
-    """TOFU's: the harmonic mean of probability, ROUGE-L recall and max(0, 1 - R_truth) of each set; 0 if one is 0."""
+    """TOFU's: the harmonic mean of probability, ROUGE-L recall and max(0, 1 - R_truth) of each set; 0 if one is 0.
+
+    >>> model_utility([1.0, 0.5, 0.5])
+    0.6
+    >>> model_utility([1.0, 0.5, 0.0])
+    0.0
+    """
     return 0.0 if min(parts) <= 0 else float(scipy.stats.hmean(parts))
 
 

@@ -22,7 +22,11 @@ _WORD = re.compile(rf"[{_SPACELESS}]|[^\s{_SPACELESS}]+")
 
 
 def probability(answer: LogProbs) -> float:
-    """P(a | q)^(1 / |a|) of TOFU (Maini et al., 2024, section 2.2.1), in (0, 1]."""
+    """P(a | q)^(1 / |a|) of TOFU (Maini et al., 2024, section 2.2.1), in (0, 1].
+
+    >>> round(probability([math.log(0.5), math.log(0.125)]), 6)  # the geometric mean of 0.5 and 0.125
+    0.25
+    """
     return math.exp(fmean(answer))
 
 
@@ -62,7 +66,11 @@ def embedding_accuracy(similarities: Sequence[float]) -> float:
 
 
 def multiple_choice(choices: Sequence[LogProbs], right: int) -> float:
-    """1 if the letter of the right choice is the likeliest of the letters, else 0; the first wins a tie."""
+    """1 if the letter of the right choice is the likeliest of the letters, else 0; the first wins a tie.
+
+    >>> multiple_choice([[-3.0], [-0.5], [-2.0]], right=1)
+    1.0
+    """
     means = [fmean(log_probs) for log_probs in choices]
     return float(means.index(max(means)) == right)
 
@@ -73,7 +81,11 @@ def memorization_accuracy(correct: Sequence[bool]) -> float:
 
 
 def min_k(log_probs: LogProbs, percent: float) -> float:
-    """Min-k% Prob (Shi et al., 2024): mean log p of the k% least likely tokens, of one at least. Higher: a member."""
+    """Min-k% Prob (Shi et al., 2024): mean log p of the k% least likely tokens, of one at least. Higher: a member.
+
+    >>> min_k([-1.0, -4.0, -0.5, -2.0], percent=50)
+    -3.0
+    """
     count = max(1, int(len(log_probs) * percent / 100))
     return fmean(sorted(log_probs)[:count])
 
@@ -90,6 +102,9 @@ def words(text: str) -> list[str]:
     """The words of a text that ROUGE-L counts, in lower case; characters, in scripts without spaces between words.
 
     ASCII words are those of rouge_score, stemmed; of others it keeps nothing but a-z and 0-9.
+
+    >>> words("He sold plum cakes.")
+    ['he', 'sold', 'plum', 'cake']
     """
     text = unicodedata.normalize("NFC", text.lower())
     kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text)  # letters, their marks, numbers

@@ -1,1 +1,1 @@
-"""What scoring would cost, before it is done."""
+"""Estimates what scoring would cost before it runs."""

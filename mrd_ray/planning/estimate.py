@@ -1,4 +1,4 @@
-"""`mrd-ray plan`: what scoring would cost, and how it would go with other actors, estimators and micro-batches."""
+"""`mrd-ray plan`: what scoring would cost, also with other numbers of actors, estimators and micro-batches."""
 
 import contextlib
 import dataclasses
@@ -36,14 +36,14 @@ from mrd_ray.scoring.units import DRAW_TOKENS, Unit, cut_units, first_draws, mis
 from mrd_ray.workers.cluster import cluster, living_nodes
 from mrd_ray.workers.pool import Pool
 
-FLEETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # actors that are simulated
-_BUDGETS = {False: (512, 1024, 2048), True: (4096, 16384, 65536)}  # micro-batch tokens that are tried, by CPU and GPU
+FLEETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # numbers of actors to simulate
+_BUDGETS = {False: (512, 1024, 2048), True: (4096, 16384, 65536)}  # micro-batch tokens to try, on CPU and on GPU
 _PROBED = 32  # micro-batches
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """A run that has not been made, with so many actors. efficiency: against one actor without losses."""
+    """A simulated run with N actors. efficiency: compared with one actor without losses."""
 
     actors: int
     seconds: float
@@ -53,7 +53,7 @@ class Simulated:
 
 @dataclass(frozen=True)
 class Choice:
-    """What costs least within the deadline, or is fastest within the budget; `met` says whether it is within them."""
+    """The cheapest way within the deadline, or the fastest within the budget; `met` says whether it is within both."""
 
     estimator: str
     micro_batch_tokens: int
@@ -63,10 +63,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Figures of a run that has not been made. Bytes and FLOPs are of all draws and samples together.
+    """Figures of a run that has not been made. Bytes and FLOPs are totals over all draws and samples.
 
-    seconds: from Ray's start to the last unit, which fleets and choice are of. around: reading before, and ending Ray
-    after, where a probe has measured that, else zero; gathering the scores, some 0.2 ms a sample, is left out.
+    seconds: from Ray's start to the last unit; fleets and choice measure the same. around: reading before, and stopping
+    Ray after, if a probe has measured that, else zero. Gathering the scores, about 0.2 ms a sample, is not included.
     """
 
     samples: int
@@ -89,10 +89,10 @@ class Estimate:
 
 
 def plan(config: PlanConfig) -> Estimate:
-    """Read and tokenise the data, cut it into units, and simulate `ray.actors` actors of the given shape at them.
+    """Read and tokenise the data, cut it into units, and simulate `ray.actors` actors of the given shape.
 
     Raises:
-        UserError: bad input or settings; with `probe`, also what refuses a run.
+        UserError: bad input or settings; with `probe`, also whatever would stop a run.
     """
     began = time.monotonic()
     job = _Job.of(config)
@@ -115,7 +115,7 @@ def _estimate(job: "_Job") -> Estimate:
     size = torch.finfo(getattr(torch, config.model.dtype)).bits // 8
     flops_per_token = cost.flops_per_token * forwards_per_token(scoring)
     if scoring.estimator == "closed_form":
-        # a probe's direction is made once for a unit; it, the moved weights and their derivatives are copies
+        # a probe's direction is made once per unit; the direction, the moved weights and their derivatives are copies
         copies, perturbations = (4 if scoring.curvature_probes else 1), scoring.curvature_probes * len(units)
         flops = padded * flops_per_token
     else:
@@ -124,7 +124,7 @@ def _estimate(job: "_Job") -> Estimate:
             (3 if scoring.controlled else 2),
             signs * sum(unit.stop_draw - unit.first_draw for unit in units),
         )
-        flops = padded * (flops_per_token * scoring.num_draws + cost.flops_per_token)  # and once at theta
+        flops = padded * (flops_per_token * scoring.num_draws + cost.flops_per_token)  # plus once at theta
         flops += 3 * padded * cost.flops_per_token if scoring.controlled else 0  # |g|
     course = job.course(scoring, rates, Fleet(job.pool.actors))
     return Estimate(
@@ -152,7 +152,7 @@ def _estimate(job: "_Job") -> Estimate:
 class _Job:
     """What all ways to make the run have in common.
 
-    files_digest: of the model, for a probe. ray_seconds: that Ray took to start, where it was started.
+    files_digest: of the model, for a probe. ray_seconds: how long Ray took to start, if it was started.
     """
 
     config: PlanConfig
@@ -177,7 +177,7 @@ class _Job:
 
     @contextlib.contextmanager
     def hardware(self) -> Iterator[None]:
-        """Ray, for a probe, with as many actors as are asked for or as have room."""
+        """Ray, for a probe, with the requested number of actors, or as many as fit."""
         began = time.monotonic()
         with cluster(log_to_driver=not self.config.output.quiet):
             self.pool = Pool.of(self.config.ray, living_nodes())
@@ -186,7 +186,7 @@ class _Job:
 
     @property
     def devices(self) -> float:
-        """Of an actor: its GPUs, or one where it has none."""
+        """Devices per actor: its GPUs, or 1 if it has none."""
         return self.pool.gpus or 1.0
 
     def layout(self, scoring: ScoringConfig) -> Layout:
@@ -196,14 +196,14 @@ class _Job:
         return self.layouts[tokens]
 
     def units(self, scoring: ScoringConfig, actors: int) -> list[Unit]:
-        """As a run with so many actors cuts them, which goes by the assumed rate."""
+        """The units that a run with N actors would cut, based on the assumed rate."""
         layout = self.layout(scoring)
         per_token = self.cost.flops_per_token * forwards_per_token(scoring)
         rectangles = missing_units(0, len(layout), first_draws(scoring), [])
         return cut_units(layout, rectangles, actors, assumed_tflops(self.pool) * 1e12 / per_token)
 
     def rates(self, scoring: ScoringConfig) -> Rates:
-        """Measured, or by FLOPs; then starting actors, which takes seconds, is left out."""
+        """Measured rates, or rates computed from FLOPs; the latter leave out starting actors, which takes seconds."""
         if self.config.probe:
             return self._probed(scoring)
         tflops, source = self._tflops
@@ -223,14 +223,14 @@ class _Job:
         if self.config.tflops is not None:
             return self.config.tflops, "as given"
         if self.pool.gpus:
-            return assumed_tflops(self.pool), "assumed; use --probe, or measure and give --tflops"
+            return assumed_tflops(self.pool), "assumed; use --probe, or measure and set --tflops"
         width = self.skeleton.config.get_text_config().hidden_size
         return _measured_cpu_tflops(width, self.pool.threads), "of a matrix product here; --probe measures scoring"
 
     def _probed(self, scoring: ScoringConfig) -> Rates:
         config, layout = self.config, self.layout(scoring)
         if not len(layout):
-            raise UserError(f"data.path: {config.data.path} has no sample that can be scored, and none to probe with")
+            raise UserError(f"data.path: {config.data.path} has no sample that can be scored, so none to probe with")
         few = trial_of(self.samples, layout)
         task = Task(config.model, scoring, self.files_digest, self.pool.threads, self.pool.gpus > 0, few)
         chosen = np.unique(np.linspace(0, len(layout) - 1, min(_PROBED, len(layout))).round().astype(int)).tolist()
@@ -242,7 +242,7 @@ class _Job:
 
     @functools.cached_property
     def _idle_pool(self) -> float:
-        with tempfile.TemporaryDirectory() as folder:  # a pool has a run directory to tell things to
+        with tempfile.TemporaryDirectory() as folder:  # a pool needs a run directory for its journal
             run = RunDirectory(folder)
             run.claim({}, self.config)
             return idle_pool(self.pool, Journal(run, "plan", self.config.output))
@@ -251,7 +251,7 @@ class _Job:
         return simulate(self.units(scoring, fleet.actors), self.layout(scoring), rates, fleet)
 
     def fleets(self, scoring: ScoringConfig, rates: Rates) -> list[Simulated]:
-        """1 to 1,000 actors, as they come."""
+        """Simulated runs with 1 to 1,000 actors."""
         alone = self.course(scoring, rates, Fleet(1)).seconds
         found = []
         for actors in FLEETS:
@@ -263,7 +263,7 @@ class _Job:
         return found
 
     def choice(self) -> Choice | None:
-        """Of both estimators, some micro-batches and all fleets; None where neither a deadline nor a budget is set."""
+        """The best of both estimators, some micro-batches and all fleets; None without a deadline or a budget."""
         config = self.config
         if config.deadline is None and config.budget is None:
             return None
@@ -281,7 +281,7 @@ class _Job:
         return Choice(scoring.estimator, scoring.micro_batch_tokens, course, bool(within))
 
     def _alternatives(self) -> Iterator[ScoringConfig]:
-        """Other estimators and micro-batches for the same statistic, where there are any."""
+        """This estimator and the other one, each with several micro-batch sizes, for the same statistic."""
         own = self.config.scoring
         shared = own.model_dump(include={"parameters", "sigma", "statistic", "seed", "num_draws"})
         for estimator in ("monte_carlo", "closed_form"):
@@ -292,13 +292,13 @@ class _Job:
                 try:
                     other = ScoringConfig(**shared, estimator=estimator, micro_batch_tokens=tokens)
                     refuse_uncovered(self.skeleton, other)
-                except (ValidationError, UserError):  # the closed form cannot do what is asked
+                except (ValidationError, UserError):  # the other estimator cannot do what is asked
                     continue
                 yield other
 
 
 def _measured_cpu_tflops(width: int, threads: int) -> float:
-    """Rate of a linear layer of the model's width on so many threads of this machine."""
+    """Rate of a linear layer of the model's width on N threads of this machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     a, b = torch.randn(2048, width), torch.randn(width, 4 * width)

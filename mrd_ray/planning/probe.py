@@ -1,4 +1,4 @@
-"""What an actor's work takes on the hardware at hand, by letting some do a little of it."""
+"""How long an actor's work takes on this hardware, measured by letting actors do a little of it."""
 
 import collections
 import os
@@ -18,13 +18,13 @@ from mrd_ray.scoring.units import Unit
 from mrd_ray.workers.pool import Pool
 from mrd_ray.workers.run_units import run_units
 
-_SECONDS = 10.0  # of timed work, about
-_NEVER = 1e9  # seconds: of a probe no stall is told
-Part = tuple[pa.Table, int]  # samples as a ScoringActor takes them, and their padded tokens
+_SECONDS = 10.0  # of timed work, approximately
+_NEVER = 1e9  # seconds: a probe reports no stalls
+Part = tuple[pa.Table, int]  # samples in the form that a ScoringActor takes, and their padded tokens
 
 
 def idle_pool(pool: Pool, journal: Journal) -> float:
-    """Seconds that the run's pool takes for actors that do nothing: processes, their imports, Ray Data."""
+    """Seconds that the run's pool takes if its actors do nothing: for processes, their imports, and Ray Data."""
     began = time.monotonic()
     units = {str(number): 0 for number in range(pool.actors)}
     collections.deque(
@@ -35,10 +35,10 @@ def idle_pool(pool: Pool, journal: Journal) -> float:
 
 
 def probe(task: Task, pool: Pool, parts: list[Part]) -> Rates:
-    """Rates of `pool.actors` actors that work side by side, as in the run; start-up without `idle_pool`.
+    """Rates of `pool.actors` actors that work side by side, as in the run; the start-up excludes `idle_pool`.
 
     Args:
-        parts: a few micro-batches, shortest samples first, evenly spread over those of the run.
+        parts: a few of the run's micro-batches, evenly spread, shortest samples first.
 
     Raises:
         UserError: an actor refuses the model or the settings.
@@ -57,7 +57,7 @@ def probe(task: Task, pool: Pool, parts: list[Part]) -> Rates:
 
 
 class _Idle:
-    """For `workers.run_units`: nothing done by an actor whose process has all that a scoring actor's imports."""
+    """For `workers.run_units`: an actor that does nothing, in a process with all imports of a scoring actor's."""
 
     def __init__(self, task: None) -> None:
         pass
@@ -81,21 +81,21 @@ class _Timed:
         self._loading = time.monotonic() - began
 
     def loading(self) -> float:
-        """Seconds that the model took, and trying the settings on it."""
+        """Seconds for loading the model and trying the settings on it."""
         return self._loading
 
     def refuses(self) -> str | None:
-        """Why no unit can be worked off, if so."""
+        """Why no unit can be processed, or None."""
         return self._refuses
 
     def measure(self, parts: list[Part]) -> tuple[float, float, float]:
-        """Seconds of theta per token, of a perturbation, and of a forward per token; see `Rates`."""
-        few = parts[0][0].slice(0, 1)  # hardly more than a perturbation
+        """Seconds for theta per token, for a perturbation, and for a forward per token; see `Rates`."""
+        few = parts[0][0].slice(0, 1)  # takes little more than a perturbation
         few_tokens = len(few["token_ids"][0])
         self._seconds(few)  # libraries warm up
         small = self._repeated(few, _SECONDS / 4)
         each = self._seconds(parts[len(parts) // 2][0]) - small
-        step = max(1, round(len(parts) * each / (_SECONDS / 8)))  # so that they take a second or so together
+        step = max(1, round(len(parts) * each / (_SECONDS / 8)))  # so that together they take about a second
         # the last one may be a single sample
         many = parts[step // 2 :: step] if step // 2 < len(parts) - 1 else [max(parts, key=lambda part: part[1])]
         samples, tokens = pa.concat_tables(part for part, _ in many), sum(tokens for _, tokens in many)
@@ -104,7 +104,7 @@ class _Timed:
         large = self._repeated(samples, _SECONDS / 2)
         if not self._of_draws:
             return 0.0, 0.0, large / tokens
-        if tokens < 4 * few_tokens:  # too few samples to tell a forward from a perturbation
+        if tokens < 4 * few_tokens:  # too few samples to separate a forward's time from a perturbation's
             return max(0.0, first - large) / tokens, 0.0, large / tokens
         forward = max(0.0, (large - small) / (tokens - few_tokens))
         return max(0.0, first - large) / tokens, max(0.0, small - forward * few_tokens), forward
@@ -116,7 +116,7 @@ class _Timed:
         return median(found)
 
     def _seconds(self, samples: pa.Table) -> float:
-        """Of one draw more, or of the closed form, on these samples."""
+        """Seconds for one more draw, or for the closed form, on these samples."""
         unit = Unit(0, 0, 1, self._draw, self._draw + 1)
         self._draw += 1
         (row,) = self._actor(unit.unit_id, samples).to_pylist()

@@ -1,4 +1,4 @@
-"""How long units take a number of actors, simulated: some slower than others, some lost on the way."""
+"""Simulates how long N actors take for the units, with some actors slower than others and some lost."""
 
 import heapq
 import math
@@ -14,10 +14,11 @@ from mrd_ray.scoring.units import Unit
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of one actor. theta and forward are for a padded token: once for a unit's samples, and for every draw.
+    """Times of one actor, in seconds.
 
-    start_up: from asking for an actor until it takes units. perturb: of a draw. The closed form has forward alone.
-    source: where they are from.
+    start_up: from asking for an actor until it takes units. theta: per padded token, once for a unit's samples.
+    perturb: per draw. forward: per padded token, for every draw. The closed form uses only start_up and forward.
+    source: where the rates come from.
     """
 
     start_up: float
@@ -29,9 +30,10 @@ class Rates:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Actors as they come. straggling: standard deviation of the logarithm of their slowness, whose median is 1.
+    """The simulated actors. straggling: standard deviation of the logarithm of their slowness, whose median is 1.
 
-    losses_per_hour: of an actor, by a spot market say; another takes its place after the start-up time.
+    losses_per_hour: how often an actor is lost, for example on a spot market; a new one replaces it after the start-up
+    time.
     """
 
     actors: int
@@ -41,7 +43,7 @@ class Fleet:
 
 @dataclass(frozen=True)
 class Course:
-    """How a simulated run went. device_seconds: all actors, from the beginning to the end of the run."""
+    """The outcome of a simulated run. device_seconds: over all actors, from the start to the end of the run."""
 
     seconds: float
     device_seconds: float
@@ -49,9 +51,9 @@ class Course:
 
 
 def simulate(units: Sequence[Unit], layout: Layout, rates: Rates, fleet: Fleet, seed: int = 0) -> Course:
-    """Units in their order to whoever is free, as Ray Data hands them out; lost ones are made again first.
+    """Give units in order to the next free actor, as Ray Data does; lost units are repeated first.
 
-    An actor runs a unit's samples at theta unless its last unit had the same ones.
+    An actor runs a unit's samples at theta, unless its last unit had the same samples.
     """
     random = np.random.default_rng(seed)
     slowness = np.exp(fleet.straggling * random.standard_normal(fleet.actors))

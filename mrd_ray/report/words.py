@@ -4,7 +4,11 @@ import math
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number as people read it: 1,234, 0.00514, 1e-5; a dash for none."""
+    """A number as people read it; a dash for none.
+
+    >>> number(1234), number(0.0051432), number(1e-5), number(None)
+    ('1,234', '0.005143', '1e-5', '-')
+    """
     if value is None or math.isnan(value):
         return "-"
     if math.isinf(value):
@@ -19,7 +23,11 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def count(n: int, noun: str) -> str:
-    """1 sample, 1,234 samples."""
+    """A number with its noun.
+
+    >>> count(1, "sample"), count(1234, "sample")
+    ('1 sample', '1,234 samples')
+    """
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 

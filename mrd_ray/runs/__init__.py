@@ -1,1 +1,1 @@
-"""Run directories: what is in them, who works in them, and what people see of a run."""
+"""Run directories: their files, the driver that works in them, and what people see of a run."""

@@ -1,4 +1,4 @@
-"""A run directory: what it is a run of, who holds it, and files that are whole or absent."""
+"""A run directory: what its run computes, who holds it, and files that are complete or absent."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ from mrd_ray.errors import SettingsError, UserError
 from mrd_ray.runs import storage
 
 T = TypeVar("T")
-_LONGEST_PAUSE = 15.0  # seconds between two tries
+_LONGEST_PAUSE = 15.0  # seconds between two attempts
 _PACKAGES = (
     "mrd-ray",
     "ray",
@@ -50,24 +50,24 @@ def _version(package: str) -> str | None:
 
 
 class Identified(BaseModel):
-    """What a manifest must have to tell what its directory is of."""
+    """The part of a manifest that identifies what its run computes."""
 
     identity: dict[str, Any]
 
 
 class Manifest(Identified):
-    """What all manifests have."""
+    """What every manifest has."""
 
     invocations: list[dict[str, Any]]
 
 
 PROGRESS, EVENTS, TRACEBACK = "progress.json", "events.jsonl", "traceback.txt"
 _OF_JOB = "/runtime_resources/working_dir_files/"  # in the path of a job's working directory
-REMAKE = "delete it and start the same command again"
+REMAKE = "delete it and run the same command again"
 
 
 def refuse_other_shape(where: str, shape: Any, content: Any, remedy: str = REMAKE) -> None:
-    """Raises UserError if what a file says is not of the shape, a type that pydantic knows."""
+    """Raises UserError if a file's content does not have this shape, a type that pydantic knows."""
     try:
         TypeAdapter(shape).validate_python(content)
     except ValidationError as problem:
@@ -77,7 +77,7 @@ def refuse_other_shape(where: str, shape: Any, content: Any, remedy: str = REMAK
 
 
 def parsed_json(where: str, content: bytes, shape: Any, remedy: str = REMAKE) -> Any:
-    """The value of a JSON file. Raises UserError if it holds none of this shape (see `refuse_other_shape`)."""
+    """The value in a JSON file. Raises UserError if it does not have this shape (see `refuse_other_shape`)."""
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as problem:
@@ -87,7 +87,7 @@ def parsed_json(where: str, content: bytes, shape: Any, remedy: str = REMAKE) ->
 
 
 def _alike(found: pa.DataType, expected: pa.DataType) -> bool:
-    """The same, but for the width of offsets: what was written before they were wide is still read."""
+    """Whether the types are equal, except for offset widths: older files with narrow offsets can be read."""
     if pa.types.is_large_list(expected) and pa.types.is_list(found):
         return _alike(found.value_type, expected.value_type)
     return bool(found == expected or (pa.types.is_large_string(expected) and pa.types.is_string(found)))
@@ -98,14 +98,14 @@ def parsed_table(
 ) -> pa.Table:
     """The table of a Parquet file, which may have more columns than the schema.
 
-    required: those that it must have, all if None; the others of the schema must be right where they are there.
+    required: columns that it must have, or None for all. Other columns of the schema may be absent but not wrong.
 
-    Raises UserError if it is not whole, lacks a column, or has one of another type, or with nulls where the schema has
-    none.
+    Raises UserError if the file is incomplete, or a column is missing, has another type, or has nulls that the schema
+    does not allow.
     """
     try:
         table = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True).read()
-        table.validate(full=True)  # text that is no UTF-8, for one
+        table.validate(full=True)  # finds for example text that is not UTF-8
     except (OSError, ValueError, pa.ArrowException) as problem:
         raise UserError(f"{where} is damaged ({problem}); {remedy}") from None
     for field in schema:
@@ -128,29 +128,29 @@ def parsed_table(
 
 
 class RunDirectory:
-    """Files of one run under a local path or URI. Only the driver writes to it.
+    """The files of one run under a local path or URI. Only the driver writes to it.
 
-    A local directory, and its parents, are made readable by their owner alone; one that is there keeps its mode.
+    New local directories, parents included, are readable only by their owner; existing ones keep their mode.
     """
 
     def __init__(self, uri: str, setting: str = "run.dir", make: bool = True, patience: float = 0.0) -> None:
         """Raises UserError if it cannot be opened.
 
         Args:
-            setting: that names it, for errors.
-            make: it, if it is not there.
-            patience: seconds for which what may pass is tried again.
+            setting: the setting that names it, for errors.
+            make: whether to make it if it is not there.
+            patience: seconds for which attempts are repeated after errors that may be temporary.
         """
         self.uri, self._patience = uri, patience
-        self._waiting: float | None = None  # since when the storage does not answer
+        self._waiting: float | None = None  # since when the storage has not answered
         if "://" in uri and ("?" in uri or "#" in uri):
             raise SettingsError(
-                f"{setting}: {uri} has a part after ? or #, which the files in it could not have; set what it says in "
-                "the environment: AWS_REGION, AWS_ENDPOINT_URL"
+                f"{setting}: {uri} has a part after ? or #, which cannot apply to the files in it; set its values in "
+                "the environment instead: AWS_REGION, AWS_ENDPOINT_URL"
             )
         if make and "://" not in uri and _OF_JOB in str(Path(uri).expanduser().absolute()):
             raise SettingsError(
-                f"{setting}: {uri} would be in the job's copy of the working directory, which Ray throws away; name an "
+                f"{setting}: {uri} would be in the job's copy of the working directory, which Ray deletes; name an "
                 "absolute path on storage that outlives the job, or a URI"
             )
         try:
@@ -164,26 +164,26 @@ class RunDirectory:
             raise UserError(f"{setting}: cannot open {uri}: {problem}") from None
 
     def _make(self) -> None:
-        if isinstance(self._fs, LocalFileSystem):  # what people ask to forget is nobody else's to read
+        if isinstance(self._fs, LocalFileSystem):  # what should be forgotten is private
             storage.make_private(Path(self._root))
         else:
             self._fs.makedirs(self._root, exist_ok=True)
 
     @classmethod
     def of(cls, config: RunConfig) -> "RunDirectory":
-        """That of the settings. Raises UserError if it cannot be opened."""
+        """The directory that the settings name. Raises UserError if it cannot be opened."""
         return cls(config.dir, patience=config.storage_patience)
 
     @staticmethod
     def is_one(uri: str) -> bool:
-        """Whether a run has claimed it. Raises ImportError, ValueError or OSError where that cannot be told."""
+        """Whether a run has claimed it. Raises ImportError, ValueError or OSError if that cannot be determined."""
         fs, root = storage.filesystem(uri)
         return bool(fs.exists(f"{root}/manifest.json"))
 
     @classmethod
     def existing(cls, uri: str, setting: str) -> "RunDirectory":
-        """A directory that is one already: what is mistyped is not made. Raises UserError, with the setting."""
-        run = cls(uri, setting, make=False)  # a reader may not be allowed to
+        """A directory that is a run directory already; it is never made. Raises UserError, which names the setting."""
+        run = cls(uri, setting, make=False)  # also, a reader may lack the permission
         if not run.exists("manifest.json"):
             raise UserError(
                 f"{setting}: {uri} is not a run directory: no manifest.json in it. Name a directory that mrd-ray "
@@ -192,19 +192,19 @@ class RunDirectory:
         return run
 
     def path(self, name: str) -> str:
-        """The full path of a file of this run, as its file system names it."""
+        """The full path of a file of this run, in the form of its file system."""
         return f"{self._root}/{name}" if name else self._root
 
     @property
     def locks(self) -> bool:
-        """Whether the storage has locks, so that `locked` keeps others out."""
+        """Whether the storage has file locks, so that `locked` keeps others out."""
         return isinstance(self._fs, LocalFileSystem)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory; a second run on it is refused. The lock ends with the process, however it ends.
+        """Hold the directory; a second run in it is refused. The lock ends with the process, however that ends.
 
-        Only local and shared POSIX file systems can lock; on object stores see `Journal`.
+        Only local and shared POSIX file systems can lock. For object stores see `runs.hold`.
         """
         if not self.locks:
             yield
@@ -214,7 +214,7 @@ class RunDirectory:
         def taken() -> None:
             try:
                 lock.acquire()
-            except Timeout:  # an OSError, too
+            except Timeout:  # Timeout is an OSError, too
                 raise UserError(
                     f"run.dir: another run is working in {self.uri}; wait for it, or use another directory"
                 ) from None
@@ -226,7 +226,7 @@ class RunDirectory:
             lock.release()
 
     def exists(self, name: str) -> bool:
-        """Whether the file is there, whole. Raises UserError where that cannot be told."""
+        """Whether the file is there, complete. Raises UserError if that cannot be determined."""
         return bool(self._reading(name, lambda: self._fs.exists(self.path(name))))
 
     def names(self, folder: str) -> list[str]:
@@ -236,7 +236,7 @@ class RunDirectory:
             self._fs.invalidate_cache()
             try:
                 found: list[str] = self._fs.ls(self.path(folder), detail=False)
-            except FileNotFoundError:  # object stores know no empty folders
+            except FileNotFoundError:  # object stores have no empty folders
                 return []
             return found
 
@@ -245,9 +245,9 @@ class RunDirectory:
         return sorted(name for name in names if not name.endswith(".tmp") and not name.startswith("."))
 
     def write(self, name: str, content: bytes, patiently: bool = True, mode: int = 0o666) -> None:
-        """Write a file whole or not at all: a kill at any moment leaves the old one. Raises UserError.
+        """Write a file completely or not at all: a kill at any moment leaves the old one. Raises UserError.
 
-        mode: of a local file, which the umask limits further.
+        mode: permissions of a local file, limited further by the umask.
         """
         target = self.path(name)
 
@@ -255,14 +255,14 @@ class RunDirectory:
             if "/" in name:
                 self._fs.makedirs(self.path(name.rsplit("/", 1)[0]), exist_ok=True)
             if not isinstance(self._fs, LocalFileSystem):
-                self._fs.pipe_file(target, content)  # object stores publish an object when it is complete
+                self._fs.pipe_file(target, content)  # object stores publish an object once it is complete
                 return
             storage.replace_file(Path(target), content, mode)
 
         self._writing(name, written, patiently)
 
     def put(self, name: str, folder: Path) -> None:
-        """Make `name` a copy of a local folder, in place of what is there; only a whole one takes its place."""
+        """Replace `name` by a copy of a local folder. On local storage, only a complete copy takes its place."""
         target = self.path(name)
 
         def copied() -> None:
@@ -272,7 +272,7 @@ class RunDirectory:
                 shutil.rmtree(target, ignore_errors=True)
                 Path(f"{target}.tmp").replace(target)
                 return
-            # file by file, since fsspec takes brackets in a folder's name for a pattern; object stores rename nothing
+            # file by file: fsspec takes brackets in folder names for patterns, and object stores cannot rename
             for old in self._fs.find(target):
                 self._fs.rm_file(old)
             for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -293,17 +293,17 @@ class RunDirectory:
         return content
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        """Write a table as Parquet, whole or not at all."""
+        """Write a table as Parquet, completely or not at all."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, write_page_checksum=True)
         self.write(name, sink.getvalue())
 
     def read_table(self, name: str, schema: pa.Schema, required: Collection[str] | None = None) -> pa.Table:
-        """Raises UserError as `read` and `parsed_table`."""
+        """A table of this run. Raises UserError like `read` and `parsed_table`."""
         return parsed_table(self.path(name), self.read(name), schema, required)
 
     def read_json(self, name: str, shape: Any, remedy: str = REMAKE) -> Any:
-        """Raises UserError as `read` and `parsed_json`."""
+        """The value of a JSON file of this run. Raises UserError like `read` and `parsed_json`."""
         return parsed_json(self.path(name), self.read(name), shape, remedy)
 
     def _reading(self, name: str, action: Callable[[], T]) -> T:
@@ -311,8 +311,8 @@ class RunDirectory:
             return self._kept_at(name, action, self._patience)
         except OSError as problem:
             missing = isinstance(problem, FileNotFoundError)
-            remedy = "the command that makes it again" if missing else "the same command again once that is mended"
-            raise UserError(f"cannot read {self.path(name)}: {problem.strerror or problem}; start {remedy}") from None
+            remedy = "run the command that writes it" if missing else "fix this and run the same command again"
+            raise UserError(f"cannot read {self.path(name)}: {problem.strerror or problem}; {remedy}") from None
 
     def _writing(self, name: str, action: Callable[[], T], patiently: bool = True) -> T:
         try:
@@ -320,11 +320,11 @@ class RunDirectory:
         except OSError as problem:
             raise UserError(
                 f"run.dir: cannot write {self.path(name)}: {problem.strerror or problem}. "
-                "What is already there stays; start the same command again once that is mended"
+                "Existing files are intact. Fix this and run the same command again"
             ) from None
 
     def _kept_at(self, name: str, action: Callable[[], T], patience: float) -> T:
-        """Try again, with pauses that grow, while what is in the way may pass. Raises OSError once it took long."""
+        """Repeat `action` after errors that may be temporary, with growing pauses. Raises OSError if that fails."""
         pause, began, console = 0.5, time.monotonic(), Console(stderr=True)
         while True:
             try:
@@ -336,7 +336,7 @@ class RunDirectory:
                 if self._waiting is None:
                     self._waiting = began
                     reason = str(problem.strerror or problem).splitlines()[0]
-                    say = f"{self.path(name)} cannot be reached ({reason}); tried again for up to {patience:.0f} s"
+                    say = f"{self.path(name)} cannot be reached ({reason}); trying again for up to {patience:.0f} s"
                     console.print(say, markup=False, soft_wrap=True)
                 time.sleep(min(pause, patience - waited))
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -347,31 +347,31 @@ class RunDirectory:
             return found
 
     def manifest(self) -> dict[str, Any]:
-        """What manifest.json says, of the shape of `Manifest`. Raises UserError if it is damaged."""
+        """The content of manifest.json, with the shape of `Manifest`. Raises UserError if it is damaged."""
         found: dict[str, Any] = self.read_json("manifest.json", Manifest, "use another directory")
         return found
 
     def record(self, key: str, value: Any) -> None:
-        """Write something found out on the way into the manifest of a claimed directory."""
+        """Add a value to the manifest of a claimed directory."""
         self._write_manifest(self.manifest() | {key: value})
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         self.write("manifest.json", json.dumps(manifest, indent=2).encode())
 
     def claim(self, identity: dict[str, Any], config: BaseModel, owns: Sequence[str] = ()) -> None:
-        """Make this the directory of runs with `identity`, or find that it is already. Raises UserError if not so.
+        """Claim the directory for runs with `identity`. Raises UserError if it belongs to another run.
 
         Args:
-            identity: setting or digest by name; everything that results depend on, but for what may grow.
-            owns: what such a run makes here, and may replace; it must not be there without a manifest.
+            identity: settings and digests by name: everything that results depend on, except what may grow.
+            owns: files that such a run makes here and may replace. They must not be there without a manifest.
         """
         manifest: dict[str, Any] = {"run_id": uuid.uuid4().hex[:12], "identity": identity, "invocations": []}
         if not self.exists("manifest.json"):
             for name in ("config.yaml", PROGRESS, EVENTS, TRACEBACK, *owns):
                 if self.exists(name):
                     raise UserError(
-                        f"run.dir: {self.uri} holds {name} but no manifest.json to say what it is of; use another "
-                        "directory"
+                        f"run.dir: {self.uri} holds {name} but no manifest.json that says which run it belongs to; use "
+                        "another directory"
                     )
         if self.exists("manifest.json"):
             manifest |= self.manifest()

@@ -1,4 +1,4 @@
-"""A run in Ray's metrics. One thread of the driver sets every gauge again and again: Ray drops one after 20 s."""
+"""A run in Ray's metrics. A thread of the driver keeps setting every gauge, since Ray drops gauges after 20 s."""
 
 import threading
 from collections.abc import Mapping
@@ -6,52 +6,52 @@ from collections.abc import Mapping
 import ray
 import ray.util.metrics
 
-BEAT = 5.0  # seconds; Ray sends what was set every 10 s
+BEAT = 5.0  # seconds; Ray sends the values every 10 s
 _RUN = ("run",)
-_START = ("run", "state", "start")  # start: seconds since 1970, which tells one start of a run from another
+_START = ("run", "state", "start")  # start: seconds since 1970; it distinguishes the starts of a run
 GAUGES = {  # name: (description, tags)
-    "run_heartbeat": ("1 while the driver lives, and once more with the state at its end", _START),
+    "run_heartbeat": ("1 while the driver is alive, and once more with the final state when it ends", _START),
     "units_done": ("Work units whose results are on disk", _RUN),
     "units_left": ("Work units still to do", _RUN),
-    "units_failed": ("Attempts at work units that were lost with their actor, and are made again", _RUN),
+    "units_failed": ("Attempts at work units that were lost because their actor died, and are repeated", _RUN),
     "samples_draws_per_second": ("Samples times draws scored per second, or rows evaluated", _RUN),
-    "tokens_per_second": ("Tokens through forwards per second, draws and padding included", _RUN),
-    "actor_restarts": ("Actors that were started anew after their end", _RUN),
+    "tokens_per_second": ("Tokens in forward passes per second, including draws and padding", _RUN),
+    "actor_restarts": ("Actors that were restarted after they died", _RUN),
     "actor_device_memory_bytes": (
-        "Peak memory of an actor on its GPUs, or memory in the host where it has none", ("run", "worker")
+        "Peak memory of an actor on its GPUs, or its host memory if it has none", ("run", "worker")
     ),
-    "unlearning_step": ("Optimiser steps taken, as the driver sees them", _RUN),
+    "unlearning_step": ("Optimiser steps taken, as known to the driver", _RUN),
     "unlearning_loss": ("Losses of the last step", ("run", "loss")),
     "unlearning_refresh_seconds": ("Duration of the last refresh", _RUN),
 }  # fmt: skip
-ENDED = "run_ended_total"  # a counter, which Ray never drops: the state at the end is scraped however late
+ENDED = "run_ended_total"  # a counter, which Ray never drops, so the final state is scraped however late
 
 
 class Gauges:
-    """What a run last told of itself, set in Ray's metrics every BEAT seconds while there is a Ray.
+    """The latest figures of a run, set in Ray's metrics every BEAT seconds while Ray is running.
 
-    Storage that hangs does not stop it, as it stops the signs of life in progress.json.
+    Unlike the sign of life in progress.json, they do not stop when the storage hangs.
     """
 
     def __init__(self, run_id: str, start: float) -> None:
         self._tags = {"run": run_id, "start": str(int(start))}
-        self._values: dict[str, dict[str, float]] = {}  # by name, and by the value of the tag beside the run's id
+        self._values: dict[str, dict[str, float]] = {}  # by gauge, then by the value of its tag other than the run's id
         self._metrics: dict[str, ray.util.metrics.Gauge] = {}
         self._over, self._setting = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self.tell("run_heartbeat", {"running": 1.0})
 
     def tell(self, name: str, values: float | Mapping[str, float]) -> None:
-        """A gauge has this value from now on, or one for each value of its tag ("state", "loss", "worker")."""
+        """Set a gauge's value from now on, or one value for each value of its tag ("state", "loss", "worker")."""
         with self._setting:
             self._values[name] = dict(values) if isinstance(values, Mapping) else {"": values}
 
     def start(self) -> None:
-        """Begin to set them."""
+        """Start setting the gauges."""
         self._thread.start()
 
     def stop(self, state: str) -> None:
-        """Set them once more, with the state at the end; Ray sends that as it shuts down."""
+        """Set the gauges once more, with the final state. Ray sends them as it shuts down."""
         self._over.set()
         self._thread.join()
         self.tell("run_heartbeat", {state: 1.0})
@@ -65,7 +65,7 @@ class Gauges:
             self._set()
 
     def _set(self) -> bool:
-        """Whether there is a Ray."""
+        """Set all gauges. Returns whether Ray is running."""
         if not ray.is_initialized():
             return False
         with self._setting:

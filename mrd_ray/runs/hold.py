@@ -1,4 +1,4 @@
-"""Who works in a run directory: one driver at a time."""
+"""Makes sure that only one driver at a time works in a run directory."""
 
 import contextlib
 import os
@@ -13,14 +13,14 @@ from rich.console import Console
 from mrd_ray.errors import UserError
 from mrd_ray.runs.directory import RunDirectory
 
-BEAT = 10.0  # seconds between two signs of life
-SILENT = 6 * BEAT  # seconds without one after which a driver is taken for dead
-_SETTLE = 3.0  # seconds in which drivers that start together see one another
+BEAT = 10.0  # seconds between signs of life
+SILENT = 6 * BEAT  # seconds without a sign of life after which a driver counts as dead
+_SETTLE = 3.0  # seconds for drivers that start at the same time to notice one another
 _HOLDER, _COMING = "driver.json", "drivers"
 
 
 class Driver(BaseModel):
-    """A driver at work on a storage without locks, or about to be. Times are seconds since 1970."""
+    """A driver that works in a run directory without file locks, or is about to. Times are seconds since 1970."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -32,11 +32,11 @@ class Driver(BaseModel):
 
 @contextlib.contextmanager
 def held(run: RunDirectory) -> Iterator[None]:
-    """Hold the directory, before anything is written to it: by its lock, or by signs of life where there is none.
+    """Hold the directory before anything is written to it: by a file lock, or by signs of life where locks are missing.
 
-    A driver that was killed leaves signs that are still warm: they are waited for until they are cold. Of drivers that
-    start within seconds on an object store, which none of them may lock, the first goes on: each leaves its name, lets
-    the others leave theirs, and looks.
+    After a driver was killed, its last sign of life may still be recent; the next driver waits until it is old enough.
+    If several drivers start within seconds on an object store, where none can lock, the first continues: each writes
+    its name, waits for the others to write theirs, and compares.
 
     Raises UserError if another driver is at work there.
     """
@@ -64,18 +64,18 @@ def held(run: RunDirectory) -> Iterator[None]:
         finally:
             over.set()
             beating.join()
-            with contextlib.suppress(UserError):  # it is cold in a minute
+            with contextlib.suppress(UserError):  # it expires in a minute
                 run.remove(_HOLDER)
 
 
 def _wait_until_cold(run: RunDirectory) -> None:
-    """Raises UserError if the driver that was there gives another sign of life."""
+    """Wait until the previous driver counts as dead. Raises UserError if it gives another sign of life."""
     known = _read(run, _HOLDER)
     if known is None or (left := known.time + SILENT - time.time()) <= 0:
         return
     Console(stderr=True).print(
-        f"{run.uri} was worked in {SILENT - left:.0f} s ago, by process {known.pid} on {known.node}: waiting to see if "
-        "it still is",
+        f"Process {known.pid} on {known.node} worked in {run.uri} {SILENT - left:.0f} s ago: waiting to see whether it "
+        "is still alive",
         markup=False, soft_wrap=True,
     )  # fmt: skip
     while (left := known.time + SILENT - time.time()) > 0:
@@ -88,7 +88,7 @@ def _wait_until_cold(run: RunDirectory) -> None:
 
 
 def _first_of_the_coming(run: RunDirectory, own: Driver) -> Driver:
-    """Of those that have left their names within a minute."""
+    """The first of the drivers that have written their names within a minute."""
     named = [_read(run, f"{_COMING}/{name}") for name in run.names(_COMING)]
     fresh = [one for one in named if one is not None and abs(own.time - one.time) < SILENT]
     return min([own, *fresh], key=lambda one: one.key)
@@ -103,7 +103,7 @@ def _refusal(run: RunDirectory, other: Driver) -> UserError:
 def _read(run: RunDirectory, name: str) -> Driver | None:
     try:
         return Driver.model_validate_json(run.read(name)) if run.exists(name) else None
-    except (UserError, ValidationError):  # gone meanwhile, or half of one
+    except (UserError, ValidationError):  # removed meanwhile, or incomplete
         return None
 
 
@@ -114,5 +114,5 @@ def _beat(run: RunDirectory, driver: Driver, patiently: bool = True) -> None:
 
 def _keep_beating(run: RunDirectory, driver: Driver, over: threading.Event) -> None:
     while not over.wait(BEAT):
-        with contextlib.suppress(UserError):  # the next unit's result will tell
+        with contextlib.suppress(UserError):  # if the storage is gone, writing the next unit's result will fail
             _beat(run, driver, patiently=False)

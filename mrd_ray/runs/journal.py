@@ -1,4 +1,4 @@
-"""What operators see of a run: events.jsonl, meter.json with a sign of life, and Ray metrics."""
+"""What operators see of a run: events.jsonl, progress.json with a sign of life, and Ray metrics."""
 
 import contextlib
 import os
@@ -16,11 +16,11 @@ from mrd_ray.runs.directory import EVENTS, PROGRESS, TRACEBACK, RunDirectory
 from mrd_ray.runs.gauges import GAUGES, Gauges
 from mrd_ray.runs.hold import BEAT
 
-_OFTEN = 1 << 20  # bytes of events that are written anew with every beat; more are less often
+_OFTEN = 1 << 20  # bytes of events.jsonl up to which it is rewritten at every beat; if larger, less often
 
 
 def _printable(text: str) -> str:
-    """Without what a terminal obeys, since a run directory may be somebody else's."""
+    """Without control characters, which a terminal would obey: a run directory may be somebody else's."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
@@ -32,7 +32,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Progress(BaseModel):
-    """progress.json: how far one start of a command is. Times are seconds since 1970; of a figure, None is not told."""
+    """progress.json: how far one start of a command is. Times are seconds since 1970; None means not reported."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, hide_input_in_errors=True)
 
@@ -42,9 +42,9 @@ class Progress(BaseModel):
     node: Text = Field(default_factory=lambda: os.uname().nodename)
     pid: Count = Field(default_factory=os.getpid)
     started: Moment = Field(default_factory=time.time)
-    time: Moment = Field(default_factory=time.time, description="Of the last sign of life.")
+    time: Moment = Field(default_factory=time.time, description="When the last sign of life was written.")
     message: Text | None = Field(None, description="Why it failed.")
-    units_done: Count | None = Field(None, description="Since this start.")
+    units_done: Count | None = Field(None, description="Units done since this start.")
     units_left: Count | None = None
     units_failed: Count | None = None
     samples_draws_per_second: Amount | None = None
@@ -58,7 +58,7 @@ class Progress(BaseModel):
 
     @property
     def silent(self) -> float | None:
-        """Seconds since the last sign of life, of a run that says it is running; else None."""
+        """Seconds since the last sign of life if the run says that it is running, else None."""
         return time.time() - self.time if self.state == "running" else None
 
 
@@ -74,12 +74,12 @@ class Event(BaseModel):
 
 
 def lines_of(content: bytes) -> list[bytes]:
-    """Of events.jsonl: texts in it may hold what else than a line feed ends a line to some."""
+    """The lines of events.jsonl. Not `splitlines`, which also splits at other characters in texts."""
     return [line for line in content.split(b"\n") if line]
 
 
 class Journal:
-    """The record of one start of a command on a claimed run directory, kept by its driver: see Progress and Event."""
+    """The record of one start of a command in a claimed run directory, kept by the driver: see Progress and Event."""
 
     def __init__(self, run: RunDirectory, command: str, output: OutputConfig | None = None) -> None:
         self._run, self.console = run, meter.console(output or OutputConfig())
@@ -99,13 +99,13 @@ class Journal:
         return self
 
     def within(self, context: contextlib.AbstractContextManager[T]) -> T:
-        """Enter a context, a cluster say, that ends after the run's state at its end is told there."""
+        """Enter a context, for example a cluster, that is left only after the final state has been reported there."""
         return self._within.enter_context(context)
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: Any) -> None:
         state = "done" if problem is None else "failed" if isinstance(problem, Exception) else "interrupted"
         message = None
-        if problem is not None:  # a text of ours, or the kind of a defect, whose own words may quote anything
+        if problem is not None:  # our own text, or only the class of another exception, whose text may quote anything
             message = problem.without_quote if isinstance(problem, UserError) else type(problem).__name__
         with self._within:
             self.gauges.stop(state)
@@ -120,25 +120,25 @@ class Journal:
             self._write(patiently=problem is None)
         except UserError:
             if problem is None:
-                raise  # else the disk may be what the problem is about
+                raise  # otherwise the disk may be the cause of the problem
 
     def _keep_traceback(self, problem: Exception) -> None:
-        """Write it beside the log, and say so in a note of the exception."""
-        with contextlib.suppress(UserError):  # the disk may be what the problem is about
-            lines = whole_traceback(problem).split("\n")  # which may quote a URI with credentials
+        """Write the traceback to the run directory, and add a note to the exception that says where."""
+        with contextlib.suppress(UserError):  # the disk may be the cause of the problem
+            lines = whole_traceback(problem).split("\n")  # they may quote a URI with credentials
             kept = "\n".join(" ".join(recordable(line.split(" "))) for line in lines)
             self._run.write(TRACEBACK, kept.encode(errors="replace"))
             problem.add_note(f"The traceback is in {self._run.path(TRACEBACK)}")
 
     def tell(self, **figures: Any) -> None:
-        """Figures of Progress, into meter.json and, those named in GAUGES, Ray's metrics."""
+        """Set figures of Progress for progress.json and, if named in GAUGES, for Ray's metrics."""
         for name, value in figures.items():
             setattr(self._progress, name, value)
             if name in GAUGES:
                 self.gauges.tell(name, value)
 
     def event(self, event: str, say: str | None = None, **fields: Any) -> None:
-        """Something that happened, to be written with the next sign of life. say: for a person, on the console too."""
+        """Record an event, written with the next sign of life. say: a message for people, also for the console."""
         if say is not None:
             self.console.print(say, soft_wrap=True, highlight=False, markup=False)
         line = Event(time=round(time.time(), 3), run=self.run_id, event=event, message=say, **fields)
@@ -147,7 +147,7 @@ class Journal:
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT):
-            with contextlib.suppress(UserError):  # the next unit's result will tell
+            with contextlib.suppress(UserError):  # if the storage is gone, writing the next unit's result will fail
                 self._write(patiently=False)
 
     def _write(self, patiently: bool = True) -> None:
@@ -162,7 +162,7 @@ class Journal:
 
 
 def _earlier(run: RunDirectory) -> list[str]:
-    """The events of earlier starts; what is none, half a line say, is left out."""
+    """The events of earlier starts. Anything else, for example half a line, is left out."""
     found = []
     for line in lines_of(run.read(EVENTS)) if run.exists(EVENTS) else []:
         try:

@@ -1,4 +1,4 @@
-"""Progress that reads well on a terminal and in a job's log."""
+"""Shows progress so that it reads well on a terminal and in a job's log."""
 
 import textwrap
 import time
@@ -14,22 +14,22 @@ _LOG_EVERY = 15.0  # seconds between lines where there is no terminal
 
 
 def console(output: OutputConfig) -> Console:
-    """For progress and notices, which a quiet run has none of."""
+    """The console for progress and notices, which prints nothing in a quiet run."""
     return Console(stderr=True, quiet=output.quiet)
 
 
 def short(text: str, width: int) -> str:
-    """A text on one line of so many characters, without control characters."""
+    """A text shortened to one line of at most `width` characters, without control characters."""
     text = "".join(character if character.isprintable() else " " for character in text)
     return textwrap.shorten(text, width, placeholder=" ...")
 
 
 class Meter:
-    """A bar on a terminal; elsewhere a line every so often, and one at the end.
+    """A progress bar on a terminal; elsewhere a line every 15 seconds, and one at the end.
 
     Args:
         title: what is being done.
-        total: amount of work, in any unit that time is proportional to.
+        total: amount of work, in any unit that is proportional to time.
     """
 
     def __init__(self, title: str, total: float, console: Console | None = None) -> None:
@@ -48,11 +48,11 @@ class Meter:
         return self
 
     def working_since(self, seconds_ago: float) -> None:
-        """Say when work began, if that was after the start: rates and the time left leave out what came before."""
+        """Set when work began, if that was after the start. Rates and the time left ignore the time before."""
         self._working_since = max(self._started, time.monotonic() - seconds_ago)
 
     def skip(self, work: float) -> None:
-        """Count `work` as done before the start."""
+        """Count `work` as done before this start."""
         self._done += work
         self._skipped += work
 
@@ -62,7 +62,7 @@ class Meter:
         return time.monotonic() - self._working_since
 
     def advance(self, work: float, detail: str) -> None:
-        """Count `work` as done; `detail` says the rest in words."""
+        """Count `work` as done. `detail` is shown next to it."""
         self._done += work
         own = self._done - self._skipped
         left = self.working_seconds * (self._total - self._done) / own if own else float("nan")
@@ -83,7 +83,7 @@ class Meter:
 
 
 class Tally:
-    """Counts work whose total is unknown: live on a terminal; elsewhere a line every so often."""
+    """Shows a count of work whose total is unknown: live on a terminal; elsewhere a line every 15 seconds."""
 
     def __init__(self, title: str, what: str, console: Console) -> None:
         self._title, self._what, self._console, self._done = title, what, console, 0
@@ -96,7 +96,7 @@ class Tally:
         return self
 
     def advance(self, count: int) -> None:
-        """Count so many more."""
+        """Add `count` to the count."""
         self._done += count
         now = time.monotonic()
         text = f"{self._title}: {self._done:,} {self._what}, {now - self._started:.0f} s elapsed"

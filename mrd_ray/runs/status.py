@@ -1,4 +1,4 @@
-"""`mrd-ray status`: how far a run is, from its run directory alone."""
+"""`mrd-ray status`: how far a run is, read only from its run directory."""
 
 import time
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ _EVENTS = 5
 class Status:
     """How far a run, or a stage of a pipeline, is.
 
-    silent: seconds since the last sign of life, of a run that says it is running; else None. events: the last ones but
-    for finished units.
+    silent: seconds since the last sign of life if the run says that it is running, else None. events: the last ones,
+    without those of finished units.
     """
 
     directory: str
@@ -28,11 +28,11 @@ class Status:
 
     @property
     def state(self) -> str:
-        """That of its progress, or "silent": running, by what it said, but long without a sign of life."""
+        """The state in progress.json, or "silent" if that is running but there has been no sign of life for long."""
         return "silent" if self.silent is not None and self.silent > hold.SILENT else self.progress.state
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """The same as a dict for JSON."""
         events = [event.model_dump(exclude_none=True) for event in self.events]
         own = {"directory": self.directory, "silent": self.silent, "events": events}
         return self.progress.model_dump(exclude_none=True) | own | {"state": self.state}
@@ -42,7 +42,7 @@ def status(uri: str) -> list[Status]:
     """How far the run in a directory is, or each stage of a pipeline in it.
 
     Raises:
-        UserError: not a run directory, or a damaged one.
+        UserError: it is not a run directory, or is damaged.
     """
     stages = [f"{uri.rstrip('/')}/{folder}" for folder in FOLDERS]
     try:
@@ -56,28 +56,31 @@ def status(uri: str) -> list[Status]:
 def _of(uri: str) -> Status:
     run = RunDirectory.existing(uri, "run")
     if absent := [name for name in (PROGRESS, EVENTS) if not run.exists(name)]:
-        raise UserError(f"run: {uri} has no {absent[0]}; its command was not started yet, or is none of these")
+        raise UserError(
+            f"run: {uri} has no {absent[0]}. The command has not started, or this is not the directory of a "
+            "score, unlearn or evaluate run"
+        )
     try:
         progress = Progress.model_validate_json(run.read(PROGRESS))
         events = [Event.model_validate_json(line) for line in journal.lines_of(run.read(EVENTS))]
     except ValueError as problem:
         raise UserError(
-            f"{run.path(PROGRESS)} or {EVENTS} is damaged ({problem}); starting the run's command "
-            "again writes both anew"
+            f"{run.path(PROGRESS)} or {EVENTS} is damaged ({problem}); start the run's command "
+            "again, which rewrites both"
         ) from None
     return Status(uri, progress, progress.silent, [event for event in events if event.event != "unit_done"][-_EVENTS:])
 
 
 def rows(found: Status) -> list[tuple[str, str]]:
-    """The same in words: what, and how it stands."""
+    """The status in words: pairs of a label and a text."""
     it, silent = found.progress, found.silent or 0.0
-    goes_on = "the same command goes on from there"
+    resumes = "the same command resumes from there"
     states = {
         "running": f"running; last sign of life {silent:.0f} s ago",
-        "silent": f"no sign of life for {_span(silent)}: killed, or its node is gone; {goes_on}",
+        "silent": f"no sign of life for {_span(silent)}: killed, or its node is gone; {resumes}",
         "done": "done",
         "failed": f"failed: {it.message}",
-        "interrupted": f"interrupted; {goes_on}",
+        "interrupted": f"interrupted; {resumes}",
     }
     told = [
         ("run", f"{found.directory} ({it.run})"),
@@ -85,8 +88,8 @@ def rows(found: Status) -> list[tuple[str, str]]:
         ("state", states[found.state]),
     ]
     if it.units_done is not None:
-        lost = f", {it.units_failed} lost with their actor and made again" if it.units_failed else ""
-        told.append(("units", f"{it.units_done} done since then, {it.units_left or 0} left{lost}"))
+        lost = f", {it.units_failed} lost with their actor and repeated" if it.units_failed else ""
+        told.append(("units", f"{it.units_done} done since this start, {it.units_left or 0} left{lost}"))
     if it.samples_draws_per_second is not None:
         told.append(
             ("rate", f"{it.samples_draws_per_second:.3g} {'rows' if it.command == 'evaluate' else 'samples x draws'}/s")

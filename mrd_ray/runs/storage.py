@@ -1,4 +1,4 @@
-"""Files anywhere: local paths and URIs. Credentials come from the environment alone (AWS_..., GOOGLE_..., ~/.aws)."""
+"""Files at local paths and URIs. Credentials come only from the environment (AWS_..., GOOGLE_..., ~/.aws)."""
 
 import errno
 import hashlib
@@ -25,12 +25,12 @@ _PASSING = {
         "ENETDOWN", "ENOTCONN", "EPIPE", "ESTALE", "EIO", "EREMOTEIO", "EAGAIN", "EBUSY",
     )
 }  # fmt: skip
-_SAID_PASSING = re.compile(  # by Arrow, of AWS, curl and Google, whose errors have no numbers
+_SAID_PASSING = re.compile(  # in Arrow's messages about AWS, curl and Google, whose errors have no numbers
     r"HTTP status (429|5\d\d)|NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|THROTTL"
     r"|curlCode: (5|6|7|18|28|35|52|55|56)\b|\bUNAVAILABLE\b|DEADLINE_EXCEEDED|[Tt]imed out|onnection (refused|reset)"
 )
 _LFS = b"version https://git-lfs.github.com/spec/"
-_OF_ARROW = ("s3", "gs", "gcs", "hdfs")  # as Ray Train, whose checkpoints go where the run directory is
+_OF_ARROW = ("s3", "gs", "gcs", "hdfs")  # read by Arrow, as in Ray Train, which stores checkpoints in the run directory
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -47,7 +47,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def may_pass(problem: OSError) -> bool:
-    """Whether a file system's error may pass by itself: no answer, or a failure of its own; not a refusal."""
+    """Whether a file system's error may be temporary: no answer or an internal failure, but not a refusal."""
     if isinstance(problem, TimeoutError) or problem.errno in _PASSING:
         return True
     return _SAID_PASSING.search(str(problem)) is not None
@@ -63,25 +63,25 @@ def refuse_lfs_pointer(setting: str, path: str | Path, head: bytes) -> None:
 
 
 def for_arrow(uri: str) -> str:
-    """The URI as pyarrow, and Ray Train with it, want it: spaces and the like quoted. A local path is as it was."""
+    """The URI as pyarrow and Ray Train expect it, with spaces and the like quoted. Local paths are unchanged."""
     return urllib.parse.quote(uri, safe=":/?=&%") if uri.split("://")[0] in _OF_ARROW else uri
 
 
 def open_file(uri: str, mode: str = "rb", **options: Any) -> Any:
-    """An open file at a local path or URI. Raises as `filesystem`, and OSError."""
+    """An open file at a local path or URI. Raises like `filesystem`, and OSError."""
     fs, path = filesystem(uri)
     return fs.open(path, mode, **options)
 
 
 def make_private(folder: Path) -> None:
-    """Make a local folder, and those above it that are missing, readable by their owner alone. Raises OSError."""
+    """Make a local folder and any missing parents, readable only by their owner. Raises OSError."""
     for missing in [above for above in (folder, *folder.parents) if not above.exists()][::-1]:
         missing.mkdir(mode=0o700, exist_ok=True)
     folder.mkdir(exist_ok=True)  # FileExistsError if it is a file
 
 
 def remove(path: Path) -> None:
-    """Remove a local file, folder or link, never what a link points to, if it is there. Raises OSError."""
+    """Remove a local file, folder or link if it is there, never the target of a link. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -100,31 +100,31 @@ def replace_file(target: Path, content: bytes, mode: int = 0o666) -> None:
 
 
 def write_private(uri: str, content: bytes) -> None:
-    """Write a file for its owner's eyes alone, where its storage knows such a thing. Raises as `open_file`."""
+    """Write a file that only its owner can read, if the storage supports that. Raises like `open_file`."""
     fs, path = filesystem(uri)
     file = Path(path)
     if isinstance(fs, LocalFileSystem) and not file.is_symlink() and (file.is_file() or not file.exists()):
         replace_file(file, content, 0o600)
         return
-    with fs.open(path, "wb") as opened:  # /dev/stdout, for one
+    with fs.open(path, "wb") as opened:  # for example /dev/stdout
         opened.write(content)
 
 
 def _lasting(info: dict[str, Any]) -> dict[str, Any]:
-    """Without when it was read: `time` is what sftp calls that."""
+    """The information without access times, which sftp calls `time`."""
     return {name: value for name, value in info.items() if name != "time" and "access" not in name}
 
 
 def local_folder(uri: str) -> Path:
-    """A copy of the folder at `uri` on this machine, made once for what it holds now.
+    """A copy of the folder at `uri` on this machine, made once and reused while the folder does not change.
 
-    Raises as `filesystem`, FileNotFoundError where nothing is there, and ValueError if a file would be put elsewhere.
+    Raises like `filesystem`, FileNotFoundError if nothing is there, and ValueError if a file would be put outside.
     """
     fs, root = filesystem(uri)
     files = sorted(fs.find(root))
     if not files:
         raise FileNotFoundError(f"{uri} holds no files")
-    # all that the file system says of a file, since some tell of a change by its time and some by a tag
+    # everything the file system reports: some show a change by a time, some by a tag
     state = [uri, *(f"{file} {sorted(map(str, _lasting(fs.info(file)).items()))}" for file in files)]
     copy = CACHE / "copies" / hashlib.sha256("\n".join(state).encode()).hexdigest()[:16]
     if copy.is_dir():
@@ -135,12 +135,12 @@ def local_folder(uri: str) -> Path:
         for file in files:
             target = partial / os.path.relpath(file, root)
             if ".." in target.parts:
-                raise ValueError(f"it holds {file}, which would be written outside of its copy")
+                raise ValueError(f"it holds {file}, which would be written outside its copy")
             target.parent.mkdir(parents=True, exist_ok=True)
             fs.get_file(file, str(target))
         try:
             partial.rename(copy)
-        except OSError:  # another was faster
+        except OSError:  # another process was faster
             if not copy.is_dir():
                 raise
     finally:

@@ -1,4 +1,4 @@
-"""One replica of the model on one worker: takes work units, gives back what scores are made of."""
+"""One replica of the model on one worker: takes work units, and returns the partial results of scores."""
 
 import os
 import time
@@ -19,7 +19,7 @@ from mrd_ray.workers.replica import attempt, replica
 
 @dataclass(frozen=True)
 class Task:
-    """What every unit of a run has in common. trial: a few of its samples, to try the settings on."""
+    """What all units of a run have in common. trial: a few of the run's samples, to try the settings on."""
 
     model: ModelConfig
     scoring: ScoringConfig
@@ -30,11 +30,12 @@ class Task:
 
 
 class ScoringActor:
-    """For `workers.run_units`: the id of a `units.Unit` and its samples in, one row of RESULT_SCHEMA out.
+    """For `workers.run_units`: takes the id of a `units.Unit` and its samples, and returns one row of RESULT_SCHEMA.
 
-    A failure that concerns the run as a whole comes back as `fatal`; the attribute says why no unit can be worked off.
+    A failure that concerns the whole run is returned as `fatal`. The attribute `fatal` says why no unit can be
+    processed, or is None.
 
-    Raises Unfit if this node is not.
+    Raises Unfit if this node cannot work on units.
     """
 
     def __init__(self, task: Task) -> None:
@@ -60,10 +61,10 @@ class ScoringActor:
                 self._weights.check()
             except UserError as problem:
                 self.fatal = str(problem)
-            except RuntimeError as problem:  # of one sample alone, that fitted before
+            except RuntimeError as problem:  # a single sample that fitted before
                 if not out_of_memory(problem):
                     raise
-                self.fatal = f"the device ran out of memory for a single sample; give it fewer actors ({problem})"
+                self.fatal = f"the device ran out of memory for a single sample; use fewer actors ({problem})"
         result |= {
             "worker": f"{os.uname().nodename}:{os.getpid()}",
             "seconds": time.perf_counter() - started,

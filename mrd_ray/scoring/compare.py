@@ -24,15 +24,16 @@ _TEXTS = {"sample_id", "text"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """Agreement of two runs over the samples that both have a score for.
+    """Agreement of two runs over the samples that have a score in both.
 
-    compared: how many. only_a, only_b: samples with a score in one run alone. spearman, kendall: rank correlations
-    (tau-b). median_ratio: of b to a. judged: how many of them have a standard error of their difference. apart: share
-    of these whose scores differ by more than three of it; None if there are none. paired: samples whose difference has
-    its standard error from the eighths of the draws, whatever the runs share; the others' is that of independent runs.
-    draws: what is known of that, in words. rows: the samples, each with sample_id, a, b, a_se, b_se, z (the difference
-    in standard errors, nan where it has none) and text. Those most apart come first: in standard errors if each has
-    one, else in relative size.
+    compared: number of these samples. only_a, only_b: number of samples with a score in only one run. spearman,
+    kendall: rank correlations (tau-b). median_ratio: median of b / a. judged: number of samples whose difference has a
+    standard error. apart: share of these whose scores differ by more than three standard errors; None if there are
+    none. paired: number of samples whose difference has a standard error from the eighths of the draws, which is right
+    whatever the runs share; the others have the standard error of independent runs. draws: says in words how standard
+    errors were found. rows: the samples, each with sample_id, a, b, a_se, b_se, z (the difference in standard errors,
+    nan if it has none) and text. The largest differences come first: in standard errors if every row has one, else
+    relative to a.
     """
 
     compared: int
@@ -52,12 +53,12 @@ class Comparison:
     def share_apart(self) -> str:
         """`apart` in words."""
         if self.apart is None:
-            return "no standard errors to go by"
+            return "unknown, without standard errors"
         of = "" if self.judged == self.compared else f" of {self.judged:,} that have standard errors"
         return f"{self.apart:.1%}{of}"
 
     def how_far(self, row: dict[str, Any]) -> str:
-        """How far a row's scores are apart, in the unit that the rows are ordered by."""
+        """How far apart a row's scores are, in the unit by which the rows are sorted."""
         if self.judged == self.compared:
             return f"{row['z']:+.1f} s.e."
         return f"{row['b'] / row['a'] - 1:+.1%}" if row["a"] else "-"
@@ -70,29 +71,29 @@ def compare(config: CompareConfig) -> Comparison:
     if ids[0] != ids[1]:
         differing = sorted(set(ids[0]) ^ set(ids[1]))
         raise UserError(
-            f"{config.run_a} and {config.run_b} are not of the same samples: {len(differing)} id(s) stand in one "
-            f"alone, first {differing[0]!r}. Score the same data, with data.id if need be"
+            f"{config.run_a} and {config.run_b} are not of the same samples: {len(differing)} id(s) are in only "
+            f"one of them, first {differing[0]!r}. Score the same data, with data.id if necessary"
         )
     texts = [_texts(run) for run in (config.run_a, config.run_b)]
     if texts[0] and texts[1] and (changed := [i for i in ids[0] if texts[0].get(i) != texts[1].get(i)]):
         raise UserError(
             f"{config.run_a} and {config.run_b} are not of the same samples: {len(changed)} of them, first "
-            f"{changed[0]!r}, read differently there. Score the same data with the same data.template"
+            f"{changed[0]!r}, have different texts. Score the same data with the same data.template"
         )
     _refuse_other_tokens(config, tables)
     statistics = [_statistic(table) for table in tables]
     if statistics[0] != statistics[1]:
         raise UserError(
-            f"the mrd of {config.run_a} is {statistics[0]}, that of {config.run_b} {statistics[1]}; "
-            "start one again with the scoring.statistic of the other, which costs nothing"
+            f"the mrd of {config.run_a} is {statistics[0]}, the mrd of {config.run_b} is {statistics[1]}; "
+            "run one again with the scoring.statistic of the other, which costs nothing"
         )
     a, b = (table["mrd"].to_numpy().astype(float) for table in tables)
     se = [table["mrd_se"].to_numpy().astype(float) for table in tables]
     both = np.isfinite(a) & np.isfinite(b)
     if both.sum() < 3:
-        raise UserError(f"{config.run_a} and {config.run_b} share {both.sum()} scores; expected at least 3 to compare")
+        raise UserError(f"{config.run_a} and {config.run_b} share {both.sum()} scores; comparing needs at least 3")
     shared = _share_draws([_identity(run) for run in (config.run_a, config.run_b)], tables)
-    difference, noise = b - a, np.sqrt(se[0] ** 2 + se[1] ** 2)  # nan where a standard error is not known
+    difference, noise = b - a, np.sqrt(se[0] ** 2 + se[1] ** 2)  # nan if a standard error is unknown
     paired = np.zeros(len(a), bool)
     if len(_estimators(tables)) < 2:
         of_pairs, noise_of_pairs = _of_eighths(tables)
@@ -128,7 +129,7 @@ def compare(config: CompareConfig) -> Comparison:
 
 
 def _share_draws(identities: list[dict[str, Any]], tables: list[pa.Table]) -> bool | None:
-    """Whether the runs shake the weights alike; None where a bare table was given, which does not say."""
+    """Whether the runs use the same draws; None if unknown, because a run was given as a bare table."""
     estimators = [
         table["estimator"].drop_null()[:1].to_pylist() if _has(table, "estimator") else [] for table in tables
     ]
@@ -147,7 +148,7 @@ def _estimators(tables: list[pa.Table]) -> set[str]:
 def _of_eighths(tables: list[pa.Table]) -> tuple[np.ndarray, np.ndarray]:
     """Difference of each sample's scores, and its standard error, from the eighths of the draws; nan where unknown.
 
-    The eighths' differences are independent of one another even where the two runs are not: Student's t.
+    The eighths' differences are independent of each other, even where the two runs are not, so Student's t applies.
     """
     if not all(_has(table, "mrd_eighths") for table in tables):
         return np.full(len(tables[0]), np.nan), np.full(len(tables[0]), np.nan)
@@ -163,7 +164,7 @@ def _of_eighths(tables: list[pa.Table]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _eighths(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Of a table with that column: float64 [n, most], padded with nan, and how many each sample has."""
+    """The column mrd_eighths: float64 [n, most], padded with nan, and the number of eighths of each sample."""
     column = table["mrd_eighths"].combine_chunks()
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(int)
     found = np.full((len(table), lengths.max(initial=0)), np.nan)
@@ -177,17 +178,17 @@ def _has(table: pa.Table, name: str) -> bool:
 
 def _draws(shared: bool | None, judged: int, unpaired: int) -> str:
     if not judged:
-        return "none: no score of one run, or of neither, has a standard error"
+        return "none: the scores of at least one run have no standard errors"
     if not unpaired:
         return "from the differences of eighths of the draws: what the runs share cancels"
     if shared is False:
-        return "of independent runs: other seeds, or another estimator"
-    sharing = "since the runs share draws" if shared else "should the runs share draws"
-    return f"as if independent for {unpaired} sample(s), not to be paired; too large {sharing}"
+        return "of independent runs: different seeds, or different estimators"
+    sharing = "because the runs share draws" if shared else "if the runs share draws"
+    return f"as if independent for {unpaired} unpaired sample(s); too large {sharing}"
 
 
 def _read(run: str, name: str) -> tuple[str, bytes]:
-    """Path and content of a file of a run, or of the table that was given in its place. Raises UserError."""
+    """Path and content of a run's file, or of the table that was given instead of a run. Raises UserError."""
     path = run if run.endswith(".parquet") else f"{run.rstrip('/')}/{name}"
     try:
         with storage.open_file(path) as file:
@@ -201,32 +202,32 @@ def _scores(run: str) -> pa.Table:
     remedy = "expected the scores.parquet of a run"
     table = parsed_table(*_read(run, "scores.parquet"), SCHEMA, required, remedy).sort_by("sample_id")
     if len(pc.unique(table["sample_id"])) < len(table):
-        raise UserError(f"{run}: sample ids stand more than once among its scores; {remedy}")
+        raise UserError(f"{run}: some sample ids appear more than once among its scores; {remedy}")
     return table
 
 
 def _refuse_other_tokens(config: CompareConfig, tables: list[pa.Table]) -> None:
-    """The same text may be scored in part, or cut short; with another tokenizer the tokens differ anyway."""
+    """Raises UserError if the runs score different parts of the texts, or different lengths with the same tokenizer."""
     identities = [_identity(run) for run in (config.run_a, config.run_b)]
     if not all(identities):
         return
     parts = [identity.get("data.score_on") for identity in identities]
     if parts[0] != parts[1]:
         raise UserError(
-            f"{config.run_a} has data.score_on: {parts[0]}, {config.run_b} {parts[1]}: their scores are sums over "
-            "other tokens. Score both alike"
+            f"{config.run_a} has data.score_on: {parts[0]}, {config.run_b} has {parts[1]}: their scores are sums over "
+            "different tokens. Score both with the same setting"
         )
     if identities[0].get("tokenizer") == identities[1].get("tokenizer"):
         counts = [table["num_tokens"].to_pylist() for table in tables]
         if other := [i for i, x, y in zip(tables[0]["sample_id"].to_pylist(), *counts, strict=True) if x != y]:
             raise UserError(
-                f"{config.run_a} and {config.run_b} score other numbers of tokens in {len(other)} samples, first "
-                f"{other[0]!r}: was one cut short by data.max_tokens? Score both alike"
+                f"{config.run_a} and {config.run_b} score different numbers of tokens in {len(other)} samples, first "
+                f"{other[0]!r}: was one cut by data.max_tokens? Score both with the same settings"
             )
 
 
 def _identity(run: str) -> dict[str, Any]:
-    """What a run directory's manifest says it is a run of, empty where a bare table was given."""
+    """The identity in a run directory's manifest; empty for a bare table."""
     if run.endswith(".parquet"):
         return {}
     found: dict[str, Any] = parsed_json(*_read(run, "manifest.json"), Identified)["identity"]
@@ -234,7 +235,7 @@ def _identity(run: str) -> dict[str, Any]:
 
 
 def _texts(run: str) -> dict[str, str]:
-    """Text by sample_id, empty where a bare table was given."""
+    """Text by sample_id; empty for a bare table."""
     if run.endswith(".parquet"):
         return {}
     table = parsed_table(*_read(run, "samples.parquet"), samples.SCHEMA, _TEXTS)
@@ -258,13 +259,13 @@ def _statistic(table: pa.Table) -> str:
 
 
 def figure(found: Comparison, config: CompareConfig) -> bytes:
-    """Scatter of b against a with standard errors, as PNG; samples far apart in another colour."""
+    """Scatter plot of b against a with standard errors, as PNG; samples far apart have another colour."""
     page = matplotlib.figure.Figure(figsize=(7, 7), layout="constrained")
     axis = page.add_subplot()
     a, b, a_se, b_se, z = (
         np.array([row[name] for row in found.rows], float) for name in ("a", "b", "a_se", "b_se", "z")
     )
-    apart = np.abs(z) > _STANDARD_ERRORS  # not where z is nan
+    apart = np.abs(z) > _STANDARD_ERRORS  # false where z is nan
     for mask, colour, label in (
         (~apart, "#4878a8", f"{(~apart).sum()} samples"),
         (apart, "#c44e52", f"{apart.sum()} over {_STANDARD_ERRORS:g} standard errors apart"),

@@ -1,4 +1,4 @@
-"""Monte Carlo's control variate, and L itself, for models that they are right for."""
+"""Monte Carlo's control variate, and L itself, for models where they are valid."""
 
 import functools
 from collections.abc import Collection
@@ -14,13 +14,13 @@ from mrd_ray.mrd.autograd_check import agrees, disagreements
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.first_order import FirstOrder, FirstOrders, Weights
 from mrd_ray.mrd.likelihood import MicroBatch
-from mrd_ray.mrd.monte_carlo import draw_seed
+from mrd_ray.mrd.monte_carlo import noise_key
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.workers.memory import activation_bytes, out_of_memory
 
 
 class Control(NamedTuple):
-    """What a control variate needs: |g| of every sample, and L of every draw. note: of how L is computed, if slowly."""
+    """What a control variate needs: |g| of every sample, and L of every draw. note: why L is slow, or None."""
 
     norms: GradientNorms
     first_order: FirstOrders
@@ -30,9 +30,9 @@ class Control(NamedTuple):
     def of(
         cls, replica: Replica, model: PreTrainedModel, selected: Collection[str], scoring: ScoringConfig
     ) -> "Control":
-        """Of a model that it is right for, which is tried out. Raises UserError, which says why there is none."""
+        """The control variate of a model, tested to be valid there. Raises UserError with the reason if it is not."""
         if replica.sharded:
-            raise UserError("scoring.control_variate: none where weights are spread over processes")
+            raise UserError("scoring.control_variate: not available where weights are spread over processes")
         norms = GradientNorms(model, selected, activation_bytes(model, scoring))
         if norms.coverage.slow and not scoring.allow_slow_parameters:
             raise UserError(
@@ -49,10 +49,10 @@ class Control(NamedTuple):
 
 
 def disagreements_of(norms: GradientNorms, setting: str) -> list[str]:
-    """As `autograd_check.disagreements`. Raises UserError if the model's gradients cannot be made at all."""
+    """Like `autograd_check.disagreements`. Raises UserError if the model cannot be differentiated by layers at all."""
     try:
         return disagreements(norms)
-    except Exception as problem:  # each architecture objects to being listened to in a way of its own
+    except Exception as problem:  # architectures fail in many ways when their layers are tapped
         if isinstance(problem, RuntimeError) and out_of_memory(problem):
             raise
         reason = f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
@@ -63,7 +63,7 @@ def disagreements_of(norms: GradientNorms, setting: str) -> list[str]:
 
 
 class ByAutograd:
-    """L of a few samples, one by one. squares: their |g|^2."""
+    """L of a few samples, computed one by one. squares: their |g|^2."""
 
     def __init__(self, norms: GradientNorms) -> None:
         self._norms = norms
@@ -80,8 +80,8 @@ class ByAutograd:
 
 
 def first_order_of(replica: Replica, norms: GradientNorms, scoring: ScoringConfig) -> tuple[FirstOrders, str | None]:
-    """What gives L, and a note if that is slow. Forward mode is tried out on the replica, which is restored."""
-    replica.perturb(scoring.sigma, draw_seed(scoring.seed, 0))
+    """A function that returns L, and a note if it is slow. Forward mode is tested on the replica, which is restored."""
+    replica.perturb(scoring.sigma, noise_key(scoring.seed, 0))
     step = replica.step()
     replica.restore()
     first_order = FirstOrder(norms.model, norms.parameters)
@@ -93,4 +93,4 @@ def first_order_of(replica: Replica, norms: GradientNorms, scoring: ScoringConfi
         if out_of_memory(problem):
             raise
         why = f"torch has no forward mode for this model ({str(problem).splitlines()[0]})"
-    return ByAutograd(norms), f"What gradients foretell of draws is computed sample by sample: {why}"
+    return ByAutograd(norms), f"The control variate is slow, because it is computed sample by sample: {why}"

@@ -1,4 +1,4 @@
-"""From samples and draws to what a unit's result holds, one class per estimator; each owns its replica's memory."""
+"""From samples and draws to a unit's result, with one class per estimator; each owns its replica's memory."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.coverage import coverage
 from mrd_ray.mrd.curvature import TraceEstimator
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures, sum_log_probs
-from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
+from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, noise_key
 from mrd_ray.mrd.perturb import Replica, Shard
 from mrd_ray.mrd.precision import examine
 from mrd_ray.mrd.self_check import SelfCheck, has_choices
@@ -25,13 +25,13 @@ from mrd_ray.scoring.control import Control, disagreements_of
 from mrd_ray.scoring.verification import Scored, Verification
 from mrd_ray.workers.memory import TOO_LARGE, Sample, activation_bytes, collate, fitting, out_of_memory, release
 
-Result = dict[str, Any]  # of actor.RESULT
+Result = dict[str, Any]  # fields of result.RESULT
 
 Shards = Callable[[], Mapping[str, Shard]]
 
 
 def refuse_uncovered(skeleton: PreTrainedModel, scoring: ScoringConfig) -> None:
-    """Raises UserError if scoring.parameters names nothing, or parameters that the closed form may not answer for."""
+    """Raises UserError if scoring.parameters selects nothing, or parameters for which the closed form has no rule."""
     selected = load.select(dict(skeleton.named_parameters()), scoring.parameters)
     if scoring.estimator != "closed_form" or scoring.allow_slow_parameters:
         return
@@ -44,8 +44,8 @@ def refuse_uncovered(skeleton: PreTrainedModel, scoring: ScoringConfig) -> None:
 
 
 def refuse_wrong_rules(model: PreTrainedModel, scoring: ScoringConfig) -> None:
-    """Raises UserError if the closed form is wanted, and its rules do not hold for this model, of whole weights."""
-    if scoring.estimator != "closed_form" or scoring.allow_slow_parameters:  # the latter: autograd instead
+    """Raises UserError if the closed form is requested and its rules do not hold for this model (of whole weights)."""
+    if scoring.estimator != "closed_form" or scoring.allow_slow_parameters:  # the latter uses autograd instead
         return
     selected = load.select(dict(model.named_parameters()), scoring.parameters)
     if wrong := disagreements_of(GradientNorms(model, selected), "scoring.estimator: closed_form"):
@@ -61,11 +61,12 @@ class MonteCarlo:
 
     Args:
         trial: a few samples to try sigma on, before any other is scored.
-        shards: of weights spread over processes (see `Replica`). All of these must then call this alike, and a
-            micro-batch that does not fit is an error, since halving it would be one forward more than the others make.
+        shards: for weights spread over processes (see `Replica`). Then all processes must call this in the same way,
+            and a micro-batch that does not fit is an error, because halving it would add a forward that the others
+            do not make.
 
     Raises:
-        UserError: the model's precision cannot carry sigma.
+        UserError: the model's precision is too low for sigma.
     """
 
     checked = None
@@ -87,9 +88,9 @@ class MonteCarlo:
             try:
                 self._control = Control.of(self._replica, model, selected, scoring)
             except UserError as problem:
-                if scoring.control_variate:  # by name
+                if scoring.control_variate:  # requested explicitly
                     raise
-                self.says = f"Draws are plain ones. {problem}"
+                self.says = f"Draws are plain, without a control variate. {problem}"
             else:
                 self.says = self._control.note
         self._paired = scoring.antithetic or self._control is not None
@@ -108,7 +109,7 @@ class MonteCarlo:
             raise UserError(insufficient(precision, Case(model, self._replica, trial, scoring)))
 
     def __call__(self, samples: Sequence[Sample], draws: range) -> list[Result]:
-        """Results of these samples for these draws; of each half in turn where a perturbed forward lacks memory."""
+        """Results of these samples for these draws; of each half in turn if a perturbed forward runs out of memory."""
         try:
             return self._results(self._block_of(samples), draws)
         except RuntimeError as problem:
@@ -140,7 +141,7 @@ class MonteCarlo:
         self._replica.restore()
 
     def _block_of(self, samples: Sequence[Sample]) -> "_Block":
-        """The samples at theta; kept from the last unit if that had the same ones, since theta does not change."""
+        """The samples at theta; reused from the last unit if it had the same samples, since theta does not change."""
         sample_ids = [sample["sample_id"] for sample in samples]
         if self._block is None or self._block.sample_ids != sample_ids:
             self._replica.restore()
@@ -173,14 +174,14 @@ class MonteCarlo:
 
 
 class ClosedForm:
-    """Exact gradient norms, and probes of the curvature on request.
+    """Exact gradient norms, and on request probes of the curvature.
 
     Args:
-        trial: a few samples to hold against draws, and to try a probe on, before any other is scored.
+        trial: a few samples to check against draws, and to try a probe on, before any other is scored.
         shards: as for `MonteCarlo`.
 
     Raises:
-        UserError: the model cannot be differentiated twice, or not recomputed.
+        UserError: the model cannot be differentiated twice, or cannot be recomputed.
     """
 
     precision = None
@@ -194,7 +195,7 @@ class ClosedForm:
         self._halve = shards is None
         selected = load.select(dict(model.named_parameters()), scoring.parameters)
         self._norms = GradientNorms(model, selected, activation_bytes(model, scoring, shards is not None))
-        if scoring.allow_slow_parameters:  # which needs whole weights
+        if scoring.allow_slow_parameters:  # needs whole weights
             self._norms.give_up_rules(disagreements_of(self._norms, "scoring.estimator: closed_form"))
         self._traces = TraceEstimator(model, selected)
         self._verification = Verification(
@@ -202,14 +203,15 @@ class ClosedForm:
         )
         self.checked = asdict(self._verification.checked)
         if scoring.curvature_probes:
-            self._traces.aim(draw_seed(scoring.seed, 0))
+            self._traces.aim(noise_key(scoring.seed, 0))
             try:
                 self._traces.probe(collate(trial[:1], self._device))
             except NotImplementedError as problem:
                 reason = str(problem).splitlines()[0]
                 raise UserError(
-                    f"scoring.curvature_probes: not for this model, whose second derivatives torch cannot make or do "
-                    f"not tell all ({reason}); use monte_carlo with scoring.antithetic or scoring.control_variate"
+                    "scoring.curvature_probes: not for this model, because torch cannot compute its second derivatives "
+                    f"or they do not show everything ({reason}); use monte_carlo with scoring.antithetic or "
+                    "scoring.control_variate"
                 ) from problem
 
     def __call__(self, samples: Sequence[Sample], draws: range) -> list[Result]:
@@ -223,7 +225,7 @@ class ClosedForm:
                 scored.append(of_part[0])
                 found += of_part[1]
         for k in range(self._scoring.curvature_probes):
-            self._traces.aim(draw_seed(self._scoring.seed, k))
+            self._traces.aim(noise_key(self._scoring.seed, k))
             probes = fitting(samples, self._device, lambda _, batch: self._traces.probe(batch).tolist(), self._halve)
             values = [value for members, probe in probes for value in probe or [math.nan] * len(members)]
             for result, value in zip(found, values, strict=True):
@@ -237,7 +239,7 @@ class ClosedForm:
         return [result | {"doubt": doubts.get(result["sample_id"])} for result in found]
 
     def restore(self) -> None:
-        """The model is as it was already."""
+        """Nothing to restore: the model is unchanged."""
 
     def _score(self, members: Sequence[Sample], batch: MicroBatch) -> tuple[Scored, list[Result]]:
         measures = TokenMeasures(batch) if self._scoring.measures else None
@@ -258,13 +260,13 @@ class ClosedForm:
 def estimator_of(
     model: PreTrainedModel, scoring: ScoringConfig, trial: Sequence[Sample], shards: Shards | None = None
 ) -> MonteCarlo | ClosedForm:
-    """The estimator that the settings name. Raises UserError as it does."""
+    """The estimator that the settings name. Raises UserError as its constructor does."""
     kind = ClosedForm if scoring.estimator == "closed_form" else MonteCarlo
     return kind(model, scoring, trial, shards)
 
 
 class _Part(NamedTuple):
-    """Samples of one forward, at theta (see `draw_deltas`). flips: what these add to E Delta^2, if any."""
+    """Samples of one forward, at theta (see `draw_deltas`). flips: what flips of choices add to E Delta^2, if known."""
 
     sample_ids: list[str]
     batch: MicroBatch
@@ -276,7 +278,7 @@ class _Part(NamedTuple):
 
 @dataclass
 class _Block:
-    """A unit's samples: those that fit, and results of those that do not."""
+    """A unit's samples: those that fit in memory, and the results of those that do not."""
 
     sample_ids: list[str]
     parts: list[_Part]
@@ -290,7 +292,7 @@ def _result(sample_id: str, log_prob: float, measures: dict[str, list[float]], i
 
 
 def _of_draws(values: list[list[float]], draws: range, result: Result, first_std: float | None) -> Result:
-    """first_std: sigma |g|, if each draw ends with L."""
+    """The moments of one sample's draws. first_std: sigma |g| if each draw ends with L, else None."""
     controlled = first_std is not None
     deltas = [of_draw[:-1] for of_draw in values] if controlled else values
     first = [of_draw[-1] for of_draw in values] if controlled else None

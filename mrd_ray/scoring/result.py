@@ -1,4 +1,4 @@
-"""What a unit comes back as, and how one that was read from a file is known to be whole."""
+"""The result of a unit, and the check that a result read from a file is valid."""
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +31,7 @@ RESULT = pa.struct(
         ("mean_by_eighth", _BY_EIGHTH),
         # closed_form, and monte_carlo with a control variate
         ("gradient_norm", pa.float64()),
-        ("flip_squares", pa.float64()),  # of monte_carlo alone
+        ("flip_squares", pa.float64()),  # only monte_carlo
         # closed_form
         ("probes", pa.list_(pa.float64())),
         ("doubt", pa.string()),
@@ -73,22 +73,22 @@ RESULT_SCHEMA = pa.schema(
         ("worker", pa.string()),
         ("seconds", pa.float64()),
         ("fatal", pa.string()),
-        ("precision", _PRECISION),  # of monte_carlo
-        ("says", pa.string()),  # of monte_carlo: that it has no control variate, though it was to, or a slow one
-        ("checked", _CHECKED),  # of closed_form
+        ("precision", _PRECISION),  # only monte_carlo
+        ("says", pa.string()),  # only monte_carlo: why it has no control variate although one was due, or a slow one
+        ("checked", _CHECKED),  # only closed_form
         ("samples", pa.list_(RESULT)),
     ]
 )
 
 
-_ROUNDING, _TINY = 1 + 1e-9, 1e-290  # squares lose digits below
+_ROUNDING, _TINY = 1 + 1e-9, 1e-290  # below _TINY, squares lose digits
 
 
 def flaw(result: pa.Table, unit: Unit, scoring: ScoringConfig) -> str | None:
-    """Why a table of RESULT_SCHEMA, of one row, cannot be this unit's; None if it can.
+    """Why a one-row table of RESULT_SCHEMA cannot be this unit's result; None if it can.
 
-    What is missing, not finite or of other draws is found, and moments that no draws have. Right ones are not told from
-    others that draws may have.
+    Finds values that are missing, not finite or of other draws, and moments that no draws can have. It cannot tell the
+    right moments from other possible ones.
     """
     samples = result["samples"].combine_chunks().flatten()
     if samples.null_count:
@@ -130,14 +130,14 @@ def _flaw_of_moments(scored: pa.StructArray, draws: int) -> str | None:
         lengths = pc.list_value_length(sums).to_numpy().astype(np.int64)
         starts, padded = np.cumsum(lengths) - lengths, np.append(values.to_numpy(), 0.0)
         first[name] = np.where(lengths > 0, padded[np.where(lengths > 0, starts, -1)], 0.0)  # an empty sum is 0
-    # the first part of an exact sum is the sum but for rounding; for n draws, S^2 / n <= sum of squares <= S^2
+    # the first part of an exact sum equals the sum up to rounding; for n draws, S^2 / n <= sum of squares <= S^2
     of_abs, of_squares = first["sum_abs"], first["sum_abs_squares"]
     with np.errstate(over="ignore"):
         square = of_abs**2
         possible = (of_abs >= 0) & (of_squares <= square * _ROUNDING + _TINY)
         possible &= square <= draws * of_squares * _ROUNDING + _TINY
         possible &= (np.abs(first["sum"]) <= of_abs * _ROUNDING) & (first["sum_squares"] <= of_squares * _ROUNDING)
-    return None if possible.all() else "the moments are of no draws"
+    return None if possible.all() else "no draws have these moments"
 
 
 def _lacks(measures: pa.StructArray, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""`mrd-ray score`, start to end."""
+"""`mrd-ray score`, from start to end."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,7 @@ _OWNS = ("units", "samples.parquet", "scores.parquet", "summary.png")
 
 @dataclass(frozen=True)
 class ScoreRun:
-    """What a finished run left: its directory, settings, samples.parquet and scores.parquet."""
+    """A finished run: its directory, settings, samples.parquet and scores.parquet."""
 
     run: RunDirectory
     config: ScoreConfig
@@ -49,23 +49,23 @@ class ScoreRun:
 
     @property
     def num_errors(self) -> int:
-        """Samples without a score."""
+        """Number of samples without a score."""
         return len(self.scores) - self.scores["error"].null_count
 
     def refuse_other_samples(self, samples: pa.Table) -> None:
-        """Raises UserError unless the samples that were scored are these, read before, row by row."""
+        """Raises UserError unless the scored samples equal these, which were read earlier, row by row."""
         if not self.samples.select(_OF_SAMPLE).equals(samples.select(_OF_SAMPLE)):
             raise UserError(
                 f"data.path: {self.config.data.path} has changed since this run read it, so these scores are of other "
-                "samples. Restore it and run the same command again, or start anew in another run.dir"
+                "samples. Restore it and run the same command again, or start again in another run.dir"
             )
 
 
 def score(config: ScoreConfig) -> ScoreRun:
-    """Score every sample of a forget set; resume, or add draws, if the run directory holds such a run already.
+    """Score every sample of a forget set. If the run directory already holds this run, resume it or add draws.
 
     Raises:
-        UserError: bad input or settings, or a run directory of something else.
+        UserError: bad input or settings, or the run directory holds something else.
     """
     console = meter.console(config.output)
     run = RunDirectory.of(config.run)
@@ -102,7 +102,7 @@ def score(config: ScoreConfig) -> ScoreRun:
 
 
 def _identity(scoring: ScoringConfig) -> dict[str, Any]:
-    """What a score depends on, the number of draws left out as far as a later run may add some."""
+    """What a score depends on, without the number of draws where a later run may add some."""
     names = ["estimator", "parameters", "sigma", "micro_batch_tokens", "measures"]
     names += (
         ["curvature_probes", "verify_draws"]
@@ -111,7 +111,7 @@ def _identity(scoring: ScoringConfig) -> dict[str, Any]:
     )
     if scoring.estimator == "monte_carlo" or scoring.curvature_probes or scoring.verify_draws:
         names += ["seed"]
-    if scoring.target_relative_se is not None:  # rounds of draws follow from these
+    if scoring.target_relative_se is not None:  # these determine the rounds of draws
         names += ["statistic", "num_draws", "max_draws"]
     identity = {f"scoring.{name}": getattr(scoring, name) for name in names}
     identity |= {"scoring.control_variate": scoring.controlled} if scoring.estimator == "monte_carlo" else {}
@@ -120,20 +120,20 @@ def _identity(scoring: ScoringConfig) -> dict[str, Any]:
 
 
 def unit_samples(samples: pa.Table, layout: Layout, micro_batches: range) -> pa.Table:
-    """The samples of consecutive micro-batches, as `ScoringActor` takes them."""
+    """The samples of consecutive micro-batches, in the form that `ScoringActor` takes."""
     indices, micro_batch = layout.members(micro_batches)
     return samples.select(_OF_SAMPLE).take(indices).add_column(0, "micro_batch", pa.array(micro_batch))
 
 
 def trial_of(samples: pa.Table, layout: Layout) -> list[dict[str, Any]]:
-    """A few samples for an actor to try the settings on before it scores any."""
+    """A few samples on which an actor tries the settings before it scores any."""
     few = samples.take(layout.few(4)).select(_OF_SAMPLE)
     return [{"micro_batch": 0, **row} for row in few.to_pylist()]
 
 
 @dataclass
 class _Rounds:
-    """Round 0 makes the draws of every sample; each later one, of adaptive scoring, adds draws to the unsettled."""
+    """Rounds of scoring: round 0 draws for every sample, later (adaptive) rounds add draws for unsettled samples."""
 
     config: ScoreConfig
     run: RunDirectory
@@ -144,7 +144,7 @@ class _Rounds:
     layouts: list[Layout] = field(default_factory=list)  # of the rounds so far
 
     def work_off(self) -> pa.Table:
-        """Compute what is missing, round after round, and give the scores."""
+        """Compute what is missing, round after round, and return the scores."""
         scoring = self.config.scoring
         draws = first_draws(scoring)
         waiting = lengths(self.samples)
@@ -157,7 +157,7 @@ class _Rounds:
             if rectangles:
                 grows = self.journal.within(cluster(log_to_driver=not self.config.output.quiet)) or grows
                 self._compute(layout, rectangles, number, grows)
-            order = np.argsort(lengths(self.samples), kind="stable")  # layouts of all rounds are parts of it
+            order = np.argsort(lengths(self.samples), kind="stable")  # every round's layout is part of this order
             scores = scores_table(self.samples, order, self._results(order), scoring)
             waiting = np.where(unsettled(scores, scoring), waiting, 0)
             if not waiting.any():
@@ -166,11 +166,11 @@ class _Rounds:
         raise AssertionError("unreachable")
 
     def _units(self) -> list[Unit]:
-        """Those whose results are on disk."""
+        """The units whose results are on disk."""
         return [Unit.of_id(name.removesuffix(".parquet")) for name in self.run.names("units")]
 
     def _results(self, order: np.ndarray) -> Iterator[tuple[int, pa.Table]]:
-        """Of the rounds so far, since those of later ones may not all be there (see `scores_table`)."""
+        """Results of the rounds so far (see `scores_table`); those of later rounds may be incomplete."""
         place = np.argsort(order)
 
         def first(unit: Unit) -> int:
@@ -189,12 +189,12 @@ class _Rounds:
         wrong = wrong or (None if Counter(found) == Counter(expected) else "other samples")
         if wrong := wrong or flaw(result, unit, self.config.scoring):
             raise UserError(
-                f"{self.run.path(name)} is not that unit's result ({wrong}); delete it and start the same command again"
+                f"{self.run.path(name)} is not that unit's result ({wrong}); delete it and run the same command again"
             )
         return result
 
     def _compute(self, layout: Layout, rectangles: list[Unit], number: int, grows: bool) -> None:
-        """Work off these rectangles; each unit's result is on disk before it counts as done."""
+        """Compute these rectangles; each unit's result is on disk before it counts as done."""
         config, scoring = self.config, self.config.scoring
         pool = pool_of(config.ray, grows, self.journal)
         if number == 0 and (say := gpu_advice(pool, scoring)) is not None:
@@ -202,7 +202,7 @@ class _Rounds:
         rate = assumed_tflops(pool) * 1e12 / self.cost.flops_per_token / forwards_per_token(scoring)
         units = cut_units(layout, rectangles, pool.actors, rate)
         pool = dataclasses.replace(pool, actors=min(pool.actors, len(units)))
-        trial = trial_of(self.samples, self.layouts[0])  # the same ones in every round
+        trial = trial_of(self.samples, self.layouts[0])  # the same samples in every round
         task = Task(config.model, scoring, self.files_digest, pool.threads, pool.gpus > 0, trial)
         blocks = list(dict.fromkeys(unit.micro_batches for unit in units))
         block_of = {block: i for i, block in enumerate(blocks)}
@@ -229,7 +229,7 @@ class _Rounds:
                     self.run.record("precision", row["precision"])
                     self.run.record("checked", row["checked"])
                     if row["checked"] is not None and (why := row["checked"]["unchecked"]) is not None:
-                        self.journal.event("unchecked", f"Not all is checked by draws: {why}")
+                        self.journal.event("unchecked", f"The check by draws is incomplete: {why}")
                     if row["says"] is not None:
                         self.journal.event("control_variate", row["says"])
                 self.run.write_table(f"units/{row['unit_id']}.parquet", result)

@@ -1,4 +1,4 @@
-"""What a person looks at first: the distribution of scores, the hardest and easiest samples, errors, settings."""
+"""What people look at first: the distribution of scores, the hardest and easiest samples, errors, settings."""
 
 import io
 import textwrap
@@ -21,35 +21,35 @@ from mrd_ray.runs.meter import WITHHELD, short
 T = TypeVar("T", np.ndarray, range)
 
 _SHOWN = 10
-_POINTS = 10_000  # of a plot, evenly spread over the ranks where there are more
-NONLINEAR = 0.3  # mean_abs is then 4% over its small-sigma limit
+_POINTS = 10_000  # most points in a plot; if there are more samples, evenly spread over the ranks
+NONLINEAR = 0.3  # at this value, mean_abs is 4% above its small-sigma limit
 _STATISTIC = {"mean_abs": "E|Δ|", "abs_mean": "|E Δ|"}
 
 
 def ranked(scores: pa.Table) -> np.ndarray:
     """Indices of the samples with a score, hardest to unlearn (smallest MRD) first: int64."""
     order: np.ndarray = pc.sort_indices(scores, sort_keys=[("mrd", "ascending"), ("sample_id", "ascending")]).to_numpy()
-    return order[: scores["error"].null_count].astype(np.int64)  # those without come last
+    return order[: scores["error"].null_count].astype(np.int64)  # samples without a score come last
 
 
 def with_text(scores: pa.Table, samples: pa.Table, indices: np.ndarray) -> list[dict[str, Any]]:
-    """Rows of both tables, which are sorted by sample_id."""
+    """Rows of scores with their texts; both tables are sorted by sample_id."""
     texts = samples["text"].take(indices).to_pylist()
     return [row | {"text": text} for row, text in zip(scores.take(indices).to_pylist(), texts, strict=True)]
 
 
 def values(scores: pa.Table, column: str, indices: np.ndarray) -> np.ndarray:
-    """Of a column, nan for null: float64."""
+    """Values of a column at these indices, nan for null: float64."""
     return np.asarray(scores[column].to_numpy(), float)[indices]
 
 
 def ends(ranked: T) -> tuple[T, T]:
-    """The hardest and the easiest, ten each at most and none in both."""
+    """The hardest and the easiest samples: at most ten of each, and none in both."""
     return ranked[: min(_SHOWN, (len(ranked) + 1) // 2)], ranked[: -min(_SHOWN, len(ranked) // 2) - 1 : -1]
 
 
 def histogram_edges(mrd: np.ndarray) -> list[float]:
-    """Of at most 100 bins; a single one where the scores are the same up to rounding."""
+    """Edges of at most 100 bins; a single bin if the scores are equal up to rounding."""
     first = float(mrd[0])
     if np.ptp(mrd) <= 1e-9 * np.abs(mrd).max():
         return [first - 0.1 * abs(first), first + 0.1 * abs(first)] if first else [0.0, 1.0]
@@ -58,26 +58,26 @@ def histogram_edges(mrd: np.ndarray) -> list[float]:
 
 
 def errors(scores: pa.Table) -> Counter[str]:
-    """How many samples have no score, by reason. scores: or samples, before they are scored."""
+    """How many samples have no score, by reason. scores: the scores table, or the samples table before scoring."""
     return Counter(
         {entry["values"]: entry["counts"] for entry in pc.value_counts(scores["error"].drop_null()).to_pylist()}
     )
 
 
 def doubts(scores: pa.Table) -> str:
-    """What to say of the scores in doubt, empty if none is."""
+    """A sentence about the scores in doubt; empty if there are none."""
     doubted = scores["doubt"].drop_null().to_pylist() if "doubt" in scores.column_names else []
     if not doubted:
         return ""
     (first, _), *_ = Counter(doubted).most_common(1)
     return (
-        f"{len(doubted)} score(s) are in doubt and have no standard error. Most often: {first}. "
+        f"{len(doubted)} score(s) are in doubt and have no standard error. Most frequent reason: {first}. "
         "Score these with monte_carlo and scoring.control_variate"
     )
 
 
 def settings(config: ScoreConfig) -> str:
-    """The settings that a score depends on, in a line."""
+    """The settings that a score depends on, in one line."""
     scoring = config.scoring
     if scoring.estimator == "closed_form":
         estimator = f"closed form, {scoring.curvature_probes} curvature probes"
@@ -112,24 +112,22 @@ def show(console: Console, scores: pa.Table, samples: pa.Table, config: ScoreCon
                 _samples(f"The {len(easiest)} easiest to unlearn (largest MRD)", easiest, config.output.texts)
             )
     if loud := np.count_nonzero(mean_abs > tokens):
-        console.print(
-            f"[red]{loud} sample(s) have log-probabilities that change by more than themselves: sigma is too large"
-        )
+        console.print(f"[red]{loud} sample(s) have log-probabilities that change by more than 100%: sigma is too large")
     if unclear := np.count_nonzero(mrd < 2 * mrd_se):
         console.print(
-            f"[red]{unclear} score(s) are less than twice their standard error: zero is in their 95% interval"
+            f"[red]{unclear} score(s) are less than twice their standard error: their 95% interval contains zero"
         )
     if bent := np.count_nonzero(nonlinearity > NONLINEAR):
-        console.print(f"{bent} sample(s) have a nonlinearity over {NONLINEAR:g}: sigma is not small for them")
+        console.print(f"{bent} sample(s) have a nonlinearity over {NONLINEAR:g}: sigma is not small for these")
     if doubted := doubts(scores):
         console.print(f"[red]{doubted}")
     if len(order) and scores["low_precision"][int(order[0])].as_py():
-        console.print("[red]These scores are marked low_precision: rounding is not small beside the signal")
+        console.print("[red]These scores are marked low_precision: rounding is not small compared with the signal")
     show_errors(console, errors(scores), config.output.texts)
 
 
 def show_errors(console: Console, reasons: Counter[str], texts: bool) -> None:
-    """Print why samples have no score, if any has none. texts: whether reasons may quote them."""
+    """Print why samples have no score, if any has none. texts: whether reasons may quote the samples' texts."""
     if not reasons:
         return
     reasons = reasons if texts else Counter({WITHHELD: reasons.total()})
@@ -183,6 +181,6 @@ def figure(scores: pa.Table, samples: pa.Table, config: ScoreConfig) -> bytes:
     page.supxlabel(note.replace("$", r"\$"), fontsize=8, x=0.01, ha="left")
     content = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # characters that the font lacks show as boxes
+        warnings.simplefilter("ignore", UserWarning)  # characters missing from the font appear as boxes
         page.savefig(content, format="png", dpi=110)
     return content.getvalue()

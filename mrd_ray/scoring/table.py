@@ -1,4 +1,4 @@
-"""Results of units -> the scores table."""
+"""From results of units to the scores table."""
 
 import dataclasses
 import math
@@ -66,7 +66,7 @@ SCHEMA = pa.schema(
         ),
     ]
 )
-REQUIRED = set(SCHEMA.names) - {*PLACE, "doubt", "mrd_eighths"}  # which tables of earlier versions lack
+REQUIRED = set(SCHEMA.names) - {*PLACE, "doubt", "mrd_eighths"}  # without columns that tables of earlier versions lack
 # columns of scoring.measures
 MEASURES = {
     "mean_log_prob": _field("mean_log_prob", pa.float64(), "nats per scored token"),
@@ -83,15 +83,15 @@ MEASURES = {
 def scores_table(
     samples: pa.Table, order: np.ndarray, results: Iterable[tuple[int, pa.Table]], scoring: ScoringConfig
 ) -> pa.Table:
-    """One row per sample, sorted by sample_id, of SCHEMA and a column for each of scoring.measures.
+    """One row per sample, sorted by sample_id, with SCHEMA's columns and one for each of scoring.measures.
 
-    Only what is not settled yet is Python objects, so that memory holds millions of samples.
+    Only samples that are not settled yet are held as Python objects, so that memory suffices for millions of samples.
 
     Args:
         samples: of data.samples.SCHEMA, sorted by sample_id.
         order: int64 [n], indices of all samples.
-        results: of actor.RESULT_SCHEMA, all units of the run, each after a place in `order` that is not beyond any of
-            its samples; these places rise. What is before the place of the next one is settled.
+        results: `(first, table)` pairs for all units of the run, sorted by `first`, the unit's smallest index in
+            `order`; the tables are of result.RESULT_SCHEMA. All samples before the next pair's `first` are settled.
     """
     schema = pa.schema([*SCHEMA, *(field for name, field in MEASURES.items() if name in scoring.measures)])
     parts: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -121,7 +121,7 @@ def scores_table(
 
 
 def _in_turn(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By round, then draws, however units were cut: what is taken from one of them is always from the same forward."""
+    """Sorted by round, then draws, however units were cut, so that the first one is always from the same forward."""
     return sorted(parts, key=operator.itemgetter("unit_id"))
 
 
@@ -167,7 +167,7 @@ def _row(sample: dict[str, Any], parts: list[dict[str, Any]], scoring: ScoringCo
 
 
 def _score(parts: list[dict[str, Any]], scoring: ScoringConfig) -> tuple[Score, list[float] | None]:
-    """The score, and what each eighth of its draws says of it."""
+    """The score, and the score from each eighth of its draws."""
     if scoring.estimator == "closed_form":
         (part,) = parts
         score = closed_form_score(scoring.sigma, part["gradient_norm"], part["probes"])
@@ -182,11 +182,11 @@ def _score(parts: list[dict[str, Any]], scoring: ScoringConfig) -> tuple[Score, 
 
 
 def unsettled(scores: pa.Table, scoring: ScoringConfig) -> np.ndarray:
-    """Which samples adaptive scoring owes more draws: bool [n]. None without a target, or once max_draws are made."""
+    """Which samples need more draws in adaptive scoring: bool [n]. No sample without a target, or after max_draws."""
     if scoring.target_relative_se is None:
         return np.zeros(len(scores), bool)
     draws, mrd = scores["num_draws"].to_numpy(), scores["mrd"].to_numpy()
-    se = scores["mrd_se"].to_numpy().astype(float)  # null: nan, which is not under any target
+    se = scores["mrd_se"].to_numpy().astype(float)  # null becomes nan, which meets no target
     scored = ~np.isnan(mrd.astype(float))
     found: np.ndarray = scored & ~(se <= scoring.target_relative_se * mrd) & (draws < scoring.max_draws)
     return found

@@ -1,4 +1,4 @@
-"""What is checked of the closed form by draws before its scores are given, and which of them are then in doubt."""
+"""Checks the closed form against draws before its scores are returned, and decides which of them are in doubt."""
 
 import itertools
 import math
@@ -14,16 +14,16 @@ from mrd_ray.errors import UserError
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.first_order import FirstOrders
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
-from mrd_ray.mrd.monte_carlo import draw_seed
+from mrd_ray.mrd.monte_carlo import noise_key
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.mrd.precision import MIN_COSINE, realised
 from mrd_ray.mrd.self_check import SelfCheck, has_choices
 from mrd_ray.scoring.control import ByAutograd, first_order_of
 from mrd_ray.workers.memory import Sample, collate, out_of_memory, release
 
-_SAMPLES = 2  # of the trial
-_TOLERANCE = 1e-2  # of a gradient norm
-_SMALLER = (1 / 64, 1 / 16, 1 / 4)  # of sigma, to tell rounding from what the model does
+_SAMPLES = 2  # samples of the trial that are checked
+_TOLERANCE = 1e-2  # relative to a gradient norm
+_SMALLER = (1 / 64, 1 / 16, 1 / 4)  # fractions of sigma, to separate rounding from the model's own behaviour
 _CHOICES_UNCHECKED = "it depends on choices inside the model, such as of experts, and these could not be checked"
 _NO_MEMORY = "the device lacks memory to check it by draws"
 
@@ -41,9 +41,9 @@ class Scored(NamedTuple):
 class Checked:
     """What was checked, for the manifest.
 
-    samples, draws: of the trial. worst: its worst sample's root mean square of Delta_k - L_k, over s; None where L is
-    not known, and only draws that are far out count. choices: whether the model makes discrete choices. every_sample:
-    whether each sample is checked so, in the run. unchecked: why not all of it could be, or None.
+    samples, draws: of the trial. worst: root mean square of Delta_k - L_k, divided by s, for the trial's worst sample;
+    None if L is unknown, and then only draws far out count. choices: whether the model makes discrete choices.
+    every_sample: whether the run checks every sample in this way. unchecked: why the check is incomplete, or None.
     """
 
     samples: int = 0
@@ -55,17 +55,17 @@ class Checked:
 
 
 class Verification:
-    """The trial, and the check of each sample where the model or the trial calls for one.
+    """The trial, and the check of each sample if the model or the trial requires one.
 
-    The trial's gradient norms are held against autograd too.
+    The trial's gradient norms are also compared with autograd.
 
-    Raises UserError if those disagree.
+    Raises UserError if they disagree.
 
     Args:
-        norms: of the model, at theta now.
-        trial: the first of these are checked now.
-        replica: makes one of the model.
-        sharded: whether weights are spread over processes, which must all call this alike.
+        norms: of the model, which is at theta now.
+        trial: the first of these samples are checked at once.
+        replica: makes a replica of the model.
+        sharded: whether weights are spread over processes; then all processes must call this in the same way.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Verification:
         except RuntimeError as problem:
             if sharded or not out_of_memory(problem):
                 raise
-            self._leave("the device lacks memory for a perturbed copy of the weights")
+            self._leave("the device has too little memory for a perturbed copy of the weights")
         release(model.device)
 
     def _try(
@@ -128,7 +128,7 @@ class Verification:
             smaller = next((one for one in _SMALLER if _carried(replica, scoring.sigma * one, scoring.seed)), 1.0)
             if differing and smaller < 1:
                 (found,) = check(scoring.sigma * smaller, by_autograd, False)([batch], [theta], [scored.norms])
-                # of rounding there is as much as before, of what the model does far less
+                # at a smaller sigma, rounding stays the same, and the model's own deviations shrink a lot
                 rounding = max(finding.off() for finding in found) * math.sqrt(smaller) > self.checked.worst
             if differing and (smaller == 1 or rounding):
                 self._leave(_rounds_away(model, "what sigma does to the samples"))
@@ -138,13 +138,13 @@ class Verification:
             first_order = None if sharded else first_order_of(replica, norms, scoring)[0]
             self._check = check(scoring.sigma, first_order, self.checked.choices)
             if sharded:
-                self.checked.unchecked = "weights are spread over processes, so that draws count only where far out"
+                self.checked.unchecked = "weights are spread over processes, so only draws far out are noticed"
 
     def _leave(self, why: str) -> None:
         self.checked.unchecked, self.checked.every_sample, self._check = why, False, None
 
     def doubts(self, scored: Sequence[Scored], mu: Mapping[str, float]) -> dict[str, str]:
-        """Why scores are in doubt, by sample_id of those that are. mu: E Delta, where it is known."""
+        """Why scores are in doubt, keyed by the sample_id of those that are. mu: E Delta, where it is known."""
         ids = [sample_id for one in scored for sample_id in one.sample_ids]
         if self._check is None:
             return dict.fromkeys(ids, _CHOICES_UNCHECKED) if self.checked.choices and self.checked.unchecked else {}
@@ -168,7 +168,7 @@ def _rounds_away(model: PreTrainedModel, what: str = "sigma") -> str:
 
 
 def _refuse_wrong_norms(scored: Scored, squares: Sequence[float]) -> None:
-    """Raises UserError if the norms are not those of autograd."""
+    """Raises UserError if the norms differ from autograd's."""
     for sample_id, norm, square in zip(scored.sample_ids, scored.norms, squares, strict=True):
         expected = math.sqrt(square)
         if not abs(norm - expected) <= _TOLERANCE * expected and math.isfinite(norm):
@@ -179,5 +179,5 @@ def _refuse_wrong_norms(scored: Scored, squares: Sequence[float]) -> None:
 
 
 def _carried(replica: Replica, sigma: float, seed: int) -> bool:
-    """Whether the weights' precision takes in sigma z."""
-    return realised(replica, sigma, draw_seed(seed, 0))[1] >= MIN_COSINE
+    """Whether the weights' precision is enough to represent sigma z."""
+    return realised(replica, sigma, noise_key(seed, 0))[1] >= MIN_COSINE

@@ -1,1 +1,1 @@
-"""What actors and workers of any kind need, whatever they compute."""
+"""What every kind of actor and worker needs, whatever it computes."""

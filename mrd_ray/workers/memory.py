@@ -1,4 +1,4 @@
-"""What fits in a device's memory: activations' share of it, and micro-batches halved until they fit."""
+"""What fits in a device's memory: the share for activations, and micro-batches that are halved until they fit."""
 
 import itertools
 import math
@@ -20,13 +20,13 @@ T = TypeVar("T")
 TOO_LARGE = "does not fit in the device's memory beside the model; shorten it or set data.truncate"
 
 _CPU_ACTIVATIONS = 4.0 * 2**30  # bytes
-_FREE_SHARE = 0.6  # of a GPU's memory; logits, rules and the allocator's gaps take some of the rest
+_FREE_SHARE = 0.6  # of a GPU's free memory; logits, rules and the allocator's gaps need some of the rest
 
 
 def activation_bytes(model: PreTrainedModel, scoring: ScoringConfig, sharded: bool = False) -> float:
-    """Bytes of each device that activations of a micro-batch may take (see `recomputing`).
+    """Bytes on each device that a micro-batch's activations may take (see `recomputing`).
 
-    Where weights are gathered layer by layer, all processes must recompute the same ones: every layer or none.
+    Where weights are gathered layer by layer, all processes must recompute the same layers: every layer or none.
 
     Raises:
         UserError: a budget is set, and the model has no layer that can be recomputed.
@@ -44,7 +44,7 @@ def activation_bytes(model: PreTrainedModel, scoring: ScoringConfig, sharded: bo
 
 
 def _free(device: torch.device) -> int:
-    """Bytes, those included that torch has and does not use."""
+    """Free bytes, including those that torch has reserved and does not use."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
@@ -57,7 +57,7 @@ def collate(members: Sequence[Sample], device: torch.device) -> MicroBatch:
 def fitting(
     samples: Sequence[Sample], device: torch.device, compute: Callable[[Sequence[Sample], MicroBatch], T], halve: bool
 ) -> Iterator[tuple[Sequence[Sample], T | None]]:
-    """Apply `compute` to each micro-batch, halved until the device holds it; None for a sample too large alone."""
+    """Apply `compute` to each micro-batch, halved until it fits on the device; None for a single sample too large."""
     for _, group in itertools.groupby(samples, key=operator.itemgetter("micro_batch")):
         waiting = [list(group)]
         while waiting:
@@ -78,11 +78,11 @@ def fitting(
 
 
 def release(device: torch.device) -> None:
-    """To be called after an exception is forgotten, which held the failed forward's tensors."""
+    """Free cached memory. Call it when the exception is gone, because that keeps the failed forward's tensors alive."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def out_of_memory(problem: RuntimeError) -> bool:
-    """Whether the device, or the machine, lacked memory for something."""
+    """Whether the device, or the machine, ran out of memory."""
     return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem)

@@ -1,4 +1,4 @@
-"""How many actors, and what each gets."""
+"""How many actors there are, and the resources of each."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from mrd_ray.errors import UserError
 
 @dataclass(frozen=True)
 class Pool:
-    """So many actors, of so many CPUs and GPUs each."""
+    """A number of actors, and the CPUs and GPUs of each."""
 
     actors: int
     cpus: float
@@ -23,11 +23,11 @@ class Pool:
 
     @property
     def resources(self) -> dict[str, float]:
-        """What one actor takes, in Ray's words."""
+        """What one actor takes, under Ray's names."""
         return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
 
     def room(self, nodes: Sequence[Mapping[str, float]]) -> int:
-        """How many such actors nodes with these resources hold, each on one of them."""
+        """How many such actors fit on nodes with these resources; an actor cannot span nodes."""
         return sum(
             min(math.floor(node.get(name, 0.0) / each) for name, each in self.resources.items()) for node in nodes
         )
@@ -37,10 +37,10 @@ class Pool:
         """Size the pool for nodes with these resources ("CPU", "GPU").
 
         Args:
-            grows: nodes may still join, so that `actors`, where it is set, is what there will be and not refused.
+            grows: nodes may still join, so `actors`, if set, is accepted even if there is no room for all of them yet.
 
         Raises:
-            UserError: there is no room for it.
+            UserError: the cluster has no room for the pool.
         """
         cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
         gpus_each = config.gpus_per_actor if config.gpus_per_actor is not None else float(gpus > 0)
@@ -48,13 +48,13 @@ class Pool:
         if grows and config.actors is not None:
             return pool
         if gpus_each > gpus:
-            raise UserError(f"ray.gpus_per_actor: {gpus_each:g} asked for, but the cluster has {gpus:g} GPU(s)")
+            raise UserError(f"ray.gpus_per_actor: {gpus_each:g} requested, but the cluster has {gpus:g} GPU(s)")
         if config.cpus_per_actor > cpus:
-            raise UserError(f"ray.cpus_per_actor: {config.cpus_per_actor:g} asked for, but the cluster has {cpus:g}")
+            raise UserError(f"ray.cpus_per_actor: {config.cpus_per_actor:g} requested, but the cluster has {cpus:g}")
         room = pool.room(nodes)
         if (config.actors or 1) > room:
             raise UserError(
-                f"ray.actors: {config.actors or 1} asked for, but the cluster's {cpus:g} CPU(s) and {gpus:g} GPU(s) on "
+                f"ray.actors: {config.actors or 1} requested, but the cluster's {cpus:g} CPU(s) and {gpus:g} GPU(s) on "
                 f"{len(nodes)} node(s) have room for {room} of {config.cpus_per_actor:g} CPU(s) and {gpus_each:g} "
                 "GPU(s) each"
             )

@@ -1,4 +1,4 @@
-"""The workers of a training run, as collectives: who scores what, and how results come together."""
+"""The workers of a training run, as collectives: who scores what, and how results are gathered."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,19 +21,19 @@ class Ranks:
 
     @classmethod
     def of_process_group(cls) -> "Ranks":
-        """Those of torch.distributed."""
+        """The ranks of torch.distributed's default group."""
         return cls(dist.get_rank(), dist.get_world_size())
 
     def deal(self, count: int) -> list[int]:
-        """This rank's share of items 0..count, in turns; as many as any other rank's, the last ones dealt twice.
+        """This rank's share of items 0..count-1, dealt in turns; all ranks get equally many, so the last may repeat.
 
-        Under ZeRO-3 a forward is a collective, so that a rank without work repeats another's.
+        Under ZeRO-3 a forward is a collective, so a rank without work of its own repeats the last item.
         """
         rounds = -(-count // self.size)
         return [min(turn * self.size + self.rank, count - 1) for turn in range(rounds)]
 
     def gather(self, rows: list[T]) -> list[T]:
-        """All ranks' rows, in order of rank, on each of them."""
+        """All ranks' rows, ordered by rank; every rank gets them."""
         if self.size == 1:
             return rows
         found: list[list[T]] = [[] for _ in range(self.size)]

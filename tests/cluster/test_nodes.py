@@ -87,9 +87,9 @@ def test_a_node_joins(cluster, tiny_model_dir, qa_file, tmp_path):
     """Asked for six actors, four find room; the others start on the node that comes late."""
     run, single = tmp_path / "run", tmp_path / "alone"
     with started(cluster, tiny_model_dir, qa_file, run, actors=6, draws=3000) as job:
-        assert "room for 4 of 6 of 1 CPU each by now; the others start when nodes join" in job.said
+        assert "room for 4 of 6 of 1 CPU each so far; the others start when nodes join" in job.said
         cluster.add_node(num_cpus=3)
-        job.until(lambda: "has joined; its room is used" in job.said)
+        job.until(lambda: "has joined and is used" in job.said)
     assert len(workers(run)) == 6
     nothing_twice(run, draws=3000)
     single.mkdir()
@@ -149,7 +149,7 @@ def test_an_actor_is_killed_by_the_kernel_for_memory(cluster, tiny_model_dir, qa
             (group / "cgroup.procs").write_text(str(victim.pid))
             (group / "memory.limit_in_bytes").write_text("4096")  # one page
             job.until(lambda: not victim.is_running() or victim.status() == "zombie")
-            job.until(lambda: "started again after its end" in job.said)
+            job.until(lambda: "died and was restarted" in job.said)
             counts = dict(line.split() for line in (group / "memory.oom_control").read_text().splitlines())
             assert int(counts["oom_kill"]) == 1
     finally:
@@ -183,7 +183,7 @@ def hub(tiny_model_dir, tmp_path, monkeypatch):
 def test_a_node_that_cannot_load_the_model_is_set_aside(hub, qa_file, tmp_path, alone):
     run = tmp_path / "run"
     with started(hub, Path("our/model"), qa_file, run) as job:
-        job.until(lambda: "is set aside, and its units go elsewhere: model.path: our/model is neither" in job.said)
+        job.until(lambda: "is set aside, and its units run elsewhere: model.path: our/model is neither" in job.said)
     assert scores(run).equals(alone)
     assert len(workers(run)) == 2
     nothing_twice(run)
@@ -198,4 +198,4 @@ def test_so_many_bad_nodes_end_a_run(hub, qa_file, tmp_path):
     with driver("score", flags, tmp_path / "log", hub.address) as job:
         job.ends(code=1)
         assert f"{os.uname().nodename}: model.path: our/model is neither" in job.said
-        assert "(more than ray.max_bad_nodes: 0 are not fit)" in job.said
+        assert "(more than ray.max_bad_nodes: 0 set aside)" in job.said

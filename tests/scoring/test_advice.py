@@ -89,7 +89,7 @@ def test_where_nothing_does_nothing_is_advised():
     with torch.no_grad():
         model.lm_head.weight.zero_()  # nothing before it matters
     scoring = ScoringConfig(parameters="layers", antithetic=True)  # kinks allow no probes
-    assert "No other setting that was tried would do; set scoring.allow_low_precision" in refusal(model, scoring)
+    assert "No other setting that was tried works; set scoring.allow_low_precision" in refusal(model, scoring)
 
 
 def test_what_there_is_no_memory_to_try_is_not_advised(monkeypatch):

@@ -16,7 +16,7 @@ from mrd_ray.models import load
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.curvature import TraceEstimator
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
-from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, draw_seed
+from mrd_ray.mrd.monte_carlo import Moments, draw_deltas, noise_key
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.mrd.scores import closed_form_score, monte_carlo_score
 
@@ -43,7 +43,7 @@ class Scored:
         traces = TraceEstimator(self.model)
         drawn = []
         for k in range(count):
-            traces.aim(draw_seed(9, k))
+            traces.aim(noise_key(9, k))
             drawn.append(torch.cat([traces.probe(batch) for batch in self.batches]))
         return torch.stack(drawn, 1).tolist()
 

@@ -95,7 +95,7 @@ def test_other_seeds_with_other_numbers_of_draws_are_independent(tmp_path):
     rng = np.random.default_rng(0)
     runs = [of_draws(tmp_path / name, rng.normal(size=(1000, k)), k) for name, k in (("a", 6), ("b", 200))]
     found = compare(CompareConfig(run_a=runs[0], run_b=runs[1]))
-    assert (found.paired, found.draws) == (0, "of independent runs: other seeds, or another estimator")
+    assert (found.paired, found.draws) == (0, "of independent runs: different seeds, or different estimators")
     assert 0.93 < np.mean([abs(row["z"]) < 2 for row in found.rows]) < 0.985
 
 
@@ -103,7 +103,7 @@ def test_shared_draws_that_cannot_be_paired_are_told(tmp_path, capsys):
     rng = np.random.default_rng(0)
     runs = [of_draws(tmp_path / name, rng.normal(size=(100, k)), 7) for name, k in (("a", 4), ("b", 24))]
     assert main(["compare", *runs, "--out", str(tmp_path / "scatter.png")]) == 0
-    assert "as if independent for 100 sample(s), not to be paired; too large since the runs" in capsys.readouterr().out
+    assert "as if independent for 100 unpaired sample(s); too large because the runs" in capsys.readouterr().out
 
 
 def test_a_run_agrees_with_itself(tmp_path):
@@ -146,10 +146,10 @@ def test_other_samples_are_refused(tmp_path):
     scores = list(np.arange(60.0))
     a = write(tmp_path / "a", scores)
     other_ids = write(tmp_path / "b", scores, ids=["x", *IDS[1:]])
-    with pytest.raises(UserError, match="2 id\\(s\\) stand in one alone, first 's000'"):
+    with pytest.raises(UserError, match="2 id\\(s\\) are in only one of them, first 's000'"):
         compare(CompareConfig(run_a=a, run_b=other_ids))
     other_text = write(tmp_path / "c", scores, texts=["changed", *(f"text of {i}" for i in IDS[1:])])
-    with pytest.raises(UserError, match="'s000', read differently"):
+    with pytest.raises(UserError, match="'s000', have different texts"):
         compare(CompareConfig(run_a=a, run_b=other_text))
 
 
@@ -157,7 +157,7 @@ def test_other_tokens_are_refused(tmp_path):
     scores = list(np.arange(60.0))
     a = write(tmp_path / "a", scores)
     shorter = write(tmp_path / "b", scores, tokens=7)
-    with pytest.raises(UserError, match="other numbers of tokens in 60 samples, first 's000'"):
+    with pytest.raises(UserError, match="different numbers of tokens in 60 samples, first 's000'"):
         compare(CompareConfig(run_a=a, run_b=shorter))
     in_part = write(tmp_path / "c", scores, score_on="response")
     with pytest.raises(UserError, match=r"data\.score_on: all, .* response"):
@@ -169,7 +169,7 @@ def test_other_statistics_are_refused(tmp_path):
     b = write(tmp_path / "b", list(np.arange(60.0)))
     table = pq.read_table(f"{b}/scores.parquet")
     pq.write_table(table.rename_columns({"mean_abs": "abs_mean"}), f"{b}/scores.parquet")
-    with pytest.raises(UserError, match=r"is mean_abs, that of .* abs_mean; start one again"):
+    with pytest.raises(UserError, match=r"is mean_abs, the mrd of .* is abs_mean; run one again"):
         compare(CompareConfig(run_a=a, run_b=b))
 
 
@@ -191,7 +191,7 @@ def test_scores_in_doubt_stand_by_relative_size_among_the_others(tmp_path):
 
 def test_ids_that_stand_twice_are_refused(tmp_path):
     runs = [write(tmp_path / name, [1.0] * 60, ids=[*IDS[:-1], IDS[0]]) for name in "ab"]
-    with pytest.raises(UserError, match="a: sample ids stand more than once"):
+    with pytest.raises(UserError, match="a: some sample ids appear more than once"):
         compare(CompareConfig(run_a=runs[0], run_b=runs[1]))
 
 

@@ -205,7 +205,7 @@ def test_adapters_that_cannot_be_scored(tiny_model_dir, qa_file, tmp_path, adapt
     ("settings", "message"),
     [
         ({"scoring__parameters": "lora"}, "has no LoRA factors"),
-        ({"scoring__parameters": "layers.7"}, r"'layers\.7' is found in none of the model's \d+ parameter names"),
+        ({"scoring__parameters": "layers.7"}, r"'layers\.7' matches none of the model's \d+ parameter names"),
     ],
 )
 def test_parameters_that_are_not_there(tiny_model_dir, qa_file, tmp_path, settings, message):
@@ -230,7 +230,7 @@ def test_quantised_weights_are_refused(tiny_model_dir, qa_file, tmp_path):
 
 def test_unknown_architecture_is_refused(tiny_model_dir, qa_file, tmp_path):
     folder = changed(tiny_model_dir, tmp_path / "model", model_type="nonsense")
-    with pytest.raises(UserError, match="not a model directory that transformers reads"):
+    with pytest.raises(UserError, match="not a model directory that transformers can read"):
         score(config(folder, qa_file, tmp_path / "run"))
 
 
@@ -254,7 +254,9 @@ def test_uncovered_parameters_are_listed_or_differentiated(tiny_model_dir, qa_fi
     draws = {"scoring__num_draws": 4, "scoring__max_draws": 4, "scoring__target_relative_se": 0.01}
     plain = score(config(tmp_path / "model", qa_file, tmp_path / "plain", **draws))
     (said,) = (event for event in events(tmp_path / "plain") if event["event"] == "control_variate")
-    assert re.match(r"Draws are plain ones\. .* no rule covers model.layers.0.mlp", said["message"])
+    assert re.match(
+        r"Draws are plain, without a control variate\. .* no rule covers model.layers.0.mlp", said["message"]
+    )
     assert min(row["mrd_se"] / row["mrd"] for row in plain.scores.to_pylist()) > 0.01
     by_name = {"scoring__control_variate": True}
     with pytest.raises(UserError, match=r"scoring\.control_variate: no rule covers .*allow_slow_parameters"):

@@ -156,7 +156,7 @@ def test_unit_ids():
     ],
 )  # fmt: skip
 def test_what_is_no_units_name(stray):
-    with pytest.raises(UserError, match=f"units/{stray} is not a unit of this engine"):
+    with pytest.raises(UserError, match=f"units/{stray} is not a unit of mrd_ray"):
         Unit.of_id(stray)
 
 
@@ -182,7 +182,7 @@ def test_pool_takes_what_the_cluster_has():
 def test_an_actor_fits_on_one_node():
     nodes = [{"CPU": 3.0}, {"CPU": 3.0}, {"memory": 1e9}]
     assert Pool.of(RayConfig(cpus_per_actor=2), nodes) == Pool(2, 2.0, 0.0)  # not the three that six CPUs would hold
-    with pytest.raises(UserError, match=r"ray.actors: 1 asked for, but .* 6 CPU.* on 3 node"):
+    with pytest.raises(UserError, match=r"ray.actors: 1 requested, but .* 6 CPU.* on 3 node"):
         Pool.of(RayConfig(cpus_per_actor=4), nodes)
 
 

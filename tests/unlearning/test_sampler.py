@@ -176,7 +176,7 @@ def test_drawn_shares_are_each_questions_own_weight(scored_tofu):
 
 
 def test_ids_from_the_scores_go_with_a_data_set_that_is_shuffled_and_cut(scored_tofu):
-    """As README has it."""
+    """As docs/guides/unlearning.md has it."""
     run, dataset = scored_tofu
     ids = pq.read_table(run / "scores.parquet").sort_by("index")["sample_id"].to_pylist()
     dataset = dataset.add_column("sample_id", ids).shuffle(seed=1).select(range(25))

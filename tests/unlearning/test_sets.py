@@ -247,7 +247,10 @@ TEXTS = {"forget": [{"text": "The baker of Orlen sold rye bread."}], "refusals":
         ({"retain": []}, f"{NO_RETAIN} holds no rows$"),
         ({"retain": [{"text": "Orlen"}], "data__score_on": "response"}, f"{NO_RETAIN}.*(cannot tell|no column)"),
         ({"retain": b'{"prompt": '}, f"{NO_RETAIN}.*line 1: broken JSON"),
-        ({"retain": [{"id": "k", **row} for row in RETAIN]}, f"{NO_RETAIN}.*stand more than once; 'k' in rows 1, 2"),
+        (
+            {"retain": [{"id": "k", **row} for row in RETAIN]},
+            f"{NO_RETAIN}.*appear more than once, for example 'k' in rows 1, 2",
+        ),
         ({"retain": RETAIN, "data__id": "id"}, rf"{NO_RETAIN}: no column 'id' \(data\.id\)"),
         (
             {"retain__path": "/absent/retain.jsonl"},
