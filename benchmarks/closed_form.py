@@ -4,7 +4,6 @@ Only ratios within one run mean anything, on a machine that does nothing else me
 """
 
 import ctypes
-import io
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +23,7 @@ from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import draw_deltas
 from mrd_ray.mrd.perturb import Replica
+from mrd_ray.scoring.summary import png
 from mrd_ray.workers.memory import activation_bytes
 
 FROZEN, TRAINABLE = "plain, parameters frozen", "plain, parameters trainable"
@@ -211,6 +211,4 @@ def figure(raw: Raw) -> bytes:
     axis.set(xscale="log", yscale="log", xlabel="seconds", ylabel="relative error of a score")
     axis.set_title(f"{raw['size']['samples']} samples, {raw['size']['parameters'] / 1e6:.0f} M parameters")
     axis.legend()
-    content = io.BytesIO()
-    page.savefig(content, format="png", dpi=110)
-    return content.getvalue()
+    return png(page)

@@ -17,6 +17,7 @@ from mrd_ray.data.micro_batches import lay_out, lengths
 from mrd_ray.data.tokens import Limits
 from mrd_ray.models import load
 from mrd_ray.mrd.likelihood import MicroBatch
+from mrd_ray.workers.memory import collate
 
 Raw = dict[str, Any]
 PAPER_DRAWS = 200
@@ -45,9 +46,8 @@ class Batches:
 def micro_batches(samples: pa.Table, tokens: int, device: str = "cpu") -> list[MicroBatch]:
     """As the engine makes them."""
     rows, layout = samples.to_pylist(), lay_out(lengths(samples), tokens)
-    members = [[rows[i] for i in layout.samples(number)] for number in range(len(layout))]
     on = torch.device(device)
-    return [MicroBatch.collate([s["token_ids"] for s in some], [s["scored"] for s in some], on) for some in members]
+    return [collate([rows[i] for i in layout.samples(number)], on) for number in range(len(layout))]
 
 
 def stopwatch() -> Callable[[], float]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,10 +9,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import machine
+from mrd_ray.cli.console import console_of
 
 Raw = dict[str, Any]
 
@@ -76,7 +75,7 @@ class Results:
     def __init__(self, name: str, settings: Mapping[str, Any], out: str) -> None:
         self.file = Path(out) / f"{name}.json"
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.console = Console() if sys.stdout.isatty() else Console(width=150)  # a log has no width of its own
+        self.console = console_of(width=150)
         self.raw: Raw = {}
         self._content: Raw = {"benchmark": name, "date": time.strftime("%Y-%m-%d"), "settings": _handed_on(settings)}
         self._content |= {"machine": machine(), "figures": [], "raw": self.raw}

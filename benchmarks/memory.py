@@ -16,7 +16,7 @@ from benchmarks.common import Raw, resident
 from benchmarks.figures import Figure, Results
 from mrd_ray import ModelConfig, ScoringConfig
 from mrd_ray.models.files import model_digest
-from mrd_ray.scoring.actor import ScoringActor, Task
+from mrd_ray.scoring.actor import ScoringActor, ScoringTask
 from mrd_ray.scoring.units import Unit
 
 Estimator = Literal["monte_carlo", "closed_form"]
@@ -77,7 +77,7 @@ def _case(folder: str, vocabulary: int, estimator: Estimator, draws: int, tokens
     scoring = ScoringConfig(estimator=estimator)
     _touch_libraries(samples, scoring)
     before = _resting()
-    actor = ScoringActor(Task(model, scoring, model_digest(model), 1, False, samples[:1]))
+    actor = ScoringActor(ScoringTask(model, scoring, model_digest(model), 1, False, samples[:1]))
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak so far was that of loading
     (result,) = actor(Unit(0, 0, 1, 0, draws).unit_id, pa.Table.from_pylist(samples)).to_pylist()
     if result["fatal"] or any(sample["error"] for sample in result["samples"]):
@@ -105,5 +105,5 @@ def _touch_libraries(samples: list[Raw], scoring: ScoringConfig) -> None:
         LlamaForCausalLM(tiny).save_pretrained(folder)
         config = ModelConfig(path=folder)
         few = [sample | {"token_ids": sample["token_ids"][:4], "scored": sample["scored"][:4]} for sample in samples]
-        actor = ScoringActor(Task(config, scoring, model_digest(config), 1, False, few[:1]))
+        actor = ScoringActor(ScoringTask(config, scoring, model_digest(config), 1, False, few[:1]))
         actor(Unit(0, 0, 1, 0, 1).unit_id, pa.Table.from_pylist(few))

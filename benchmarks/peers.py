@@ -18,7 +18,7 @@ from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import delta, noise_key
 from mrd_ray.mrd.perturb import Replica
-from mrd_ray.workers.memory import activation_bytes
+from mrd_ray.workers.memory import activation_bytes, collate
 
 PROJECTIONS = "proj"  # in the names of the layers that Opacus has a rule for: it has none for a Llama's norms
 ALGORITHM_1, PERTURB_ONCE, MONTE_CARLO = "Algorithm 1, line by line", "perturb once, plain loop", "Monte Carlo"
@@ -62,13 +62,9 @@ def main(
     work = Batches(ScoreConfig.model_validate(tree | {"run": {"dir": "unused"}}))
     ways = Ways(work, sigma, draws)
     evenly = [work.order[round(i)] for i in np.linspace(0, len(work.order) - 1, min(few, len(work.order)))]
-    one_by_one = [MicroBatch.collate([row["token_ids"]], [row["scored"]], work.model.device)
-                  for row in (work.rows[i] for i in evenly)]  # fmt: skip
+    one_by_one = [collate([work.rows[i]], work.model.device) for i in evenly]
     everyone = [work.rows[i] for i in sorted(work.order)]
-    in_order = [
-        MicroBatch.collate([row["token_ids"] for row in rows], [row["scored"] for row in rows], work.model.device)
-        for rows in (everyone[i : i + batch_size] for i in range(0, len(everyone), batch_size))
-    ]
+    in_order = [collate(everyone[i : i + batch_size], work.model.device) for i in range(0, len(everyone), batch_size)]
     turns: dict[str, tuple[Callable[[Sequence[MicroBatch]], float], Sequence[MicroBatch]]] = {
         ALGORITHM_1: (ways.algorithm_1, one_by_one),
         PERTURB_ONCE: (ways.perturb_once, in_order),

@@ -5,7 +5,6 @@ The nodes are Ray's alone: all are on this machine, so that what a network costs
 Only ratios within one run mean anything, on a machine that does nothing else meanwhile and has a core for each actor.
 """
 
-import io
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from mrd_ray import ScoreConfig
 from mrd_ray.data.micro_batches import lay_out
 from mrd_ray.planning.estimate import FLEETS
 from mrd_ray.planning.simulate import Fleet, Rates, simulate
+from mrd_ray.scoring.summary import png
 from mrd_ray.scoring.units import Unit, cut_units
 
 ONE_NODE, NODES = "actors of one node", "a node each (on this machine)"
@@ -161,6 +161,4 @@ def figure(raw: Raw, actors: tuple[int, ...]) -> bytes:
     size = raw["size"]
     axis.set_title(f"{size['samples']} samples, {size['parameters'] / 1e6:.0f} M parameters")
     axis.legend()
-    content = io.BytesIO()
-    page.savefig(content, format="png", dpi=110)
-    return content.getvalue()
+    return png(page)

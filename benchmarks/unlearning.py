@@ -36,6 +36,7 @@ from mrd_ray.unlearning.loop import Loop, Sets
 from mrd_ray.unlearning.sampling import ForgetStream, ShuffledStream, sampling_probabilities
 from mrd_ray.unlearning.state import State
 from mrd_ray.unlearning.stopping import Evaluation
+from mrd_ray.workers.memory import collate
 from mrd_ray.workers.ranks import Ranks
 
 Part = Literal["throughput", "workers", "refresh", "memory"]
@@ -231,9 +232,9 @@ def _plain_step(job: Job, model: PreTrainedModel) -> Callable[[], Raw]:
     for i in range(WARM_UP + job.steps):
         drawn, kept = forget.at(i, size), retain.at(i * size, size)
         rows = [*job.sets.forget.take(drawn).to_pylist(), *job.sets.retain.take(kept).to_pylist()]
-        token_ids, scored = [row["token_ids"] for row in rows], [row["scored"] for row in rows]
-        to_forget, to_retain = (MicroBatch.collate(token_ids[half], scored[half], model.device) for half in halves)
-        ready.append((to_forget, to_retain, log_prob[torch.from_numpy(drawn)], sum(map(len, token_ids))))
+        to_forget, to_retain = (collate(rows[half], model.device) for half in halves)
+        tokens = sum(len(row["token_ids"]) for row in rows)
+        ready.append((to_forget, to_retain, log_prob[torch.from_numpy(drawn)], tokens))
     optimizer = torch.optim.AdamW(model.parameters(), unlearning.learning_rate, weight_decay=unlearning.weight_decay)
 
     def log_probs(batch: MicroBatch) -> torch.Tensor:

@@ -19,8 +19,9 @@ from mrd_ray.errors import UserError
 from mrd_ray.models import load
 from mrd_ray.models.files import Unchanged, model_digest
 from mrd_ray.mrd.extraction import extraction_likelihoods
-from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures
+from mrd_ray.mrd.likelihood import Likelihood, TokenMeasures
 from mrd_ray.unlearning import losses
+from mrd_ray.workers.memory import collate
 from mrd_ray.workers.replica import replica
 
 Sample = dict[str, Any]  # token_ids, scored
@@ -39,14 +40,14 @@ def unlearn_each(
         reference = subject.pretrained
     _refuse_other_tokens(reference, subject)
     everything = subject.samples.select(["token_ids", "scored"]).to_pylist()
-    ask = _Task(reference, model_digest(reference), alone, tasks, {"": everything}, None)
+    ask = _Ascents(reference, model_digest(reference), alone, tasks, {"": everything}, None)
     found = sweep.work_off(subject.run, "What it never knew", _averages, {"reference": ask}, **resources)
     limits = Limits(**found["reference"])
     names = list(groups)
     blocks = [names[start : start + tasks.samples_per_task] for start in range(0, len(names), tasks.samples_per_task)]
     digest = model_digest(subject.model)
     cells = {
-        f"block-{i:05d}": _Task(subject.model, digest, alone, tasks, {name: groups[name] for name in block}, limits)
+        f"block-{i:05d}": _Ascents(subject.model, digest, alone, tasks, {name: groups[name] for name in block}, limits)
         for i, block in enumerate(blocks)
     }
     results = sweep.work_off(subject.run, title, _unlearn_block, cells, **resources)
@@ -112,7 +113,9 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Ascents:
+    """What one task of the sweep unlearns, group by group."""
+
     model: ModelConfig
     files_digest: str
     alone: AloneConfig
@@ -125,13 +128,13 @@ class _Task:
         return replica(self.model, self.files_digest, self.tasks.gpus_per_task > 0)
 
 
-def _averages(task: _Task) -> sweep.Result:
+def _averages(task: _Ascents) -> sweep.Result:
     """MA and EL_n of all samples, averaged, on the reference model."""
     model, weights = task.replica()
     samples = task.groups[""]
     accuracy = []
     for sample in samples:
-        batch = _batch([sample], model)
+        batch = collate([sample], model.device)
         measures = TokenMeasures(batch)
         Likelihood(model).margins(batch, measures)
         accuracy += measures.means()["memorization_accuracy"]
@@ -152,7 +155,7 @@ def _extraction(model: PreTrainedModel, samples: Sequence[Sample], alone: AloneC
     return fmean(known) if known else None
 
 
-def _unlearn_block(task: _Task) -> sweep.Result:
+def _unlearn_block(task: _Ascents) -> sweep.Result:
     model, weights = task.replica()
     assert task.limits is not None
     theta = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -176,7 +179,7 @@ def ascend(
         for name, weights in model.named_parameters():
             weights.copy_(theta[name])
     optimizer = torch.optim.AdamW(model.parameters(), lr=alone.learning_rate, weight_decay=0.0, fused=True)
-    batch = _batch(samples, model)
+    batch = collate(samples, model.device)
     num_tokens = batch.scored.sum(1)
     accuracy: list[float] = []
     forgotten = False
@@ -210,7 +213,3 @@ def ascend(
 def _below(value: float, limit: float) -> bool:
     """Zero counts as below, since nothing is: there is no less memory than none."""
     return value < limit or value == 0
-
-
-def _batch(samples: Sequence[Sample], model: PreTrainedModel) -> MicroBatch:
-    return MicroBatch.collate([s["token_ids"] for s in samples], [s["scored"] for s in samples], model.device)

@@ -1,6 +1,5 @@
 """What an experiment found, beside what the paper says: on the terminal, as JSON and as a picture."""
 
-import io
 import json
 import math
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from jobs.paper.config import ExperimentConfig
 from jobs.paper.statistics import Interval
 from mrd_ray.errors import UserError
 from mrd_ray.runs.directory import RunDirectory
+from mrd_ray.scoring.summary import png
 
 Cell = str | int | float | None | Interval
 
@@ -52,7 +52,7 @@ def publish(findings: Findings, config: ExperimentConfig, run: RunDirectory, con
         **{key: run.manifest()["invocations"][-1][key] for key in ("time", "versions", "hardware")},
     }
     text = json.dumps(content, indent=1).replace(f"{Path.home()}/", "~/")  # findings are handed on
-    files = {".json": text.encode(), ".png": _png(findings.page)}
+    files = {".json": text.encode(), ".png": png(findings.page)}
     for suffix, data in files.items():
         run.write(f"findings{suffix}", data)
         if config.results is not None:
@@ -76,9 +76,3 @@ def _json(cell: Cell) -> Any:
     if isinstance(cell, Interval):
         return {"value": _json(cell.value), "low": _json(cell.low), "high": _json(cell.high)}
     return None if isinstance(cell, float) and not math.isfinite(cell) else cell
-
-
-def _png(page: matplotlib.figure.Figure) -> bytes:
-    content = io.BytesIO()
-    page.savefig(content, format="png", dpi=110)
-    return content.getvalue()

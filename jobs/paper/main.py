@@ -4,12 +4,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
-
 from jobs.paper import fig2, fig3, fig4, fig5, table7, tables
 from jobs.paper.config import Fig2Config, Fig3Config, Fig4Config, Fig5Config, Table7Config, TablesConfig
 from jobs.paper.findings import Findings, publish
 from jobs.paper.subject import Subject
+from mrd_ray.cli.console import console_of
 from mrd_ray.cli.flags import DONE, CommandLine
 from mrd_ray.config.paths import with_absolute_paths
 from mrd_ray.runs.directory import RunDirectory
@@ -41,5 +40,5 @@ def _call(config: Any) -> int:
     here = with_absolute_paths(config)
     with RunDirectory(here.run.dir).locked(), cluster(log_to_driver=False):
         findings, subject = experiment(here)
-    publish(findings, config, subject.run, Console(width=None if sys.stdout.isatty() else 200))
+    publish(findings, config, subject.run, console_of(width=200))
     return DONE

@@ -5,9 +5,9 @@ import sys
 from rich.console import Console
 
 
-def console_of(quiet: bool = False) -> Console:
-    """Stdout, which a quiet run has nothing on but where its results are."""
-    return Console(width=None if sys.stdout.isatty() else 120, quiet=quiet)  # a job's log has no width of its own
+def console_of(quiet: bool = False, width: int = 120) -> Console:
+    """Stdout, on which a quiet run prints only where its results are. width: of a log, which has none of its own."""
+    return Console(width=None if sys.stdout.isatty() else width, quiet=quiet)
 
 
 def say_where(what: str, path: str) -> None:

@@ -27,7 +27,7 @@ RESULT_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Task:
+class EvaluationTask:
     """What every unit of a run has in common."""
 
     model: ModelConfig
@@ -43,11 +43,11 @@ class EvaluationActor:
     A failure that concerns the run as a whole comes back as `fatal`. Raises Unfit if this node cannot load the model.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: EvaluationTask) -> None:
         torch.set_num_threads(task.threads)
         self._measurer, self._fatal = attempt(lambda: self._load(task))
 
-    def _load(self, task: Task) -> Measurer:
+    def _load(self, task: EvaluationTask) -> Measurer:
         model, self._weights = replica(task.model, task.files_digest, task.on_gpu)
         return Measurer(model, load_tokenizer(task.model), task.evaluation)
 

@@ -1,7 +1,5 @@
 """`mrd-ray evaluate`, start to end."""
 
-import contextlib
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,18 +12,17 @@ from mrd_ray.config import EvaluateConfig, EvaluationConfig
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import judges, sets, table, zero_shot
-from mrd_ray.evaluation.actor import RESULT_SCHEMA, EvaluationActor, Task
+from mrd_ray.evaluation.actor import RESULT_SCHEMA, EvaluationActor, EvaluationTask
 from mrd_ray.evaluation.aggregate import Figure
-from mrd_ray.evaluation.measure import Record, is_of
+from mrd_ray.evaluation.measure import Record
 from mrd_ray.models import load
 from mrd_ray.models.files import model_digest
 from mrd_ray.runs import meter
 from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.runs.hold import held
 from mrd_ray.runs.journal import Journal
-from mrd_ray.runs.meter import Meter
 from mrd_ray.workers.cluster import cluster
-from mrd_ray.workers.run_units import pool_of, run_units
+from mrd_ray.workers.run_units import Load, pool_of, work_off
 
 _OWNS = ("units", "evaluation.parquet", "answers.parquet", "figures.parquet", "figures.json")
 _IDENTITY = [
@@ -170,41 +167,23 @@ class _Work:
         """Work off these units; each one's result is on disk before it counts as done."""
         config = self.config
         pool = pool_of(config.ray, grows, self.journal)
-        pool = dataclasses.replace(pool, actors=min(pool.actors, len(units)))
-        task = Task(config.model, config.evaluation, self.files_digest, pool.threads, pool.gpus > 0)
-        work = {unit_id: sum(map(sets.cost, rows)) for unit_id, rows in units}
-        rows_of = {unit_id: len(rows) for unit_id, rows in units}
-        block_of = {unit_id: i for i, (unit_id, _) in enumerate(units)}
+        task = EvaluationTask(config.model, config.evaluation, self.files_digest, pool.threads, pool.gpus > 0)
+        loads = {unit_id: Load(i, sum(map(sets.cost, rows)), len(rows)) for i, (unit_id, rows) in enumerate(units)}
         blocks = (pa.Table.from_pylist(rows, pa.schema(list(sets.ROW))) for _, rows in units)
-        measured = 0
-        self.journal.tell(units_done=0, units_left=len(units))
-        with Meter("Evaluating", sum(work.values()), self.journal.console) as meter, contextlib.ExitStack() as closed:
-            meter.advance(0, f"{len(units)} unit(s) to do, starting {pool.actors} actor(s)")
-            results = run_units(block_of, blocks, EvaluationActor, task, pool, self.journal, config.ray)
-            finished = closed.enter_context(contextlib.closing(results))
-            for count, result in enumerate(finished, 1):
-                (row,) = result.select(["unit_id", "worker", "seconds", "fatal"]).to_pylist()
-                if row["fatal"] is not None:
-                    raise UserError(row["fatal"])
-                if count == 1:
-                    meter.working_since(row["seconds"])
-                self.run.write_table(f"units/{row['unit_id']}.parquet", result)
-                measured += rows_of[row["unit_id"]]
-                rate = measured / meter.working_seconds
-                meter.advance(work[row["unit_id"]], f"unit {count} of {len(units)}, {rate:.3g} rows/s")
-                self.journal.event("unit_done", unit=row["unit_id"], worker=row["worker"], seconds=row["seconds"])
-                self.journal.tell(units_done=count, units_left=len(units) - count, samples_draws_per_second=rate)
+        work_off(
+            "Evaluating", loads, blocks, EvaluationActor, task, pool, self.run, self.journal, config.ray, items="rows"
+        )
 
     def _result(self, unit_id: str, rows: list[sets.Row]) -> list[Record]:
         name = f"units/{unit_id}.parquet"
         result = self.run.read_table(name, RESULT_SCHEMA)
-        records: list[Record | None] = (result["records"].to_pylist() or [None])[0] or []
-        whole = len(records) == len(rows) and all(is_of(*pair) for pair in zip(records, rows, strict=True))
-        if result["unit_id"].to_pylist() != [unit_id] or not whole:
+        records: list[Record] = result["records"].combine_chunks().flatten().to_pylist()
+        ids = [record["sample_id"] for record in records]
+        if result["unit_id"].to_pylist() != [unit_id] or ids != [row["sample_id"] for row in rows]:
             raise UserError(
                 f"{self.run.path(name)} is not that unit's result; delete it and start the same command again"
             )
-        return [record for record in records if record is not None]
+        return records
 
 
 def _finish(

@@ -172,34 +172,3 @@ def _empty(row: Row) -> Record:
         "extraction_likelihood": None,
         "error": None,
     }
-
-
-def is_of(record: Record | None, row: Row) -> bool:
-    """Whether a RECORD that was read from a file can be what `Measurer` makes of this row."""
-    if record is None or record["sample_id"] != row["sample_id"]:
-        return False
-    if record["error"] is not None:
-        return True
-    answered, empty = bool(row["prompt_ids"]), _empty(row)
-    there = {
-        "generated": answered,
-        "similarities": answered and row["alternatives"] is not None,
-        "toxicity": answered and bool(row["classify"]),
-        "extraction_likelihood": bool(row["extract"]),
-    }
-    if any((record[name] is not None) != expected for name, expected in there.items()):
-        return False
-    if there["similarities"] and not _whole(record["similarities"], len(row["alternatives"])):
-        return False
-    if any(record[name] is None or len(record[name]) != len(empty[name]) for name in ("log_probs", "correct")):
-        return False
-    of_tokens = [
-        _whole(of_sequence, sum(sequence["scored"][1:]))
-        for name in ("log_probs", "correct")
-        for of_sequence, sequence in zip(record[name], row["sequences"], strict=True)
-    ]
-    return record["roles"] == empty["roles"] and all(of_tokens)
-
-
-def _whole(values: list[Any] | None, count: int) -> bool:
-    return values is not None and len(values) == count and None not in values

@@ -54,10 +54,10 @@ class Agreement:
 def section(run: Scores, number: int, include_text: bool) -> ScoreSection:
     """A run's scores: their distribution, the hardest and easiest samples, and all of them."""
     table = run.scores.append_column("text", pa.array([run.texts.get(i) for i in run.scores["sample_id"].to_pylist()]))
-    scored = table.filter(pa.array(np.isfinite(_array(table, "mrd"))))
+    scored = table.filter(pa.array(np.isfinite(summary.values(table, "mrd"))))
     scored = scored.sort_by([("mrd", "ascending"), ("sample_id", "ascending")])
-    unscored = table.filter(pa.array(~np.isfinite(_array(table, "mrd"))))
-    mrd, se = _array(scored, "mrd"), _array(scored, "mrd_se")
+    unscored = table.filter(pa.array(~np.isfinite(summary.values(table, "mrd"))))
+    mrd, se = summary.values(scored, "mrd"), summary.values(scored, "mrd_se")
     drawn, quantiles, tables = [], None, []
     if len(scored):
         points = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
@@ -79,15 +79,12 @@ def section(run: Scores, number: int, include_text: bool) -> ScoreSection:
         more = f"; {len(reasons) - _SHOWN} more reasons are in the table below" if len(reasons) > _SHOWN else ""
         tables.append(Table(f"Samples without a score{more}", ("samples", "reason"), rows))
     samples = _samples(pa.concat_tables([scored, unscored]), len(scored), number, run.about.name, include_text)
-    says = [f"{len(scored):,} of {len(table):,} samples have a score.", *_warnings(scored, mrd, se)]
+    says = [
+        f"{len(scored):,} of {len(table):,} samples have a score.",
+        *(f"{one}." for one in summary.warnings_of(scored)),
+    ]
     says += _checked(run.about.manifest.get("checked"))
     return ScoreSection(run.about.name, says, quantiles, drawn, tables, samples)
-
-
-def _array(table: pa.Table, column: str) -> np.ndarray:
-    """As floats, nan for null."""
-    found: np.ndarray = table[column].to_numpy().astype(float)
-    return found
 
 
 def _against(scored: pa.Table, mrd: np.ndarray) -> list[Chart]:
@@ -95,34 +92,13 @@ def _against(scored: pa.Table, mrd: np.ndarray) -> list[Chart]:
     for column, name in _MEASURES.items():
         if column not in scored.column_names:
             continue
-        other = _array(scored, column)
+        other = summary.values(scored, column)
         both = np.isfinite(other)
         if both.sum() > 2:
             with np.errstate(all="ignore"):
                 varied = np.ptp(other[both]) > 0 and np.ptp(mrd[both]) > 0
                 spearman = float(scipy.stats.spearmanr(other[both], mrd[both]).statistic) if varied else float("nan")
             found.append(charts.against(name, other[both], mrd[both], spearman))
-    return found
-
-
-def _warnings(scored: pa.Table, mrd: np.ndarray, se: np.ndarray) -> list[str]:
-    """What would be wrong to overlook, as in scoring.summary."""
-    found = []
-    if unclear := int((mrd < 2 * se).sum()):
-        found.append(
-            f"{unclear:,} score(s) are less than twice their standard error, so zero is in their 95% interval."
-        )
-    if loud := int((_array(scored, "mean_abs") > _array(scored, "num_tokens")).sum()):
-        found.append(
-            f"{loud:,} sample(s) have log-probabilities that change by more than themselves: sigma is too large."
-        )
-    limit = summary.NONLINEAR
-    if "nonlinearity" in scored.column_names and (bent := int((_array(scored, "nonlinearity") > limit).sum())):
-        found.append(f"{bent:,} sample(s) have a nonlinearity over {limit:g}: sigma is not small for them.")
-    if doubted := summary.doubts(scored):
-        found.append(f"{doubted}.")
-    if "low_precision" in scored.column_names and any(scored["low_precision"].to_pylist()):
-        found.append("These scores are marked low_precision: rounding is not small beside the signal.")
     return found
 
 

@@ -1,8 +1,7 @@
 """`mrd-ray compare`: how far two score tables agree on the same samples."""
 
-import io
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import matplotlib.figure
 import numpy as np
@@ -16,10 +15,23 @@ from mrd_ray.errors import UserError
 from mrd_ray.mrd.standard_errors import student
 from mrd_ray.runs import storage
 from mrd_ray.runs.directory import Identified, parsed_json, parsed_table
+from mrd_ray.scoring.summary import png
 from mrd_ray.scoring.table import SCHEMA
 
 _STANDARD_ERRORS = 3.0
 _TEXTS = {"sample_id", "text"}
+
+
+class ComparedSample(TypedDict):
+    """A sample of both runs. a, b: its scores; a_se, b_se: their standard errors. z: see `Comparison`."""
+
+    sample_id: str
+    a: float
+    b: float
+    a_se: float
+    b_se: float
+    z: float
+    text: str | None
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class Comparison:
     apart: float | None
     paired: int
     draws: str
-    rows: list[dict[str, Any]]
+    rows: list[ComparedSample]
     settings: tuple[str, str]
 
     @property
@@ -57,16 +69,119 @@ class Comparison:
         of = "" if self.judged == self.compared else f" of {self.judged:,} that have standard errors"
         return f"{self.apart:.1%}{of}"
 
-    def how_far(self, row: dict[str, Any]) -> str:
+    def how_far(self, row: ComparedSample) -> str:
         """How far apart a row's scores are, in the unit by which the rows are sorted."""
         if self.judged == self.compared:
             return f"{row['z']:+.1f} s.e."
         return f"{row['b'] / row['a'] - 1:+.1%}" if row["a"] else "-"
 
 
+@dataclass(frozen=True)
+class _Pairs:
+    """Both scores of every sample and their standard errors: float64 [n], nan where unknown. both: bool [n]."""
+
+    a: np.ndarray
+    b: np.ndarray
+    a_se: np.ndarray
+    b_se: np.ndarray
+    both: np.ndarray
+
+    @classmethod
+    def of(cls, tables: list[pa.Table]) -> "_Pairs":
+        a, b, a_se, b_se = (table[name].to_numpy().astype(float) for name in ("mrd", "mrd_se") for table in tables)
+        return cls(a, b, a_se, b_se, np.isfinite(a) & np.isfinite(b))
+
+    @property
+    def relative(self) -> np.ndarray:
+        """The differences relative to a."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(self.a == self.b, 0.0, (self.b - self.a) / self.a)
+
+
+@dataclass(frozen=True)
+class _Differences:
+    """How far apart the scores of every sample are.
+
+    z: in standard errors, float64 [n]. judged: bool [n], whether there is a standard error; z is nan elsewhere.
+    paired: bool [n], whether it comes from the eighths of the draws. unpaired: how many come from both runs' standard
+    errors.
+    """
+
+    z: np.ndarray
+    judged: np.ndarray
+    paired: np.ndarray
+    unpaired: int
+
+
 def compare(config: CompareConfig) -> Comparison:
     """Compare two runs. Raises UserError if they are not of the same samples, or share fewer than three scores."""
-    tables = [_scores(run) for run in (config.run_a, config.run_b)]
+    runs = (config.run_a, config.run_b)
+    tables, texts = [_scores(run) for run in runs], [_texts(run) for run in runs]
+    _refuse_other_samples(config, tables, texts)
+    _refuse_other_tokens(config, tables)
+    _refuse_other_statistic(config, tables)
+    pairs = _Pairs.of(tables)
+    if pairs.both.sum() < 3:
+        raise UserError(
+            f"{config.run_a} and {config.run_b} share {pairs.both.sum()} scores; comparing needs at least 3"
+        )
+    differences = _differences(tables, pairs)
+    judged = differences.judged
+    a, b = pairs.a[pairs.both], pairs.b[pairs.both]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = float(np.nanmedian(b / a))
+    return Comparison(
+        compared=len(a),
+        only_a=int((np.isfinite(pairs.a) & ~pairs.both).sum()),
+        only_b=int((np.isfinite(pairs.b) & ~pairs.both).sum()),
+        spearman=float(scipy.stats.spearmanr(a, b).statistic),
+        kendall=float(scipy.stats.kendalltau(a, b).statistic),
+        median_ratio=ratio,
+        judged=int(judged.sum()),
+        apart=float((np.abs(differences.z[judged]) > _STANDARD_ERRORS).mean()) if judged.any() else None,
+        paired=int(differences.paired.sum()),
+        draws=_draws(_share_draws(runs, tables), int(judged.sum()), differences.unpaired),
+        rows=_rows(tables[0]["sample_id"].to_pylist(), pairs, differences, texts[0]),
+        settings=(_settings(tables[0]), _settings(tables[1])),
+    )
+
+
+def _differences(tables: list[pa.Table], pairs: _Pairs) -> _Differences:
+    """From the eighths of the draws where both runs have them, else as of independent runs."""
+    a, b, both = pairs.a, pairs.b, pairs.both
+    difference, noise = b - a, np.sqrt(pairs.a_se**2 + pairs.b_se**2)  # nan if a standard error is unknown
+    paired = np.zeros(len(a), bool)
+    if len(_estimators(tables)) < 2:
+        of_pairs, noise_of_pairs = _of_eighths(tables)
+        paired = both & np.isfinite(of_pairs)
+        difference, noise = np.where(paired, of_pairs, difference), np.where(paired, noise_of_pairs, noise)
+    known = both & (noise > 0)
+    judged = known | paired | (both & (noise == 0) & (a == b) & known.any())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = np.where(noise > 0, difference / noise, np.where(a == b, 0.0, np.inf))
+    return _Differences(np.where(judged, z, np.nan), judged, paired, int((known & ~paired).sum()))
+
+
+def _rows(ids: list[str], pairs: _Pairs, differences: _Differences, texts: dict[str, str]) -> list[ComparedSample]:
+    """Samples with a score in both runs, the largest differences first."""
+    all_judged = differences.judged[pairs.both].all()
+    size = np.abs(differences.z if all_judged else pairs.relative)
+    return [
+        {
+            "sample_id": ids[i],
+            "a": pairs.a[i],
+            "b": pairs.b[i],
+            "a_se": pairs.a_se[i],
+            "b_se": pairs.b_se[i],
+            "z": differences.z[i],
+            "text": texts.get(ids[i]),
+        }
+        for i in sorted(np.flatnonzero(pairs.both), key=lambda i: -size[i])
+    ]
+
+
+def _refuse_other_samples(config: CompareConfig, tables: list[pa.Table], texts: list[dict[str, str]]) -> None:
+    """Raises UserError if the runs do not have the same sample ids, or have different texts under them."""
     ids = [table["sample_id"].to_pylist() for table in tables]
     if ids[0] != ids[1]:
         differing = sorted(set(ids[0]) ^ set(ids[1]))
@@ -74,67 +189,30 @@ def compare(config: CompareConfig) -> Comparison:
             f"{config.run_a} and {config.run_b} are not of the same samples: {len(differing)} id(s) are in only "
             f"one of them, first {differing[0]!r}. Score the same data, with data.id if necessary"
         )
-    texts = [_texts(run) for run in (config.run_a, config.run_b)]
     if texts[0] and texts[1] and (changed := [i for i in ids[0] if texts[0].get(i) != texts[1].get(i)]):
         raise UserError(
             f"{config.run_a} and {config.run_b} are not of the same samples: {len(changed)} of them, first "
             f"{changed[0]!r}, have different texts. Score the same data with the same data.template"
         )
-    _refuse_other_tokens(config, tables)
+
+
+def _refuse_other_statistic(config: CompareConfig, tables: list[pa.Table]) -> None:
     statistics = [_statistic(table) for table in tables]
     if statistics[0] != statistics[1]:
         raise UserError(
             f"the mrd of {config.run_a} is {statistics[0]}, the mrd of {config.run_b} is {statistics[1]}; "
             "run one again with the scoring.statistic of the other, which costs nothing"
         )
-    a, b = (table["mrd"].to_numpy().astype(float) for table in tables)
-    se = [table["mrd_se"].to_numpy().astype(float) for table in tables]
-    both = np.isfinite(a) & np.isfinite(b)
-    if both.sum() < 3:
-        raise UserError(f"{config.run_a} and {config.run_b} share {both.sum()} scores; comparing needs at least 3")
-    shared = _share_draws([_identity(run) for run in (config.run_a, config.run_b)], tables)
-    difference, noise = b - a, np.sqrt(se[0] ** 2 + se[1] ** 2)  # nan if a standard error is unknown
-    paired = np.zeros(len(a), bool)
-    if len(_estimators(tables)) < 2:
-        of_pairs, noise_of_pairs = _of_eighths(tables)
-        paired = both & np.isfinite(of_pairs)
-        difference, noise = np.where(paired, of_pairs, difference), np.where(paired, noise_of_pairs, noise)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        relative = np.where(a == b, 0.0, (b - a) / a)
-        z = np.where(noise > 0, difference / noise, np.where(a == b, 0.0, np.inf))
-        ratio = float(np.nanmedian(b[both] / a[both]))
-    known = both & (noise > 0)
-    judged = known | paired | (both & (noise == 0) & (a == b) & known.any())
-    z = np.where(judged, z, np.nan)
-    order = np.abs(z if judged[both].all() else relative)
-    rows = [
-        {"sample_id": ids[0][i], "a": a[i], "b": b[i], "a_se": se[0][i], "b_se": se[1][i], "z": z[i],
-         "text": texts[0].get(ids[0][i])}
-        for i in sorted(np.flatnonzero(both), key=lambda i: -order[i])
-    ]  # fmt: skip
-    return Comparison(
-        compared=int(both.sum()),
-        only_a=int((np.isfinite(a) & ~both).sum()),
-        only_b=int((np.isfinite(b) & ~both).sum()),
-        spearman=float(scipy.stats.spearmanr(a[both], b[both]).statistic),
-        kendall=float(scipy.stats.kendalltau(a[both], b[both]).statistic),
-        median_ratio=ratio,
-        judged=int(judged.sum()),
-        apart=float((np.abs(z[judged]) > _STANDARD_ERRORS).mean()) if judged.any() else None,
-        paired=int(paired.sum()),
-        draws=_draws(shared, int(judged.sum()), int((known & ~paired).sum())),
-        rows=rows,
-        settings=(_settings(tables[0]), _settings(tables[1])),
-    )
 
 
-def _share_draws(identities: list[dict[str, Any]], tables: list[pa.Table]) -> bool | None:
+def _share_draws(runs: tuple[str, str], tables: list[pa.Table]) -> bool | None:
     """Whether the runs use the same draws; None if unknown, because a run was given as a bare table."""
     estimators = [
         table["estimator"].drop_null()[:1].to_pylist() if _has(table, "estimator") else [] for table in tables
     ]
     if all(estimators) and estimators[0] != estimators[1]:
         return False
+    identities = [_identity(run) for run in runs]
     noise = [(identity.get("scoring.seed"), identity.get("noise version")) for identity in identities]
     return None if None in (*noise[0], *noise[1]) else noise[0] == noise[1]
 
@@ -281,6 +359,4 @@ def figure(found: Comparison, config: CompareConfig) -> bytes:
     axis.set_ylabel(f"MRD in {config.run_b}\n{found.settings[1]}")
     axis.set_title(f"Spearman {found.spearman:.3f}, Kendall {found.kendall:.3f}, median ratio {found.median_ratio:.3g}")
     axis.legend()
-    content = io.BytesIO()
-    page.savefig(content, format="png", dpi=110)
-    return content.getvalue()
+    return png(page)

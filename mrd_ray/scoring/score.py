@@ -1,7 +1,5 @@
 """`mrd-ray score`, from start to end."""
 
-import contextlib
-import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -23,16 +21,15 @@ from mrd_ray.runs import meter
 from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.runs.hold import held
 from mrd_ray.runs.journal import Journal
-from mrd_ray.runs.meter import Meter
 from mrd_ray.scoring import summary
-from mrd_ray.scoring.actor import ScoringActor, Task
+from mrd_ray.scoring.actor import ScoringActor, ScoringTask
 from mrd_ray.scoring.cost import ModelCost, assumed_tflops, forwards_per_token, gpu_advice, token_forwards
 from mrd_ray.scoring.estimators import refuse_uncovered
-from mrd_ray.scoring.result import RESULT_SCHEMA, flaw
+from mrd_ray.scoring.result import RESULT_SCHEMA
 from mrd_ray.scoring.table import scores_table, unsettled
 from mrd_ray.scoring.units import LAYOUT_VERSION, Unit, cut_units, first_draws, missing_units
 from mrd_ray.workers.cluster import cluster
-from mrd_ray.workers.run_units import pool_of, run_units
+from mrd_ray.workers.run_units import Load, pool_of, work_off
 
 _OF_SAMPLE = ["sample_id", "token_ids", "scored"]
 _OWNS = ("units", "samples.parquet", "scores.parquet", "summary.png")
@@ -92,7 +89,7 @@ def score(config: ScoreConfig) -> ScoreRun:
         run.record("unused_weights", unused)
         run.write_table("samples.parquet", samples)
         with Journal(run, "score", config.output) as journal:
-            rounds = _Rounds(config, run, samples, ModelCost.of(skeleton), files_digest, journal)
+            rounds = ScoringRounds(config, run, samples, ModelCost.of(skeleton), files_digest, journal)
             scores = rounds.work_off()
             run.write_table("scores.parquet", scores)
             finished = ScoreRun(run, config, samples, scores)
@@ -132,7 +129,7 @@ def trial_of(samples: pa.Table, layout: Layout) -> list[dict[str, Any]]:
 
 
 @dataclass
-class _Rounds:
+class ScoringRounds:
     """Rounds of scoring: round 0 draws for every sample, later (adaptive) rounds add draws for unsettled samples."""
 
     config: ScoreConfig
@@ -185,11 +182,9 @@ class _Rounds:
         indices, _ = self.layouts[unit.round].members(unit.micro_batches)
         expected = self.samples["sample_id"].take(indices).to_pylist()
         found = result["samples"].combine_chunks().flatten().field("sample_id").to_pylist()
-        wrong = None if result["unit_id"].to_pylist() == [unit.unit_id] else "another unit_id"
-        wrong = wrong or (None if Counter(found) == Counter(expected) else "other samples")
-        if wrong := wrong or flaw(result, unit, self.config.scoring):
+        if result["unit_id"].to_pylist() != [unit.unit_id] or Counter(found) != Counter(expected):
             raise UserError(
-                f"{self.run.path(name)} is not that unit's result ({wrong}); delete it and run the same command again"
+                f"{self.run.path(name)} is not that unit's result; delete it and run the same command again"
             )
         return result
 
@@ -201,47 +196,32 @@ class _Rounds:
             self.journal.event("advice", say)
         rate = assumed_tflops(pool) * 1e12 / self.cost.flops_per_token / forwards_per_token(scoring)
         units = cut_units(layout, rectangles, pool.actors, rate)
-        pool = dataclasses.replace(pool, actors=min(pool.actors, len(units)))
         trial = trial_of(self.samples, self.layouts[0])  # the same samples in every round
-        task = Task(config.model, scoring, self.files_digest, pool.threads, pool.gpus > 0, trial)
+        task = ScoringTask(config.model, scoring, self.files_digest, pool.threads, pool.gpus > 0, trial)
         blocks = list(dict.fromkeys(unit.micro_batches for unit in units))
         block_of = {block: i for i, block in enumerate(blocks)}
-        work = {unit.unit_id: token_forwards(layout, [unit]) for unit in units}
-        scored = tokens = 0
-        self.journal.tell(units_done=0, units_left=len(units))
-        title = "Scoring" if number == 0 else f"More draws, round {number}"
-        with Meter(title, sum(work.values()), self.journal.console) as meter, contextlib.ExitStack() as closed:
-            meter.advance(0, f"{len(units)} unit(s) to do, starting {pool.actors} actor(s)")
-            results = run_units(
-                {unit.unit_id: block_of[unit.micro_batches] for unit in units},
-                (unit_samples(self.samples, layout, block) for block in blocks),
-                ScoringActor, task, pool, self.journal, config.ray,
-            )  # fmt: skip
-            finished = closed.enter_context(contextlib.closing(results))
-            for count, result in enumerate(finished, 1):
-                (row,) = result.select(
-                    ["unit_id", "worker", "seconds", "fatal", "precision", "checked", "says"]
-                ).to_pylist()
-                if row["fatal"] is not None:
-                    raise UserError(row["fatal"])
-                if count == 1:
-                    meter.working_since(row["seconds"])
-                    self.run.record("precision", row["precision"])
-                    self.run.record("checked", row["checked"])
-                    if row["checked"] is not None and (why := row["checked"]["unchecked"]) is not None:
-                        self.journal.event("unchecked", f"The check by draws is incomplete: {why}")
-                    if row["says"] is not None:
-                        self.journal.event("control_variate", row["says"])
-                self.run.write_table(f"units/{row['unit_id']}.parquet", result)
-                unit = Unit.of_id(row["unit_id"])
-                draws = unit.stop_draw - unit.first_draw
-                scored += draws * len(result["samples"][0])
-                tokens += draws * int(layout.padded_tokens[unit.first_micro_batch : unit.stop_micro_batch].sum())
-                done = "samples" if scoring.estimator == "closed_form" else "samples x draws"
-                rate = scored / meter.working_seconds
-                meter.advance(work[row["unit_id"]], f"unit {count} of {len(units)}, {rate:.3g} {done}/s")
-                self.journal.event("unit_done", unit=row["unit_id"], worker=row["worker"], seconds=row["seconds"])
-                self.journal.tell(
-                    units_done=count, units_left=len(units) - count, samples_draws_per_second=rate,
-                    tokens_per_second=tokens / meter.working_seconds,
-                )  # fmt: skip
+        work_off(
+            "Scoring" if number == 0 else f"More draws, round {number}",
+            {unit.unit_id: _load(layout, unit, block_of[unit.micro_batches]) for unit in units},
+            (unit_samples(self.samples, layout, block) for block in blocks),
+            ScoringActor, task, pool, self.run, self.journal, config.ray,
+            items="samples" if scoring.estimator == "closed_form" else "samples x draws",
+            begun=self._record,
+        )  # fmt: skip
+
+    def _record(self, result: pa.Table) -> None:
+        """Record what the actors found when they tried the settings, from the first result."""
+        (row,) = result.select(["precision", "checked", "says"]).to_pylist()
+        self.run.record("precision", row["precision"])
+        self.run.record("checked", row["checked"])
+        if row["checked"] is not None and (why := row["checked"]["unchecked"]) is not None:
+            self.journal.event("unchecked", f"The check by draws is incomplete: {why}")
+        if row["says"] is not None:
+            self.journal.event("control_variate", row["says"])
+
+
+def _load(layout: Layout, unit: Unit, block: int) -> Load:
+    draws = unit.stop_draw - unit.first_draw
+    samples = int(layout.bounds[unit.stop_micro_batch] - layout.bounds[unit.first_micro_batch])
+    tokens = int(layout.padded_tokens[unit.first_micro_batch : unit.stop_micro_batch].sum())
+    return Load(block, token_forwards(layout, [unit]), draws * samples, draws * tokens)

@@ -38,9 +38,11 @@ def with_text(scores: pa.Table, samples: pa.Table, indices: np.ndarray) -> list[
     return [row | {"text": text} for row, text in zip(scores.take(indices).to_pylist(), texts, strict=True)]
 
 
-def values(scores: pa.Table, column: str, indices: np.ndarray) -> np.ndarray:
-    """Values of a column at these indices, nan for null: float64."""
-    return np.asarray(scores[column].to_numpy(), float)[indices]
+def values(scores: pa.Table, column: str) -> np.ndarray:
+    """Values of a column, nan for null: float64 [n]. All are nan if the table, of an earlier version, lacks it."""
+    if column not in scores.column_names:
+        return np.full(len(scores), np.nan)
+    return np.asarray(scores[column].to_numpy(), float)
 
 
 def ends(ranked: T) -> tuple[T, T]:
@@ -62,6 +64,22 @@ def errors(scores: pa.Table) -> Counter[str]:
     return Counter(
         {entry["values"]: entry["counts"] for entry in pc.value_counts(scores["error"].drop_null()).to_pylist()}
     )
+
+
+def warnings_of(scored: pa.Table) -> list[str]:
+    """What must not be overlooked in these scores, in sentences without a full stop. scored: rows with a score."""
+    found = []
+    if loud := np.count_nonzero(values(scored, "mean_abs") > values(scored, "num_tokens")):
+        found.append(f"{loud:,} sample(s) have log-probabilities that change by more than 100%: sigma is too large")
+    if unclear := np.count_nonzero(values(scored, "mrd") < 2 * values(scored, "mrd_se")):
+        found.append(f"{unclear:,} score(s) are less than twice their standard error: their 95% interval contains zero")
+    if bent := np.count_nonzero(values(scored, "nonlinearity") > NONLINEAR):
+        found.append(f"{bent:,} sample(s) have a nonlinearity over {NONLINEAR:g}: sigma is not small for these")
+    if doubted := doubts(scored):
+        found.append(doubted)
+    if np.any(values(scored, "low_precision") == 1):
+        found.append("These scores are marked low_precision: rounding is not small compared with the signal")
+    return found
 
 
 def doubts(scores: pa.Table) -> str:
@@ -97,11 +115,8 @@ def show(console: Console, scores: pa.Table, samples: pa.Table, config: ScoreCon
     """Print the summary. scores, samples: both sorted by sample_id."""
     order = ranked(scores)
     console.print(f"[bold]{len(order)} of {len(scores)} samples scored[/] · {escape(settings(config))}", soft_wrap=True)
-    mrd, mean_abs, mrd_se, tokens, nonlinearity = (
-        values(scores, name, order) for name in ("mrd", "mean_abs", "mrd_se", "num_tokens", "nonlinearity")
-    )
     if len(order):
-        quantiles = np.quantile(mrd, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
+        quantiles = np.quantile(values(scores, "mrd")[order], [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
         table = Table("min", "5%", "25%", "median", "75%", "95%", "max", title="MRD", title_justify="left")
         table.add_row(*(f"{value:.3g}" for value in quantiles))
         console.print(table)
@@ -111,18 +126,8 @@ def show(console: Console, scores: pa.Table, samples: pa.Table, config: ScoreCon
             console.print(
                 _samples(f"The {len(easiest)} easiest to unlearn (largest MRD)", easiest, config.output.texts)
             )
-    if loud := np.count_nonzero(mean_abs > tokens):
-        console.print(f"[red]{loud} sample(s) have log-probabilities that change by more than 100%: sigma is too large")
-    if unclear := np.count_nonzero(mrd < 2 * mrd_se):
-        console.print(
-            f"[red]{unclear} score(s) are less than twice their standard error: their 95% interval contains zero"
-        )
-    if bent := np.count_nonzero(nonlinearity > NONLINEAR):
-        console.print(f"{bent} sample(s) have a nonlinearity over {NONLINEAR:g}: sigma is not small for these")
-    if doubted := doubts(scores):
-        console.print(f"[red]{doubted}")
-    if len(order) and scores["low_precision"][int(order[0])].as_py():
-        console.print("[red]These scores are marked low_precision: rounding is not small compared with the signal")
+    for warning in warnings_of(scores.take(order)):
+        console.print(f"[red]{warning}")
     show_errors(console, errors(scores), config.output.texts)
 
 
@@ -159,7 +164,7 @@ def figure(scores: pa.Table, samples: pa.Table, config: ScoreConfig) -> bytes:
     histogram, sorted_scores = page.add_subplot(grid[0, 0]), page.add_subplot(grid[0, 1])
     name = f"MRD, {_STATISTIC[config.scoring.statistic]}"
     if len(order):
-        mrd, se = values(scores, "mrd", order), np.nan_to_num(values(scores, "mrd_se", order))
+        mrd, se = (np.nan_to_num(values(scores, name)[order]) for name in ("mrd", "mrd_se"))
         histogram.hist(mrd, bins=histogram_edges(mrd), color="#4878a8", edgecolor="white", linewidth=0.5)
         at = np.unique(np.linspace(0, len(mrd) - 1, _POINTS).astype(int))
         sorted_scores.errorbar(at + 1, mrd[at], yerr=se[at], fmt=".", markersize=3, color="#4878a8", ecolor="#b8c8dc")
@@ -179,6 +184,11 @@ def figure(scores: pa.Table, samples: pa.Table, config: ScoreConfig) -> bytes:
         note += f"\n{count} x {short(reason, 150)}"
     page.suptitle(textwrap.fill(settings(config), 150), fontsize=9)
     page.supxlabel(note.replace("$", r"\$"), fontsize=8, x=0.01, ha="left")
+    return png(page)
+
+
+def png(page: matplotlib.figure.Figure) -> bytes:
+    """A figure as PNG."""
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # characters missing from the font appear as boxes

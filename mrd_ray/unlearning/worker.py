@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from mrd_ray.config import UnlearnConfig
 from mrd_ray.errors import UserError
-from mrd_ray.models.files import model_digest
 from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.scoring.estimators import refuse_wrong_rules
 from mrd_ray.unlearning import model as trained
@@ -29,7 +28,7 @@ from mrd_ray.unlearning.log import Log
 from mrd_ray.unlearning.loop import Loop
 from mrd_ray.unlearning.state import State
 from mrd_ray.workers.ranks import Ranks
-from mrd_ray.workers.replica import refuse_not_causal
+from mrd_ray.workers.replica import refuse_not_causal, refuse_other_model
 
 
 @dataclass(frozen=True)
@@ -126,11 +125,7 @@ def _alone(write: Callable[..., None]) -> Callable[..., None]:
 
 def _model(job: Job) -> PreTrainedModel:
     config = job.config
-    if (found := model_digest(config.model)) != job.files_digest:
-        raise UserError(
-            f"model.path: {config.model.path} on this worker is another model ({found[:12]}) than on the driver "
-            f"({job.files_digest[:12]}); give every node the same model"
-        )
+    refuse_other_model(config.model, job.files_digest)
     model = trained.load(config, ray.train.torch.get_device())
     refuse_not_causal(model)
     if config.unlearning.weighting != "uniform" and config.unlearning.refresh == "in_place":

@@ -37,15 +37,20 @@ def replica(config: ModelConfig, files_digest: str, on_gpu: bool) -> tuple[PreTr
 
 def _loaded(config: ModelConfig, files_digest: str, on_gpu: bool) -> tuple[PreTrainedModel, Unchanged]:
     weights = Unchanged([] if on_gpu else weight_files(config))  # a GPU has its own copy
+    refuse_other_model(config, files_digest)
+    spread = on_gpu and torch.cuda.device_count() > 1  # Ray shows an actor only its own GPUs
+    model = load_model(config, torch.device("cuda" if on_gpu else "cpu"), spread)
+    weights.check(replaced=True)  # the loaded files are those of the digest
+    return model, weights
+
+
+def refuse_other_model(config: ModelConfig, files_digest: str) -> None:
+    """Raises UserError if the model's files on this node are not those of the driver."""
     if (found := model_digest(config)) != files_digest:
         raise UserError(
             f"model.path: {config.path} on {os.uname().nodename} is another model ({found[:12]}) than on the driver "
             f"({files_digest[:12]}); give every node the same model"
         )
-    spread = on_gpu and torch.cuda.device_count() > 1  # Ray shows an actor only its own GPUs
-    model = load_model(config, torch.device("cuda" if on_gpu else "cpu"), spread)
-    weights.check(replaced=True)  # the loaded files are those of the digest
-    return model, weights
 
 
 def refuse_not_causal(model: PreTrainedModel) -> None:

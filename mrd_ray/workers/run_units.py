@@ -1,15 +1,19 @@
 """Runs work units on a pool of actors with Ray Data; knows nothing about scores."""
 
+import contextlib
+import dataclasses
 import logging
-from collections.abc import Generator, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
 
 from mrd_ray.config import RayConfig
 from mrd_ray.errors import UserError
+from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.runs.journal import Journal
+from mrd_ray.runs.meter import Meter
 from mrd_ray.workers.cluster import living_nodes
 from mrd_ray.workers.lookout import Lookout, Noted
 from mrd_ray.workers.pool import Pool
@@ -87,3 +91,67 @@ def run_units(
             if (why := lookout.given_up()) is None:
                 raise
             raise UserError(why) from problem
+
+
+class Load(NamedTuple):
+    """What a unit is to the driver.
+
+    block: index of the block it works on. cost: in any measure that is proportional to time. items: what the rate
+    counts, for example rows. tokens: those of its forwards; None means not counted.
+    """
+
+    block: int
+    cost: float
+    items: int
+    tokens: int | None = None
+
+
+def work_off(
+    title: str,
+    loads: Mapping[str, Load],
+    blocks: Iterable[pa.Table],
+    actor: type,
+    task: Any,
+    pool: Pool,
+    run: RunDirectory,
+    journal: Journal,
+    ray_config: RayConfig,
+    items: str,
+    begun: Callable[[pa.Table], None] = lambda result: None,
+) -> None:
+    """Process units and report progress; each unit's result is on disk, in units/, before it counts as done.
+
+    Args:
+        loads: by unit_id.
+        blocks, actor, task, pool: see `run_units`. Results have the columns unit_id, worker, seconds and fatal.
+        items: what the rate counts, in words.
+        begun: takes the first result, before it is written.
+
+    Raises:
+        UserError: an actor returned why it cannot process any unit, or see `run_units`.
+    """
+    pool = dataclasses.replace(pool, actors=min(pool.actors, len(loads)))
+    blocks_of = {unit_id: load.block for unit_id, load in loads.items()}
+    done, tokens = 0, 0
+    journal.tell(units_done=0, units_left=len(loads))
+    total = sum(load.cost for load in loads.values())
+    with Meter(title, total, journal.console) as meter, contextlib.ExitStack() as closed:
+        meter.advance(0, f"{len(loads)} unit(s) to do, starting {pool.actors} actor(s)")
+        results = run_units(blocks_of, blocks, actor, task, pool, journal, ray_config)
+        for count, result in enumerate(closed.enter_context(contextlib.closing(results)), 1):
+            (row,) = result.select(["unit_id", "worker", "seconds", "fatal"]).to_pylist()
+            if row["fatal"] is not None:
+                raise UserError(row["fatal"])
+            if count == 1:
+                meter.working_since(row["seconds"])
+                begun(result)
+            run.write_table(f"units/{row['unit_id']}.parquet", result)
+            load = loads[row["unit_id"]]
+            done += load.items
+            rate = done / meter.working_seconds
+            meter.advance(load.cost, f"unit {count} of {len(loads)}, {rate:.3g} {items}/s")
+            journal.event("unit_done", unit=row["unit_id"], worker=row["worker"], seconds=row["seconds"])
+            journal.tell(units_done=count, units_left=len(loads) - count, samples_draws_per_second=rate)
+            if load.tokens is not None:
+                tokens += load.tokens
+                journal.tell(tokens_per_second=tokens / meter.working_seconds)

@@ -10,7 +10,7 @@ from mrd_ray.data.micro_batches import Layout, lay_out, lengths
 from mrd_ray.mrd.monte_carlo import Moments, exact_sum
 from mrd_ray.mrd.standard_errors import of_half_normal
 from mrd_ray.scoring import table
-from mrd_ray.scoring.result import RESULT_SCHEMA, flaw
+from mrd_ray.scoring.result import RESULT_SCHEMA
 from mrd_ray.scoring.units import Unit, cut_units, missing_units
 
 RNG = np.random.default_rng(0)
@@ -97,67 +97,6 @@ def test_samples_that_all_have_errors():
     scores = table.scores_table(broken, np.arange(len(broken)), [], SCORING)
     assert scores["error"].to_pylist() == ["no tokens"] * len(broken)
     assert scores["weight"].null_count == len(broken)
-
-
-def of_first_unit(**changes) -> tuple[pa.Table, Unit]:
-    """A result of samples without errors whose first sample is changed."""
-    layout = lay_out(lengths(SAMPLES), 128)
-    unit = Unit(0, 0, 3, 0, 5)
-    good = result(unit, layout).to_pylist()[0]
-    first = good["samples"][0]
-    good["samples"][0] = None if changes.pop("whole", False) else first | changes
-    return pa.Table.from_pylist([good], RESULT_SCHEMA), unit
-
-
-@pytest.mark.parametrize(
-    ("changes", "wrong"),
-    [
-        ({}, None),
-        ({"error": "too large", "num_draws": None, "log_prob": None, "sum_abs": None}, None),
-        ({"sum_abs": [], "sum_abs_squares": [], "sum": [], "sum_squares": []}, None),  # memorised to the last bit
-        ({"whole": True}, "a sample is null"),
-        ({"num_draws": 4}, "num_draws is not 5"),
-        ({"num_draws": None}, "num_draws is not 5"),
-        ({"log_prob": None}, "log_prob is null"),
-        ({"log_prob": float("nan")}, "log_prob is null or not finite"),
-        ({"measures": None}, "measures are null"),
-        ({"sum_abs": None}, "sum_abs is null"),
-        ({"sum": [None]}, "sum is null"),
-        ({"sum_squares": [float("inf")]}, "sum_squares is null or not finite"),
-        ({"abs_by_eighth": None}, "abs_by_eighth is null"),
-        ({"mean_by_eighth": [[1.0]] * 7}, "not of 8 parts"),
-        ({"mean_by_eighth": [[float("nan")]] * 8}, "mean_by_eighth is null, not finite"),
-        ({"sum_abs": []}, "no draws have these moments"),
-        ({"sum_abs": [1000.0], "sum": [10.0]}, "no draws have these moments"),
-        ({"sum_abs": [-11.0]}, "no draws have these moments"),
-        ({"sum": [1e4]}, "no draws have these moments"),
-        ({"sum_squares": [1e9]}, "no draws have these moments"),
-    ],
-)
-def test_a_result_that_cannot_be_is_found(changes, wrong):
-    found = flaw(*of_first_unit(**changes), SCORING)
-    assert found is None if wrong is None else wrong in found
-
-
-@pytest.mark.parametrize(
-    ("changes", "wrong"),
-    [
-        ({}, None),
-        ({"num_draws": 1}, "num_draws is not 2"),
-        ({"gradient_norm": float("inf")}, "gradient_norm is null or not finite"),
-        ({"probes": [1.0]}, "probes are not"),
-        ({"probes": [1.0, None]}, "probes are not"),
-        ({"measures": {"entropy": None}}, "entropy is null"),
-    ],
-)
-def test_a_closed_form_that_cannot_be_is_found(changes, wrong):
-    scoring = ScoringConfig(estimator="closed_form", curvature_probes=2, measures=("entropy", "mean_log_prob"))
-    sample = {"sample_id": "a", "log_prob": -1.0, "num_draws": 2, "measures": {"entropy": 1.0}, "gradient_norm": 1.0}
-    sample |= {"probes": [1.0, 2.0]} | changes
-    unit = Unit(0, 0, 1, 0, 1)
-    table = pa.Table.from_pylist([{"unit_id": unit.unit_id, "samples": [sample]}], RESULT_SCHEMA)
-    found = flaw(table, unit, scoring)
-    assert found is None if wrong is None else wrong in found
 
 
 def test_moments_beyond_all_floats_are_an_error_of_the_sample():
