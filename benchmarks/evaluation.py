@@ -14,7 +14,7 @@ from mrd_ray import ModelConfig
 from mrd_ray.config import EvaluationConfig
 from mrd_ray.data.tokens import Limits
 from mrd_ray.evaluation import sets
-from mrd_ray.evaluation.measure import Measurer
+from mrd_ray.evaluation.measure import Measurer, Record
 from mrd_ray.models import load
 
 OURS, PLAIN = "mrd_ray", "plain loop"
@@ -76,7 +76,7 @@ def main(
 
 @torch.no_grad()
 def plain(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[sets.Row], evaluation: EvaluationConfig
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[sets.Asked], evaluation: EvaluationConfig
 ) -> list[Any]:
     """What anyone would write: sort by length, pad, forward with an attention mask, log_softmax; generate.
 
@@ -104,14 +104,15 @@ def plain(
         for row, at in enumerate(batch):
             sums[at] = float(of_targets[row].sum())
     answers: dict[int, str] = {}
-    asked = sorted((i for i, row in enumerate(rows) if row["prompt_ids"]), key=lambda i: len(rows[i]["prompt_ids"]))
+    prompts = {i: row["prompt_ids"] for i, row in enumerate(rows) if row["prompt_ids"]}
+    asked = sorted(prompts, key=lambda i: len(prompts[i]))
     for start in range(0, len(asked), evaluation.generation_batch):
         members = asked[start : start + evaluation.generation_batch]
-        width = max(len(rows[i]["prompt_ids"]) for i in members)
+        width = max(len(prompts[i]) for i in members)
         ids = torch.zeros(len(members), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(members):
-            prompt = rows[i]["prompt_ids"]
+            prompt = prompts[i]
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         generator: Any = model
@@ -123,7 +124,7 @@ def plain(
     return [*sums, *(answers[i] for i in sorted(answers))]
 
 
-def check(records: list[dict[str, Any]], expected: list[Any]) -> None:
+def check(records: list[Record], expected: list[Any]) -> None:
     """Both ways must have done the same work."""
     if records[0]["generated"] is not None:
         same = sum(record["generated"] == answer for record, answer in zip(records, expected, strict=True))

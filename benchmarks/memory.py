@@ -18,6 +18,7 @@ from mrd_ray import ModelConfig, ScoringConfig
 from mrd_ray.models.files import model_digest
 from mrd_ray.scoring.actor import ScoringActor, ScoringTask
 from mrd_ray.scoring.units import Unit
+from mrd_ray.workers.memory import Sample
 
 Estimator = Literal["monte_carlo", "closed_form"]
 COPIES: dict[Estimator, float] = {"monte_carlo": 2.05, "closed_form": 1.05}
@@ -73,7 +74,9 @@ def _case(folder: str, vocabulary: int, estimator: Estimator, draws: int, tokens
     model = ModelConfig(path=path)
     ids = np.random.default_rng(0).integers(vocabulary, size=(8, tokens)).tolist()
     scored = [False] + [True] * (tokens - 1)
-    samples = [{"micro_batch": 0, "sample_id": str(i), "token_ids": x, "scored": scored} for i, x in enumerate(ids)]
+    samples: list[Sample] = [
+        {"micro_batch": 0, "sample_id": str(i), "token_ids": x, "scored": scored} for i, x in enumerate(ids)
+    ]
     scoring = ScoringConfig(estimator=estimator)
     _touch_libraries(samples, scoring)
     before = _resting()
@@ -97,13 +100,15 @@ def _resting() -> dict[Literal["VmRSS", "RssAnon"], float]:
     return {"VmRSS": resident("VmRSS"), "RssAnon": resident("RssAnon")}
 
 
-def _touch_libraries(samples: list[Raw], scoring: ScoringConfig) -> None:
+def _touch_libraries(samples: list[Sample], scoring: ScoringConfig) -> None:
     """What the first model of a process brings with it, whatever its size: code and buffers of the libraries."""
     with tempfile.TemporaryDirectory() as folder:
         tiny = LlamaConfig(vocab_size=1 << 17, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                            num_attention_heads=1, tie_word_embeddings=True)  # fmt: skip
         LlamaForCausalLM(tiny).save_pretrained(folder)
         config = ModelConfig(path=folder)
-        few = [sample | {"token_ids": sample["token_ids"][:4], "scored": sample["scored"][:4]} for sample in samples]
+        few: list[Sample] = [
+            {**sample, "token_ids": sample["token_ids"][:4], "scored": sample["scored"][:4]} for sample in samples
+        ]
         actor = ScoringActor(ScoringTask(config, scoring, model_digest(config), 1, False, few[:1]))
         actor(Unit(0, 0, 1, 0, 1).unit_id, pa.Table.from_pylist(few))

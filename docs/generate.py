@@ -23,7 +23,7 @@ from mrd_ray.evaluation import table as evaluation_table
 from mrd_ray.runs import directory
 from mrd_ray.scoring import result, score
 from mrd_ray.scoring import table as scores_table
-from mrd_ray.unlearning import unlearn
+from mrd_ray.unlearning import log, unlearn
 
 FOLDER = Path(__file__).with_name("reference")
 NOTE = "<!-- Made by docs/generate.py from the code. Change the code, then run `make reference`. -->\n"
@@ -92,6 +92,29 @@ FILES: dict[str, dict[str, str]] = {
     },
     "report": {"report.html": "one self-contained page, in the first run directory unless `--out` names another place"},
 }
+LOG: dict[str, dict[str, str]] = {
+    "step": {
+        "forget_loss": "mean over the forget samples; for `ga` and `graddiff` their mean log p, nats per token",
+        "retain_loss": "mean over the retain samples, nats per token; null if the step uses none",
+        "grad_norm": "norm of the gradient before clipping; null if DeepSpeed does not tell it",
+        "tokens": "tokens of the step",
+        "seconds": "of the step",
+    },
+    "refresh": {
+        "mrd_median": "median MRD of the forget set; null if no sample has a score",
+        "doubts": "number of scores in doubt",
+        "seconds": "of the refresh",
+    },
+    "evaluation": {
+        "forget_log_prob": "nats per sample: mean of log p summed over the scored tokens",
+        "forget_memorization_accuracy": "MA, mean over the forget set",
+        "forget_extraction_likelihood": "EL_n, mean over the forget set; null if it is not measured",
+        "retain_perplexity": "of the tokens of the watched retain samples; null without a retain set",
+        "seconds": "of the evaluation",
+    },
+    "stop": {"reason": "why the run stopped"},
+}
+_LINES = {"step": log.StepLine, "refresh": log.RefreshLine, "evaluation": log.EvaluationLine, "stop": log.StopLine}
 _OWNED = {"score": score._OWNS, "unlearn": unlearn._OWNS, "evaluate": evaluate._OWNS}
 
 
@@ -243,6 +266,13 @@ def files() -> str:
         title = command if command not in COMMANDS else f"`{command}`"
         rows = [[f"`{name}`", what] for name, what in described.items()]
         parts += [f"## {title}\n", _table(["file", "what it holds"], rows)]
+    parts.append("## The log of `unlearn`\n")
+    parts.append("Every line of `metrics.jsonl` has `event`, `step` and `of`, the last step, and:\n")
+    rows = []
+    for event, line in _LINES.items():
+        _complete(LOG[event], tuple(line.__annotations__.keys() - {"step", "of", "event"}), f"LOG[{event!r}]")
+        rows += [[f"`{event}`", f"`{name}`", _cell(what)] for name, what in LOG[event].items()]
+    parts.append(_table(["event", "field", "what it is"], rows))
     parts.append("`pipeline` makes a run directory for each stage: `score`, `unlearn`, `evaluate-before` and")
     parts.append("`evaluate-after`, and `report.html` beside them.\n")
     return "\n".join(parts)

@@ -21,11 +21,10 @@ from mrd_ray.models.files import Unchanged, model_digest
 from mrd_ray.mrd.extraction import extraction_likelihoods
 from mrd_ray.mrd.likelihood import Likelihood, TokenMeasures
 from mrd_ray.unlearning import losses
-from mrd_ray.workers.memory import collate
+from mrd_ray.workers.memory import Tokenised, collate
 from mrd_ray.workers.replica import replica
 
-Sample = dict[str, Any]  # token_ids, scored
-Groups = dict[str, list[Sample]]
+Groups = dict[str, list[Tokenised]]
 
 
 def unlearn_each(
@@ -143,7 +142,7 @@ def _averages(task: _Ascents) -> sweep.Result:
     return {"memorization_accuracy": fmean(accuracy), "extraction_likelihood": extraction}
 
 
-def _extraction(model: PreTrainedModel, samples: Sequence[Sample], alone: AloneConfig) -> float | None:
+def _extraction(model: PreTrainedModel, samples: Sequence[Tokenised], alone: AloneConfig) -> float | None:
     """Mean EL_n, None if it is left out or no sample is long enough."""
     if not alone.extraction_n:
         return None
@@ -166,7 +165,7 @@ def _unlearn_block(task: _Ascents) -> sweep.Result:
 def ascend(
     model: PreTrainedModel,
     theta: dict[str, torch.Tensor],
-    samples: Sequence[Sample],
+    samples: Sequence[Tokenised],
     limits: Limits,
     alone: AloneConfig,
 ) -> Outcome:

@@ -19,7 +19,7 @@ from mrd_ray.config.data import is_plain_text
 from mrd_ray.data import read
 from mrd_ray.errors import UserError
 from mrd_ray.runs.directory import RunDirectory
-from mrd_ray.unlearning.stopping import TITLES
+from mrd_ray.unlearning.stopping import TITLES, Measure
 
 _CLAIM = (
     "With the same method and settings, what unlearning achieves varies a good deal with the samples selected to be "
@@ -93,7 +93,7 @@ def selections(config: Fig2Config, run: RunDirectory) -> list[DataConfig]:
     return found
 
 
-def change(result: sweep.Result, metric: str) -> float:
+def change(result: sweep.Result, metric: Measure) -> float:
     """What unlearning did to a figure: after it less before it, since selections are not alike before."""
     after, before = result["after"][metric], result["before"][metric]
     return float(after - before)
@@ -117,7 +117,7 @@ def row(title: str, values: list[list[float]]) -> dict[str, Cell]:
     }
 
 
-def _page(changes: Mapping[str, list[list[float]]]) -> matplotlib.figure.Figure:
+def _page(changes: Mapping[Measure, list[list[float]]]) -> matplotlib.figure.Figure:
     page = matplotlib.figure.Figure(figsize=(3.6 * len(changes), 4), layout="constrained")
     for axis, (metric, values) in zip(np.atleast_1d(page.subplots(1, len(changes))), changes.items(), strict=True):
         shown: Any = axis

@@ -86,9 +86,9 @@ def _unlearning(config: TablesConfig, method: Method, more: dict[str, Any]) -> U
         raise UserError(f"methods.{method}: {problem}") from None
 
 
-def _before(config: TablesConfig, subject: Subject) -> unlearned.Cell:
+def _before(config: TablesConfig, subject: Subject) -> unlearned.UnlearningCell:
     evaluation = unlearned.evaluation_of(config, subject, subject.model.path, "before", config.evaluation)
-    return unlearned.Cell(None, evaluation)
+    return unlearned.UnlearningCell(None, evaluation)
 
 
 def _values(results: Sequence[Mapping[str, Any]]) -> Values:
@@ -104,7 +104,7 @@ def _values(results: Sequence[Mapping[str, Any]]) -> Values:
 
 def _title(figure: Figure) -> str:
     of, metric = figure
-    words = TITLES.get(metric) or title(metric)
+    words = next((words for name, words in TITLES.items() if name == metric), None) or title(metric)
     return words if of is None else f"{of}: {words}"
 
 
@@ -181,7 +181,7 @@ def _page(before: Values, values: Mapping[tuple[str, str], Values]) -> matplotli
     """What is forgotten against what is kept: forget MA and retain perplexity, a point for each seed."""
     page = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
     axis = page.add_subplot()
-    forget, retain = (None, "forget_memorization_accuracy"), (None, "retain_loss")
+    forget, retain = (None, "forget_memorization_accuracy"), (None, "retain_perplexity")
     colours = dict(zip(_METHODS, ("#4878a8", "#c44e52", "#55a868", "#8172b2"), strict=True))
     for (method, weighting), own in values.items():
         if retain in own:

@@ -1,6 +1,5 @@
 """A cell that unlearns a set as a whole and asks what is left; Figure 2 and the tables are sweeps of it."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,14 +9,13 @@ from jobs.paper.subject import Subject
 from mrd_ray.config import DataConfig, EvaluateConfig, EvaluationConfig, RunConfig, UnlearnConfig, UnlearningConfig
 from mrd_ray.config.base import RayConfig
 from mrd_ray.evaluation.evaluate import evaluate
+from mrd_ray.unlearning import log
 from mrd_ray.unlearning.stopping import TITLES
 from mrd_ray.unlearning.unlearn import unlearn
 
-WATCHED = tuple(TITLES)  # of the log's evaluations
-
 
 @dataclass(frozen=True)
-class Cell:
+class UnlearningCell:
     """unlearning: None to evaluate the model as it is. evaluation: None to go by the log alone."""
 
     unlearning: UnlearnConfig | None
@@ -31,7 +29,7 @@ def cell(
     unlearning: UnlearningConfig,
     data: DataConfig,
     evaluation: EvaluationConfig | None = None,
-) -> Cell:
+) -> UnlearningCell:
     """Unlearn `data` so, in RUN/runs/NAME, and evaluate the result."""
     where = subject.run.path(f"runs/{name}")
     unlearn_it = UnlearnConfig(
@@ -40,7 +38,7 @@ def cell(
         ray=config.ray,
     )  # fmt: skip
     result = None if evaluation is None else evaluation_of(config, subject, f"{where}/model", name, evaluation)
-    return Cell(unlearn_it, result)
+    return UnlearningCell(unlearn_it, result)
 
 
 def evaluation_of(
@@ -55,18 +53,16 @@ def evaluation_of(
     )
 
 
-def work(one: Cell) -> sweep.Result:
+def work(one: UnlearningCell) -> sweep.Result:
     """Figures by name, of the log and of the evaluation."""
     found: sweep.Result = {}
     if one.unlearning is not None:
         finished = unlearn(one.unlearning)
-        evaluations = [line for line in finished.log if line["event"] == "evaluation"]
+        evaluations = log.evaluations(finished.log)
         # of the model that results: a state that diverged, or fell below the floor, is logged too
         after = next(line for line in reversed(evaluations) if line["step"] == finished.step)
         for when, line in {"before": evaluations[0], "after": after}.items():
-            found[when] = {name: line[name] for name in WATCHED if line[name] is not None}
-            if "retain_loss" in found[when]:
-                found[when]["retain_loss"] = math.exp(min(found[when]["retain_loss"], 700.0))
+            found[when] = {name: line[name] for name in TITLES if line[name] is not None}
         found |= {"failed": finished.failed, "steps": finished.step}
     if one.evaluation is not None:
         figures = evaluate(one.evaluation).figures
@@ -75,7 +71,7 @@ def work(one: Cell) -> sweep.Result:
 
 
 def work_off(
-    config: UnlearningSweep, subject: Subject, title: str, cells: Mapping[str, Cell]
+    config: UnlearningSweep, subject: Subject, title: str, cells: Mapping[str, UnlearningCell]
 ) -> dict[str, sweep.Result]:
     """The results of all cells. Models are not kept: a cell can make its own again."""
 
@@ -83,7 +79,11 @@ def work_off(
         for folder in ("model", "checkpoints"):
             subject.run.remove(f"runs/{name}/{folder}")
 
-    return sweep.work_off(subject.run, title, work, cells, at_once=config.at_once, tidy=tidy)
+    results = sweep.work_off(subject.run, title, work, cells, at_once=config.at_once, tidy=tidy)
+    for measures in (result[when] for result in results.values() for when in ("before", "after") if when in result):
+        if "retain_loss" in measures:  # as earlier versions called it
+            measures["retain_perplexity"] = measures.pop("retain_loss")
+    return results
 
 
 def stopped_early(results: Mapping[str, sweep.Result]) -> list[str]:

@@ -36,10 +36,11 @@ def compare(config: CompareConfig) -> int:
     table.add_row("over 3 standard errors apart", found.share_apart)
     table.add_row("standard errors of differences", found.draws)
     console.print(table)
-    texts = ["text"] if config.output.texts else []
-    worst = Table("a", "b", "apart", "sample", *texts, title="Those that disagree most", title_justify="left")
+    texts = config.output.texts
+    head = ["a", "b", "apart", "sample", *(["text"] if texts else [])]
+    worst = Table(*head, title="Those that disagree most", title_justify="left")
     for row in found.rows[:10]:
-        text = [escape(short(row[name] or "", 200)) for name in texts]
+        text = [escape(short(row["text"] or "", 200))] if texts else []
         worst.add_row(f"{row['a']:.3g}", f"{row['b']:.3g}", found.how_far(row), escape(row["sample_id"]), *text)
     console.print(worst)
     say_where("Scatter plot:", config.out)

@@ -3,7 +3,6 @@
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -52,9 +51,9 @@ class EvaluationActor:
         return Measurer(model, load_tokenizer(task.model), task.evaluation)
 
     def __call__(self, unit_id: str, rows: pa.Table) -> pa.Table:
-        """Measure a unit. rows: with the fields of sets.ROW."""
+        """Measure a unit. rows: with the fields of sets.ASKED."""
         started = time.perf_counter()
-        result: dict[str, Any] = {"unit_id": unit_id, "records": []}
+        result: dict[str, object] = {"unit_id": unit_id, "records": []}
         if self._measurer is not None:
             try:
                 result["records"] = self._measurer(rows.to_pylist())

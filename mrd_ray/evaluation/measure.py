@@ -1,7 +1,7 @@
 """What a model makes of a few rows: the likelihood of every token asked for, answers of its own, EL_n."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -10,11 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mrd_ray.config import EvaluationConfig
 from mrd_ray.data.micro_batches import lay_out
 from mrd_ray.evaluation.judges import Judges
-from mrd_ray.evaluation.sets import Row
+from mrd_ray.evaluation.sets import Asked
 from mrd_ray.models.load import rope_switch
 from mrd_ray.mrd.extraction import extraction_likelihoods, greedy
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures
-from mrd_ray.workers.memory import TOO_LARGE, fitting, out_of_memory
+from mrd_ray.workers.memory import TOO_LARGE, Batched, fitting, out_of_memory
 from mrd_ray.workers.ranks import Ranks
 
 RECORD = pa.struct(
@@ -30,7 +30,37 @@ RECORD = pa.struct(
         ("error", pa.string()),
     ]
 )
-Record = dict[str, Any]
+
+
+class Record(TypedDict):
+    """A row of RECORD."""
+
+    sample_id: str
+    roles: list[str]
+    log_probs: list[list[float]]
+    correct: list[list[bool]]
+    generated: str | None
+    similarities: list[float] | None
+    toxicity: float | None
+    extraction_likelihood: float | None
+    error: str | None
+
+
+class _Answer(TypedDict, total=False):
+    """The fields of a Record that an answer fills."""
+
+    generated: str
+    similarities: list[float]
+    toxicity: float
+    error: str
+
+
+class _Placed(Batched):
+    """A sequence, with its row and its place among the row's sequences."""
+
+    place: tuple[int, int]
+
+
 ALONE = Ranks(0, 1)
 
 
@@ -60,7 +90,7 @@ class Measurer:
         self._likelihood = Likelihood(model)
         self._judges = ranks.agree(lambda: Judges(evaluation, model.device))
 
-    def __call__(self, rows: Sequence[Row]) -> list[Record]:
+    def __call__(self, rows: Sequence[Asked]) -> list[Record]:
         """A record of each row, in their order. A row that the device cannot hold has the reason as its error."""
         records = [_empty(row) for row in rows]
         for (i, j), tokens in self._ranks.gather(list(self._likelihoods(rows))):
@@ -69,14 +99,15 @@ class Measurer:
             else:
                 records[i]["log_probs"][j], records[i]["correct"][j] = tokens
         for i, found in self._ranks.gather(list(self._answers(rows))):
-            records[i] |= found
+            records[i] = {**records[i], **found}
         for i, likelihood in self._ranks.gather(list(self._extractions(rows))):
             records[i]["extraction_likelihood"] = likelihood
         return records
 
-    def _answers(self, rows: Sequence[Row]) -> Iterator[tuple[int, Record]]:
+    def _answers(self, rows: Sequence[Asked]) -> Iterator[tuple[int, _Answer]]:
         """What is known of each answer in this rank's share, by row."""
-        asked = sorted((i for i, row in enumerate(rows) if row["prompt_ids"]), key=lambda i: len(rows[i]["prompt_ids"]))
+        prompts = {i: row["prompt_ids"] for i, row in enumerate(rows) if row["prompt_ids"]}
+        asked = sorted(prompts, key=lambda i: len(prompts[i]))
         size = self._evaluation.generation_batch
         batches = [asked[start : start + size] for start in range(0, len(asked), size)]
         for turn in self._ranks.deal(len(batches)):
@@ -86,7 +117,7 @@ class Measurer:
                 else:
                     yield i, self._judged(rows[i], self._text(generated))
 
-    def _extractions(self, rows: Sequence[Row]) -> Iterator[tuple[int, float]]:
+    def _extractions(self, rows: Sequence[Asked]) -> Iterator[tuple[int, float]]:
         """EL_n in this rank's share, by row."""
         extracted = [i for i, row in enumerate(rows) if row["extract"]]
         if not extracted:
@@ -108,8 +139,8 @@ class Measurer:
         stop = self._evaluation.stop
         return (text if stop is None else text.split(stop)[0]).strip()
 
-    def _judged(self, row: Row, answer: str) -> Record:
-        record: Record = {"generated": answer}
+    def _judged(self, row: Asked, answer: str) -> _Answer:
+        record: _Answer = {"generated": answer}
         if row["alternatives"] is not None:
             record["similarities"] = self._judges.similarities(answer, row["alternatives"])
         if row["classify"]:
@@ -117,22 +148,27 @@ class Measurer:
         return record
 
     def _likelihoods(
-        self, rows: Sequence[Row]
+        self, rows: Sequence[Asked]
     ) -> Iterator[tuple[tuple[int, int], tuple[list[float], list[bool]] | None]]:
         """By row and place of each sequence, log p of its scored tokens and whether they are the likeliest."""
         places = [(i, j) for i, row in enumerate(rows) for j in range(len(row["sequences"]))]
         lengths = [len(rows[i]["sequences"][j]["token_ids"]) for i, j in places]
         cut = lay_out(np.array(lengths, np.int64), self._evaluation.micro_batch_tokens, rope_switch(self._model.config))
-        samples = [
-            {"micro_batch": turn, "place": places[at], **rows[places[at][0]]["sequences"][places[at][1]]}
+        samples: list[_Placed] = [
+            {
+                "micro_batch": turn,
+                "place": (i, j),
+                "token_ids": rows[i]["sequences"][j]["token_ids"],
+                "scored": rows[i]["sequences"][j]["scored"],
+            }
             for turn, batch in enumerate(self._ranks.deal(len(cut)))
-            for at in cut.samples(batch)
+            for i, j in (places[at] for at in cut.samples(batch))
         ]
         for members, found in fitting(samples, self._model.device, self._tokens, halve=not self._synced):
             for at, sample in enumerate(members):
                 yield sample["place"], None if found is None else found[at]
 
-    def _tokens(self, _members: Sequence[dict[str, Any]], batch: MicroBatch) -> list[tuple[list[float], list[bool]]]:
+    def _tokens(self, _members: Sequence[_Placed], batch: MicroBatch) -> list[tuple[list[float], list[bool]]]:
         measures = TokenMeasures(batch)
         log_probs = -self._likelihood.log_neg_log_probs(batch, measures).exp()
         return [
@@ -140,10 +176,10 @@ class Measurer:
             for row, right, scored in zip(log_probs, measures.correct, batch.scored, strict=True)
         ]
 
-    def _generated(self, rows: Sequence[Row], members: list[int]) -> Iterator[tuple[int, list[int] | None]]:
+    def _generated(self, rows: Sequence[Asked], members: list[int]) -> Iterator[tuple[int, list[int] | None]]:
         """Greedy answers to the prompts of these rows, halved until the device holds them."""
         try:
-            prompts, lengths = [rows[i]["prompt_ids"] for i in members], [rows[i]["new_tokens"] for i in members]
+            prompts, lengths = [rows[i]["prompt_ids"] or [] for i in members], [rows[i]["new_tokens"] for i in members]
             answers = greedy(self._model, prompts, lengths, self._synced)
         except RuntimeError as problem:
             if self._synced or not out_of_memory(problem):
@@ -159,7 +195,7 @@ class Measurer:
             yield from self._generated(rows, members[middle:])
 
 
-def _empty(row: Row) -> Record:
+def _empty(row: Asked) -> Record:
     count = len(row["sequences"])
     return {
         "sample_id": row["sample_id"],

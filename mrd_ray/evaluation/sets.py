@@ -4,7 +4,7 @@ import hashlib
 import string
 from collections import Counter
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from mrd_ray.data import samples as samples_table
 from mrd_ray.data.cells import Unscorable, cell, list_of_texts, response_text
 from mrd_ray.data.columns import Columns
 from mrd_ray.data.micro_batches import lay_out
-from mrd_ray.data.read import Row as Record
+from mrd_ray.data.read import Row
 from mrd_ray.data.render import conversation, prompt_text, render, with_response
 from mrd_ray.data.samples import PLACE
 from mrd_ray.data.tokens import Encoder, Limits, Tokens, tokens_of
@@ -29,7 +29,7 @@ from mrd_ray.evaluation.choices import Scheme, choices_of, right_one, scheme
 
 _UNIT_TOKENS = 8192  # read and generated: half a minute of a small model on a core
 _SEQUENCE = pa.struct([("role", pa.string()), ("token_ids", pa.list_(pa.int32())), ("scored", pa.list_(pa.bool_()))])
-ROW = pa.struct(
+ASKED = pa.struct(
     [
         ("sample_id", pa.string()),
         ("sequences", pa.list_(_SEQUENCE)),
@@ -48,12 +48,39 @@ SCHEMA = pa.schema(
         pa.field("response", pa.string(), metadata={"unit": "the true answer, or the whole text"}),
         pa.field("subject", pa.string()),
         pa.field("right", pa.int64(), metadata={"unit": "multiple_choice: index of the right choice"}),
-        pa.field("asked", ROW, metadata={"unit": "what the model is asked; null with an error"}),
+        pa.field("asked", ASKED, metadata={"unit": "what the model is asked; null with an error"}),
         pa.field("error", pa.string(), metadata={"unit": "null, or why the row cannot be evaluated"}),
     ]
 )
-Row = dict[str, Any]  # of ROW
-_NOTHING: Row = {"prompt_ids": None, "new_tokens": 0, "extract": False, "alternatives": None, "classify": False}
+
+
+class Sequence(TypedDict):
+    """A row of _SEQUENCE."""
+
+    role: str
+    token_ids: list[int]
+    scored: list[bool]
+
+
+class Asked(TypedDict):
+    """A row of ASKED."""
+
+    sample_id: str
+    sequences: list[Sequence]
+    prompt_ids: list[int] | None
+    new_tokens: int
+    extract: bool
+    alternatives: list[str] | None
+    classify: bool
+
+
+_NOTHING: dict[str, object] = {
+    "prompt_ids": None,
+    "new_tokens": 0,
+    "extract": False,
+    "alternatives": None,
+    "classify": False,
+}
 # Roles of sequences. Those of several have a number after them.
 ANSWER, PARAPHRASE, WRONG, CHOICE, WINDOW = "answer", "paraphrase", "wrong", "choice", "window"
 
@@ -114,14 +141,14 @@ def digest(table: pa.Table) -> str:
     return state.hexdigest()
 
 
-def units(name: str, table: pa.Table) -> list[tuple[str, list[Row]]]:
+def units(name: str, table: pa.Table) -> list[tuple[str, list[Asked]]]:
     """A set's rows in units of like length, each with its id. The rows alone decide, whoever works them off."""
     rows = [row for row in table["asked"].to_pylist() if row is not None]
     layout = lay_out(np.array([cost(row) for row in rows], np.int64), _UNIT_TOKENS)
     return [(f"{name}.{i:06d}", [rows[at] for at in layout.samples(i)]) for i in range(len(layout))]
 
 
-def cost(row: Row) -> int:
+def cost(row: Asked) -> int:
     """What a row costs, in tokens read and generated."""
     return sum(len(sequence["token_ids"]) for sequence in row["sequences"]) + 2 * int(row["new_tokens"])
 
@@ -168,7 +195,7 @@ class _Reader:
         if texts is not None:
             whole = Columns("text", None, None, None, None, ("text",))
             for index, (file, text) in enumerate(texts):
-                yield self._row(Record(index, file, 1, {"text": text}), whole, seen)
+                yield self._row(Row(index, file, 1, {"text": text}), whole, seen)
             return
         source = samples_table.Peeked(self._set, self._say)
         source.refuse_chat_without_template(self._tokenizer)
@@ -214,7 +241,7 @@ class _Reader:
             asked = {"sequences": [sequence], "extract": "extraction_likelihood" in self._metrics}
             yield row | {"asked": _NOTHING | {"sample_id": sample["sample_id"]} | asked}
 
-    def _row(self, record: Record, columns: Columns, seen: Counter[str]) -> dict[str, Any]:
+    def _row(self, record: Row, columns: Columns, seen: Counter[str]) -> dict[str, Any]:
         row: dict[str, Any] = {"index": record.index, "file": record.file, "row": record.number}
         values = record.values
         samples_table.name_sample(row, record, columns, self._set, seen)

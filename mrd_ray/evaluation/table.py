@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -38,6 +38,8 @@ FIGURES = pa.schema(
         pa.field("rows", pa.int64(), nullable=False, metadata={"unit": "rows that it is made of"}),
     ]
 )
+
+T = TypeVar("T")
 
 
 def lines(
@@ -114,17 +116,17 @@ def _values(
             case "accuracy":
                 yield metric, metrics.accuracy(log_probs.paraphrase, log_probs.wrong)
             case "embedding_accuracy":
-                yield metric, metrics.embedding_accuracy(record["similarities"])
+                yield metric, metrics.embedding_accuracy(_known(record["similarities"]))
             case "toxicity":
                 yield metric, record["toxicity"]
             case "rouge_l":
-                yield metric, metrics.rouge_l(record["generated"], row["response"])
+                yield metric, metrics.rouge_l(_known(record["generated"]), row["response"])
             case "memorization_accuracy":
                 correct = zip(record["roles"], record["correct"], strict=True)
                 own = [c for role, cs in correct if role.split("-")[0] in (ANSWER, WINDOW) for c in cs]
                 yield metric, metrics.memorization_accuracy(own)
             case "extraction_likelihood":
-                value = record["extraction_likelihood"]
+                value = _known(record["extraction_likelihood"])
                 yield metric, None if math.isnan(value) else value
             case "min_k":
                 for percent in evaluation.min_k_percent:
@@ -133,6 +135,12 @@ def _values(
                 yield metric, math.exp(min(-fmean(log_probs.whole), 700.0))
             case "multiple_choice":
                 yield metric, metrics.multiple_choice(log_probs.choices, row["right"])
+
+
+def _known(value: T | None) -> T:
+    """What is measured of every row whose set asks for its metric."""
+    assert value is not None
+    return value
 
 
 class Lines:

@@ -17,6 +17,7 @@ from mrd_ray.evaluation.evaluate import ANSWERS
 from mrd_ray.runs.directory import REMAKE, RunDirectory, refuse_other_shape
 from mrd_ray.scoring import table
 from mrd_ray.unlearning import log
+from mrd_ray.unlearning.log import EvaluationLine, Line
 
 _SCORES = pa.schema([*table.SCHEMA, *table.MEASURES.values()])
 _SCORE_COLUMNS = {
@@ -84,13 +85,9 @@ class Unlearning:
     """
 
     about: About
-    log: list[dict[str, Any]]
+    log: list[Line]
     refreshes: dict[int, pa.Table]
     evaluations: dict[int, pa.Table]
-
-    def lines(self, event: str) -> list[dict[str, Any]]:
-        """Those of one event."""
-        return [line for line in self.log if line["event"] == event]
 
     @property
     def outcome(self) -> dict[str, Any] | None:
@@ -100,14 +97,14 @@ class Unlearning:
         return None if found is None or found["config"] != self.about.manifest["invocations"][-1]["config"] else found
 
     @property
-    def before(self) -> dict[str, Any] | None:
+    def before(self) -> EvaluationLine | None:
         """The evaluation of the initial model."""
-        return next(iter(self.lines("evaluation")), None)
+        return next(iter(log.evaluations(self.log)), None)
 
     @property
-    def after(self) -> dict[str, Any] | None:
+    def after(self) -> EvaluationLine | None:
         """The evaluation of the result, or the latest one of an unfinished run."""
-        evaluations = self.lines("evaluation")
+        evaluations = log.evaluations(self.log)
         if self.outcome is None:
             found = evaluations[1:]
         else:

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -14,10 +13,11 @@ from mrd_ray.report.charts import Chart, Line
 from mrd_ray.report.read import Unlearning
 from mrd_ray.report.tables import Cell, Table, Text
 from mrd_ray.report.words import count
-from mrd_ray.unlearning.stopping import TITLES
+from mrd_ray.unlearning import log
+from mrd_ray.unlearning.log import EvaluationLine
+from mrd_ray.unlearning.stopping import TITLES, Measure
 
 _MOVED = 10
-_PERPLEXITY = "retain_loss"  # is logged in nats
 
 
 @dataclass(frozen=True)
@@ -57,45 +57,43 @@ def sections(runs: Sequence[Unlearning], texts: Mapping[str, Mapping[str, str | 
     )
 
 
-_EVALUATED = (  # title, unit, names of what is logged at evaluations
+_EVALUATED: tuple[tuple[str, str, tuple[Measure, ...]], ...] = (  # title, unit, names of what is logged at evaluations
     ("Memorisation of the forget set", "share", ("forget_memorization_accuracy", "forget_extraction_likelihood")),
-    ("Retain perplexity", "perplexity", (_PERPLEXITY,)),
+    ("Retain perplexity", "perplexity", ("retain_perplexity",)),
     ("Log-likelihood of the forget set", "nats per sample", ("forget_log_prob",)),
 )
 
 
-def _measure(name: str, line: dict[str, Any] | None) -> float | None:
-    if line is None or line.get(name) is None:
-        return None
-    return math.exp(min(line[name], 700.0)) if name == _PERPLEXITY else float(line[name])
+def _measure(name: Measure, line: EvaluationLine | None) -> float | None:
+    return None if line is None else line.get(name)
 
 
-def _label(name: str) -> str:
+def _label(name: Measure) -> str:
     return TITLES[name].split(":")[0].split(",")[0]
 
 
-def _overlay(runs: Sequence[Unlearning], title: str, unit: str, names: Sequence[str]) -> Chart | None:
+def _overlay(runs: Sequence[Unlearning], title: str, unit: str, names: Sequence[Measure]) -> Chart | None:
     name = names[0]
     lines = []
     for run in runs:
-        evaluations = run.lines("evaluation")
+        evaluations = log.evaluations(run.log)
         values = [_measure(name, line) for line in evaluations]
         lines.append(Line(f"{_label(name)} of {run.about.name}", [line["step"] for line in evaluations], values))
     return charts.over_steps(f"{title}, by run", unit, lines, [], None)
 
 
 def _section(run: Unlearning, texts: Mapping[str, str | None]) -> UnlearnSection:
-    refreshes = sorted({line["step"] for line in run.lines("refresh")})
-    stops = run.lines("stop")
+    refreshes = sorted({line["step"] for line in run.log if line["event"] == "refresh"})
+    stops = [line for line in run.log if line["event"] == "stop"]
     stop = stops[-1]["step"] if stops and run.outcome is not None else None
-    steps = run.lines("step")
+    steps = [line for line in run.log if line["event"] == "step"]
     at = [line["step"] for line in steps]
     losses = [
-        Line(label, at, [line.get(name) for line in steps])
-        for label, name in {"forget loss": "forget_loss", "retain loss": "retain_loss"}.items()
+        Line("forget loss", at, [line.get("forget_loss") for line in steps]),
+        Line("retain loss", at, [line.get("retain_loss") for line in steps]),
     ]
     found = [charts.over_steps("Losses in training", "loss", losses, refreshes, stop)]
-    evaluations = run.lines("evaluation")
+    evaluations = log.evaluations(run.log)
     for title, unit, names in _EVALUATED:
         at = [line["step"] for line in evaluations]
         lines = [Line(_label(name), at, [_measure(name, line) for line in evaluations]) for name in names]

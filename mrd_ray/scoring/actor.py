@@ -3,7 +3,6 @@
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -51,7 +50,7 @@ class ScoringActor:
         """Score a unit. samples: micro_batch, and sample_id, token_ids and scored of data.samples.SCHEMA."""
         started = time.perf_counter()
         unit = Unit.of_id(unit_id)
-        result: dict[str, Any] = {"unit_id": unit_id, "samples": []}
+        result: dict[str, object] = {"unit_id": unit_id, "samples": []}
         if self._estimator is not None:
             try:
                 result["samples"] = self._estimator(samples.to_pylist(), range(unit.first_draw, unit.stop_draw))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -22,10 +22,9 @@ from mrd_ray.mrd.precision import examine
 from mrd_ray.mrd.self_check import SelfCheck, has_choices
 from mrd_ray.scoring.advice import Case, insufficient
 from mrd_ray.scoring.control import Control, disagreements_of
+from mrd_ray.scoring.result import Result
 from mrd_ray.scoring.verification import Scored, Verification
 from mrd_ray.workers.memory import TOO_LARGE, Sample, activation_bytes, collate, fitting, out_of_memory, release
-
-Result = dict[str, Any]  # fields of result.RESULT
 
 Shards = Callable[[], Mapping[str, Shard]]
 
@@ -133,7 +132,7 @@ class MonteCarlo:
                 if part.norms is not None:
                     result |= {"gradient_norm": part.norms[i], "flip_squares": part.flips[i] if part.flips else None}
                 std = None if part.norms is None else scoring.sigma * part.norms[i]
-                found.append(result | _of_draws(of_part[i].tolist(), draws, result, std))
+                found.append(_with_draws(result, of_part[i].tolist(), draws, std))
         return found
 
     def restore(self) -> None:
@@ -291,8 +290,8 @@ def _result(sample_id: str, log_prob: float, measures: dict[str, list[float]], i
     return {"sample_id": sample_id, "log_prob": log_prob, "error": error, "measures": own}
 
 
-def _of_draws(values: list[list[float]], draws: range, result: Result, first_std: float | None) -> Result:
-    """The moments of one sample's draws. first_std: sigma |g| if each draw ends with L, else None."""
+def _with_draws(result: Result, values: list[list[float]], draws: range, first_std: float | None) -> Result:
+    """A sample's result with the moments of its draws. first_std: sigma |g| if each draw ends with L, else None."""
     controlled = first_std is not None
     deltas = [of_draw[:-1] for of_draw in values] if controlled else values
     first = [of_draw[-1] for of_draw in values] if controlled else None
@@ -305,4 +304,4 @@ def _of_draws(values: list[list[float]], draws: range, result: Result, first_std
         error = "its gradient is not finite"
     if error is None and any(part != part for name in Moments.sums() for part in moments[name]):
         error = "its relative changes are too large to add up their squares: sigma too large?"
-    return {"error": error} | moments
+    return cast("Result", {**result, "error": error, **moments})

@@ -1,5 +1,7 @@
 """The result of a unit."""
 
+from typing import Required, TypedDict
+
 import pyarrow as pa
 
 _SUM = pa.list_(pa.float64())  # see monte_carlo.exact_sum
@@ -42,6 +44,34 @@ RESULT = pa.struct(
         ),
     ]
 )
+
+
+class Result(TypedDict, total=False):
+    """A row of RESULT. Fields that the estimator does not know are absent."""
+
+    sample_id: Required[str]
+    log_prob: float
+    error: str | None
+    num_draws: int
+    sum_abs: list[float]
+    sum_abs_squares: list[float]
+    sum: list[float]
+    sum_squares: list[float]
+    sum_odd_squares: list[float]
+    sum_first_squares: list[float]
+    sum_first_abs: list[float]
+    sum_abs_products: list[float]
+    sum_smooth: list[float]
+    sum_smooth_squares: list[float]
+    abs_by_eighth: list[list[float]]
+    mean_by_eighth: list[list[float]]
+    gradient_norm: float
+    flip_squares: float | None
+    probes: list[float]
+    doubt: str | None
+    measures: dict[str, float]
+
+
 _PRECISION = pa.struct(
     [
         ("share_moved", pa.float64()),

@@ -29,6 +29,7 @@ from mrd_ray.scoring.result import RESULT_SCHEMA
 from mrd_ray.scoring.table import scores_table, unsettled
 from mrd_ray.scoring.units import LAYOUT_VERSION, Unit, cut_units, first_draws, missing_units
 from mrd_ray.workers.cluster import cluster
+from mrd_ray.workers.memory import Sample
 from mrd_ray.workers.run_units import Load, pool_of, work_off
 
 _OF_SAMPLE = ["sample_id", "token_ids", "scored"]
@@ -122,10 +123,10 @@ def unit_samples(samples: pa.Table, layout: Layout, micro_batches: range) -> pa.
     return samples.select(_OF_SAMPLE).take(indices).add_column(0, "micro_batch", pa.array(micro_batch))
 
 
-def trial_of(samples: pa.Table, layout: Layout) -> list[dict[str, Any]]:
+def trial_of(samples: pa.Table, layout: Layout) -> list[Sample]:
     """A few samples on which an actor tries the settings before it scores any."""
     few = samples.take(layout.few(4)).select(_OF_SAMPLE)
-    return [{"micro_batch": 0, **row} for row in few.to_pylist()]
+    return few.add_column(0, "micro_batch", pa.array([0] * len(few), pa.int64())).to_pylist()
 
 
 @dataclass

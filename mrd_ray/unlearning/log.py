@@ -6,18 +6,79 @@ import json
 import math
 import os
 import time
-from typing import Annotated, Any
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Literal, TypedDict, cast
 
 import ray.util.metrics
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from mrd_ray.config import TrackingConfig, UnlearnConfig
 from mrd_ray.errors import UserError
 from mrd_ray.runs.directory import RunDirectory, parsed_json
+from mrd_ray.unlearning.stopping import Measures, perplexity
 
 NAME, START = "metrics.jsonl", "start.json"
 _FLUSH_EVERY = 2.0  # seconds
 _OF_RUN = ("run",)  # tags of metrics
+
+
+class StepLine(TypedDict):
+    """An optimiser step. Losses are means over the samples of the step; null where they are not finite, or unused."""
+
+    step: int
+    of: int
+    event: Literal["step"]
+    forget_loss: float | None
+    retain_loss: float | None
+    grad_norm: float | None
+    tokens: int
+    seconds: float
+
+
+class RefreshLine(TypedDict):
+    """A scoring of the forget set."""
+
+    step: int
+    of: int
+    event: Literal["refresh"]
+    mrd_median: float | None
+    doubts: int
+    seconds: float
+
+
+class EvaluationLine(Measures):
+    """What the model knows before the first step, and at each evaluation."""
+
+    step: int
+    of: int
+    event: Literal["evaluation"]
+    seconds: float
+
+
+class StopLine(TypedDict):
+    """Why it stopped."""
+
+    step: int
+    of: int
+    event: Literal["stop"]
+    reason: str
+
+
+Line = StepLine | RefreshLine | EvaluationLine | StopLine
+
+
+def evaluations(lines: Iterable[Line]) -> list[EvaluationLine]:
+    """The evaluations among the lines of a log."""
+    return [line for line in lines if line["event"] == "evaluation"]
+
+
+def current(line: dict[str, JsonValue]) -> Line:
+    """A line as this version writes it: earlier ones logged the retain loss, in nats, at evaluations."""
+    if line.get("event") == "evaluation" and "retain_loss" in line:
+        loss = cast("float | None", line["retain_loss"])
+        kept = {name: value for name, value in line.items() if name != "retain_loss"}
+        line = {**kept, "retain_perplexity": None if loss is None else perplexity(loss)}
+    return cast("Line", line)
 
 
 def require(tracking: TrackingConfig, run_dir: str) -> None:
@@ -40,7 +101,7 @@ class Log:
         lines: those of the checkpoint that the run goes on from; what an interrupted attempt wrote after it goes.
     """
 
-    def __init__(self, run: RunDirectory, config: UnlearnConfig, lines: list[dict[str, Any]]) -> None:
+    def __init__(self, run: RunDirectory, config: UnlearnConfig, lines: Sequence[Line]) -> None:
         self._run = run
         self._lines = [_json(line) for line in lines]
         self._flushed = 0.0
@@ -65,8 +126,8 @@ class Log:
         self.flush()
         run.write(START, json.dumps({"node": os.uname().nodename, "pid": os.getpid(), "time": time.time()}).encode())
 
-    def __call__(self, line: dict[str, Any]) -> None:
-        """Take in a line: {"step": ..., "event": "step" | "refresh" | "evaluation" | "stop", ...}."""
+    def __call__(self, line: Line) -> None:
+        """Take in a line."""
         self._lines.append(_json(line))
         numbers = {
             f"{line['event']}/{name}": value
@@ -98,7 +159,7 @@ class Log:
             self._wandb.finish()
 
 
-def _json(line: dict[str, Any]) -> str:
+def _json(line: Line) -> str:
     """JSON has no word for a loss that is not finite: it becomes null."""
     return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()})
 
@@ -128,12 +189,12 @@ def node_of(start: bytes) -> str:
         return "no node yet"
 
 
-def read(run: RunDirectory) -> list[dict[str, Any]]:
+def read(run: RunDirectory) -> list[Line]:
     """The lines so far; none before a run has begun. Raises UserError if they are damaged."""
     if not run.exists(NAME):
         return []
     remedy = "start the run's command again, which writes it from the last checkpoint"
     return [
-        parsed_json(f"{run.path(NAME)}, line {number},", line, _Line, remedy)
+        current(parsed_json(f"{run.path(NAME)}, line {number},", line, _Line, remedy))
         for number, line in enumerate(run.read(NAME).splitlines(), 1)
     ]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +21,11 @@ from mrd_ray.mrd.likelihood import MicroBatch
 from mrd_ray.unlearning import losses, refresh
 from mrd_ray.unlearning.batching import Batching
 from mrd_ray.unlearning.engine import Engine
+from mrd_ray.unlearning.log import Line
 from mrd_ray.unlearning.sampling import ForgetStream, ShuffledStream, choices, sampling_probabilities
 from mrd_ray.unlearning.state import State
-from mrd_ray.unlearning.stopping import Evaluation, below_floor, forgotten
-from mrd_ray.workers.memory import collate
+from mrd_ray.unlearning.stopping import Knowledge, Measures, below_floor, forgotten
+from mrd_ray.workers.memory import Tokenised, collate
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,20 @@ class Pass:
     logged_as: str
     loss: Loss
     rows: np.ndarray
-    samples: list[dict[str, Any]]
+    samples: list[Tokenised]
     weight: float
+
+
+class _Now(TypedDict):
+    step: int
+    of: int
+
+
+class Kept(Measures):
+    """What is reported with a checkpoint. retain_loss: nats, of the watched retain samples."""
+
+    step: int
+    retain_loss: float | None
 
 
 class Loop:
@@ -80,9 +93,9 @@ class Loop:
         state: State,
         *,
         until: int | None = None,
-        log: Callable[[dict[str, Any]], None],
+        log: Callable[[Line], None],
         keep_scores: Callable[[int, pa.Table], None],
-        checkpoint: Callable[[dict[str, Any], Callable[[Path], None]], None],
+        checkpoint: Callable[[Kept, Callable[[Path], None]], None],
         measure: Callable[[int, Engine], None] | None = None,
     ) -> None:
         self.config, self.sets, self.engine, self.state, self.until = config, sets, engine, state, until
@@ -107,7 +120,7 @@ class Loop:
             else:
                 reason = self._round()
         self.measure_if_due(at_the_end=True)
-        self._write({"event": "stop", "reason": reason})
+        self._write({**self._now, "event": "stop", "reason": reason})
         return reason
 
     def _round(self) -> str | None:
@@ -159,8 +172,8 @@ class Loop:
         """Draw by these scores of this step's model from here on."""
         self.state.scores, self.state.scored_at = scores, self.state.step
         scored = scores["mrd"].drop_null().to_pylist()
-        found = {"mrd_median": median(scored) if scored else None, "doubts": len(scores["doubt"].drop_null())}
-        self._write({"event": "refresh", **found, "seconds": seconds})
+        mrd_median, doubts = median(scored) if scored else None, len(scores["doubt"].drop_null())
+        self._write({**self._now, "event": "refresh", "mrd_median": mrd_median, "doubts": doubts, "seconds": seconds})
 
     def _mrd(self) -> np.ndarray | None:
         return None if self.state.scores is None else self.state.scores["mrd"].to_numpy().astype(np.float64)
@@ -178,14 +191,22 @@ class Loop:
             of_rank["tokens"] += sum(len(sample["token_ids"]) for sample in one.samples)
         of_all = dict(zip(of_rank, self.engine.ranks.sum([*of_rank.values()], self.engine.model.device), strict=True))
         self.state.step += 1
-        tokens = int(of_all.pop("tokens"))
-        line: dict[str, float | None] = {**of_all, "grad_norm": self.engine.grad_norm}
-        if self._retain is None:
-            line["retain_loss"] = None
-        if not all(math.isfinite(value or 0.0) for value in line.values()):
-            found = ", ".join(f"{name} {value}" for name, value in line.items())
+        retain_loss, grad_norm = None if self._retain is None else of_all["retain_loss"], self.engine.grad_norm
+        measured = {"forget_loss": of_all["forget_loss"], "retain_loss": retain_loss, "grad_norm": grad_norm}
+        if not all(math.isfinite(value or 0.0) for value in measured.values()):
+            found = ", ".join(f"{name} {value}" for name, value in measured.items())
             return f"diverged at step {self.state.step}: {found}; try a smaller unlearning.learning_rate"
-        self._write({"event": "step", **line, "tokens": tokens, "seconds": time.monotonic() - started})
+        self._write(
+            {
+                **self._now,
+                "event": "step",
+                "forget_loss": of_all["forget_loss"],
+                "retain_loss": retain_loss,
+                "grad_norm": grad_norm,
+                "tokens": int(of_all["tokens"]),
+                "seconds": time.monotonic() - started,
+            }
+        )
         return None
 
     def _passes(self) -> list[Pass]:
@@ -244,7 +265,7 @@ class Loop:
             return f"forgotten: MA{' and EL' if stopping.extraction_n else ''} of {whose} below the initial averages"
         return None
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self) -> Knowledge:
         """What the live model knows of the forget set and of the watched retain samples."""
         started, stopping, sets = time.monotonic(), self.config.stopping, self.sets
         found = refresh.likelihoods(self.engine, sets.forget, self.config.scoring.micro_batch_tokens)
@@ -255,8 +276,8 @@ class Loop:
             tokens = sum(sum(scored[1:]) for scored in watched["scored"].to_pylist())
             retain_loss = -math.fsum(log_prob for log_prob, _ in of_watched) / tokens
         log_prob, accuracy = ([*column] for column in zip(*found, strict=True))
-        now = Evaluation(log_prob, accuracy, self._extraction() if stopping.extraction_n else None, retain_loss)
-        self._write({"event": "evaluation", **now.means(), "seconds": time.monotonic() - started})
+        now = Knowledge(log_prob, accuracy, self._extraction() if stopping.extraction_n else None, retain_loss)
+        self._write({**self._now, "event": "evaluation", **now.means(), "seconds": time.monotonic() - started})
         return now
 
     def _extraction(self) -> list[float]:
@@ -285,10 +306,14 @@ class Loop:
             if self.engine.ranks.rank == 0:
                 self.state.save(folder)
 
-        self._checkpoint({"step": self.state.step, **self.state.latest.means()}, write)
+        latest = self.state.latest
+        self._checkpoint({"step": self.state.step, **latest.means(), "retain_loss": latest.retain_loss}, write)
 
-    def _write(self, line: dict[str, Any]) -> None:
-        line = {"step": self.state.step, "of": self.last_step, **line}
+    @property
+    def _now(self) -> _Now:
+        return {"step": self.state.step, "of": self.last_step}
+
+    def _write(self, line: Line) -> None:
         self.state.log.append(line)
         if self.engine.ranks.rank == 0:
             self._log(line)

@@ -3,15 +3,15 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, NonNegativeInt
+from pydantic import BaseModel, JsonValue, NonNegativeInt
 
 from mrd_ray.runs.directory import parsed_json, parsed_table
 from mrd_ray.scoring.table import REQUIRED, SCHEMA
-from mrd_ray.unlearning.stopping import Evaluation
+from mrd_ray.unlearning.log import Line, current
+from mrd_ray.unlearning.stopping import Knowledge
 
 _ELSEWHERE = "this checkpoint cannot be gone on from: start again in another run.dir"
 
@@ -21,9 +21,9 @@ class _Saved(BaseModel):
 
     step: NonNegativeInt
     scored_at: int
-    log: list[dict[str, Any]]
-    initial: Evaluation | None
-    latest: Evaluation | None
+    log: list[dict[str, JsonValue]]
+    initial: Knowledge | None
+    latest: Knowledge | None
 
 
 @dataclass
@@ -35,15 +35,15 @@ class State:
     """
 
     step: int = 0
-    initial: Evaluation | None = None
-    latest: Evaluation | None = None
+    initial: Knowledge | None = None
+    latest: Knowledge | None = None
     scores: pa.Table | None = None
     scored_at: int = -1
-    log: list[dict[str, Any]] = field(default_factory=list)
+    log: list[Line] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
         """Write it as state.json and scores.parquet."""
-        content = {"step": self.step, "scored_at": self.scored_at, "log": self.log}
+        content: dict[str, object] = {"step": self.step, "scored_at": self.scored_at, "log": self.log}
         for name, evaluation in {"initial": self.initial, "latest": self.latest}.items():
             content[name] = None if evaluation is None else asdict(evaluation)
         (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
@@ -58,4 +58,4 @@ class State:
         scores = None
         if table.exists():
             scores = parsed_table(str(table), table.read_bytes(), SCHEMA, REQUIRED, _ELSEWHERE)
-        return cls(saved.step, saved.initial, saved.latest, scores, saved.scored_at, saved.log)
+        return cls(saved.step, saved.initial, saved.latest, scores, saved.scored_at, [*map(current, saved.log)])

@@ -3,21 +3,40 @@
 import math
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Literal, TypedDict
 
 from mrd_ray.config import StoppingConfig
 
 _FLOOR_NATS = 0.1  # of a memorised retain set, twice the loss may still be next to none
+_MOST_NATS = 230.0  # a perplexity of 8e99: a number that every reader of the log can use
+Measure = Literal[
+    "forget_memorization_accuracy", "forget_extraction_likelihood", "forget_log_prob", "retain_perplexity"
+]
 # what is logged of a model, as people read it
-TITLES = {
+TITLES: dict[Measure, str] = {
     "forget_memorization_accuracy": "forget MA: share of tokens that are the likeliest",
     "forget_extraction_likelihood": "forget EL: share of n-grams given away",
     "forget_log_prob": "forget log-likelihood, nats per sample",
-    "retain_loss": "retain perplexity",
+    "retain_perplexity": "retain perplexity",
 }
 
 
+class Measures(TypedDict):
+    """What is logged of a model: means over samples; None where it is not measured."""
+
+    forget_log_prob: float | None
+    forget_memorization_accuracy: float | None
+    forget_extraction_likelihood: float | None
+    retain_perplexity: float | None
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean negative log-likelihood in nats."""
+    return math.exp(min(loss, _MOST_NATS))
+
+
 @dataclass(frozen=True)
-class Evaluation:
+class Knowledge:
     """What the model knows of the forget set, sample by sample, and of the watched retain samples.
 
     log_prob: nats, over the scored tokens. memorization_accuracy (MA), extraction_likelihood (EL_n): in [0, 1]; EL is
@@ -30,14 +49,14 @@ class Evaluation:
     extraction_likelihood: list[float] | None
     retain_loss: float | None
 
-    def means(self) -> dict[str, float | None]:
+    def means(self) -> Measures:
         """What is logged."""
         extraction = [el for el in self.extraction_likelihood or [] if not math.isnan(el)]
         return {
             "forget_log_prob": fmean(self.log_prob),
             "forget_memorization_accuracy": fmean(self.memorization_accuracy),
             "forget_extraction_likelihood": fmean(extraction) if extraction else None,
-            "retain_loss": self.retain_loss,
+            "retain_perplexity": None if self.retain_loss is None else perplexity(self.retain_loss),
         }
 
     def finite(self) -> bool:
@@ -45,7 +64,7 @@ class Evaluation:
         return all(map(math.isfinite, [*self.log_prob, self.retain_loss or 0.0]))
 
 
-def retain_loss_limit(stopping: StoppingConfig, initial: Evaluation) -> float:
+def retain_loss_limit(stopping: StoppingConfig, initial: Knowledge) -> float:
     """The utility floor as a loss in nats; infinite where there is none."""
     if stopping.max_retain_loss_ratio is None or initial.retain_loss is None:
         return math.inf
@@ -54,7 +73,7 @@ def retain_loss_limit(stopping: StoppingConfig, initial: Evaluation) -> float:
     return max(min(ratio * before, before + math.log(ratio)), before + _FLOOR_NATS)
 
 
-def below_floor(stopping: StoppingConfig, initial: Evaluation, now: Evaluation) -> str | None:
+def below_floor(stopping: StoppingConfig, initial: Knowledge, now: Knowledge) -> str | None:
     """Why this state must not become the result, or None."""
     if not now.finite():
         return "diverged: the model no longer gives finite probabilities"
@@ -67,7 +86,7 @@ def below_floor(stopping: StoppingConfig, initial: Evaluation, now: Evaluation) 
     return None
 
 
-def forgotten(stopping: StoppingConfig, initial: Evaluation, now: Evaluation) -> bool:
+def forgotten(stopping: StoppingConfig, initial: Knowledge, now: Knowledge) -> bool:
     """EL_n and MA of every forget sample, or their means, are below their averages on the initial model.
 
     Zero counts as below, since nothing is: there is no less memory than none.
@@ -75,7 +94,7 @@ def forgotten(stopping: StoppingConfig, initial: Evaluation, now: Evaluation) ->
     if stopping.forgotten == "never":
         return False
     before, after = initial.means(), now.means()
-    of_samples = {
+    of_samples: dict[Measure, list[float]] = {
         "forget_memorization_accuracy": now.memorization_accuracy,
         "forget_extraction_likelihood": [el for el in now.extraction_likelihood or [] if not math.isnan(el)],
     }

@@ -1,20 +1,18 @@
 """What a person looks at when a run has ended: why, and what the model knew before and knows now."""
 
-import math
-from typing import Any
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mrd_ray.errors import UserError
+from mrd_ray.unlearning import log
 from mrd_ray.unlearning.stopping import TITLES
 from mrd_ray.unlearning.unlearn import UnlearnRun
 
 
 def show(console: Console, finished: UnlearnRun) -> None:
     """Print the summary."""
-    evaluations = [line for line in finished.log if line["event"] == "evaluation"]
+    evaluations = log.evaluations(finished.log)
     if not evaluations:
         raise UserError(f"{finished.run.path('metrics.jsonl')} has no evaluation; use another directory")
     before = evaluations[0]
@@ -35,10 +33,5 @@ def show(console: Console, finished: UnlearnRun) -> None:
     table = Table("", "before", "after", title_justify="left")
     for name, title in TITLES.items():
         if before[name] is not None:
-            table.add_row(title, _cell(name, before), _cell(name, after))
+            table.add_row(title, *(f"{line[name]:.4g}" for line in (before, after)))
     console.print(table)
-
-
-def _cell(name: str, line: dict[str, Any]) -> str:
-    value = math.exp(min(line[name], 700)) if name == "retain_loss" else line[name]
-    return f"{value:.4g}"

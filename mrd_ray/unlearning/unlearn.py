@@ -65,7 +65,7 @@ class UnlearnRun:
     config: UnlearnConfig
     reason: str
     step: int
-    log: list[dict[str, Any]]
+    log: list[log.Line]
 
     @property
     def failed(self) -> bool:

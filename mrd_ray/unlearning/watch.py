@@ -1,9 +1,8 @@
 """A run on the console and in its journal, from the log that rank 0 writes."""
 
-import math
 import threading
 import time
-from typing import Any
+from types import TracebackType
 
 import ray
 
@@ -12,6 +11,7 @@ from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.runs.journal import Journal
 from mrd_ray.runs.meter import Meter
 from mrd_ray.unlearning import log
+from mrd_ray.unlearning.log import Line
 from mrd_ray.workers.lookout import Nodes
 
 
@@ -39,10 +39,12 @@ class Watch:
         self._meter.advance(0, "starting the workers")
         self._thread.start()
 
-    def __exit__(self, *problem: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._over.set()
         self._thread.join()
-        self._meter.__exit__(*problem)
+        self._meter.__exit__(kind, problem, trace)
 
     def _watch(self) -> None:
         over = False
@@ -73,7 +75,7 @@ class Watch:
             say = f"Unlearning: nothing since step {self._step} for {silent:.0f} s (rank 0 is on {node}): stalled?"
             self._journal.event("stall", say, seconds=silent, node=node)
 
-    def _go_on(self, lines: list[dict[str, Any]]) -> None:
+    def _go_on(self, lines: list[Line]) -> None:
         step = lines[-1]["step"] if lines else 0
         self._journal.event(
             "going_on", f"Unlearning: the workers have started again, and go on from step {step}", step=step
@@ -84,7 +86,7 @@ class Watch:
             self._meter.skip(self._step)
         self._seen = len(lines)
 
-    def _show(self, line: dict[str, Any]) -> None:
+    def _show(self, line: Line) -> None:
         if line["event"] == "stop":
             return
         if line["event"] == "step":
@@ -94,19 +96,19 @@ class Watch:
                 self._losses += f", retain loss {line['retain_loss']:.3g}"
         elif line["event"] == "evaluation":
             self._knows = f", forget MA {line['forget_memorization_accuracy']:.3f}"
-            if line["retain_loss"] is not None:
-                self._knows += f", retain perplexity {math.exp(min(line['retain_loss'], 700)):.4g}"
+            if line["retain_perplexity"] is not None:
+                self._knows += f", retain perplexity {line['retain_perplexity']:.4g}"
         self._tell(line)
         advanced = max(0, line["step"] - self._step)
         self._step += advanced
         self._meter.advance(advanced, f"step {line['step']} of {line['of']}{self._losses}{self._knows}")
 
-    def _tell(self, line: dict[str, Any]) -> None:
+    def _tell(self, line: Line) -> None:
         self._journal.tell(step=line["step"])
         gauges = self._journal.gauges
         gauges.tell("unlearning_step", line["step"])
         if line["event"] == "refresh":
             gauges.tell("unlearning_refresh_seconds", line["seconds"])
-        losses = {name: line.get(f"{name}_loss") for name in ("forget", "retain")}
         if line["event"] == "step":
+            losses = {"forget": line["forget_loss"], "retain": line["retain_loss"]}
             gauges.tell("unlearning_loss", {name: loss for name, loss in losses.items() if loss is not None})

@@ -25,7 +25,7 @@ from mrd_ray.scoring.estimators import refuse_wrong_rules
 from mrd_ray.unlearning import model as trained
 from mrd_ray.unlearning.engine import Engine
 from mrd_ray.unlearning.log import Log
-from mrd_ray.unlearning.loop import Loop
+from mrd_ray.unlearning.loop import Kept, Loop
 from mrd_ray.unlearning.state import State
 from mrd_ray.workers.ranks import Ranks
 from mrd_ray.workers.replica import refuse_not_causal, refuse_other_model
@@ -133,12 +133,13 @@ def _model(job: Job) -> PreTrainedModel:
     return model
 
 
-def _rank_of(metrics: dict[str, Any], config: UnlearnConfig) -> float:
+def _rank_of(metrics: Kept, config: UnlearnConfig) -> float:
     """What the best checkpoint has least of. The model as it was is no result, and makes room for others."""
     best_by = config.checkpoints.best_by
     if best_by == "last":
         return 0.0
-    return float(metrics[best_by]) if metrics["step"] else sys.float_info.max
+    value = metrics[best_by]
+    return value if metrics["step"] and value is not None else sys.float_info.max
 
 
 def _prefix(config: UnlearnConfig, ranks: Ranks) -> str:
@@ -146,12 +147,12 @@ def _prefix(config: UnlearnConfig, ranks: Ranks) -> str:
     return f"mrd_ray-checkpoint-{hashlib.sha256(config.run.dir.encode()).hexdigest()[:16]}-{ranks.rank}-"
 
 
-def _report(metrics: dict[str, Any], write: Callable[[Path], None], config: UnlearnConfig, ranks: Ranks) -> None:
+def _report(metrics: Kept, write: Callable[[Path], None], config: UnlearnConfig, ranks: Ranks) -> None:
     """Write this rank's part of a checkpoint, and let Ray Train bring it to the run directory meanwhile."""
     folder = Path(tempfile.mkdtemp(prefix=_prefix(config, ranks)))
     write(folder)
     ray.train.report(
-        metrics | {"workers": ranks.size, RANKED_BY: _rank_of(metrics, config)},
+        {**metrics, "workers": ranks.size, RANKED_BY: _rank_of(metrics, config)},
         checkpoint=ray.train.Checkpoint.from_directory(folder),
         checkpoint_dir_name=f"step-{metrics['step']:06d}",
         checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,

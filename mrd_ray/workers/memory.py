@@ -4,7 +4,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -14,8 +14,28 @@ from mrd_ray.errors import UserError
 from mrd_ray.mrd.likelihood import MicroBatch
 from mrd_ray.mrd.recompute import layers_of
 
-Sample = dict[str, Any]  # micro_batch, sample_id, token_ids, scored
+
+class Tokenised(TypedDict):
+    """The tokens of a sample, and which of them are scored."""
+
+    token_ids: list[int]
+    scored: list[bool]
+
+
+class Batched(Tokenised):
+    """Tokens with the number of their micro-batch."""
+
+    micro_batch: int
+
+
+class Sample(Batched):
+    """A sample to score."""
+
+    sample_id: str
+
+
 T = TypeVar("T")
+B = TypeVar("B", bound=Batched)
 
 TOO_LARGE = "does not fit in the device's memory beside the model; shorten it or set data.truncate"
 
@@ -49,14 +69,14 @@ def _free(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def collate(members: Sequence[Sample], device: torch.device) -> MicroBatch:
+def collate(members: Sequence[Tokenised], device: torch.device) -> MicroBatch:
     """One forward of these samples."""
     return MicroBatch.collate([s["token_ids"] for s in members], [s["scored"] for s in members], device)
 
 
 def fitting(
-    samples: Sequence[Sample], device: torch.device, compute: Callable[[Sequence[Sample], MicroBatch], T], halve: bool
-) -> Iterator[tuple[Sequence[Sample], T | None]]:
+    samples: Sequence[B], device: torch.device, compute: Callable[[Sequence[B], MicroBatch], T], halve: bool
+) -> Iterator[tuple[Sequence[B], T | None]]:
     """Apply `compute` to each micro-batch, halved until it fits on the device; None for a single sample too large."""
     for _, group in itertools.groupby(samples, key=operator.itemgetter("micro_batch")):
         waiting = [list(group)]

@@ -141,7 +141,7 @@ def test_variance_components_of_a_known_design():
 
 def test_what_is_better_depends_on_the_set():
     assert tables.better(("kept", "rouge_l"), "gone") == 1
-    assert tables.better(("gone", "rouge_l"), "gone") == tables.better((None, "retain_loss"), "gone") == -1
+    assert tables.better(("gone", "rouge_l"), "gone") == tables.better((None, "retain_perplexity"), "gone") == -1
     assert tables.better(("gone", "RR"), "gone") == tables.better((None, "model_utility"), "gone") == 1
     assert tables.better(("gone", "perplexity"), "gone") == -tables.better(("kept", "perplexity"), "gone") == 1
     assert tables.better(("any", "multiple_choice"), "gone") == 0  # hazardous knowledge, or other

@@ -25,14 +25,14 @@ QUOTED = "a value that an error quotes"
 LOG = [
     {"event": "refresh", "step": 0, "mrd_median": 0.0066, "seconds": 8.2},
     {"event": "evaluation", "step": 0, "forget_log_prob": -8.1736, "forget_memorization_accuracy": 0.9222,
-     "forget_extraction_likelihood": 0.7392, "retain_loss": 0.214, "seconds": 30.5},
+     "forget_extraction_likelihood": 0.7392, "retain_perplexity": 1.2386, "seconds": 30.5},
     *({"event": "step", "step": step, "forget_loss": 14.0 - step, "retain_loss": 0.2 + step / 40,
        "grad_norm": 60.0, "tokens": 570, "seconds": 7.0} for step in range(1, 6)),
     {"event": "refresh", "step": 5, "mrd_median": 0.0068, "seconds": 7.6},
     *({"event": "step", "step": step, "forget_loss": 14.0 - step, "retain_loss": 0.2 + step / 40,
        "grad_norm": 60.0, "tokens": 570, "seconds": 7.0} for step in range(6, 11)),
     {"event": "evaluation", "step": 10, "forget_log_prob": -44.457, "forget_memorization_accuracy": 0.8594,
-     "forget_extraction_likelihood": None, "retain_loss": 0.4209, "seconds": 32.3},
+     "forget_extraction_likelihood": None, "retain_perplexity": 1.5233, "seconds": 32.3},
     {"event": "stop", "step": 10, "reason": "the last of 10 steps"},
 ]  # fmt: skip
 

@@ -135,6 +135,6 @@ def test_a_default_run_stops_before_it_wrecks_the_model(files, tmp_path):
     one = gang.config(model, forget, retain, tmp_path, unlearning__learning_rate=3e-2, unlearning__steps=6,
                       stopping__evaluate_every=1)  # fmt: skip
     for reason, log in gang.on_ranks(2, stopped, one):
-        before, *_, after = (line["retain_loss"] for line in log if line["event"] == "evaluation")
+        before, *_, after = (math.log(line["retain_perplexity"]) for line in log if line["event"] == "evaluation")
         assert after > before + math.log(2)
         assert reason.startswith("utility floor")
