@@ -20,7 +20,7 @@ from mrd_ray.mrd.monte_carlo import Moments
 from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.runs.journal import Journal
 from mrd_ray.scoring import score, summary
-from mrd_ray.scoring.actor import ScoringTask
+from mrd_ray.scoring.actor import ScoringSetup
 from mrd_ray.scoring.cost import GPU_TFLOPS, ModelCost
 from mrd_ray.scoring.result import RESULT_SCHEMA
 from mrd_ray.scoring.table import scores_table
@@ -33,7 +33,7 @@ _TEXT = "What does it say there about her? "
 class MadeUp:
     """Stands in for `ScoringActor`: results of the right shape, at once; a sample's score goes with its number."""
 
-    def __init__(self, task: ScoringTask) -> None:
+    def __init__(self, task: ScoringSetup) -> None:
         """Which estimator's is all that is needed of the task."""
         self._of_draws = task.scoring.estimator == "monte_carlo"
 

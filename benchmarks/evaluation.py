@@ -76,7 +76,10 @@ def main(
 
 @torch.no_grad()
 def plain(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[sets.Asked], evaluation: EvaluationConfig
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[sets.EvaluatedRow],
+    evaluation: EvaluationConfig,
 ) -> list[Any]:
     """What anyone would write: sort by length, pad, forward with an attention mask, log_softmax; generate.
 

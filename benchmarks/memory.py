@@ -16,7 +16,7 @@ from benchmarks.common import Raw, resident
 from benchmarks.figures import Figure, Results
 from mrd_ray import ModelConfig, ScoringConfig
 from mrd_ray.models.files import model_digest
-from mrd_ray.scoring.actor import ScoringActor, ScoringTask
+from mrd_ray.scoring.actor import ScoringActor, ScoringSetup
 from mrd_ray.scoring.units import Unit
 from mrd_ray.workers.memory import Sample
 
@@ -80,7 +80,7 @@ def _case(folder: str, vocabulary: int, estimator: Estimator, draws: int, tokens
     scoring = ScoringConfig(estimator=estimator)
     _touch_libraries(samples, scoring)
     before = _resting()
-    actor = ScoringActor(ScoringTask(model, scoring, model_digest(model), 1, False, samples[:1]))
+    actor = ScoringActor(ScoringSetup(model, scoring, model_digest(model), 1, False, samples[:1]))
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak so far was that of loading
     (result,) = actor(Unit(0, 0, 1, 0, draws).unit_id, pa.Table.from_pylist(samples)).to_pylist()
     if result["fatal"] or any(sample["error"] for sample in result["samples"]):
@@ -110,5 +110,5 @@ def _touch_libraries(samples: list[Sample], scoring: ScoringConfig) -> None:
         few: list[Sample] = [
             {**sample, "token_ids": sample["token_ids"][:4], "scored": sample["scored"][:4]} for sample in samples
         ]
-        actor = ScoringActor(ScoringTask(config, scoring, model_digest(config), 1, False, few[:1]))
+        actor = ScoringActor(ScoringSetup(config, scoring, model_digest(config), 1, False, few[:1]))
         actor(Unit(0, 0, 1, 0, 1).unit_id, pa.Table.from_pylist(few))

@@ -15,7 +15,7 @@ from mrd_ray.unlearning.unlearn import unlearn
 
 
 @dataclass(frozen=True)
-class UnlearningCell:
+class UnlearnedModel:
     """unlearning: None to evaluate the model as it is. evaluation: None to go by the log alone."""
 
     unlearning: UnlearnConfig | None
@@ -29,7 +29,7 @@ def cell(
     unlearning: UnlearningConfig,
     data: DataConfig,
     evaluation: EvaluationConfig | None = None,
-) -> UnlearningCell:
+) -> UnlearnedModel:
     """Unlearn `data` so, in RUN/runs/NAME, and evaluate the result."""
     where = subject.run.path(f"runs/{name}")
     unlearn_it = UnlearnConfig(
@@ -38,7 +38,7 @@ def cell(
         ray=config.ray,
     )  # fmt: skip
     result = None if evaluation is None else evaluation_of(config, subject, f"{where}/model", name, evaluation)
-    return UnlearningCell(unlearn_it, result)
+    return UnlearnedModel(unlearn_it, result)
 
 
 def evaluation_of(
@@ -53,7 +53,7 @@ def evaluation_of(
     )
 
 
-def work(one: UnlearningCell) -> sweep.Result:
+def work(one: UnlearnedModel) -> sweep.Result:
     """Figures by name, of the log and of the evaluation."""
     found: sweep.Result = {}
     if one.unlearning is not None:
@@ -71,7 +71,7 @@ def work(one: UnlearningCell) -> sweep.Result:
 
 
 def work_off(
-    config: UnlearningSweep, subject: Subject, title: str, cells: Mapping[str, UnlearningCell]
+    config: UnlearningSweep, subject: Subject, title: str, cells: Mapping[str, UnlearnedModel]
 ) -> dict[str, sweep.Result]:
     """The results of all cells. Models are not kept: a cell can make its own again."""
 

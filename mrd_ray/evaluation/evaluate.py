@@ -12,7 +12,7 @@ from mrd_ray.config import EvaluateConfig, EvaluationConfig
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import judges, sets, table, zero_shot
-from mrd_ray.evaluation.actor import RESULT_SCHEMA, EvaluationActor, EvaluationTask
+from mrd_ray.evaluation.actor import RESULT_SCHEMA, EvaluationActor, EvaluationSetup
 from mrd_ray.evaluation.aggregate import Figure
 from mrd_ray.evaluation.measure import Record
 from mrd_ray.models import load
@@ -163,18 +163,18 @@ class _Work:
                 records[unit_id.rsplit(".", 1)[0]][record["sample_id"]] = record
         return records
 
-    def _measure(self, units: list[tuple[str, list[sets.Asked]]], grows: bool) -> None:
+    def _measure(self, units: list[tuple[str, list[sets.EvaluatedRow]]], grows: bool) -> None:
         """Work off these units; each one's result is on disk before it counts as done."""
         config = self.config
         pool = pool_of(config.ray, grows, self.journal)
-        task = EvaluationTask(config.model, config.evaluation, self.files_digest, pool.threads, pool.gpus > 0)
+        task = EvaluationSetup(config.model, config.evaluation, self.files_digest, pool.threads, pool.gpus > 0)
         loads = {unit_id: Load(i, sum(map(sets.cost, rows)), len(rows)) for i, (unit_id, rows) in enumerate(units)}
-        blocks = (pa.Table.from_pylist(rows, pa.schema(list(sets.ASKED))) for _, rows in units)
+        blocks = (pa.Table.from_pylist(rows, pa.schema(list(sets.EVALUATED_ROW))) for _, rows in units)
         work_off(
             "Evaluating", loads, blocks, EvaluationActor, task, pool, self.run, self.journal, config.ray, items="rows"
         )
 
-    def _result(self, unit_id: str, rows: list[sets.Asked]) -> list[Record]:
+    def _result(self, unit_id: str, rows: list[sets.EvaluatedRow]) -> list[Record]:
         name = f"units/{unit_id}.parquet"
         result = self.run.read_table(name, RESULT_SCHEMA)
         records: list[Record] = result["records"].combine_chunks().flatten().to_pylist()

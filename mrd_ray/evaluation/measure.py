@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mrd_ray.config import EvaluationConfig
 from mrd_ray.data.micro_batches import lay_out
 from mrd_ray.evaluation.judges import Judges
-from mrd_ray.evaluation.sets import Asked
+from mrd_ray.evaluation.sets import EvaluatedRow
 from mrd_ray.models.load import rope_switch
 from mrd_ray.mrd.extraction import extraction_likelihoods, greedy
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures
@@ -90,7 +90,7 @@ class Measurer:
         self._likelihood = Likelihood(model)
         self._judges = ranks.agree(lambda: Judges(evaluation, model.device))
 
-    def __call__(self, rows: Sequence[Asked]) -> list[Record]:
+    def __call__(self, rows: Sequence[EvaluatedRow]) -> list[Record]:
         """A record of each row, in their order. A row that the device cannot hold has the reason as its error."""
         records = [_empty(row) for row in rows]
         for (i, j), tokens in self._ranks.gather(list(self._likelihoods(rows))):
@@ -104,7 +104,7 @@ class Measurer:
             records[i]["extraction_likelihood"] = likelihood
         return records
 
-    def _answers(self, rows: Sequence[Asked]) -> Iterator[tuple[int, _Answer]]:
+    def _answers(self, rows: Sequence[EvaluatedRow]) -> Iterator[tuple[int, _Answer]]:
         """What is known of each answer in this rank's share, by row."""
         prompts = {i: row["prompt_ids"] for i, row in enumerate(rows) if row["prompt_ids"]}
         asked = sorted(prompts, key=lambda i: len(prompts[i]))
@@ -117,7 +117,7 @@ class Measurer:
                 else:
                     yield i, self._judged(rows[i], self._text(generated))
 
-    def _extractions(self, rows: Sequence[Asked]) -> Iterator[tuple[int, float]]:
+    def _extractions(self, rows: Sequence[EvaluatedRow]) -> Iterator[tuple[int, float]]:
         """EL_n in this rank's share, by row."""
         extracted = [i for i, row in enumerate(rows) if row["extract"]]
         if not extracted:
@@ -139,7 +139,7 @@ class Measurer:
         stop = self._evaluation.stop
         return (text if stop is None else text.split(stop)[0]).strip()
 
-    def _judged(self, row: Asked, answer: str) -> _Answer:
+    def _judged(self, row: EvaluatedRow, answer: str) -> _Answer:
         record: _Answer = {"generated": answer}
         if row["alternatives"] is not None:
             record["similarities"] = self._judges.similarities(answer, row["alternatives"])
@@ -148,7 +148,7 @@ class Measurer:
         return record
 
     def _likelihoods(
-        self, rows: Sequence[Asked]
+        self, rows: Sequence[EvaluatedRow]
     ) -> Iterator[tuple[tuple[int, int], tuple[list[float], list[bool]] | None]]:
         """By row and place of each sequence, log p of its scored tokens and whether they are the likeliest."""
         places = [(i, j) for i, row in enumerate(rows) for j in range(len(row["sequences"]))]
@@ -176,7 +176,7 @@ class Measurer:
             for row, right, scored in zip(log_probs, measures.correct, batch.scored, strict=True)
         ]
 
-    def _generated(self, rows: Sequence[Asked], members: list[int]) -> Iterator[tuple[int, list[int] | None]]:
+    def _generated(self, rows: Sequence[EvaluatedRow], members: list[int]) -> Iterator[tuple[int, list[int] | None]]:
         """Greedy answers to the prompts of these rows, halved until the device holds them."""
         try:
             prompts, lengths = [rows[i]["prompt_ids"] or [] for i in members], [rows[i]["new_tokens"] for i in members]
@@ -195,7 +195,7 @@ class Measurer:
             yield from self._generated(rows, members[middle:])
 
 
-def _empty(row: Asked) -> Record:
+def _empty(row: EvaluatedRow) -> Record:
     count = len(row["sequences"])
     return {
         "sample_id": row["sample_id"],

@@ -22,7 +22,7 @@ from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.runs.hold import held
 from mrd_ray.runs.journal import Journal
 from mrd_ray.scoring import summary
-from mrd_ray.scoring.actor import ScoringActor, ScoringTask
+from mrd_ray.scoring.actor import ScoringActor, ScoringSetup
 from mrd_ray.scoring.cost import ModelCost, assumed_tflops, forwards_per_token, gpu_advice, token_forwards
 from mrd_ray.scoring.estimators import refuse_uncovered
 from mrd_ray.scoring.result import RESULT_SCHEMA
@@ -198,7 +198,7 @@ class ScoringRounds:
         rate = assumed_tflops(pool) * 1e12 / self.cost.flops_per_token / forwards_per_token(scoring)
         units = cut_units(layout, rectangles, pool.actors, rate)
         trial = trial_of(self.samples, self.layouts[0])  # the same samples in every round
-        task = ScoringTask(config.model, scoring, self.files_digest, pool.threads, pool.gpus > 0, trial)
+        task = ScoringSetup(config.model, scoring, self.files_digest, pool.threads, pool.gpus > 0, trial)
         blocks = list(dict.fromkeys(unit.micro_batches for unit in units))
         block_of = {block: i for i, block in enumerate(blocks)}
         work_off(
