@@ -262,19 +262,24 @@ def test_plan_says_why_rows_cannot_be_scored(stories_dir, tmp_path, capsys):
     ("environment", "sentence"),
     [
         ({"RAY_ADDRESS": "127.0.0.1:1"}, "cannot join the Ray cluster at RAY_ADDRESS=127.0.0.1:1: "),
-        ({"RAY_ADDRESS": "http://127.0.0.1:8265"}, "Otherwise set RAY_ADDRESS to HOST:6379"),
         ({"RAY_ADDRESS": "", "TMPDIR": "long"}, "is too long for its sockets; set RAY_TMPDIR=/tmp"),
-        ({"RAY_ADDRESS": "", "RAY_TMPDIR": "long"}, "is too long for its sockets; set RAY_TMPDIR=/tmp"),
-        ({"RAY_ADDRESS": "ray://127.0.0.1:1"}, "cannot join the Ray cluster at RAY_ADDRESS=ray://127.0.0.1:1: "),
-        ({"RAY_ADDRESS": "nonsense"}, "Otherwise set RAY_ADDRESS to HOST:6379"),
         (
             {"RAY_ADDRESS": "", "RAY_TMPDIR": "left behind"},
             "run `ray stop`, or set RAY_ADDRESS=local, to start a local",
         ),
-        ({"RAY_ADDRESS": "", "RAY_TMPDIR": "here"}, "here, is not an absolute path; set RAY_TMPDIR=/tmp"),
-        (
-            {"RAY_ADDRESS": "", "RAY_TMPDIR": "/dev/null"},
-            "is not a folder that can be written to; set RAY_TMPDIR=/tmp",
+        *(
+            pytest.param({"RAY_ADDRESS": "", **environment}, sentence, marks=pytest.mark.slow)
+            for environment, sentence in [
+                ({"RAY_ADDRESS": "http://127.0.0.1:8265"}, "Otherwise set RAY_ADDRESS to HOST:6379"),
+                ({"RAY_TMPDIR": "long"}, "is too long for its sockets; set RAY_TMPDIR=/tmp"),
+                (
+                    {"RAY_ADDRESS": "ray://127.0.0.1:1"},
+                    "cannot join the Ray cluster at RAY_ADDRESS=ray://127.0.0.1:1: ",
+                ),
+                ({"RAY_ADDRESS": "nonsense"}, "Otherwise set RAY_ADDRESS to HOST:6379"),
+                ({"RAY_TMPDIR": "here"}, "here, is not an absolute path; set RAY_TMPDIR=/tmp"),
+                ({"RAY_TMPDIR": "/dev/null"}, "is not a folder that can be written to; set RAY_TMPDIR=/tmp"),
+            ]
         ),
     ],
 )
@@ -294,7 +299,9 @@ def test_a_ray_that_cannot_start_is_a_sentence(environment, sentence, stories_di
     assert sentence in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("job", ["score", "unlearn", "evaluate", "pipeline"])
+@pytest.mark.parametrize(
+    "job", ["score", *(pytest.param(job, marks=pytest.mark.slow) for job in ("unlearn", "evaluate", "pipeline"))]
+)
 def test_wrong_settings_end_a_job_with_2(job, tmp_path, stories_dir, qa_file):
     """A run directory in the job's copy of the working directory is one that nobody could fetch."""
     folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"

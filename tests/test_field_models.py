@@ -207,7 +207,7 @@ def test_scores_are_of_all_weights_or_the_run_says_of_which(made, shared, tmp_pa
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("name", ["v4", "unused-bias"])
+@pytest.mark.parametrize("name", [pytest.param("v4", marks=pytest.mark.slow), "unused-bias"])
 def test_training_changes_weights_and_nothing_else(made, shared, tmp_path, name):
     source = made[0] / name
     mrd_ray.unlearn(

@@ -279,7 +279,7 @@ class EndsAtOnce:
 @pytest.mark.parametrize(
     ("actor", "words"),
     [
-        (EndsAtTheSecond, "actors working on unit second died 5 times"),
+        pytest.param(EndsAtTheSecond, "actors working on unit second died 5 times", marks=pytest.mark.slow),
         (EndsAtOnce, "an actor died 5 times while starting"),
     ],
 )

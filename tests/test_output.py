@@ -75,6 +75,7 @@ def scored(ray_cluster, tiny_model_dir, data, run) -> list[str]:
     return line
 
 
+@pytest.mark.slow
 def test_a_pipeline_prints_texts_unless_it_is_a_job_or_is_told_not_to(flags, run, monkeypatch, capfd):
     stages = ("score", "unlearn", "evaluate-before", "evaluate-after")
     for variables, more, shown in (

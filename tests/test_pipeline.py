@@ -50,11 +50,13 @@ def test_stages_go_on_where_they_stopped(flags, tmp_path, capsys):
     assert figures[0] != figures[1]
 
 
+@pytest.mark.slow
 def test_a_report_without_text(flags, tmp_path):
     assert main([*flags, "--output.include_text", "false"]) == 0
     assert "baker of Orlen" not in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_nothing_to_evaluate(flags, tmp_path):
     """The two evaluations are left out; scores and unlearning are reported."""
     at = flags.index("--evaluation.sets")

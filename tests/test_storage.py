@@ -79,6 +79,7 @@ def contents(bucket: str = "lab") -> dict[str, bytes]:
 SCORING = ["--scoring.num_draws", "12", "--scoring.micro_batch_tokens", "64", "--ray.actors", "1"]
 
 
+@pytest.mark.slow
 def test_scores_in_a_bucket_equal_those_on_disk(s3, tiny_model_dir, qa_file, tmp_path):
     model = put(tiny_model_dir, "models/tiny [1]")  # brackets are no pattern
     boto3.client("s3").upload_file(str(qa_file), "lab", "data/forget set.jsonl")

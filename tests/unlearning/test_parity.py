@@ -103,7 +103,7 @@ def test_every_method_and_stage_follows_plain_torch(files, tmp_path, size):
     assert abs(moved[-1, 0] - moved[0, 0]) > 0.1 * abs(moved[0, 0])
 
 
-@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("clip", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_an_uneven_last_micro_batch_weighs_no_more(files, tmp_path, clip):
     """Two ranks of three samples each, in passes of two and of one; the norm shows the gradient's scale."""
     more = {"unlearning__batch_size": 6, "unlearning__steps": 4, "unlearning__max_grad_norm": clip}

@@ -74,6 +74,7 @@ def test_a_refresh_is_a_standalone_run_on_the_checkpoint(files, tmp_path, size):
             assert tables[step]["sample_id"] == expected["sample_id"]
 
 
+@pytest.mark.slow
 def test_adapters_and_bfloat16(files, tmp_path):
     lora = {"lora__rank": 2, "unlearning__learning_rate": 1e-2}
     cases = [("lora-2", 2, lora), ("lora-3", 3, lora | {"scoring__parameters": "lora"})]
@@ -100,7 +101,8 @@ def around_a_refresh(ranks, one, estimators):
     return found
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_weights_are_the_same_after_a_refresh(files, tmp_path, stage):
     one = config(files, tmp_path, "closed_form", stage)
     estimators = [ScoringConfig(**settings) for settings in ESTIMATORS.values()]

@@ -90,6 +90,7 @@ def test_the_same_command_again_has_nothing_to_do_and_another_is_refused(finishe
         unlearn(config(files, run, ray__workers=1, unlearning__steps=8))
 
 
+@pytest.mark.slow
 def test_a_damaged_log_or_outcome_is_made_again_from_the_checkpoint(finished, files, tmp_path):
     run = shutil.copytree(finished[1], tmp_path / "run")
     (run / "metrics.jsonl").write_text("{")
@@ -152,6 +153,7 @@ def test_the_best_is_never_the_model_as_it_was(files, tmp_path):
     assert not outcome.failed
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_diverges_keeps_the_last_good_checkpoint(files, tmp_path):
     wild = unlearn(
         config(files, tmp_path, unlearning__learning_rate=1e30, unlearning__method="graddiff", ray__workers=1)
