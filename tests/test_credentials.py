@@ -94,9 +94,9 @@ def test_uris_without_are_not(uri):
 
 def test_no_text_takes_long():
     for text in ("://?a" * 5000, "://" * 5000, "https://h/?" + "&a" * 5000, "https://h/?" + "key." * 3000):
-        began = time.monotonic()
+        began = time.process_time()  # whatever else the machine does
         recordable([text])
-        assert time.monotonic() - began < 2
+        assert time.process_time() - began < 2
 
 
 def test_command_lines_of_others_are_recorded_without_secrets():

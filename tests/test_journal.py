@@ -211,7 +211,7 @@ def test_a_stall_names_unit_and_worker(ray_cluster, tmp_path, monkeypatch, capsy
 
     def until(words):
         nonlocal said
-        for _ in range(100):
+        for _ in range(600):
             said += capsys.readouterr().err
             if words in said:
                 return

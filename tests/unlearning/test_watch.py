@@ -36,7 +36,7 @@ def events(record: Journal) -> list[tuple[str, int | None]]:
 
 
 def until(condition) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
