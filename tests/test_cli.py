@@ -235,7 +235,7 @@ def test_help_names_debug(capsys):
     assert "--debug" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+@pytest.mark.parametrize("encoding", [pytest.param("latin-1", marks=pytest.mark.slow), "ascii"])
 def test_a_terminal_without_the_glyphs(encoding, tmp_path, stories_dir, qa_file):
     """Printed figures hold Greek and frames; the run is done, and so its exit code is 0."""
     command = [sys.executable, "-m", "mrd_ray", "plan", "--model.path", str(stories_dir), "--data.path", str(qa_file)]

@@ -118,6 +118,7 @@ def test_command_lines_of_others_are_recorded_without_secrets():
     assert recordable(ours) == ours
 
 
+@pytest.mark.slow
 def test_nothing_of_the_environment_is_left_or_printed(tiny_model_dir, qa_file, tmp_path):
     names = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "WANDB_API_KEY")
     run = tmp_path / "run"

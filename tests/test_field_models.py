@@ -181,6 +181,7 @@ def test_a_head_of_its_own_is_used(made):
     assert tied == untied
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_scores_are_of_all_weights_or_the_run_says_of_which(made, shared, tmp_path):
     """Biases that config.json leaves out changed scores by 1.95 and 1.58 times."""
@@ -207,7 +208,8 @@ def test_scores_are_of_all_weights_or_the_run_says_of_which(made, shared, tmp_pa
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("name", [pytest.param("v4", marks=pytest.mark.slow), "unused-bias"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v4", "unused-bias"])
 def test_training_changes_weights_and_nothing_else(made, shared, tmp_path, name):
     source = made[0] / name
     mrd_ray.unlearn(

@@ -276,10 +276,11 @@ class EndsAtOnce:
         os._exit(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("actor", "words"),
     [
-        pytest.param(EndsAtTheSecond, "actors working on unit second died 5 times", marks=pytest.mark.slow),
+        (EndsAtTheSecond, "actors working on unit second died 5 times"),
         (EndsAtOnce, "an actor died 5 times while starting"),
     ],
 )

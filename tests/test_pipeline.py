@@ -29,6 +29,7 @@ def files(run: Path) -> dict[str, int]:
     return {str(file.relative_to(run)): file.stat().st_mtime_ns for file in found}
 
 
+@pytest.mark.slow
 def test_stages_go_on_where_they_stopped(flags, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(flags) == 0

@@ -269,6 +269,7 @@ def test_what_cannot_pass_is_told_at_once(s3):
         run.read("nothing")
 
 
+@pytest.mark.slow
 def test_a_bucket_that_goes_away():
     with serving() as (server, _):
         run = RunDirectory("s3://lab/run")

@@ -218,6 +218,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(finished, stories_dir, se
     assert pq.read_table(tmp_path / "run" / "evaluation.parquet") == finished.lines
 
 
+@pytest.mark.slow
 def test_batched_equals_one_by_one(finished, stories_dir, settings, tmp_path):
     alone = evaluate(config(stories_dir, settings, tmp_path, micro_batch_tokens=1, generation_batch=1))
     for column in ("set", "sample_id", "metric", "error"):
@@ -261,6 +262,7 @@ def test_a_reference_that_cannot_be_compared_is_refused(
     assert not (tmp_path / "mistyped").exists()
 
 
+@pytest.mark.slow
 def test_rows_shared_with_the_forget_set_are_counted_aloud(stories_dir, settings, tmp_path, capsys):
     forget = settings["sets"]["forget"]
     evaluate(config(stories_dir, {"sets": {"forget": forget, "retain": forget}, "forget": "forget",
@@ -268,6 +270,7 @@ def test_rows_shared_with_the_forget_set_are_counted_aloud(stories_dir, settings
     assert "8 of 8 rows of the forget set stand in retain too" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_line_evaluates_a_task_on_a_local_copy(stories_dir, tofu_dir, tmp_path, capsys):
     task = tmp_path / "mine.yaml"
     task.write_text(

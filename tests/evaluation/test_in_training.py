@@ -76,6 +76,7 @@ def test_in_place_equals_the_checkpoint(files, tiny_model_dir, tmp_path, stage):
     check(of_ranks[0][step], evaluate(config(checkpoint, settings, tmp_path / "evaluated")).lines)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_evaluations(files, tiny_model_dir, tmp_path):
     made = of_training(files, tiny_model_dir, tmp_path / "run", deepspeed__zero_stage=2, unlearning__steps=2,
                        ray__workers=2)  # fmt: skip

@@ -86,6 +86,7 @@ def test_judges_see_the_answers(settings, stories_dir, classifier_dir, tmp_path)
         evaluate(again)
 
 
+@pytest.mark.slow
 def test_a_judge_without_the_label_is_refused(settings, stories_dir, classifier_dir, tmp_path):
     of_answers = settings["sets"]["forget"] | {"metrics": ["toxicity"]}
     judged = {"toxicity_model": str(classifier_dir), "toxicity_label": "rude"}

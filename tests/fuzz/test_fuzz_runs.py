@@ -22,6 +22,8 @@ from mrd_ray.unlearning import log
 from mrd_ray.unlearning.state import State
 from mrd_ray.unlearning.stopping import Evaluation
 
+pytestmark = pytest.mark.slow
+
 
 def mangle(file: Path) -> st.SearchStrategy[bytes]:
     """The contents that a file of this kind may have."""

@@ -55,6 +55,7 @@ def test_fig4(flags, tmp_path, capsys):
     assert "alone.learning_rate: 0.0003 there, 0.001 now" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fig3(flags, tmp_path, capsys):
     assert main(["fig3", *flags, *ALONE, "--size", "3", "--composites", "4"]) == 0
     rows = found(tmp_path, "fig3")["rows"]

@@ -100,7 +100,8 @@ def test_choice_by_deadline_and_by_budget(without_weights, qa_file, capsys):
     assert "Nothing tried stays within that" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("estimator", [pytest.param("monte_carlo", marks=pytest.mark.slow), "closed_form"])
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["monte_carlo", "closed_form"])
 def test_a_probe_measures(ray_cluster, monkeypatch, tiny_model_dir, qa_file, estimator):
     monkeypatch.setattr(probe, "_SECONDS", 1.0)
     config = plan_config(tiny_model_dir, qa_file, estimator=estimator)

@@ -95,6 +95,7 @@ def test_a_gpu_scores_as_a_cpu(tiny_model_dir, qa_file, tmp_path, settings, dtyp
         np.testing.assert_allclose(on_gpu[column], on_cpu[column], rtol=rounding)
 
 
+@pytest.mark.slow
 def test_adaptive_draws_settle_every_sample(tiny_model_dir, qa_file, tmp_path):
     adaptive = {"scoring__num_draws": 16, "scoring__target_relative_se": 0.21, "scoring__max_draws": 32}
     adaptive |= {"scoring__control_variate": False}
@@ -130,6 +131,7 @@ def test_a_control_variate_settles_every_sample_in_four_draws(tiny_model_dir, qa
         score(config(tiny_model_dir, qa_file, tmp_path / "run", **plain))
 
 
+@pytest.mark.slow
 def test_precision_guard(tiny_model_dir, qa_file, tmp_path):
     """bfloat16 at the paper's sigma: refused with the figures and the way out, or marked."""
     settings = {"model__dtype": "bfloat16", "scoring__num_draws": 2}
@@ -323,6 +325,7 @@ print(all(abs(sum(a["sum_abs"]) / sum(b["sum_abs"]) - 1) < 1e-3 and a["num_draws
 """
 
 
+@pytest.mark.slow
 def test_a_sample_too_large_for_memory_gets_an_error_row():
     """A real allocation failure: the batch is halved until what fits has its score, and what does not its reason."""
     assert resource.getrlimit(resource.RLIMIT_AS)[1] == resource.RLIM_INFINITY

@@ -146,6 +146,7 @@ def test_scores_of_other_samples_are_refused(tiny_model_dir, qa_file, tmp_path, 
             found.refuse_other_samples(other)
 
 
+@pytest.mark.slow
 def test_more_draws_later_change_no_bit_and_repeat_nothing(tiny_model_dir, qa_file, tmp_path, reference):
     few = score(config(tiny_model_dir, qa_file, tmp_path, scoring__num_draws=5)).scores
     assert set(few["num_draws"].to_pylist()) == {5}

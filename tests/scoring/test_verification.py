@@ -129,6 +129,7 @@ def test_wrong_rules_are_found_on_the_samples_themselves(small, monkeypatch):
         scored(small, samples_of(4))
 
 
+@pytest.mark.slow
 def test_monte_carlo_is_right_where_the_closed_form_is_in_doubt(mixture):
     """Within three of its own standard errors, which know of flips that four draws do not meet."""
     samples = samples_of(48)

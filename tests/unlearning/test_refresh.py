@@ -128,7 +128,8 @@ def with_and_without(ranks, one):
     return refreshed, handed_in, sorted(of_all)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
 def test_training_goes_on_as_if_there_had_been_no_refresh(files, tmp_path, stage):
     one = config(files, tmp_path, "closed_form", stage, unlearning__refresh_every=1, unlearning__steps=3)
     refreshed, handed_in, steps = gang.on_ranks(2, with_and_without, one)[0]
@@ -144,7 +145,8 @@ def measured(ranks, one):
     return loop.evaluate()
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
 def test_memorization_accuracy_and_extraction_of_live_weights(files, tmp_path, stage):
     one = config(files, tmp_path, "closed_form", stage, stopping__extraction_n=2)
     first, second = gang.on_ranks(2, measured, one)

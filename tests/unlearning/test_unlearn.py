@@ -61,6 +61,7 @@ def test_a_run_leaves_model_log_scores_and_checkpoints(finished, files):
     assert again == config(files, run)
 
 
+@pytest.mark.slow
 def test_a_refresh_is_a_run_of_mrd_ray_score_on_the_checkpoint(finished, tmp_path):
     outcome, run = finished
     for name, step in ((f"checkpoints/step-{4:06d}/model", 4), (outcome.config.model.path, 0)):
