@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 
-from mrd_ray.config import RunConfig
+from mrd_ray.config import RunSettings
 from mrd_ray.errors import UserError
 from mrd_ray.runs import storage
 from mrd_ray.runs.directory import RunDirectory
@@ -159,7 +159,7 @@ def test_a_bucket_that_is_not_there(s3, tiny_model_dir, qa_file, capsys):
 
 def test_reading_a_run_writes_nothing(s3, tmp_path):
     run = RunDirectory("s3://lab/team/runs/x")
-    run.claim({"a": 1}, RunConfig(dir="x"))
+    run.claim({"a": 1}, RunSettings(dir="x"))
     with Journal(run, "score"):
         pass
     s3_client = boto3.client("s3")

@@ -12,24 +12,24 @@ from pydantic import (
     model_validator,
 )
 
-from mrd_ray.config.base import Frozen, LocalPath, ModelConfig, RayConfig, RunConfig, SettingsOf
-from mrd_ray.config.data import DataConfig, RetainConfig
-from mrd_ray.config.evaluation import EvaluationConfig
-from mrd_ray.config.scoring import ScoringConfig, closed_form_unless_said
+from mrd_ray.config.base import Frozen, LocalPath, ModelSettings, Processes, RaySettings, RunSettings, SettingsOf
+from mrd_ray.config.data import DataSettings, RetainSettings
+from mrd_ray.config.evaluation import EvaluationSettings
+from mrd_ray.config.scoring import ScoringSettings, closed_form_unless_said
 from mrd_ray.config.unlearning import (
-    CheckpointsConfig,
-    DeepSpeedConfig,
-    StoppingConfig,
-    UnlearningConfig,
+    CheckpointsSettings,
+    DeepSpeedSettings,
+    StoppingSettings,
+    UnlearningSettings,
     Weighting,
-    WorkersConfig,
+    WorkersSettings,
 )
 
 Method = Literal["ga", "graddiff", "po", "npo"]
 Several = Annotated[tuple[NonNegativeInt, ...], Field(min_length=2)]
 
 
-class LearnConfig(Frozen):
+class LearnSettings(Frozen):
     """Fine-tune model.path on the forget and the retain set first, as a model needs that has not seen them."""
 
     epochs: NonNegativeInt = Field(0, description="0: the model knows them already.")
@@ -41,17 +41,17 @@ class LearnConfig(Frozen):
 class ExperimentConfig(Frozen):
     """What all experiments have in common."""
 
-    model: ModelConfig
-    data: DataConfig
-    run: RunConfig
-    retain: RetainConfig = Field(RetainConfig(), description=str(RetainConfig.__doc__))
-    learn: LearnConfig = Field(LearnConfig(), description=str(LearnConfig.__doc__))
-    scoring: ScoringConfig = Field(ScoringConfig(estimator="closed_form"), description=str(ScoringConfig.__doc__))
+    model: ModelSettings
+    data: DataSettings
+    run: RunSettings
+    retain: RetainSettings = Field(RetainSettings(), description=str(RetainSettings.__doc__))
+    learn: LearnSettings = Field(LearnSettings(), description=str(LearnSettings.__doc__))
+    scoring: ScoringSettings = Field(ScoringSettings(estimator="closed_form"), description=str(ScoringSettings.__doc__))
     results: str | None = Field(None, description="Folder that gets the findings too, as NAME.json and NAME.png.")
 
     @field_validator("run")
     @classmethod
-    def _run_is_a_folder(cls, run: RunConfig) -> RunConfig:
+    def _run_is_a_folder(cls, run: RunSettings) -> RunSettings:
         if "://" in run.dir:
             raise ValueError(f"run.dir: {run.dir}, but an experiment needs a folder that every node sees, not a URI")
         return run
@@ -62,7 +62,7 @@ class ExperimentConfig(Frozen):
         return closed_form_unless_said(scoring)
 
 
-class AloneConfig(Frozen):
+class AloneSettings(Frozen):
     """Gradient ascent with AdamW on one sample, or a few, from the model as it was, until they are forgotten."""
 
     learning_rate: PositiveFloat = Field(5e-6, description="Of AdamW, constant, without weight decay.")
@@ -77,10 +77,9 @@ class AloneConfig(Frozen):
     extraction_stride: PositiveInt = Field(1, description="EL_n starts from every so many-th prefix of a sample.")
 
 
-class TasksOfSweep(Frozen):
+class TasksOfSweep(Processes):
     """Ray tasks, each with a replica of the model, its gradient and two AdamW moments, in float32."""
 
-    cpus_per_task: PositiveFloat = Field(1.0, description="CPUs per task; also its number of threads.")
     gpus_per_task: NonNegativeFloat = Field(0.0, description="GPUs per task.")
     samples_per_task: PositiveInt = Field(8, description="Samples, or composite samples, that a task takes.")
 
@@ -88,7 +87,7 @@ class TasksOfSweep(Frozen):
 class UnlearningAlone(ExperimentConfig):
     """What experiments that unlearn a few samples at a time have in common."""
 
-    alone: AloneConfig = Field(AloneConfig(), description=str(AloneConfig.__doc__))
+    alone: AloneSettings = Field(AloneSettings(), description=str(AloneSettings.__doc__))
     ray: TasksOfSweep = Field(TasksOfSweep(), description=str(TasksOfSweep.__doc__))
 
     @model_validator(mode="after")
@@ -120,17 +119,17 @@ class Fig5Config(ExperimentConfig):
     )
     sigma_draws: PositiveInt = Field(50, description="K at each sigma.")
     draws: tuple[PositiveInt, ...] = Field((10, 25, 50, 100, 200), min_length=2, description="Each K at scoring.sigma.")
-    ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
+    ray: RaySettings = Field(RaySettings(), description=str(RaySettings.__doc__))
 
 
 class UnlearningSweep(ExperimentConfig):
     """What experiments that unlearn a set as a whole have in common."""
 
-    unlearning: UnlearningConfig = Field(UnlearningConfig(), description=str(UnlearningConfig.__doc__))
-    stopping: StoppingConfig = Field(StoppingConfig(), description=str(StoppingConfig.__doc__))
-    checkpoints: CheckpointsConfig = Field(CheckpointsConfig(keep=1), description=str(CheckpointsConfig.__doc__))
-    deepspeed: DeepSpeedConfig = Field(DeepSpeedConfig(), description=str(DeepSpeedConfig.__doc__))
-    ray: WorkersConfig = Field(WorkersConfig(), description=str(WorkersConfig.__doc__))
+    unlearning: UnlearningSettings = Field(UnlearningSettings(), description=str(UnlearningSettings.__doc__))
+    stopping: StoppingSettings = Field(StoppingSettings(), description=str(StoppingSettings.__doc__))
+    checkpoints: CheckpointsSettings = Field(CheckpointsSettings(keep=1), description=str(CheckpointsSettings.__doc__))
+    deepspeed: DeepSpeedSettings = Field(DeepSpeedSettings(), description=str(DeepSpeedSettings.__doc__))
+    ray: WorkersSettings = Field(WorkersSettings(), description=str(WorkersSettings.__doc__))
     at_once: PositiveInt = Field(1, description="Runs at a time.")
     seeds: Several = Field((0, 1, 2), description="Of the draws of forget and retain samples.")
 
@@ -146,13 +145,13 @@ class Fig2Config(UnlearningSweep):
 class TablesConfig(UnlearningSweep):
     """Tables 1, 4, 5, 6: each method with uniform and with MRD weights, on a task."""
 
-    methods: dict[Method, Annotated[dict[str, Any], SettingsOf(UnlearningConfig)]] = Field(
+    methods: dict[Method, Annotated[dict[str, Any], SettingsOf(UnlearningSettings)]] = Field(
         {"ga": {}, "graddiff": {}, "npo": {}},
         description="Methods (ga is the paper's SGA, and with MRD weights its CGA), each with settings of unlearning "
         "of its own.",
     )
     weightings: tuple[Weighting, ...] = Field(("uniform", "mrd"), min_length=1, description="How samples are drawn.")
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description=str(EvaluationConfig.__doc__))
+    evaluation: EvaluationSettings = Field(EvaluationSettings(), description=str(EvaluationSettings.__doc__))
 
 
 class Table7Config(ExperimentConfig):
@@ -162,4 +161,4 @@ class Table7Config(ExperimentConfig):
         None, description="A .txt file of ordinary text, which says how common a word is; unset, both sets do."
     )
     common_words: PositiveInt = Field(5000, description="So many of its words, the most frequent, are not rare.")
-    ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
+    ray: RaySettings = Field(RaySettings(), description=str(RaySettings.__doc__))

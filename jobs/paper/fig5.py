@@ -10,7 +10,7 @@ from jobs.paper.config import Fig5Config
 from jobs.paper.findings import Cell, Findings
 from jobs.paper.statistics import Interval, mean, spearman
 from jobs.paper.subject import Subject, prepare
-from mrd_ray.config import RunConfig, ScoreConfig, ScoringConfig
+from mrd_ray.config import RunSettings, ScoreConfig, ScoringSettings
 from mrd_ray.scoring.score import score
 
 _CLAIM = "MRD is measured with sigma = 1e-5 and K = 200; the order it puts samples in is stable around these values."
@@ -46,8 +46,8 @@ def _runs(config: Fig5Config, subject: Subject) -> dict[str, ScoreConfig]:
         return ScoreConfig(
             model=subject.model.model_copy(update={"dtype": dtype}),
             data=data,
-            run=RunConfig(dir=subject.run.path(f"runs/{directory}")),
-            scoring=ScoringConfig(**base, **scoring),
+            run=RunSettings(dir=subject.run.path(f"runs/{directory}")),
+            scoring=ScoringSettings(**base, **scoring),
             ray=config.ray,
         )
 

@@ -10,7 +10,8 @@ from jobs.paper import fig2, fig3, fig4, fig5, table7, tables
 from jobs.paper.config import Fig2Config, Fig3Config, Fig4Config, Fig5Config, Table7Config, TablesConfig
 from jobs.paper.findings import Findings, publish
 from jobs.paper.subject import Subject
-from mrd_ray.cli.flags import DONE, CommandLine
+from mrd_ray.cli.ending import DONE
+from mrd_ray.cli.flags import CommandLine
 from mrd_ray.config.paths import with_absolute_paths
 from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.workers.cluster import cluster
@@ -41,5 +42,5 @@ def _call(config: Any) -> int:
     here = with_absolute_paths(config)
     with RunDirectory(here.run.dir).locked(), cluster(log_to_driver=False):
         findings, subject = experiment(here)
-    publish(findings, config, subject.run, Console(width=None if sys.stdout.isatty() else 200))
+    publish(findings, config, subject.run, Console(width=None if sys.stdout.isatty() else 200, emoji=False))
     return DONE

@@ -16,9 +16,14 @@ from pydantic import (
     StringConstraints,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from mrd_ray.config.credentials import refuse_credentials
+from mrd_ray.config.renamed import section_with_new_names
+from mrd_ray.config.words import kind_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,15 @@ class SettingsOf:
     config: type[BaseModel]
 
 
+# json_schema_extra of the settings that most people need, which --help shows
+COMMON: dict[str, Any] = {"common": True}
+
+
+def is_common(field: FieldInfo) -> bool:
+    """Whether most people need this setting."""
+    return field.json_schema_extra == COMMON
+
+
 Name = Annotated[str, StringConstraints(min_length=1)]
 LocalPath = Annotated[str, NamesFile()]  # or a URI, or a hub id
 _OF_JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID"}  # of the command that a job runs, and of workers
@@ -46,10 +60,22 @@ class Frozen(BaseModel):
     # built when first used: --help is not to wait for what checks settings
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, about: ValidationInfo) -> Any:
+        """YAML reads `no` as false, which pydantic takes for 0."""
+        if isinstance(value, bool) and about.field_name is not None:
+            wanted = kind_of(cls.model_fields[about.field_name])
+            if wanted.startswith(("integer", "number")):
+                raise PydanticCustomError("not_a_number", "a number was expected")
+        return value
+
     @field_validator("*")
     @classmethod
     def _no_credentials(cls, value: Any, about: ValidationInfo) -> Any:
-        refuse_credentials(f"{cls.__name__.removesuffix('Config').lower()}.{about.field_name}", value)
+        refuse_credentials(
+            f"{cls.__name__.removesuffix('Settings').removesuffix('Config').lower()}.{about.field_name}", value
+        )
         return value
 
 
@@ -62,11 +88,12 @@ def refuse_no_pattern(setting: str, value: str) -> str:
     return value
 
 
-class ModelConfig(Frozen):
+class ModelSettings(Frozen):
     """The causal language model whose memory is measured."""
 
     path: Annotated[Name, NamesFile()] = Field(
-        description="Directory of a Hugging Face model, its URI (s3://...), or a hub id such as Qwen/Qwen3-0.6B."
+        description="Directory of a Hugging Face model, its URI (s3://...), or a hub id such as Qwen/Qwen3-0.6B.",
+        json_schema_extra=COMMON,
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the hub id model.path.")
     base: LocalPath | None = Field(
@@ -80,6 +107,7 @@ class ModelConfig(Frozen):
     dtype: Literal["float32", "float64", "bfloat16"] = Field(
         "float32",
         description="Precision of weights and forward. bfloat16 is for the closed form: it rounds small sigmas away.",
+        json_schema_extra=COMMON,
     )
     allow_pickle: bool = Field(
         False, description="Read weights from pickles (pytorch_model*.bin) too, where there are no safetensors."
@@ -94,12 +122,13 @@ class ModelConfig(Frozen):
     )
 
 
-class RunConfig(Frozen):
+class RunSettings(Frozen):
     """Where results go."""
 
     dir: Annotated[Name, NamesFile(created=True)] = Field(
         description="Run directory: a local path or a URI (s3://..., gs://...). Starting again on it resumes. A new "
-        "one is readable by its owner alone."
+        "one is readable by its owner alone.",
+        json_schema_extra=COMMON,
     )
     storage_patience: NonNegativeFloat = Field(
         300.0,
@@ -108,7 +137,7 @@ class RunConfig(Frozen):
     )
 
 
-class OutputConfig(Frozen):
+class OutputSettings(Frozen):
     """What is shown of a run. Ids, scores and paths always are; files of the run directory hold what they need."""
 
     include_text: bool | None = Field(
@@ -126,7 +155,22 @@ class OutputConfig(Frozen):
         return self.include_text
 
 
-class Patience(Frozen):
+class Processes(Frozen):
+    """What a cluster gives to each actor, worker or task, and how long it is waited for."""
+
+    cpus_per_process: PositiveFloat = Field(
+        1.0,
+        description="CPUs of each actor, worker or task; also its number of threads (at least one).",
+        json_schema_extra=COMMON,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _new_names(cls, given: Any) -> Any:
+        return section_with_new_names("ray", given) if isinstance(given, dict) else given
+
+
+class Patience(Processes):
     """How long a cluster is waited for."""
 
     start_timeout: PositiveFloat = Field(1800.0, description="Seconds to wait for nodes with room, where none has yet.")
@@ -135,7 +179,7 @@ class Patience(Frozen):
     )
 
 
-class RayConfig(Patience):
+class RaySettings(Patience):
     """The actor pool. Each actor holds a replica of the model; for Monte Carlo scores, its weights twice.
 
     On CPUs the unperturbed copy is the file, mapped into memory, once for all actors of a node, if it holds
@@ -146,12 +190,13 @@ class RayConfig(Patience):
         None,
         description="How many; unset, as many as the cluster has room for. On a cluster that was there before, those "
         "without room start when nodes join.",
+        json_schema_extra=COMMON,
     )
-    cpus_per_actor: PositiveFloat = Field(1.0, description="CPUs per actor; also its number of threads (at least one).")
     gpus_per_actor: NonNegativeFloat | None = Field(
         None,
         description="GPUs per actor; unset, one if the cluster has any, else none. Over several the model is spread, "
         "some layers on each, for models that one does not hold.",
+        json_schema_extra=COMMON,
     )
 
     max_bad_nodes: NonNegativeInt | None = Field(

@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from mrd_ray.config.base import Frozen, ModelConfig, Name, NamesFile, OutputConfig, RayConfig, RunConfig
-from mrd_ray.config.data import DataConfig
-from mrd_ray.config.scoring import ScoringConfig
+from mrd_ray.config.base import Frozen, ModelSettings, Name, NamesFile, OutputSettings, RaySettings, RunSettings
+from mrd_ray.config.data import DataSettings
+from mrd_ray.config.scoring import ScoringSettings
 
 
 class CompareConfig(Frozen):
@@ -15,18 +15,18 @@ class CompareConfig(Frozen):
     run_a: str = Field(description="A run directory, or a scores.parquet.")
     run_b: str = Field(description="Another.")
     out: str = Field("compare.png", description="Where the scatter plot goes.")
-    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
+    output: OutputSettings = Field(OutputSettings(), description=str(OutputSettings.__doc__))
 
 
 class PlanConfig(Frozen):
     """Say what scoring would cost: from the architecture and the tokens alone, or after trying it for a moment."""
 
-    model: ModelConfig
-    data: DataConfig
-    run: RunConfig | None = Field(None, description="Not used; so that a configuration of `score` can be planned.")
-    scoring: ScoringConfig = Field(ScoringConfig(), description=str(ScoringConfig.__doc__))
-    ray: RayConfig = Field(RayConfig(actors=1), description="The cluster's shape.")
-    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
+    model: ModelSettings
+    data: DataSettings
+    run: RunSettings | None = Field(None, description="Not used; so that a configuration of `score` can be planned.")
+    scoring: ScoringSettings = Field(ScoringSettings(), description=str(ScoringSettings.__doc__))
+    ray: RaySettings = Field(RaySettings(actors=1), description="The cluster's shape.")
+    output: OutputSettings = Field(OutputSettings(), description=str(OutputSettings.__doc__))
     tflops: PositiveFloat | None = Field(
         None,
         description="Sustained float32 TFLOP/s of one actor. Unset: measured on this machine's CPU for CPU actors; "
@@ -66,7 +66,7 @@ class ReportConfig(Frozen):
         "evaluation from before unlearning comes first.",
     )
     out: str | None = Field(None, description="Where the page goes; unset, report.html in the first run directory.")
-    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
+    output: OutputSettings = Field(OutputSettings(), description=str(OutputSettings.__doc__))
 
 
 class StatusConfig(Frozen):
@@ -106,5 +106,5 @@ class DemoConfig(Frozen):
     num_draws: PositiveInt = Field(
         24, description="K of monte_carlo; few, since the demo is for two CPU cores: a standard error of some 17%."
     )
-    ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
-    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
+    ray: RaySettings = Field(RaySettings(), description=str(RaySettings.__doc__))
+    output: OutputSettings = Field(OutputSettings(), description=str(OutputSettings.__doc__))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from mrd_ray.config import template as templates
-from mrd_ray.config.base import Frozen, Name, NamesFile
+from mrd_ray.config.base import COMMON, Frozen, Name, NamesFile
 
 _Path = Annotated[Name, NamesFile()]
 Paths = _Path | Annotated[tuple[_Path, ...], Field(min_length=1)]
@@ -18,13 +18,14 @@ def is_plain_text(path: Paths) -> bool:
     return all(_PLAIN_TEXT.search(one) for one in ([path] if isinstance(path, str) else path))
 
 
-class DataConfig(Frozen):
+class DataSettings(Frozen):
     """The forget set, and what of each sample is scored. docs/your-data.md has an example of every format."""
 
     path: Paths = Field(
         description="A file, a folder, a pattern such as 'part-*.jsonl', or a list of these (local or fsspec URIs), or "
         "the id of a Hugging Face dataset. Files: .jsonl, .json, .ndjson, .csv, .tsv, .txt, .parquet or .arrow, "
-        "also compressed (.gz, .zst, .bz2, .xz)."
+        "also compressed (.gz, .zst, .bz2, .xz).",
+        json_schema_extra=COMMON,
     )
     name: str | None = Field(None, description="Configuration of a hub dataset, e.g. forget10 of locuslab/TOFU.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
@@ -39,16 +40,20 @@ class DataConfig(Frozen):
         None, min_length=1, max_length=1, description="Separator of .csv and .tsv files. Unset: found in the file."
     )
     quotes: bool = Field(True, description="Whether double quotes may enclose fields of .csv and .tsv files.")
-    text: str | None = Field(None, description="Column that holds whole texts.")
+    text: str | None = Field(None, description="Column that holds whole texts.", json_schema_extra=COMMON)
     prompt: str | None = Field(
         None,
         description="Column that holds prompts, or a template of columns as in data.template; goes with data.response.",
+        json_schema_extra=COMMON,
     )
-    response: str | None = Field(None, description="Column that holds responses; answers.text for nested ones.")
+    response: str | None = Field(
+        None, description="Column that holds responses; answers.text for nested ones.", json_schema_extra=COMMON
+    )
     messages: str | None = Field(
         None,
         description="Column that holds conversations: lists of {role, content} or {from, value}. They are rendered by "
         "the tokenizer's chat template.",
+        json_schema_extra=COMMON,
     )
     id: str | None = Field(
         "auto",
@@ -66,6 +71,7 @@ class DataConfig(Frozen):
         "all",
         description="Which tokens count: every one after the first, or the response only (of a conversation, every "
         "assistant turn).",
+        json_schema_extra=COMMON,
     )
     numbers_as_text: bool = Field(False, description="Take numbers in prompts and responses as their digits: 1987.")
     response_index: NonNegativeInt | None = Field(
@@ -86,7 +92,9 @@ class DataConfig(Frozen):
         {}, description="Use only rows whose columns have these values: '{safe: false}'."
     )
     max_samples: PositiveInt | None = Field(
-        None, description="Use only the first so many rows, or as many drawn at random with data.sample_seed."
+        None,
+        description="Use only the first so many rows, or as many drawn at random with data.sample_seed.",
+        json_schema_extra=COMMON,
     )
     sample_seed: NonNegativeInt | None = Field(
         None, lt=2**63, description="Draw data.max_samples rows at random, by this seed, instead of the first ones."
@@ -125,7 +133,7 @@ class DataConfig(Frozen):
         return encoding
 
     @model_validator(mode="after")
-    def _columns_agree(self) -> "DataConfig":
+    def _columns_agree(self) -> "DataSettings":
         kinds = {"data.text": self.text, "data.prompt": self.prompt, "data.messages": self.messages}
         if len(given := [name for name, column in kinds.items() if column is not None]) > 1:
             raise ValueError(f"{' and '.join(given)}: set only one of them")
@@ -151,23 +159,27 @@ def _refuse_seed_without_number(section: str, seed: int | None, number: int | No
         raise ValueError(f"{section}.sample_seed draws {section}.max_samples rows; set that too")
 
 
-class RetainConfig(Frozen):
+class RetainSettings(Frozen):
     """The samples whose knowledge is to stay. Read as `data` says (columns, template, limits), but for `where`."""
 
-    path: Paths | None = Field(None, description="Files or a hub dataset, as data.path. Unset: none.")
+    path: Paths | None = Field(
+        None, description="Files or a hub dataset, as data.path. Unset: none.", json_schema_extra=COMMON
+    )
     name: str | None = Field(None, description="Configuration of a hub dataset, e.g. retain90 of locuslab/TOFU.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
     split: str = Field("train", description="Split, as data.split.")
     text: str | None = Field(None, description="Column of whole texts, where data has prompts and responses.")
     messages: str | None = Field(None, description="Column of conversations, where data has none.")
     max_samples: PositiveInt | None = Field(
-        None, description="Use only the first so many rows, or as many drawn at random with retain.sample_seed."
+        None,
+        description="Use only the first so many rows, or as many drawn at random with retain.sample_seed.",
+        json_schema_extra=COMMON,
     )
     sample_seed: NonNegativeInt | None = Field(
         None, lt=2**63, description="Draw retain.max_samples rows at random, by this seed."
     )
 
     @model_validator(mode="after")
-    def _seed_has_a_number(self) -> "RetainConfig":
+    def _seed_has_a_number(self) -> "RetainSettings":
         _refuse_seed_without_number("retain", self.sample_seed, self.max_samples)
         return self

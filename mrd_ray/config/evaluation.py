@@ -12,8 +12,8 @@ from pydantic import (
     model_validator,
 )
 
-from mrd_ray.config.base import Frozen, LocalPath, ModelConfig, OutputConfig, RayConfig, RunConfig
-from mrd_ray.config.data import DataConfig, is_plain_text
+from mrd_ray.config.base import COMMON, Frozen, LocalPath, ModelSettings, OutputSettings, RaySettings, RunSettings
+from mrd_ray.config.data import DataSettings, is_plain_text
 
 Metric = Literal[
     "probability",
@@ -40,7 +40,7 @@ def _refuse_repeats(setting: str, values: Sequence[str]) -> None:
             raise ValueError(f"{setting}: {value} stands more than once; name it once")
 
 
-class EvaluatedSet(DataConfig):
+class EvaluatedSet(DataSettings):
     """A set that the model is asked about, and what is measured on it."""
 
     score_on: Literal["all", "response"] = Field(
@@ -96,19 +96,20 @@ class EvaluatedSet(DataConfig):
         return self
 
 
-class MembershipConfig(Frozen):
+class MembershipSettings(Frozen):
     """Which sets min_k tells apart. Both need it among their metrics."""
 
     members: str = Field(description="The set that the model is thought to have been trained on.")
     non_members: str = Field(description="A set of the same kind that it has not seen.")
 
 
-class EvaluationConfig(Frozen):
+class EvaluationSettings(Frozen):
     """The sets, and what goes for all of them."""
 
-    sets: dict[str, EvaluatedSet] = Field({}, description="Evaluated sets by name.")
+    sets: dict[str, EvaluatedSet] = Field({}, description="Evaluated sets by name.", json_schema_extra=COMMON)
     forget: str | None = Field(
-        None, description="The set that was to be forgotten; a warning says how many of its rows are in other sets."
+        None,
+        description="The set that was to be forgotten; a warning says how many of its rows are in other sets.",
     )
     reference: LocalPath | None = Field(
         None,
@@ -116,11 +117,13 @@ class EvaluationConfig(Frozen):
         "comes TOFU's forget quality.",
     )
     utility: tuple[str, ...] = Field((), description="Sets whose metrics make TOFU's model utility.")
-    membership: MembershipConfig | None = Field(None, description="Sets whose min_k gives a membership AUC.")
+    membership: MembershipSettings | None = Field(None, description="Sets whose min_k gives a membership AUC.")
     min_k_percent: tuple[PositiveFloat, ...] = Field(
         (5, 10, 20, 30, 40, 50, 60), description="k of min_k, each in (0, 100]."
     )
-    max_new_tokens: PositiveInt = Field(128, description="Longest generated answer, in tokens.")
+    max_new_tokens: PositiveInt = Field(
+        128, description="Longest generated answer, in tokens.", json_schema_extra=COMMON
+    )
     stop: str | None = Field(
         None,
         min_length=1,
@@ -139,7 +142,9 @@ class EvaluationConfig(Frozen):
     perplexity_window: int = Field(1024, ge=2, description="perplexity: tokens of a window, at most the context.")
     perplexity_stride: PositiveInt = Field(512, description="perplexity: tokens from one window to the next.")
     zero_shot: tuple[str, ...] = Field(
-        (), description="Tasks of the LM Evaluation Harness, without examples in the prompt: hellaswag, for instance."
+        (),
+        description="Tasks of the LM Evaluation Harness, without examples in the prompt: hellaswag, for instance.",
+        json_schema_extra=COMMON,
     )
     zero_shot_tasks: LocalPath | None = Field(None, description="Folder with YAML files of more such tasks.")
     zero_shot_limit: PositiveInt | None = Field(None, description="Only so many rows of each zero-shot task.")
@@ -160,7 +165,7 @@ class EvaluationConfig(Frozen):
         return None if stop is None else stop.replace("\\n", "\n").replace("\\t", "\t")
 
     @model_validator(mode="after")
-    def _groups_agree(self) -> "EvaluationConfig":
+    def _groups_agree(self) -> "EvaluationSettings":
         def require(setting: str, name: str, metrics: set[str]) -> None:
             if name not in self.sets:
                 raise ValueError(f"evaluation.{setting}: no set {name!r}; there are {', '.join(self.sets)}")
@@ -199,11 +204,11 @@ class EvaluationConfig(Frozen):
 class EvaluateConfig(Frozen):
     """Measure what a model still knows, of what it was to forget and of the rest."""
 
-    model: ModelConfig
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description=str(EvaluationConfig.__doc__))
-    run: RunConfig
-    ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
-    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
+    model: ModelSettings
+    evaluation: EvaluationSettings = Field(EvaluationSettings(), description=str(EvaluationSettings.__doc__))
+    run: RunSettings
+    ray: RaySettings = Field(RaySettings(), description=str(RaySettings.__doc__))
+    output: OutputSettings = Field(OutputSettings(), description=str(OutputSettings.__doc__))
 
     @model_validator(mode="after")
     def _something_is_measured(self) -> "EvaluateConfig":

@@ -11,37 +11,53 @@ from pydantic import (
     model_validator,
 )
 
-from mrd_ray.config.base import Frozen, ModelConfig, Name, OutputConfig, RayConfig, RunConfig, refuse_no_pattern
-from mrd_ray.config.data import DataConfig
+from mrd_ray.config.base import (
+    COMMON,
+    Frozen,
+    ModelSettings,
+    Name,
+    OutputSettings,
+    RaySettings,
+    RunSettings,
+    refuse_no_pattern,
+)
+from mrd_ray.config.data import DataSettings
 
 Measure = Literal["mean_log_prob", "entropy", "memorization_accuracy", "log_prob_gradient_norm"]
 
 
-class ScoringConfig(Frozen):
+class ScoringSettings(Frozen):
     """Memory Removal Difficulty (arXiv 2504.06658), and how to estimate it."""
 
     estimator: Literal["monte_carlo", "closed_form"] = Field(
         "monte_carlo",
         description="Algorithm 1 as it stands, or its small-sigma limit from exact per-sample gradient norms: "
         "one forward and one backward instead of K + 1 forwards, and no sampling error.",
+        json_schema_extra=COMMON,
     )
     parameters: Name = Field(
         "all",
         description="Which parameters count as theta: all, lora (the factors of a LoRA adapter), "
         "or a regular expression found in their names, such as 'layers[.](20|21)[.]'.",
     )
-    sigma: PositiveFloat = Field(1e-5, description="Standard deviation of the parameter noise.")
+    sigma: PositiveFloat = Field(
+        1e-5, description="Standard deviation of the parameter noise.", json_schema_extra=COMMON
+    )
     statistic: Literal["mean_abs", "abs_mean"] = Field(
         "mean_abs", description="Which one is `mrd`: E|Delta| (Algorithm 1) or |E Delta| (Definition 3.1)."
     )
-    seed: NonNegativeInt = Field(0, lt=2**32, description="Seed of the noise.")
+    seed: NonNegativeInt = Field(0, lt=2**32, description="Seed of the noise.", json_schema_extra=COMMON)
     micro_batch_tokens: PositiveInt = Field(
         512,
         description="Tokens per forward at most, padding included: 512 suit a CPU, 16384 a GPU. "
         "Part of the run's identity: shapes decide rounding.",
+        json_schema_extra=COMMON,
     )
     num_draws: PositiveInt = Field(
-        200, lt=2**32, description="monte_carlo: K, how many perturbations. A later run can add some."
+        200,
+        lt=2**32,
+        description="monte_carlo: K, how many perturbations. A later run can add some.",
+        json_schema_extra=COMMON,
     )
     antithetic: bool = Field(
         False,
@@ -60,6 +76,7 @@ class ScoringConfig(Frozen):
         lt=1,
         description="monte_carlo: after num_draws, add draws to the samples whose standard error is over this share "
         "of their score, twice as many in all each time, until none is or max_draws is reached.",
+        json_schema_extra=COMMON,
     )
     max_draws: PositiveInt = Field(3200, lt=2**32, description="monte_carlo: the most that target_relative_se may use.")
     allow_low_precision: bool = Field(
@@ -117,7 +134,7 @@ class ScoringConfig(Frozen):
         return refuse_no_pattern("scoring.parameters", parameters)
 
     @model_validator(mode="after")
-    def _settings_fit_the_estimator(self) -> "ScoringConfig":
+    def _settings_fit_the_estimator(self) -> "ScoringSettings":
         other = {
             "monte_carlo": (
                 "curvature_probes",
@@ -151,7 +168,7 @@ class ScoringConfig(Frozen):
 
 def closed_form_unless_said(scoring: Any) -> Any:
     """Settings of scoring, as given, with the closed form for their estimator if they name none."""
-    if isinstance(scoring, ScoringConfig):
+    if isinstance(scoring, ScoringSettings):
         scoring = scoring.model_dump(include=scoring.model_fields_set)
     return {"estimator": "closed_form"} | scoring if isinstance(scoring, dict) else scoring
 
@@ -159,9 +176,9 @@ def closed_form_unless_said(scoring: Any) -> Any:
 class ScoreConfig(Frozen):
     """Score every sample of a forget set by how hard it is to unlearn (its MRD)."""
 
-    model: ModelConfig
-    data: DataConfig
-    run: RunConfig
-    scoring: ScoringConfig = Field(ScoringConfig(), description=str(ScoringConfig.__doc__))
-    ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
-    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
+    model: ModelSettings
+    data: DataSettings
+    run: RunSettings
+    scoring: ScoringSettings = Field(ScoringSettings(), description=str(ScoringSettings.__doc__))
+    ray: RaySettings = Field(RaySettings(), description=str(RaySettings.__doc__))
+    output: OutputSettings = Field(OutputSettings(), description=str(OutputSettings.__doc__))

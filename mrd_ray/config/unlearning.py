@@ -13,15 +13,24 @@ from pydantic import (
     model_validator,
 )
 
-from mrd_ray.config.base import Frozen, LocalPath, ModelConfig, OutputConfig, Patience, RunConfig, refuse_no_pattern
-from mrd_ray.config.data import DataConfig, RetainConfig
-from mrd_ray.config.evaluation import EvaluationConfig
-from mrd_ray.config.scoring import ScoringConfig, closed_form_unless_said
+from mrd_ray.config.base import (
+    COMMON,
+    Frozen,
+    LocalPath,
+    ModelSettings,
+    OutputSettings,
+    Patience,
+    RunSettings,
+    refuse_no_pattern,
+)
+from mrd_ray.config.data import DataSettings, RetainSettings
+from mrd_ray.config.evaluation import EvaluationSettings
+from mrd_ray.config.scoring import ScoringSettings, closed_form_unless_said
 
 Weighting = Literal["mrd", "inverse_mrd", "uniform"]
 
 
-class UnlearningConfig(Frozen):
+class UnlearningSettings(Frozen):
     """The method, which samples it takes, and how far it goes."""
 
     method: Literal["ga", "graddiff", "po", "npo"] = Field(
@@ -29,31 +38,43 @@ class UnlearningConfig(Frozen):
         description="ga: ascent on the forget set (with weighting: mrd, the paper's Curriculum Gradient Ascent); "
         "graddiff: ascent there, descent on the retain set; po: descent on refusals of the forget set's prompts, "
         "and on the retain set; npo: negative preference optimisation, and descent on the retain set.",
+        json_schema_extra=COMMON,
     )
     weighting: Weighting = Field(
         "mrd",
         description="How forget samples are drawn, with replacement: by MRD (Algorithm 2: easy ones more often), "
         "by 1/MRD, or all alike.",
+        json_schema_extra=COMMON,
     )
-    retain_weight: NonNegativeFloat = Field(1.0, description="lambda, the retain loss's weight; of all methods but ga.")
+    retain_weight: NonNegativeFloat = Field(
+        1.0, description="lambda, the retain loss's weight; of all methods but ga.", json_schema_extra=COMMON
+    )
     beta: PositiveFloat = Field(0.1, description="npo: inverse temperature.")
     refusals: LocalPath | None = Field(
         None, description="po: a .txt file with a refusal a line; each draw of a forget sample takes one by chance."
     )
-    learning_rate: PositiveFloat = Field(5e-5, description="Of AdamW, constant.")
+    learning_rate: PositiveFloat = Field(5e-5, description="Of AdamW, constant.", json_schema_extra=COMMON)
     weight_decay: NonNegativeFloat = Field(0.01, description="Of AdamW.")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="Gradients are clipped to this norm; 0 for no clipping.")
     batch_size: PositiveInt = Field(
-        8, description="Forget samples per optimiser step, over all workers; as many retain samples go with them."
+        8,
+        description="Forget samples per optimiser step, over all workers; as many retain samples go with them.",
+        json_schema_extra=COMMON,
     )
     micro_batch_size: PositiveInt | None = Field(
         None, description="Samples per forward and worker, gradients being accumulated; unset, a worker's whole share."
     )
-    epochs: PositiveInt = Field(5, description="The most passes over the forget set, in number of draws.")
-    steps: PositiveInt | None = Field(None, description="The most optimiser steps; goes over epochs.")
+    epochs: PositiveInt = Field(
+        5, description="The most passes over the forget set, in number of draws.", json_schema_extra=COMMON
+    )
+    steps: PositiveInt | None = Field(
+        None, description="The most optimiser steps; goes over epochs.", json_schema_extra=COMMON
+    )
     seed: NonNegativeInt = Field(0, lt=2**32, description="Of the draws, and of new LoRA factors.")
     refresh_every: PositiveInt | None = Field(
-        None, description="Score the forget set anew every so many steps; unset, once an epoch."
+        None,
+        description="Score the forget set anew every so many steps; unset, once an epoch.",
+        json_schema_extra=COMMON,
     )
     refresh: Literal["in_place", "actors"] = Field(
         "in_place",
@@ -62,7 +83,7 @@ class UnlearningConfig(Frozen):
     )
 
     @model_validator(mode="after")
-    def _settings_fit_the_method(self) -> "UnlearningConfig":
+    def _settings_fit_the_method(self) -> "UnlearningSettings":
         if (self.method == "po") != (self.refusals is not None):
             if self.method == "po":
                 raise ValueError("unlearning.method: po needs unlearning.refusals, a .txt file with a refusal a line")
@@ -70,13 +91,14 @@ class UnlearningConfig(Frozen):
         return self
 
 
-class StoppingConfig(Frozen):
+class StoppingSettings(Frozen):
     """When to stop before the last step."""
 
     evaluate_every: PositiveInt | None = Field(
         None,
         description="Steps between evaluations, each a pass over the forget set that ends in a checkpoint; unset, once "
         "an epoch.",
+        json_schema_extra=COMMON,
     )
     forgotten: Literal["every", "mean", "never"] = Field(
         "every",
@@ -99,7 +121,7 @@ class StoppingConfig(Frozen):
     retain_samples: PositiveInt = Field(64, description="Retain samples that the floor is measured on.")
 
 
-class CheckpointsConfig(Frozen):
+class CheckpointsSettings(Frozen):
     """What a run goes on from, and which state becomes the result."""
 
     keep: PositiveInt = Field(2, description="How many to keep.")
@@ -108,10 +130,12 @@ class CheckpointsConfig(Frozen):
     )
 
 
-class LoraConfig(Frozen):
+class LoraSettings(Frozen):
     """Train LoRA factors, and leave the model's own weights as they are."""
 
-    rank: NonNegativeInt = Field(0, description="0: train all weights (or the adapter that model.path holds).")
+    rank: NonNegativeInt = Field(
+        0, description="0: train all weights (or the adapter that model.path holds).", json_schema_extra=COMMON
+    )
     alpha: PositiveFloat = Field(16.0, description="Scale: factors count alpha / rank times.")
     target_modules: str = Field("all-linear", description="A regular expression for layer names, or all-linear.")
 
@@ -121,11 +145,11 @@ class LoraConfig(Frozen):
         return refuse_no_pattern("lora.target_modules", target_modules)
 
 
-class DeepSpeedConfig(Frozen):
+class DeepSpeedSettings(Frozen):
     """How weights, gradients and optimiser states lie on the workers."""
 
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        2, description="ZeRO: shard nothing, optimiser states, gradients too, or weights too."
+        2, description="ZeRO: shard nothing, optimiser states, gradients too, or weights too.", json_schema_extra=COMMON
     )
     offload_optimizer: Literal["none", "cpu"] = Field("none", description="Where optimiser states lie.")
     offload_parameters: Literal["none", "cpu"] = Field("none", description="Stage 3: where weights lie.")
@@ -134,18 +158,19 @@ class DeepSpeedConfig(Frozen):
     )
 
 
-class WorkersConfig(Patience):
+class WorkersSettings(Patience):
     """The training workers."""
 
-    workers: PositiveInt | None = Field(None, description="How many; unset, one for each GPU, or one without any.")
-    cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs per worker; also its number of threads.")
+    workers: PositiveInt | None = Field(
+        None, description="How many; unset, one for each GPU, or one without any.", json_schema_extra=COMMON
+    )
     gpus_per_worker: NonNegativeFloat | None = Field(
-        None, description="GPUs per worker; unset, one if the cluster has any, else none."
+        None, description="GPUs per worker; unset, one if the cluster has any, else none.", json_schema_extra=COMMON
     )
     max_failures: NonNegativeInt = Field(3, description="So often the run goes on from its checkpoint after a failure.")
 
 
-class TrackingConfig(Frozen):
+class TrackingSettings(Frozen):
     """Where the log goes besides metrics.jsonl."""
 
     tensorboard: bool = Field(False, description="Event files under RUN/tensorboard; needs tensorboard.")
@@ -155,23 +180,23 @@ class TrackingConfig(Frozen):
 class UnlearnConfig(Frozen):
     """Unlearn a forget set with MRD weights: Ray Train over DeepSpeed ZeRO, rescoring as the model changes."""
 
-    model: ModelConfig
-    data: DataConfig
-    run: RunConfig
-    retain: RetainConfig = Field(RetainConfig(), description=str(RetainConfig.__doc__))
-    unlearning: UnlearningConfig = Field(UnlearningConfig(), description=str(UnlearningConfig.__doc__))
-    scoring: ScoringConfig = Field(
-        ScoringConfig(estimator="closed_form"), description="How MRD is estimated, at the start and at each refresh."
+    model: ModelSettings
+    data: DataSettings
+    run: RunSettings
+    retain: RetainSettings = Field(RetainSettings(), description=str(RetainSettings.__doc__))
+    unlearning: UnlearningSettings = Field(UnlearningSettings(), description=str(UnlearningSettings.__doc__))
+    scoring: ScoringSettings = Field(
+        ScoringSettings(estimator="closed_form"), description="How MRD is estimated, at the start and at each refresh."
     )
-    stopping: StoppingConfig = Field(StoppingConfig(), description=str(StoppingConfig.__doc__))
-    checkpoints: CheckpointsConfig = Field(CheckpointsConfig(), description=str(CheckpointsConfig.__doc__))
-    lora: LoraConfig = Field(LoraConfig(), description=str(LoraConfig.__doc__))
-    deepspeed: DeepSpeedConfig = Field(DeepSpeedConfig(), description=str(DeepSpeedConfig.__doc__))
-    ray: WorkersConfig = Field(WorkersConfig(), description=str(WorkersConfig.__doc__))
-    tracking: TrackingConfig = Field(TrackingConfig(), description=str(TrackingConfig.__doc__))
-    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
-    evaluation: EvaluationConfig = Field(
-        EvaluationConfig(), description="As in `mrd-ray evaluate`, in the course of training; zero_shot is not."
+    stopping: StoppingSettings = Field(StoppingSettings(), description=str(StoppingSettings.__doc__))
+    checkpoints: CheckpointsSettings = Field(CheckpointsSettings(), description=str(CheckpointsSettings.__doc__))
+    lora: LoraSettings = Field(LoraSettings(), description=str(LoraSettings.__doc__))
+    deepspeed: DeepSpeedSettings = Field(DeepSpeedSettings(), description=str(DeepSpeedSettings.__doc__))
+    ray: WorkersSettings = Field(WorkersSettings(), description=str(WorkersSettings.__doc__))
+    tracking: TrackingSettings = Field(TrackingSettings(), description=str(TrackingSettings.__doc__))
+    output: OutputSettings = Field(OutputSettings(), description=str(OutputSettings.__doc__))
+    evaluation: EvaluationSettings = Field(
+        EvaluationSettings(), description="As in `mrd-ray evaluate`, in the course of training; zero_shot is not."
     )
     evaluation_every: PositiveInt | None = Field(
         None, description="Steps between such evaluations, into RUN/evaluations/; unset, none is made."
@@ -203,7 +228,7 @@ class UnlearnConfig(Frozen):
             self._refuse_in_place()
         return self
 
-    def result(self, folder: str) -> ModelConfig:
+    def result(self, folder: str) -> ModelSettings:
         """The model in the folder of a checkpoint or of the result. An adapter's base model is still where it was."""
         base = self.model.base
         if self.lora.rank and ("://" in self.model.path or Path(self.model.path).expanduser().is_dir()):

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from mrd_ray.config import EvaluationConfig, ModelConfig
+from mrd_ray.config import EvaluationSettings, ModelSettings
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation.measure import RECORD, Measurer
 from mrd_ray.models.load import load_tokenizer
@@ -30,8 +30,8 @@ RESULT_SCHEMA = pa.schema(
 class Task:
     """What every unit of a run has in common."""
 
-    model: ModelConfig
-    evaluation: EvaluationConfig
+    model: ModelSettings
+    evaluation: EvaluationSettings
     files_digest: str
     threads: int
     on_gpu: bool

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
-from mrd_ray.config import EvaluateConfig, EvaluationConfig
+from mrd_ray.config import EvaluateConfig, EvaluationSettings
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import judges, sets, table, zero_shot
@@ -129,7 +129,7 @@ def _reference(uri: str, forget: str, run: RunDirectory, of_sets: Mapping[str, s
     return lines
 
 
-def _warn_of_overlap(tables: Mapping[str, pa.Table], evaluation: EvaluationConfig, console: Console) -> None:
+def _warn_of_overlap(tables: Mapping[str, pa.Table], evaluation: EvaluationSettings, console: Console) -> None:
     if evaluation.forget is None:
         return
     members = evaluation.membership.members if evaluation.membership is not None else None

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from mrd_ray.config import EvaluatedSet, EvaluationConfig
+from mrd_ray.config import EvaluatedSet, EvaluationSettings
 from mrd_ray.config.evaluation import OF_ANSWERS, OF_RESPONSES
 from mrd_ray.data import conversations, read
 from mrd_ray.data import samples as samples_table
@@ -59,7 +59,7 @@ ANSWER, PARAPHRASE, WRONG, CHOICE, WINDOW = "answer", "paraphrase", "wrong", "ch
 
 
 def build_all(
-    evaluation: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console | None = None
+    evaluation: EvaluationSettings, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console | None = None
 ) -> dict[str, pa.Table]:
     """Every set, by its name. Raises UserError as `build` does, and for a `stop` that no answer can hold."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -76,7 +76,7 @@ def build_all(
 def build(
     name: str,
     evaluated: EvaluatedSet,
-    evaluation: EvaluationConfig,
+    evaluation: EvaluationSettings,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
     console: Console | None = None,
@@ -140,7 +140,7 @@ class _Reader:
     def __init__(
         self,
         evaluated: EvaluatedSet,
-        evaluation: EvaluationConfig,
+        evaluation: EvaluationSettings,
         tokenizer: PreTrainedTokenizerBase,
         limits: Limits,
         console: Console,

@@ -7,15 +7,15 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from mrd_ray.config import OutputConfig
+from mrd_ray.config import OutputSettings
 
 WITHHELD = "left out, since a reason may quote the sample"
 _LOG_EVERY = 15.0  # seconds between lines where there is no terminal
 
 
-def console(output: OutputConfig) -> Console:
+def console(output: OutputSettings) -> Console:
     """The console for progress and notices, which prints nothing in a quiet run."""
-    return Console(stderr=True, quiet=output.quiet)
+    return Console(stderr=True, quiet=output.quiet, emoji=False)
 
 
 def short(text: str, width: int) -> str:
@@ -34,7 +34,7 @@ class Meter:
 
     def __init__(self, title: str, total: float, console: Console | None = None) -> None:
         self._title, self._total, self._done, self._skipped = title, total, 0.0, 0.0
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(stderr=True, emoji=False)
         self._started = self._working_since = self._last_line = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[detail]}"),

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mrd_ray.config import ScoringConfig
+from mrd_ray.config import ScoringSettings
 from mrd_ray.mrd.monte_carlo import EIGHTHS, Moments
 from mrd_ray.scoring.units import Unit
 
@@ -84,7 +84,7 @@ RESULT_SCHEMA = pa.schema(
 _ROUNDING, _TINY = 1 + 1e-9, 1e-290  # below _TINY, squares lose digits
 
 
-def flaw(result: pa.Table, unit: Unit, scoring: ScoringConfig) -> str | None:
+def flaw(result: pa.Table, unit: Unit, scoring: ScoringSettings) -> str | None:
     """Why a one-row table of RESULT_SCHEMA cannot be this unit's result; None if it can.
 
     Finds values that are missing, not finite or of other draws, and moments that no draws can have. It cannot tell the

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import ray.util.metrics
 from pydantic import BaseModel, ConfigDict, Field
 
-from mrd_ray.config import TrackingConfig, UnlearnConfig
+from mrd_ray.config import TrackingSettings, UnlearnConfig
 from mrd_ray.errors import UserError
 from mrd_ray.runs.directory import RunDirectory, parsed_json
 
@@ -20,7 +20,7 @@ _FLUSH_EVERY = 2.0  # seconds
 _OF_RUN = ("run",)  # tags of metrics
 
 
-def require(tracking: TrackingConfig, run_dir: str) -> None:
+def require(tracking: TrackingSettings, run_dir: str) -> None:
     """Raises UserError if something asked for is not installed; TensorBoard writes to a URI by a library of its own."""
     wanted = ["wandb"] if tracking.wandb_project is not None else []
     if tracking.tensorboard:

@@ -64,7 +64,7 @@ def work(settings: dict[str, Job]) -> dict[str, Any]:
     job = settings["job"]
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(max(1, int(job.config.ray.cpus_per_worker)))
+    torch.set_num_threads(max(1, int(job.config.ray.cpus_per_process)))
     ranks = Ranks.of_process_group()
     try:
         return {"reason": _train(job, ranks)}

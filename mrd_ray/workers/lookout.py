@@ -167,7 +167,7 @@ class Lookout:
     Args:
         stall_after: seconds that a unit may take, or that may pass without any actor, before a stall is reported.
         pool: the resources of an actor, used to fill a node that is set aside.
-        max_bad_nodes: see RayConfig.
+        max_bad_nodes: see RaySettings.
     """
 
     def __init__(

@@ -136,7 +136,7 @@ def test_a_link_is_cut_during_training(hosts, tiny_model_dir, qa_file, tmp_path)
         *("--model.path", str(tiny_model_dir), "--data.path", str(qa_file), "--unlearning.method", "ga"),
         *("--unlearning.steps", "60", "--unlearning.batch_size", "4", "--unlearning.refresh_every", "10"),
         *("--stopping.extraction_n", "0", "--stopping.forgotten", "never", "--stopping.max_retain_loss_ratio", "null"),
-        *("--ray.workers", "2", "--ray.cpus_per_worker", "2"),  # more than one node has for both
+        *("--ray.workers", "2", "--ray.cpus_per_process", "2"),  # more than one node has for both
     ]
     whole, run = tmp_path / "whole", tmp_path / "run"
     job(head, "unlearn", [*flags, "--run.dir", str(whole)], tmp_path / "log-1").ends()

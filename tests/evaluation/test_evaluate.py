@@ -16,7 +16,7 @@ import yaml
 from evaluations import config, rouge_l_recall, values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mrd_ray import RayConfig, UserError, evaluate
+from mrd_ray import RaySettings, UserError, evaluate
 from mrd_ray.cli.main import main
 from mrd_ray.demo import demo
 
@@ -104,7 +104,7 @@ def test_a_gpu_evaluates_as_a_cpu(settings, stories_dir, tmp_path):
     runs = []
     for gpus in (0, 1):
         settings_of_run = config(stories_dir, settings, tmp_path / str(gpus))
-        pool = RayConfig(actors=1, gpus_per_actor=gpus)
+        pool = RaySettings(actors=1, gpus_per_actor=gpus)
         runs.append(evaluate(settings_of_run.model_copy(update={"ray": pool})))
     for name, metric in (("forget", "probability"), ("forget", "truth_ratio"), ("story", "perplexity")):
         on_cpu, on_gpu = (values(run, name, metric) for run in runs)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from mrd_ray import UserError, evaluate
-from mrd_ray.config import EvaluationConfig
+from mrd_ray.config import EvaluationSettings
 from mrd_ray.evaluation.judges import Judges
 
 
@@ -100,4 +100,4 @@ def test_a_pickled_judge_is_refused(classifier_dir, tmp_path, judge):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     (folder / "other.safetensors").write_bytes(b"which no loader looks for")
     with pytest.raises(UserError, match=rf"evaluation\.{judge}: .*pytorch_model\.bin is a pickle"):
-        Judges(EvaluationConfig(**{judge: str(folder)}), torch.device("cpu"))
+        Judges(EvaluationSettings(**{judge: str(folder)}), torch.device("cpu"))

@@ -12,7 +12,6 @@ import scipy.stats
 
 from jobs.paper import fig2, table7, tables
 from jobs.paper.main import LINE, main
-from mrd_ray.cli.flags import task_of
 from mrd_ray.runs.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +117,7 @@ def test_tables_and_fig2(flags, tmp_path, qa_file):
 
 
 def test_selections_do_not_depend_on_how_many_there_are(flags, tmp_path):
-    config = LINE.settings(LINE.parser(), ["fig2", *flags, "--size", "5", "--selections", "3"])
+    config = LINE.settings(["fig2", *flags, "--size", "5", "--selections", "3"])
 
     run = RunDirectory(config.run.dir)
     three = [Path(data.path).read_text(encoding="utf-8") for data in fig2.selections(config, run)]
@@ -178,7 +177,7 @@ def test_every_experiment_has_its_settings(name):
     for file in configs:
         task = file.stem.split("_")[1]
         line = [name, "--config", str(file), *(["--task", task] if name == "tables" and "paper" in file.stem else [])]
-        config = LINE.settings(LINE.parser(task_of(line)), line)
+        config = LINE.settings(line)
         assert isinstance(config, LINE.commands[name])
 
 

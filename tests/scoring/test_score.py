@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrd_ray import (
     CompareConfig,
-    ModelConfig,
+    ModelSettings,
     MRDSampler,
     ReportConfig,
-    ScoringConfig,
+    ScoringSettings,
     UserError,
     compare,
     score,
@@ -304,9 +304,9 @@ def test_sigma_that_breaks_the_forward_is_an_error_of_each_sample(tiny_model_dir
 
 def first_word_of(model: Path, **scoring) -> dict:
     """What an actor makes of a unit without samples."""
-    of_path = ModelConfig(path=str(model))
+    of_path = ModelSettings(path=str(model))
     sample = {"micro_batch": 0, "sample_id": "s", "token_ids": [5, 6, 7], "scored": [False, True, True]}
-    actor = ScoringActor(Task(of_path, ScoringConfig(**scoring), model_digest(of_path), 1, False, [sample]))
+    actor = ScoringActor(Task(of_path, ScoringSettings(**scoring), model_digest(of_path), 1, False, [sample]))
     (row,) = actor(Unit(0, 0, 1, 0, 1).unit_id, pa.table({})).to_pylist()
     return row
 
@@ -314,9 +314,9 @@ def first_word_of(model: Path, **scoring) -> dict:
 def test_weights_that_are_written_to_while_they_are_in_use(tiny_model_dir, tmp_path):
     """On a CPU they are the file, mapped."""
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
-    of_path = ModelConfig(path=str(folder))
+    of_path = ModelSettings(path=str(folder))
     sample = {"micro_batch": 0, "sample_id": "s", "token_ids": [5, 6, 7], "scored": [False, True, True]}
-    task = Task(of_path, ScoringConfig(estimator="closed_form"), model_digest(of_path), 1, False, [sample])
+    task = Task(of_path, ScoringSettings(estimator="closed_form"), model_digest(of_path), 1, False, [sample])
     actor, unit, block = ScoringActor(task), Unit(0, 0, 1, 0, 1).unit_id, pa.Table.from_pylist([sample])
     assert actor(unit, block)["fatal"].to_pylist() == [None]
     shutil.copy(folder / "model.safetensors", folder / "other")
@@ -369,7 +369,7 @@ def test_full_disk_is_named_and_survived(tiny_model_dir, qa_file, tmp_path, refe
 def test_nodes_with_other_weights_are_noticed(tiny_model_dir, qa_file):
     """An actor whose copy of the model is not the driver's gives no score."""
     with pytest.raises(Unfit, match="is another model"):
-        ScoringActor(Task(ModelConfig(path=str(tiny_model_dir)), ScoringConfig(), "0" * 64, 1, False, []))
+        ScoringActor(Task(ModelSettings(path=str(tiny_model_dir)), ScoringSettings(), "0" * 64, 1, False, []))
 
 
 @pytest.mark.slow

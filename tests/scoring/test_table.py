@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mrd_ray.config import ScoringConfig
+from mrd_ray.config import ScoringSettings
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.micro_batches import Layout, lay_out, lengths
 from mrd_ray.mrd.monte_carlo import Moments, exact_sum
@@ -16,7 +16,7 @@ from mrd_ray.scoring.units import Unit, cut_units, missing_units
 RNG = np.random.default_rng(0)
 TOKENS = np.where(RNG.random(300) < 0.1, 0, RNG.integers(2, 60, 300))
 UNSETTLED = RNG.random(300) < 0.3  # have a second round
-SCORING = ScoringConfig(num_draws=5)
+SCORING = ScoringSettings(num_draws=5)
 
 
 def sample(i: int) -> dict:
@@ -151,7 +151,7 @@ def test_a_result_that_cannot_be_is_found(changes, wrong):
     ],
 )
 def test_a_closed_form_that_cannot_be_is_found(changes, wrong):
-    scoring = ScoringConfig(estimator="closed_form", curvature_probes=2, measures=("entropy", "mean_log_prob"))
+    scoring = ScoringSettings(estimator="closed_form", curvature_probes=2, measures=("entropy", "mean_log_prob"))
     sample = {"sample_id": "a", "log_prob": -1.0, "num_draws": 2, "measures": {"entropy": 1.0}, "gradient_norm": 1.0}
     sample |= {"probes": [1.0, 2.0]} | changes
     unit = Unit(0, 0, 1, 0, 1)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mrd_ray.config import ModelConfig, ScoringConfig
+from mrd_ray.config import ModelSettings, ScoringSettings
 from mrd_ray.data.micro_batches import lay_out, lengths
 from mrd_ray.models import load
 from mrd_ray.models.files import model_digest
@@ -37,7 +37,7 @@ def config(files, run, estimator, stage, **more):
     return gang.config(model, forget, retain, run, **settings)
 
 
-def standalone(of_path: ModelConfig, samples: pa.Table, scoring: ScoringConfig) -> pa.Table:
+def standalone(of_path: ModelSettings, samples: pa.Table, scoring: ScoringSettings) -> pa.Table:
     """What an actor of `mrd-ray score` makes of it, all in one unit."""
     layout = lay_out(lengths(samples), scoring.micro_batch_tokens)
     rows = samples.select(["sample_id", "token_ids", "scored"])
@@ -105,7 +105,7 @@ def around_a_refresh(ranks, one, estimators):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_weights_are_the_same_after_a_refresh(files, tmp_path, stage):
     one = config(files, tmp_path, "closed_form", stage)
-    estimators = [ScoringConfig(**settings) for settings in ESTIMATORS.values()]
+    estimators = [ScoringSettings(**settings) for settings in ESTIMATORS.values()]
     for rank in gang.on_ranks(2, around_a_refresh, one, estimators):
         assert all(before == after for before, after in rank)
 
@@ -152,7 +152,7 @@ def test_memorization_accuracy_and_extraction_of_live_weights(files, tmp_path, s
     first, second = gang.on_ranks(2, measured, one)
     assert first == second
 
-    model = load.load_model(ModelConfig(path=str(tmp_path / "model")), torch.device("cpu"))
+    model = load.load_model(ModelSettings(path=str(tmp_path / "model")), torch.device("cpu"))
     samples = gang.sets_of(one).forget.to_pylist()
     for i, row in enumerate(samples):
         batch = MicroBatch.collate([row["token_ids"]], [row["scored"]], model.device)
