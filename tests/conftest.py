@@ -44,6 +44,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         folder = item.path.parent.name
         item.add_marker(pytest.mark.xdist_group(folder if folder in {"report"} else str(item.path.relative_to(TESTS))))
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))  # however slow the machine is
 
 
 def pytest_deselected(items):

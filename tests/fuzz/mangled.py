@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mrd_ray.errors import UserError
 
-TIMES = pytest.mark.parametrize("times", [1, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+TIMES = pytest.mark.parametrize("times", [1, pytest.param(30, marks=pytest.mark.slow)])
 
 
 def explore(check: Callable[..., None], examples: int, *strategies: st.SearchStrategy) -> None:
