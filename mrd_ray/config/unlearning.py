@@ -42,44 +42,45 @@ class UnlearningSettings(Frozen):
     )
     weighting: Weighting = Field(
         "mrd",
-        description="How forget samples are drawn, with replacement: by MRD (Algorithm 2: easy ones more often), "
-        "by 1/MRD, or all alike.",
+        description="How to draw forget samples, with replacement: in proportion to MRD (Algorithm 2: easy ones more "
+        "often), in proportion to 1/MRD, or uniformly.",
         json_schema_extra=COMMON,
     )
     retain_weight: NonNegativeFloat = Field(
-        1.0, description="lambda, the retain loss's weight; of all methods but ga.", json_schema_extra=COMMON
+        1.0, description="Weight lambda of the retain loss, in all methods except ga.", json_schema_extra=COMMON
     )
     beta: PositiveFloat = Field(0.1, description="npo: inverse temperature.")
     refusals: LocalPath | None = Field(
-        None, description="po: a .txt file with a refusal a line; each draw of a forget sample takes one by chance."
+        None, description="po: a .txt file with one refusal per line. Each draw of a forget sample takes a random one."
     )
-    learning_rate: PositiveFloat = Field(5e-5, description="Of AdamW, constant.", json_schema_extra=COMMON)
-    weight_decay: NonNegativeFloat = Field(0.01, description="Of AdamW.")
-    max_grad_norm: NonNegativeFloat = Field(1.0, description="Gradients are clipped to this norm; 0 for no clipping.")
+    learning_rate: PositiveFloat = Field(5e-5, description="Constant learning rate of AdamW.", json_schema_extra=COMMON)
+    weight_decay: NonNegativeFloat = Field(0.01, description="Weight decay of AdamW.")
+    max_grad_norm: NonNegativeFloat = Field(1.0, description="Clip gradients to this norm; 0 means no clipping.")
     batch_size: PositiveInt = Field(
         8,
-        description="Forget samples per optimiser step, over all workers; as many retain samples go with them.",
+        description="Forget samples per optimiser step, over all workers. The same number of retain samples is added.",
         json_schema_extra=COMMON,
     )
     micro_batch_size: PositiveInt | None = Field(
-        None, description="Samples per forward and worker, gradients being accumulated; unset, a worker's whole share."
+        None,
+        description="Samples per forward on each worker; gradients are accumulated. Unset: the worker's whole share.",
     )
     epochs: PositiveInt = Field(
-        5, description="The most passes over the forget set, in number of draws.", json_schema_extra=COMMON
+        5, description="Most passes over the forget set, counted in draws.", json_schema_extra=COMMON
     )
     steps: PositiveInt | None = Field(
-        None, description="The most optimiser steps; goes over epochs.", json_schema_extra=COMMON
+        None, description="Most optimiser steps; replaces epochs.", json_schema_extra=COMMON
     )
-    seed: NonNegativeInt = Field(0, lt=2**32, description="Of the draws, and of new LoRA factors.")
+    seed: NonNegativeInt = Field(0, lt=2**32, description="Random seed of the draws and of new LoRA factors.")
     refresh_every: PositiveInt | None = Field(
         None,
-        description="Score the forget set anew every so many steps; unset, once an epoch.",
+        description="Steps between refreshes, which score the forget set again. Unset: once per epoch.",
         json_schema_extra=COMMON,
     )
     refresh: Literal["in_place", "actors"] = Field(
         "in_place",
-        description="in_place: the workers score, on the live weights. actors: training stops for `mrd-ray score` on "
-        "the checkpoint, with machines of its own; about a minute each time.",
+        description="in_place: the workers score with the live weights. actors: training pauses while `mrd-ray score` "
+        "scores the checkpoint with its own actors, which takes about a minute each time.",
     )
 
     @model_validator(mode="after")
@@ -96,47 +97,48 @@ class StoppingSettings(Frozen):
 
     evaluate_every: PositiveInt | None = Field(
         None,
-        description="Steps between evaluations, each a pass over the forget set that ends in a checkpoint; unset, once "
-        "an epoch.",
+        description="Steps between evaluations. Each is a pass over the forget set, and is followed by a checkpoint. "
+        "Unset: once per epoch.",
         json_schema_extra=COMMON,
     )
     forgotten: Literal["every", "mean", "never"] = Field(
         "every",
         description="Appendix C.4 of the paper: stop when EL_n and MA of every forget sample, or their means, are "
-        "below their averages on the initial model. never: go on to the last step.",
+        "below their averages on the initial model. never: train to the last step.",
     )
     extraction_n: NonNegativeInt = Field(
-        10, description="n of the extraction likelihood EL_n; 0 leaves EL out, which saves its generation."
+        10, description="n of the extraction likelihood EL_n. 0 leaves EL out and saves its generation."
     )
     extraction_stride: PositiveInt = Field(
-        1, description="EL_n starts from every so many-th prefix of a sample; 1 is the definition, more costs less."
+        1, description="Use every N-th prefix of a sample for EL_n. 1 is the definition; larger values cost less."
     )
     max_retain_loss_ratio: float | None = Field(
         2.0,
         gt=1,
-        description="Utility floor: stop when the retain loss, or its exponential, the perplexity, is over this many "
-        "times what it was (not before the loss is over 0.1 nats above), and keep the checkpoint before. Unset (null): "
-        "no floor.",
+        description="Utility floor: stop when the retain loss or the retain perplexity exceeds this many times its "
+        "first value and the loss has risen by more than 0.1 nats, and keep the checkpoint before. null: no floor.",
     )
-    retain_samples: PositiveInt = Field(64, description="Retain samples that the floor is measured on.")
+    retain_samples: PositiveInt = Field(64, description="Number of retain samples that the floor is measured on.")
 
 
 class CheckpointsSettings(Frozen):
-    """What a run goes on from, and which state becomes the result."""
+    """What a run resumes from, and which state becomes the result."""
 
-    keep: PositiveInt = Field(2, description="How many to keep.")
+    keep: PositiveInt = Field(2, description="Number of checkpoints to keep.")
     best_by: Literal["last", "forget_memorization_accuracy", "retain_loss"] = Field(
-        "last", description="The result: the last checkpoint, or the one where this is smallest."
+        "last", description="Which checkpoint becomes the result: the last, or the one with the smallest value of this."
     )
 
 
 class LoraSettings(Frozen):
-    """Train LoRA factors, and leave the model's own weights as they are."""
+    """Train LoRA factors, and leave the model's own weights unchanged."""
 
     rank: NonNegativeInt = Field(
-        0, description="0: train all weights (or the adapter that model.path holds).", json_schema_extra=COMMON
+        0,
+        description="Rank of the LoRA factors. 0: train all weights (or the adapter in model.path).",
+        json_schema_extra=COMMON,
     )
-    alpha: PositiveFloat = Field(16.0, description="Scale: factors count alpha / rank times.")
+    alpha: PositiveFloat = Field(16.0, description="Scale: the factors are multiplied by alpha / rank.")
     target_modules: str = Field("all-linear", description="A regular expression for layer names, or all-linear.")
 
     @field_validator("target_modules")
@@ -146,15 +148,21 @@ class LoraSettings(Frozen):
 
 
 class DeepSpeedSettings(Frozen):
-    """How weights, gradients and optimiser states lie on the workers."""
+    """How weights, gradients and optimiser states are spread over the workers."""
 
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        2, description="ZeRO: shard nothing, optimiser states, gradients too, or weights too.", json_schema_extra=COMMON
+        2,
+        description="ZeRO stage. 0 shards nothing, 1 optimiser states, 2 also gradients, 3 also weights.",
+        json_schema_extra=COMMON,
     )
-    offload_optimizer: Literal["none", "cpu"] = Field("none", description="Where optimiser states lie.")
-    offload_parameters: Literal["none", "cpu"] = Field("none", description="Stage 3: where weights lie.")
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        "none", description="Where to keep optimiser states: on the worker's device or in CPU memory."
+    )
+    offload_parameters: Literal["none", "cpu"] = Field(
+        "none", description="Stage 3: where to keep weights: on the worker's device or in CPU memory."
+    )
     config: LocalPath | None = Field(
-        None, description="A DeepSpeed JSON file with more settings; what contradicts ours is refused."
+        None, description="A DeepSpeed JSON file with more settings. Settings that contradict ours are refused."
     )
 
 
@@ -162,19 +170,21 @@ class WorkersSettings(Patience):
     """The training workers."""
 
     workers: PositiveInt | None = Field(
-        None, description="How many; unset, one for each GPU, or one without any.", json_schema_extra=COMMON
+        None, description="Number of workers. Unset: one per GPU, or one if there is none.", json_schema_extra=COMMON
     )
     gpus_per_worker: NonNegativeFloat | None = Field(
-        None, description="GPUs per worker; unset, one if the cluster has any, else none.", json_schema_extra=COMMON
+        None, description="GPUs per worker. Unset: one if the cluster has any, else none.", json_schema_extra=COMMON
     )
-    max_failures: NonNegativeInt = Field(3, description="So often the run goes on from its checkpoint after a failure.")
+    max_failures: NonNegativeInt = Field(3, description="How many failures to recover from before giving up.")
 
 
 class TrackingSettings(Frozen):
     """Where the log goes besides metrics.jsonl."""
 
-    tensorboard: bool = Field(False, description="Event files under RUN/tensorboard; needs tensorboard.")
-    wandb_project: str | None = Field(None, description="Weights & Biases project; needs wandb and a login.")
+    tensorboard: bool = Field(False, description="Write event files to RUN/tensorboard. Needs the package tensorboard.")
+    wandb_project: str | None = Field(
+        None, description="Weights & Biases project. Needs the package wandb and a login."
+    )
 
 
 class UnlearnConfig(Frozen):
@@ -196,10 +206,10 @@ class UnlearnConfig(Frozen):
     tracking: TrackingSettings = Field(TrackingSettings(), description=str(TrackingSettings.__doc__))
     output: OutputSettings = Field(OutputSettings(), description=str(OutputSettings.__doc__))
     evaluation: EvaluationSettings = Field(
-        EvaluationSettings(), description="As in `mrd-ray evaluate`, in the course of training; zero_shot is not."
+        EvaluationSettings(), description="As in `mrd-ray evaluate`, during training. zero_shot is not evaluated."
     )
     evaluation_every: PositiveInt | None = Field(
-        None, description="Steps between such evaluations, into RUN/evaluations/; unset, none is made."
+        None, description="Steps between evaluations during training, which go to RUN/evaluations/. Unset: none."
     )
 
     @field_validator("scoring", mode="before")
