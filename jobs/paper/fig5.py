@@ -61,7 +61,7 @@ def _runs(config: Fig5Config, subject: Subject) -> dict[str, ScoreConfig]:
         for other in sorted(config.sigmas):
             name = f"{dtype}-sigma-{other:g}"
             runs[name] = run(name, dtype, sigma=other, num_draws=config.sigma_draws, **of_draws)
-    for draws in sorted(config.draws):  # each goes on from the one before, in the same directory
+    for draws in sorted(config.draws):  # each resumes from the one before, in the same directory
         runs[f"float32-draws-{draws}"] = run("float32-draws", "float32", sigma=sigma, num_draws=draws, **of_draws)
     return runs
 

@@ -32,7 +32,7 @@ def called(config: Any, command: str, call: Callable[[Any], int], debug: bool) -
             return FAILED
         return failed(_unforeseen(command, problem), FAILED, debug, texts)
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes the run", file=sys.stderr)
+        print("interrupted; the same command resumes from here", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -71,7 +71,7 @@ def scoring(config: DemoConfig) -> ScoreConfig:
 
 
 def pipeline(scored: ScoreConfig) -> PipelineConfig:
-    """How to go on from there: NPO on two workers, the forget set drawn by its MRD; what to ask before and after."""
+    """How to continue: NPO on two workers, the forget set drawn by its MRD; what to ask before and after."""
     metrics = ("rouge_l", "probability", "memorization_accuracy")
     asked = {
         name: EvaluatedSet(path=str(path), max_samples=_ASKED, metrics=metrics)

@@ -1,4 +1,4 @@
-"""One replica of the model on one worker: takes rows of evaluated sets, gives back what metrics are made of."""
+"""One replica of the model on one worker: takes rows of evaluated sets, returns what metrics are computed from."""
 
 import os
 import time

@@ -69,7 +69,7 @@ class EvaluateRun:
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateRun:
-    """Evaluate a model on all sets; go on, if the run directory holds such a run already.
+    """Evaluate a model on all sets; resume if the run directory already holds such a run.
 
     Raises:
         UserError: bad input or settings, or a run directory of something else.
@@ -145,7 +145,7 @@ def _warn_of_overlap(tables: Mapping[str, pa.Table], evaluation: EvaluationSetti
 
 @dataclass
 class _Work:
-    """Units, each a few rows of one set, which the rows alone decide, and the actors that work them off."""
+    """Units, each a few rows of one set, which depend only on the rows, and the actors that process them."""
 
     config: EvaluateConfig
     run: RunDirectory

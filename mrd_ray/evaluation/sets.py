@@ -115,7 +115,7 @@ def digest(table: pa.Table) -> str:
 
 
 def units(name: str, table: pa.Table) -> list[tuple[str, list[Row]]]:
-    """A set's rows in units of like length, each with its id. The rows alone decide, whoever works them off."""
+    """A set's rows in units of like length, each with its id. They depend only on the rows."""
     rows = [row for row in table["asked"].to_pylist() if row is not None]
     layout = lay_out(np.array([cost(row) for row in rows], np.int64), _UNIT_TOKENS)
     return [(f"{name}.{i:06d}", [rows[at] for at in layout.samples(i)]) for i in range(len(layout))]
@@ -173,7 +173,7 @@ class _Reader:
         source = samples_table.Peeked(self._set, self._say)
         source.refuse_chat_without_template(self._tokenizer)
         columns = source.columns
-        if columns.text is not None and (of := self._metrics & OF_RESPONSES):  # the file alone says that it has texts
+        if columns.text is not None and (of := self._metrics & OF_RESPONSES):  # only the file says that it has texts
             raise UserError(f"metrics: {min(of)} needs prompts with responses, not texts (column {columns.text!r})")
         records = list(source)
         own = self._own_columns(source.present)
@@ -280,7 +280,7 @@ class _Reader:
         return {"prompt_ids": prompt, "new_tokens": room}
 
     def _choice(self, values: dict[str, Any], columns: Columns, row: dict[str, Any]) -> dict[str, Any]:
-        """One sequence for each choice; they differ in the letter at their end alone, which is what counts."""
+        """One sequence for each choice; they differ only in the letter at their end, which is what counts."""
         assert columns.prompt is not None
         assert columns.response is not None
         assert self._scheme is not None
@@ -331,7 +331,7 @@ class _Reader:
 
     @property
     def _plain(self) -> EvaluatedSet:
-        """The settings for rows whose response is text by now."""
+        """The settings for rows whose response is already text."""
         return self._set.model_copy(update={"response_index": None, "response_join": None})
 
     def _asked_and_answered(self, values: dict[str, Any], columns: Columns) -> tuple[str, str]:

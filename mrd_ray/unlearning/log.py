@@ -37,7 +37,7 @@ class Log:
     """The log of a run, on rank 0. metrics.jsonl holds exactly the steps that led to the present state.
 
     Args:
-        lines: those of the checkpoint that the run goes on from; what an interrupted attempt wrote after it goes.
+        lines: those of the checkpoint that the run resumes from; what an interrupted attempt wrote after it goes.
     """
 
     def __init__(self, run: RunDirectory, config: UnlearnConfig, lines: list[dict[str, Any]]) -> None:
@@ -55,7 +55,7 @@ class Log:
             self._wandb = wandb.init(
                 project=config.tracking.wandb_project,
                 config=config.model_dump(),
-                id=hashlib.sha256(run.uri.encode()).hexdigest()[:16],  # a resumed run goes on in the same one
+                id=hashlib.sha256(run.uri.encode()).hexdigest()[:16],  # a resumed run continues the same one
                 resume="allow",
             )
         self._steps = ray.util.metrics.Counter("mrd_ray_unlearning_steps_total", "Optimiser steps taken", _OF_RUN)
@@ -121,7 +121,7 @@ def start(run: RunDirectory) -> bytes:
 
 
 def node_of(start: bytes) -> str:
-    """The node of rank 0, by what `start` gives."""
+    """The node of rank 0, as `start` records it."""
     try:
         return str(json.loads(start)["node"])
     except (ValueError, LookupError, TypeError):

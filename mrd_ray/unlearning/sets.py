@@ -24,7 +24,7 @@ _WATCHED_SEED = 1  # whatever the run's, so that runs of several seeds are measu
 
 
 def build(config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console) -> Sets:
-    """Read and tokenise. Says on the console what is left out of the retain set, and what stands in both sets.
+    """Read and tokenise. Prints what is left out of the retain set, and which rows are in both sets.
 
     Raises:
         UserError: a set is empty or unusable, a forget sample cannot be unlearned, or refusals do not fit.
@@ -104,7 +104,7 @@ def _refusals(
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
 ) -> pa.Table:
-    """Each forget sample's prompt with a few refusals for a response, which alone counts."""
+    """Each forget sample's prompt with a few refusals as response; only the response counts."""
     lines = _lines(path)
     if read.texts(config.data) is not None:
         raise UserError(_NO_PROMPTS)

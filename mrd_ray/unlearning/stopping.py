@@ -6,7 +6,7 @@ from statistics import fmean
 
 from mrd_ray.config import StoppingSettings
 
-_FLOOR_NATS = 0.1  # of a memorised retain set, twice the loss may still be next to none
+_FLOOR_NATS = 0.1  # twice the loss of a memorised retain set may still be tiny
 # what is logged of a model, as people read it
 TITLES = {
     "forget_memorization_accuracy": "forget MA: share of tokens that are the likeliest",
@@ -41,7 +41,7 @@ class Evaluation:
         }
 
     def finite(self) -> bool:
-        """Whether the model still gives probabilities."""
+        """Whether the model's probabilities are still finite."""
         return all(map(math.isfinite, [*self.log_prob, self.retain_loss or 0.0]))
 
 
@@ -50,7 +50,7 @@ def retain_loss_limit(stopping: StoppingSettings, initial: Evaluation) -> float:
     if stopping.max_retain_loss_ratio is None or initial.retain_loss is None:
         return math.inf
     ratio, before = stopping.max_retain_loss_ratio, initial.retain_loss
-    # the loss so many times what it was, or the perplexity: of an ordinary model, twice the loss is no limit at all
+    # N times the loss, or N times the perplexity: for an ordinary model, twice the loss is no limit at all
     return max(min(ratio * before, before + math.log(ratio)), before + _FLOOR_NATS)
 
 

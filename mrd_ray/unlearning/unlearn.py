@@ -193,7 +193,7 @@ class _Rounds:
         return pool_of(shape, grows and wanted.workers is not None, self.journal, all_at_once=True, word="worker")
 
     def _newest(self) -> tuple[ray.train.Checkpoint, dict[str, Any]] | None:
-        """The checkpoint that a fit would go on from."""
+        """The checkpoint that a fit would resume from."""
         if not self.run.exists(f"{_CHECKPOINTS}/checkpoint_manager_snapshot.json"):
             return None
         try:
@@ -206,7 +206,7 @@ class _Rounds:
         return None if result.checkpoint is None else (result.checkpoint, result.metrics)
 
     def _refuse_newest(self, workers: int) -> None:
-        """Raises UserError if the run cannot go on from the newest checkpoint."""
+        """Raises UserError if the run cannot resume from the newest checkpoint."""
         if (newest := self._newest()) is None:
             return
         if (was := newest[1]["workers"]) != workers:
@@ -286,7 +286,7 @@ class _Rounds:
         except ray.train.TrainingFailedError as problem:
             raise UserError(
                 f"the workers failed {self.config.ray.max_failures + 1} time(s) (ray.max_failures); the same command "
-                f"goes on from the last checkpoint. {problem}"
+                f"resumes from the last checkpoint. {problem}"
             ) from None
 
     def _export(self, result: Result) -> int:

@@ -198,7 +198,7 @@ def test_log(times, copy):
 @TIMES
 @pytest.mark.parametrize("name", ["state.json", "scores.parquet"])
 def test_checkpoint(name, times, runs, tmp_path):
-    """What a resumed unlearning goes on from."""
+    """What a resumed unlearning resumes from."""
     evaluation = Evaluation([-3.0, -4.5], [0.5, 1.0], [float("nan"), 0.25], None)
     scores = pq.read_table(runs["score"] / "scores.parquet")
     State(3, evaluation, evaluation, scores, 2, [{"step": 1, "event": "step"}]).save(tmp_path)

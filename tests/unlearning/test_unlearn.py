@@ -260,7 +260,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(files, tmp_path, uninterr
     Killer(run, between_two_refreshes, lambda: psutil.Process(driver.pid)).join(200)
     assert driver.wait() == -signal.SIGKILL
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "go on from step" in finished.stderr
+    assert "resume from step" in finished.stderr
     assert trajectory(run) == uninterrupted
 
 
