@@ -20,7 +20,7 @@ from mrd_ray.mrd.monte_carlo import Moments
 from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.runs.journal import Journal
 from mrd_ray.scoring import score, summary
-from mrd_ray.scoring.actor import Task
+from mrd_ray.scoring.actor import ScoringSetup
 from mrd_ray.scoring.cost import GPU_TFLOPS, ModelCost
 from mrd_ray.scoring.result import RESULT_SCHEMA
 from mrd_ray.scoring.table import scores_table
@@ -33,7 +33,7 @@ _TEXT = "What does it say there about her? "
 class MadeUp:
     """Stands in for `ScoringActor`: results of the right shape, at once; a sample's score goes with its number."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: ScoringSetup) -> None:
         """Which estimator's is all that is needed of the task."""
         self._of_draws = task.scoring.estimator == "monte_carlo"
 
@@ -101,7 +101,7 @@ def _drive(folder: Path, n: int, scoring: Raw, parameters: int) -> Raw:
     rectangles = missing_units(0, len(layout), first_draws(config.scoring), [])
     phases["lay out"] = _phase()
     with ray.init(log_to_driver=False, include_dashboard=False), Journal(run, "score") as journal:
-        rounds = score._Rounds(config, run, table, ModelCost(parameters, 2 * parameters), "", journal, [layout])
+        rounds = score.ScoringRounds(config, run, table, ModelCost(parameters, 2 * parameters), "", journal, [layout])
         with (
             mock.patch.object(score, "assumed_tflops", return_value=GPU_TFLOPS),
             mock.patch.object(score, "ScoringActor", MadeUp),

@@ -76,7 +76,10 @@ def main(
 
 @torch.no_grad()
 def plain(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[sets.Row], evaluation: EvaluationSettings
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[sets.EvaluatedRow],
+    evaluation: EvaluationSettings,
 ) -> list[Any]:
     """What anyone would write: sort by length, pad, forward with an attention mask, log_softmax; generate.
 

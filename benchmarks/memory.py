@@ -16,8 +16,9 @@ from benchmarks.common import Raw, resident
 from benchmarks.figures import Figure, Results
 from mrd_ray import ModelSettings, ScoringSettings
 from mrd_ray.models.files import model_digest
-from mrd_ray.scoring.actor import ScoringActor, Task
+from mrd_ray.scoring.actor import ScoringActor, ScoringSetup
 from mrd_ray.scoring.units import Unit
+from mrd_ray.workers.memory import Sample
 
 Estimator = Literal["monte_carlo", "closed_form"]
 COPIES: dict[Estimator, float] = {"monte_carlo": 2.05, "closed_form": 1.05}
@@ -73,11 +74,13 @@ def _case(folder: str, vocabulary: int, estimator: Estimator, draws: int, tokens
     model = ModelSettings(path=path)
     ids = np.random.default_rng(0).integers(vocabulary, size=(8, tokens)).tolist()
     scored = [False] + [True] * (tokens - 1)
-    samples = [{"micro_batch": 0, "sample_id": str(i), "token_ids": x, "scored": scored} for i, x in enumerate(ids)]
+    samples: list[Sample] = [
+        {"micro_batch": 0, "sample_id": str(i), "token_ids": x, "scored": scored} for i, x in enumerate(ids)
+    ]
     scoring = ScoringSettings(estimator=estimator)
     _touch_libraries(samples, scoring)
     before = _resting()
-    actor = ScoringActor(Task(model, scoring, model_digest(model), 1, False, samples[:1]))
+    actor = ScoringActor(ScoringSetup(model, scoring, model_digest(model), 1, False, samples[:1]))
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak so far was that of loading
     (result,) = actor(Unit(0, 0, 1, 0, draws).unit_id, pa.Table.from_pylist(samples)).to_pylist()
     if result["fatal"] or any(sample["error"] for sample in result["samples"]):
@@ -97,7 +100,7 @@ def _resting() -> dict[Literal["VmRSS", "RssAnon"], float]:
     return {"VmRSS": resident("VmRSS"), "RssAnon": resident("RssAnon")}
 
 
-def _touch_libraries(samples: list[Raw], scoring: ScoringSettings) -> None:
+def _touch_libraries(samples: list[Sample], scoring: ScoringSettings) -> None:
     """What the first model of a process brings with it, whatever its size: code and buffers of the libraries."""
     with tempfile.TemporaryDirectory() as folder:
         tiny = LlamaConfig(vocab_size=1 << 17, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
@@ -105,5 +108,5 @@ def _touch_libraries(samples: list[Raw], scoring: ScoringSettings) -> None:
         LlamaForCausalLM(tiny).save_pretrained(folder)
         config = ModelSettings(path=folder)
         few = [sample | {"token_ids": sample["token_ids"][:4], "scored": sample["scored"][:4]} for sample in samples]
-        actor = ScoringActor(Task(config, scoring, model_digest(config), 1, False, few[:1]))
+        actor = ScoringActor(ScoringSetup(config, scoring, model_digest(config), 1, False, few[:1]))
         actor(Unit(0, 0, 1, 0, 1).unit_id, pa.Table.from_pylist(few))

@@ -15,6 +15,7 @@ from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import delta, noise_key
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.scoring.estimators import estimator_of
+from mrd_ray.workers.memory import Sample
 
 _SIGMA = 1e-5
 _JUMP, _FAR = 5.5, 4.0  # of s; standard deviations of what sigma moves a gap by
@@ -62,7 +63,7 @@ def cost(model: str, data: str, max_samples: int, repeats: int) -> dict[str, lis
     """Seconds of making an estimator with the check, less those without, and of scoring."""
     tree: dict[str, Any] = {"model": {"path": model}, "data": {"path": data, "max_samples": max_samples}}
     work = Batches(ScoreConfig.model_validate(tree | {"run": {"dir": "unused"}}))
-    samples = [
+    samples: list[Sample] = [
         {"micro_batch": i, "sample_id": f"{i}-{j}", "token_ids": tokens.tolist(), "scored": [False, *scored.tolist()]}
         for i, batch in enumerate(work.batches)
         for j, (tokens, scored) in enumerate(zip(batch.token_ids, batch.scored, strict=True))
@@ -106,7 +107,7 @@ def flips(planted: int, draws: int) -> dict[str, int]:
     for tokens in samples.split(64):
         batch = MicroBatch(tokens, torch.ones(len(tokens), tokens.shape[1] - 1, dtype=torch.bool))
         jumped, others = drawn(model, batch, draws)
-        rows = [{"micro_batch": 0, "sample_id": str(i), "token_ids": row, "scored": [False] + [True] * 59}
+        rows: list[Sample] = [{"micro_batch": 0, "sample_id": str(i), "token_ids": row, "scored": [False] + [True] * 59}
                 for i, row in enumerate(tokens.tolist())]  # fmt: skip
         scoring = ScoringSettings(estimator="closed_form", sigma=_SIGMA, allow_slow_parameters=True)
         results = estimator_of(model, scoring, rows[:2])(rows, range(1))

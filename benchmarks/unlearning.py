@@ -35,7 +35,7 @@ from mrd_ray.unlearning.engine import Engine, configuration
 from mrd_ray.unlearning.loop import Loop, Sets
 from mrd_ray.unlearning.sampling import ForgetStream, ShuffledStream, sampling_probabilities
 from mrd_ray.unlearning.state import State
-from mrd_ray.unlearning.stopping import Evaluation
+from mrd_ray.unlearning.stopping import Knowledge
 from mrd_ray.workers.ranks import Ranks
 
 Part = Literal["throughput", "workers", "refresh", "memory"]
@@ -87,7 +87,7 @@ def main(
     limits = Limits.of(load.skeleton(config.model))
     of_run = sets.build(config, load.load_tokenizer(config.model), limits, Console(quiet=True))
     (fields,) = Job(config, of_run, 1, threads, steps).run(reference)
-    initial = Evaluation(**fields)
+    initial = Knowledge(**fields)
     plain = Job(config, of_run, 1, threads, steps, initial, plain=True)
     ours = {f"ZeRO-{stage}": plain.under(stage) for stage in stages}
     results.keep("forget set", {"samples": len(of_run.forget), "tokens": int(lengths(of_run.forget).sum())})
@@ -126,7 +126,7 @@ class Job:
     workers: int
     threads: int
     steps: int
-    initial: Evaluation | None = None
+    initial: Knowledge | None = None
     plain: bool = False
 
     def under(self, stage: int) -> "Job":
@@ -161,7 +161,7 @@ def take_turns(ways: dict[str, Job], repeats: int) -> dict[str, Runs]:
 
 
 def reference(job: Job, ranks: Ranks) -> Raw:
-    """What the model knows before any step: the fields of an Evaluation."""
+    """What the model knows before any step: the fields of Knowledge."""
     return asdict(_loop(job, ranks, trained.load(job.config, torch.device("cpu"))).evaluate())
 
 

@@ -143,7 +143,7 @@ def settings() -> str:
         "## Commands\n",
         _table(
             ["command", "what it does", "sections"],
-            [[f"`{name}`", _cell(one.summary), _sections(classes[name])] for name, one in COMMANDS.items()],
+            [[f"`{name}`", _cell(one.help), _sections(classes[name])] for name, one in COMMANDS.items()],
         ),
     ]
     for command, settings_class in classes.items():

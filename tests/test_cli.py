@@ -37,7 +37,7 @@ def error(capsys, *arguments) -> str:
 
 def test_help_of_all_commands_is_theirs():
     assert {name: str(of.__doc__).strip().splitlines()[0] for name, of in cli.LINE.commands.items()} == {
-        name: command.summary for name, command in COMMANDS.items()
+        name: command.help for name, command in COMMANDS.items()
     }
     assert cli.LINE.description == DESCRIPTION
     done = subprocess.run([sys.executable, "-m", "mrd_ray", "--help"], capture_output=True, text=True, check=True)

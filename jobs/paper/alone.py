@@ -39,14 +39,14 @@ def unlearn_each(
         reference = subject.pretrained
     _refuse_other_tokens(reference, subject)
     everything = subject.samples.select(["token_ids", "scored"]).to_pylist()
-    ask = _Task(reference, model_digest(reference), alone, tasks, {"": everything}, None)
+    ask = _Block(reference, model_digest(reference), alone, tasks, {"": everything}, None)
     found = sweep.work_off(subject.run, "What it never knew", _averages, {"reference": ask}, **resources)
     limits = Limits(**found["reference"])
     names = list(groups)
     blocks = [names[start : start + tasks.samples_per_task] for start in range(0, len(names), tasks.samples_per_task)]
     digest = model_digest(subject.model)
     cells = {
-        f"block-{i:05d}": _Task(subject.model, digest, alone, tasks, {name: groups[name] for name in block}, limits)
+        f"block-{i:05d}": _Block(subject.model, digest, alone, tasks, {name: groups[name] for name in block}, limits)
         for i, block in enumerate(blocks)
     }
     results = sweep.work_off(subject.run, title, _unlearn_block, cells, **resources)
@@ -112,7 +112,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Block:
     model: ModelSettings
     files_digest: str
     alone: AloneSettings
@@ -125,7 +125,7 @@ class _Task:
         return replica(self.model, self.files_digest, self.tasks.gpus_per_task > 0)
 
 
-def _averages(task: _Task) -> sweep.Result:
+def _averages(task: _Block) -> sweep.Result:
     """MA and EL_n of all samples, averaged, on the reference model."""
     model, weights = task.replica()
     samples = task.groups[""]
@@ -152,7 +152,7 @@ def _extraction(model: PreTrainedModel, samples: Sequence[Sample], alone: AloneS
     return fmean(known) if known else None
 
 
-def _unlearn_block(task: _Task) -> sweep.Result:
+def _unlearn_block(task: _Block) -> sweep.Result:
     model, weights = task.replica()
     assert task.limits is not None
     theta = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

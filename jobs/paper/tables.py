@@ -86,9 +86,9 @@ def _unlearning(config: TablesConfig, method: Method, more: dict[str, Any]) -> U
         raise UserError(f"methods.{method}: {problem}") from None
 
 
-def _before(config: TablesConfig, subject: Subject) -> unlearned.Cell:
+def _before(config: TablesConfig, subject: Subject) -> unlearned.UnlearnedModel:
     evaluation = unlearned.evaluation_of(config, subject, subject.model.path, "before", config.evaluation)
-    return unlearned.Cell(None, evaluation)
+    return unlearned.UnlearnedModel(None, evaluation)
 
 
 def _values(results: Sequence[Mapping[str, Any]]) -> Values:

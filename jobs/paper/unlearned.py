@@ -24,7 +24,7 @@ WATCHED = tuple(TITLES)  # of the log's evaluations
 
 
 @dataclass(frozen=True)
-class Cell:
+class UnlearnedModel:
     """unlearning: None to evaluate the model as it is. evaluation: None to go by the log alone."""
 
     unlearning: UnlearnConfig | None
@@ -38,7 +38,7 @@ def cell(
     unlearning: UnlearningSettings,
     data: DataSettings,
     evaluation: EvaluationSettings | None = None,
-) -> Cell:
+) -> UnlearnedModel:
     """Unlearn `data` so, in RUN/runs/NAME, and evaluate the result."""
     where = subject.run.path(f"runs/{name}")
     unlearn_it = UnlearnConfig(
@@ -47,7 +47,7 @@ def cell(
         ray=config.ray,
     )  # fmt: skip
     result = None if evaluation is None else evaluation_of(config, subject, f"{where}/model", name, evaluation)
-    return Cell(unlearn_it, result)
+    return UnlearnedModel(unlearn_it, result)
 
 
 def evaluation_of(
@@ -62,7 +62,7 @@ def evaluation_of(
     )
 
 
-def work(one: Cell) -> sweep.Result:
+def work(one: UnlearnedModel) -> sweep.Result:
     """Figures by name, of the log and of the evaluation."""
     found: sweep.Result = {}
     if one.unlearning is not None:
@@ -82,7 +82,7 @@ def work(one: Cell) -> sweep.Result:
 
 
 def work_off(
-    config: UnlearningSweep, subject: Subject, title: str, cells: Mapping[str, Cell]
+    config: UnlearningSweep, subject: Subject, title: str, cells: Mapping[str, UnlearnedModel]
 ) -> dict[str, sweep.Result]:
     """The results of all cells. Models are not kept: a cell can make its own again."""
 

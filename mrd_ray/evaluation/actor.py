@@ -27,7 +27,7 @@ RESULT_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Task:
+class EvaluationSetup:
     """What every unit of a run has in common."""
 
     model: ModelSettings
@@ -43,16 +43,16 @@ class EvaluationActor:
     A failure that concerns the run as a whole comes back as `fatal`. Raises Unfit if this node cannot load the model.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: EvaluationSetup) -> None:
         torch.set_num_threads(task.threads)
         self._measurer, self._fatal = attempt(lambda: self._load(task))
 
-    def _load(self, task: Task) -> Measurer:
+    def _load(self, task: EvaluationSetup) -> Measurer:
         model, self._weights = replica(task.model, task.files_digest, task.on_gpu)
         return Measurer(model, load_tokenizer(task.model), task.evaluation)
 
     def __call__(self, unit_id: str, rows: pa.Table) -> pa.Table:
-        """Measure a unit. rows: with the fields of sets.ROW."""
+        """Measure a unit. rows: with the fields of sets.EVALUATED_ROW."""
         started = time.perf_counter()
         result: dict[str, Any] = {"unit_id": unit_id, "records": []}
         if self._measurer is not None:

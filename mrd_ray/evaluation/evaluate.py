@@ -14,7 +14,7 @@ from mrd_ray.config import EvaluateConfig, EvaluationSettings
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import judges, sets, table, zero_shot
-from mrd_ray.evaluation.actor import RESULT_SCHEMA, EvaluationActor, Task
+from mrd_ray.evaluation.actor import RESULT_SCHEMA, EvaluationActor, EvaluationSetup
 from mrd_ray.evaluation.aggregate import Figure
 from mrd_ray.evaluation.measure import Record, is_of
 from mrd_ray.models import load
@@ -166,16 +166,16 @@ class _Work:
                 records[unit_id.rsplit(".", 1)[0]][record["sample_id"]] = record
         return records
 
-    def _measure(self, units: list[tuple[str, list[sets.Row]]], grows: bool) -> None:
+    def _measure(self, units: list[tuple[str, list[sets.EvaluatedRow]]], grows: bool) -> None:
         """Work off these units; each one's result is on disk before it counts as done."""
         config = self.config
         pool = pool_of(config.ray, grows, self.journal)
         pool = dataclasses.replace(pool, actors=min(pool.actors, len(units)))
-        task = Task(config.model, config.evaluation, self.files_digest, pool.threads, pool.gpus > 0)
+        task = EvaluationSetup(config.model, config.evaluation, self.files_digest, pool.threads, pool.gpus > 0)
         work = {unit_id: sum(map(sets.cost, rows)) for unit_id, rows in units}
         rows_of = {unit_id: len(rows) for unit_id, rows in units}
         block_of = {unit_id: i for i, (unit_id, _) in enumerate(units)}
-        blocks = (pa.Table.from_pylist(rows, pa.schema(list(sets.ROW))) for _, rows in units)
+        blocks = (pa.Table.from_pylist(rows, pa.schema(list(sets.EVALUATED_ROW))) for _, rows in units)
         measured = 0
         self.journal.tell(units_done=0, units_left=len(units))
         with Meter("Evaluating", sum(work.values()), self.journal.console) as meter, contextlib.ExitStack() as closed:
@@ -195,7 +195,7 @@ class _Work:
                 self.journal.event("unit_done", unit=row["unit_id"], worker=row["worker"], seconds=row["seconds"])
                 self.journal.tell(units_done=count, units_left=len(units) - count, samples_draws_per_second=rate)
 
-    def _result(self, unit_id: str, rows: list[sets.Row]) -> list[Record]:
+    def _result(self, unit_id: str, rows: list[sets.EvaluatedRow]) -> list[Record]:
         name = f"units/{unit_id}.parquet"
         result = self.run.read_table(name, RESULT_SCHEMA)
         records: list[Record | None] = (result["records"].to_pylist() or [None])[0] or []

@@ -1,7 +1,7 @@
 """What a model makes of a few rows: the likelihood of every token asked for, answers of its own, EL_n."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -10,11 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mrd_ray.config import EvaluationSettings
 from mrd_ray.data.micro_batches import lay_out
 from mrd_ray.evaluation.judges import Judges
-from mrd_ray.evaluation.sets import Row
+from mrd_ray.evaluation.sets import EvaluatedRow
 from mrd_ray.models.load import rope_switch
 from mrd_ray.mrd.extraction import extraction_likelihoods, greedy
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures
-from mrd_ray.workers.memory import TOO_LARGE, fitting, out_of_memory
+from mrd_ray.workers.memory import TOO_LARGE, Sample, fitting, out_of_memory
 from mrd_ray.workers.ranks import Ranks
 
 RECORD = pa.struct(
@@ -31,6 +31,14 @@ RECORD = pa.struct(
     ]
 )
 Record = dict[str, Any]
+
+
+class _Placed(Sample):
+    """A sequence, and the row and place that it is from."""
+
+    place: tuple[int, int]
+
+
 ALONE = Ranks(0, 1)
 
 
@@ -60,7 +68,7 @@ class Measurer:
         self._likelihood = Likelihood(model)
         self._judges = ranks.agree(lambda: Judges(evaluation, model.device))
 
-    def __call__(self, rows: Sequence[Row]) -> list[Record]:
+    def __call__(self, rows: Sequence[EvaluatedRow]) -> list[Record]:
         """A record of each row, in their order. A row that the device cannot hold has the reason as its error."""
         records = [_empty(row) for row in rows]
         for (i, j), tokens in self._ranks.gather(list(self._likelihoods(rows))):
@@ -74,7 +82,7 @@ class Measurer:
             records[i]["extraction_likelihood"] = likelihood
         return records
 
-    def _answers(self, rows: Sequence[Row]) -> Iterator[tuple[int, Record]]:
+    def _answers(self, rows: Sequence[EvaluatedRow]) -> Iterator[tuple[int, Record]]:
         """What is known of each answer in this rank's share, by row."""
         asked = sorted((i for i, row in enumerate(rows) if row["prompt_ids"]), key=lambda i: len(rows[i]["prompt_ids"]))
         size = self._evaluation.generation_batch
@@ -86,7 +94,7 @@ class Measurer:
                 else:
                     yield i, self._judged(rows[i], self._text(generated))
 
-    def _extractions(self, rows: Sequence[Row]) -> Iterator[tuple[int, float]]:
+    def _extractions(self, rows: Sequence[EvaluatedRow]) -> Iterator[tuple[int, float]]:
         """EL_n in this rank's share, by row."""
         extracted = [i for i, row in enumerate(rows) if row["extract"]]
         if not extracted:
@@ -108,7 +116,7 @@ class Measurer:
         stop = self._evaluation.stop
         return (text if stop is None else text.split(stop)[0]).strip()
 
-    def _judged(self, row: Row, answer: str) -> Record:
+    def _judged(self, row: EvaluatedRow, answer: str) -> Record:
         record: Record = {"generated": answer}
         if row["alternatives"] is not None:
             record["similarities"] = self._judges.similarities(answer, row["alternatives"])
@@ -117,14 +125,14 @@ class Measurer:
         return record
 
     def _likelihoods(
-        self, rows: Sequence[Row]
+        self, rows: Sequence[EvaluatedRow]
     ) -> Iterator[tuple[tuple[int, int], tuple[list[float], list[bool]] | None]]:
         """By row and place of each sequence, log p of its scored tokens and whether they are the likeliest."""
         places = [(i, j) for i, row in enumerate(rows) for j in range(len(row["sequences"]))]
         lengths = [len(rows[i]["sequences"][j]["token_ids"]) for i, j in places]
         cut = lay_out(np.array(lengths, np.int64), self._evaluation.micro_batch_tokens, rope_switch(self._model.config))
         samples = [
-            {"micro_batch": turn, "place": places[at], **rows[places[at][0]]["sequences"][places[at][1]]}
+            cast(_Placed, {"micro_batch": turn, "place": places[at]} | rows[places[at][0]]["sequences"][places[at][1]])
             for turn, batch in enumerate(self._ranks.deal(len(cut)))
             for at in cut.samples(batch)
         ]
@@ -132,7 +140,7 @@ class Measurer:
             for at, sample in enumerate(members):
                 yield sample["place"], None if found is None else found[at]
 
-    def _tokens(self, _members: Sequence[dict[str, Any]], batch: MicroBatch) -> list[tuple[list[float], list[bool]]]:
+    def _tokens(self, _members: Sequence[Sample], batch: MicroBatch) -> list[tuple[list[float], list[bool]]]:
         measures = TokenMeasures(batch)
         log_probs = -self._likelihood.log_neg_log_probs(batch, measures).exp()
         return [
@@ -140,7 +148,7 @@ class Measurer:
             for row, right, scored in zip(log_probs, measures.correct, batch.scored, strict=True)
         ]
 
-    def _generated(self, rows: Sequence[Row], members: list[int]) -> Iterator[tuple[int, list[int] | None]]:
+    def _generated(self, rows: Sequence[EvaluatedRow], members: list[int]) -> Iterator[tuple[int, list[int] | None]]:
         """Greedy answers to the prompts of these rows, halved until the device holds them."""
         try:
             prompts, lengths = [rows[i]["prompt_ids"] for i in members], [rows[i]["new_tokens"] for i in members]
@@ -159,7 +167,7 @@ class Measurer:
             yield from self._generated(rows, members[middle:])
 
 
-def _empty(row: Row) -> Record:
+def _empty(row: EvaluatedRow) -> Record:
     count = len(row["sequences"])
     return {
         "sample_id": row["sample_id"],
@@ -174,7 +182,7 @@ def _empty(row: Row) -> Record:
     }
 
 
-def is_of(record: Record | None, row: Row) -> bool:
+def is_of(record: Record | None, row: EvaluatedRow) -> bool:
     """Whether a RECORD that was read from a file can be what `Measurer` makes of this row."""
     if record is None or record["sample_id"] != row["sample_id"]:
         return False

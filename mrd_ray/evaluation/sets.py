@@ -29,7 +29,7 @@ from mrd_ray.evaluation.choices import Scheme, choices_of, right_one, scheme
 
 _UNIT_TOKENS = 8192  # read and generated: half a minute of a small model on a core
 _SEQUENCE = pa.struct([("role", pa.string()), ("token_ids", pa.list_(pa.int32())), ("scored", pa.list_(pa.bool_()))])
-ROW = pa.struct(
+EVALUATED_ROW = pa.struct(
     [
         ("sample_id", pa.string()),
         ("sequences", pa.list_(_SEQUENCE)),
@@ -48,12 +48,18 @@ SCHEMA = pa.schema(
         pa.field("response", pa.string(), metadata={"unit": "the true answer, or the whole text"}),
         pa.field("subject", pa.string()),
         pa.field("right", pa.int64(), metadata={"unit": "multiple_choice: index of the right choice"}),
-        pa.field("asked", ROW, metadata={"unit": "what the model is asked; null with an error"}),
+        pa.field("asked", EVALUATED_ROW, metadata={"unit": "what the model is asked; null with an error"}),
         pa.field("error", pa.string(), metadata={"unit": "null, or why the row cannot be evaluated"}),
     ]
 )
-Row = dict[str, Any]  # of ROW
-_NOTHING: Row = {"prompt_ids": None, "new_tokens": 0, "extract": False, "alternatives": None, "classify": False}
+EvaluatedRow = dict[str, Any]  # of EVALUATED_ROW
+_NOTHING: EvaluatedRow = {
+    "prompt_ids": None,
+    "new_tokens": 0,
+    "extract": False,
+    "alternatives": None,
+    "classify": False,
+}
 # Roles of sequences. Those of several have a number after them.
 ANSWER, PARAPHRASE, WRONG, CHOICE, WINDOW = "answer", "paraphrase", "wrong", "choice", "window"
 
@@ -114,14 +120,14 @@ def digest(table: pa.Table) -> str:
     return state.hexdigest()
 
 
-def units(name: str, table: pa.Table) -> list[tuple[str, list[Row]]]:
+def units(name: str, table: pa.Table) -> list[tuple[str, list[EvaluatedRow]]]:
     """A set's rows in units of like length, each with its id. They depend only on the rows."""
     rows = [row for row in table["asked"].to_pylist() if row is not None]
     layout = lay_out(np.array([cost(row) for row in rows], np.int64), _UNIT_TOKENS)
     return [(f"{name}.{i:06d}", [rows[at] for at in layout.samples(i)]) for i in range(len(layout))]
 
 
-def cost(row: Row) -> int:
+def cost(row: EvaluatedRow) -> int:
     """What a row costs, in tokens read and generated."""
     return sum(len(sequence["token_ids"]) for sequence in row["sequences"]) + 2 * int(row["new_tokens"])
 

@@ -28,7 +28,7 @@ from mrd_ray.runs import meter
 from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.runs.journal import Journal
 from mrd_ray.scoring import summary
-from mrd_ray.scoring.actor import Task
+from mrd_ray.scoring.actor import ScoringSetup
 from mrd_ray.scoring.cost import ModelCost, assumed_tflops, forwards_per_token
 from mrd_ray.scoring.estimators import refuse_uncovered
 from mrd_ray.scoring.score import trial_of, unit_samples
@@ -232,7 +232,7 @@ class _Job:
         if not len(layout):
             raise UserError(f"data.path: {config.data.path} has no sample that can be scored, so none to probe with")
         few = trial_of(self.samples, layout)
-        task = Task(config.model, scoring, self.files_digest, self.pool.threads, self.pool.gpus > 0, few)
+        task = ScoringSetup(config.model, scoring, self.files_digest, self.pool.threads, self.pool.gpus > 0, few)
         chosen = np.unique(np.linspace(0, len(layout) - 1, min(_PROBED, len(layout))).round().astype(int)).tolist()
         parts: list[Part] = [
             (unit_samples(self.samples, layout, range(i, i + 1)), int(layout.padded_tokens[i])) for i in chosen

@@ -13,7 +13,7 @@ from mrd_ray.config import RaySettings
 from mrd_ray.errors import Unfit, UserError
 from mrd_ray.planning.simulate import Rates
 from mrd_ray.runs.journal import Journal
-from mrd_ray.scoring.actor import ScoringActor, Task
+from mrd_ray.scoring.actor import ScoringActor, ScoringSetup
 from mrd_ray.scoring.units import Unit
 from mrd_ray.workers.pool import Pool
 from mrd_ray.workers.run_units import run_units
@@ -34,7 +34,7 @@ def idle_pool(pool: Pool, journal: Journal) -> float:
     return time.monotonic() - began
 
 
-def probe(task: Task, pool: Pool, parts: list[Part]) -> Rates:
+def probe(task: ScoringSetup, pool: Pool, parts: list[Part]) -> Rates:
     """Rates of `pool.actors` actors that work side by side, as in the run; the start-up excludes `idle_pool`.
 
     Args:
@@ -69,7 +69,7 @@ class _Idle:
 class _Timed:
     """A scoring actor that times itself."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: ScoringSetup) -> None:
         began = time.monotonic()
         self._of_draws = task.scoring.estimator == "monte_carlo"
         self._draw, self._refuses = 0, None

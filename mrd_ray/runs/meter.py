@@ -4,8 +4,9 @@ import textwrap
 import time
 from types import TracebackType
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from mrd_ray.config import OutputSettings
 
@@ -36,7 +37,7 @@ class Meter:
         self._title, self._total, self._done, self._skipped = title, total, 0.0, 0.0
         self._console = console or Console(stderr=True, emoji=False)
         self._started = self._working_since = self._last_line = time.monotonic()
-        self._bar = Progress(
+        self._bar = rich.progress.Progress(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[detail]}"),
             TimeElapsedColumn(), TextColumn("elapsed"),
             console=self._console, disable=not self._console.is_terminal,

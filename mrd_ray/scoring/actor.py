@@ -18,7 +18,7 @@ from mrd_ray.workers.replica import attempt, replica
 
 
 @dataclass(frozen=True)
-class Task:
+class ScoringSetup:
     """What all units of a run have in common. trial: a few of the run's samples, to try the settings on."""
 
     model: ModelSettings
@@ -38,11 +38,11 @@ class ScoringActor:
     Raises Unfit if this node cannot work on units.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: ScoringSetup) -> None:
         torch.set_num_threads(task.threads)
         self._estimator, self.fatal = attempt(lambda: self._load(task))
 
-    def _load(self, task: Task) -> MonteCarlo | ClosedForm:
+    def _load(self, task: ScoringSetup) -> MonteCarlo | ClosedForm:
         model, self._weights = replica(task.model, task.files_digest, task.on_gpu)
         refuse_wrong_rules(model, task.scoring)
         return estimator_of(model, task.scoring, task.trial)

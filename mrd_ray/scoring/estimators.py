@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -22,10 +22,9 @@ from mrd_ray.mrd.precision import examine
 from mrd_ray.mrd.self_check import SelfCheck, has_choices
 from mrd_ray.scoring.advice import Case, insufficient
 from mrd_ray.scoring.control import Control, disagreements_of
+from mrd_ray.scoring.result import Result
 from mrd_ray.scoring.verification import Scored, Verification
 from mrd_ray.workers.memory import TOO_LARGE, Sample, activation_bytes, collate, fitting, out_of_memory, release
-
-Result = dict[str, Any]  # fields of result.RESULT
 
 Shards = Callable[[], Mapping[str, Shard]]
 
@@ -305,4 +304,4 @@ def _of_draws(values: list[list[float]], draws: range, result: Result, first_std
         error = "its gradient is not finite"
     if error is None and any(part != part for name in Moments.sums() for part in moments[name]):
         error = "its relative changes are too large to add up their squares: sigma too large?"
-    return {"error": error} | moments
+    return cast(Result, {"error": error} | moments)

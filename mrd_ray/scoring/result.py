@@ -1,5 +1,7 @@
 """The result of a unit, and the check that a result read from a file is valid."""
 
+from typing import TypedDict
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -48,6 +50,34 @@ RESULT = pa.struct(
         ),
     ]
 )
+
+
+class Result(TypedDict, total=False):
+    """What an estimator knows of a sample: the fields of RESULT, of which it leaves out those that are not its own."""
+
+    sample_id: str
+    log_prob: float | None
+    error: str | None
+    num_draws: int
+    sum_abs: list[float]
+    sum_abs_squares: list[float]
+    sum: list[float]
+    sum_squares: list[float]
+    sum_odd_squares: list[float]
+    sum_first_squares: list[float]
+    sum_first_abs: list[float]
+    sum_abs_products: list[float]
+    sum_smooth: list[float]
+    sum_smooth_squares: list[float]
+    abs_by_eighth: list[list[float]]
+    mean_by_eighth: list[list[float]]
+    gradient_norm: float
+    flip_squares: float | None
+    probes: list[float]
+    doubt: str | None
+    measures: dict[str, float]
+
+
 _PRECISION = pa.struct(
     [
         ("share_moved", pa.float64()),

@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -25,13 +25,14 @@ from mrd_ray.runs.hold import held
 from mrd_ray.runs.journal import Journal
 from mrd_ray.runs.meter import Meter
 from mrd_ray.scoring import summary
-from mrd_ray.scoring.actor import ScoringActor, Task
+from mrd_ray.scoring.actor import ScoringActor, ScoringSetup
 from mrd_ray.scoring.cost import ModelCost, assumed_tflops, forwards_per_token, gpu_advice, token_forwards
 from mrd_ray.scoring.estimators import refuse_uncovered
 from mrd_ray.scoring.result import RESULT_SCHEMA, flaw
 from mrd_ray.scoring.table import scores_table, unsettled
 from mrd_ray.scoring.units import LAYOUT_VERSION, Unit, cut_units, first_draws, missing_units
 from mrd_ray.workers.cluster import cluster
+from mrd_ray.workers.memory import Sample
 from mrd_ray.workers.run_units import pool_of, run_units
 
 _OF_SAMPLE = ["sample_id", "token_ids", "scored"]
@@ -92,7 +93,7 @@ def score(config: ScoreConfig) -> ScoreRun:
         run.record("unused_weights", unused)
         run.write_table("samples.parquet", samples)
         with Journal(run, "score", config.output) as journal:
-            rounds = _Rounds(config, run, samples, ModelCost.of(skeleton), files_digest, journal)
+            rounds = ScoringRounds(config, run, samples, ModelCost.of(skeleton), files_digest, journal)
             scores = rounds.work_off()
             run.write_table("scores.parquet", scores)
             finished = ScoreRun(run, config, samples, scores)
@@ -125,14 +126,14 @@ def unit_samples(samples: pa.Table, layout: Layout, micro_batches: range) -> pa.
     return samples.select(_OF_SAMPLE).take(indices).add_column(0, "micro_batch", pa.array(micro_batch))
 
 
-def trial_of(samples: pa.Table, layout: Layout) -> list[dict[str, Any]]:
+def trial_of(samples: pa.Table, layout: Layout) -> list[Sample]:
     """A few samples on which an actor tries the settings before it scores any."""
     few = samples.take(layout.few(4)).select(_OF_SAMPLE)
-    return [{"micro_batch": 0, **row} for row in few.to_pylist()]
+    return [cast(Sample, {"micro_batch": 0, **row}) for row in few.to_pylist()]
 
 
 @dataclass
-class _Rounds:
+class ScoringRounds:
     """Rounds of scoring: round 0 draws for every sample, later (adaptive) rounds add draws for unsettled samples."""
 
     config: ScoreConfig
@@ -203,7 +204,7 @@ class _Rounds:
         units = cut_units(layout, rectangles, pool.actors, rate)
         pool = dataclasses.replace(pool, actors=min(pool.actors, len(units)))
         trial = trial_of(self.samples, self.layouts[0])  # the same samples in every round
-        task = Task(config.model, scoring, self.files_digest, pool.threads, pool.gpus > 0, trial)
+        task = ScoringSetup(config.model, scoring, self.files_digest, pool.threads, pool.gpus > 0, trial)
         blocks = list(dict.fromkeys(unit.micro_batches for unit in units))
         block_of = {block: i for i, block in enumerate(blocks)}
         work = {unit.unit_id: token_forwards(layout, [unit]) for unit in units}

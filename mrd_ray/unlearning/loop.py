@@ -23,8 +23,8 @@ from mrd_ray.unlearning.batching import Batching
 from mrd_ray.unlearning.engine import Engine
 from mrd_ray.unlearning.sampling import ForgetStream, ShuffledStream, choices, sampling_probabilities
 from mrd_ray.unlearning.state import State
-from mrd_ray.unlearning.stopping import Evaluation, below_floor, forgotten
-from mrd_ray.workers.memory import collate
+from mrd_ray.unlearning.stopping import Knowledge, below_floor, forgotten
+from mrd_ray.workers.memory import Sample, collate
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Pass:
     logged_as: str
     loss: Loss
     rows: np.ndarray
-    samples: list[dict[str, Any]]
+    samples: list[Sample]
     weight: float
 
 
@@ -244,7 +244,7 @@ class Loop:
             return f"forgotten: MA{' and EL' if stopping.extraction_n else ''} of {whose} below the initial averages"
         return None
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self) -> Knowledge:
         """What the live model knows of the forget set and of the watched retain samples."""
         started, stopping, sets = time.monotonic(), self.config.stopping, self.sets
         found = refresh.likelihoods(self.engine, sets.forget, self.config.scoring.micro_batch_tokens)
@@ -255,7 +255,7 @@ class Loop:
             tokens = sum(sum(scored[1:]) for scored in watched["scored"].to_pylist())
             retain_loss = -math.fsum(log_prob for log_prob, _ in of_watched) / tokens
         log_prob, accuracy = ([*column] for column in zip(*found, strict=True))
-        now = Evaluation(log_prob, accuracy, self._extraction() if stopping.extraction_n else None, retain_loss)
+        now = Knowledge(log_prob, accuracy, self._extraction() if stopping.extraction_n else None, retain_loss)
         self._write({"event": "evaluation", **now.means(), "seconds": time.monotonic() - started})
         return now
 

@@ -4,7 +4,7 @@ Micro-batches are those of `mrd-ray score`, so that the numbers are the same. Al
 make the same number of forwards in them.
 """
 
-from typing import Any
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ from mrd_ray.scoring.result import RESULT_SCHEMA
 from mrd_ray.scoring.table import scores_table
 from mrd_ray.scoring.units import first_draws
 from mrd_ray.unlearning.engine import Engine
-from mrd_ray.workers.memory import collate
+from mrd_ray.workers.memory import Sample, collate
 
 
 def score_in_place(engine: Engine, samples: pa.Table, scoring: ScoringSettings) -> pa.Table:
@@ -69,8 +69,8 @@ def likelihoods(engine: Engine, samples: pa.Table, micro_batch_tokens: int) -> l
     return [found[sample_id] for sample_id in samples["sample_id"].to_pylist()]
 
 
-def _rows(samples: pa.Table, layout: Layout, i: int, turn: int = 0, few: int = 0) -> list[dict[str, Any]]:
+def _rows(samples: pa.Table, layout: Layout, i: int, turn: int = 0, few: int = 0) -> list[Sample]:
     """Samples of micro-batch i, said to be of micro-batch `turn`; or a few samples of all."""
     indices = layout.few(few) if few else layout.samples(i)
     rows = samples.select(["sample_id", "token_ids", "scored"]).take(indices).to_pylist()
-    return [{"micro_batch": turn, **row} for row in rows]
+    return [cast(Sample, {"micro_batch": turn, **row}) for row in rows]

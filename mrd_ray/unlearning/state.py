@@ -11,7 +11,7 @@ from pydantic import BaseModel, NonNegativeInt
 
 from mrd_ray.runs.directory import parsed_json, parsed_table
 from mrd_ray.scoring.table import REQUIRED, SCHEMA
-from mrd_ray.unlearning.stopping import Evaluation
+from mrd_ray.unlearning.stopping import Knowledge
 
 _ELSEWHERE = "this checkpoint cannot be gone on from: start again in another run.dir"
 
@@ -22,8 +22,8 @@ class _Saved(BaseModel):
     step: NonNegativeInt
     scored_at: int
     log: list[dict[str, Any]]
-    initial: Evaluation | None
-    latest: Evaluation | None
+    initial: Knowledge | None
+    latest: Knowledge | None
 
 
 @dataclass
@@ -35,8 +35,8 @@ class State:
     """
 
     step: int = 0
-    initial: Evaluation | None = None
-    latest: Evaluation | None = None
+    initial: Knowledge | None = None
+    latest: Knowledge | None = None
     scores: pa.Table | None = None
     scored_at: int = -1
     log: list[dict[str, Any]] = field(default_factory=list)

@@ -17,7 +17,7 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Knowledge:
     """What the model knows of the forget set, sample by sample, and of the watched retain samples.
 
     log_prob: nats, over the scored tokens. memorization_accuracy (MA), extraction_likelihood (EL_n): in [0, 1]; EL is
@@ -45,7 +45,7 @@ class Evaluation:
         return all(map(math.isfinite, [*self.log_prob, self.retain_loss or 0.0]))
 
 
-def retain_loss_limit(stopping: StoppingSettings, initial: Evaluation) -> float:
+def retain_loss_limit(stopping: StoppingSettings, initial: Knowledge) -> float:
     """The utility floor as a loss in nats; infinite where there is none."""
     if stopping.max_retain_loss_ratio is None or initial.retain_loss is None:
         return math.inf
@@ -54,7 +54,7 @@ def retain_loss_limit(stopping: StoppingSettings, initial: Evaluation) -> float:
     return max(min(ratio * before, before + math.log(ratio)), before + _FLOOR_NATS)
 
 
-def below_floor(stopping: StoppingSettings, initial: Evaluation, now: Evaluation) -> str | None:
+def below_floor(stopping: StoppingSettings, initial: Knowledge, now: Knowledge) -> str | None:
     """Why this state must not become the result, or None."""
     if not now.finite():
         return "diverged: the model no longer gives finite probabilities"
@@ -67,7 +67,7 @@ def below_floor(stopping: StoppingSettings, initial: Evaluation, now: Evaluation
     return None
 
 
-def forgotten(stopping: StoppingSettings, initial: Evaluation, now: Evaluation) -> bool:
+def forgotten(stopping: StoppingSettings, initial: Knowledge, now: Knowledge) -> bool:
     """EL_n and MA of every forget sample, or their means, are below their averages on the initial model.
 
     Zero counts as below, since nothing is: there is no less memory than none.

@@ -113,7 +113,7 @@ def unlearn(config: UnlearnConfig) -> UnlearnRun:
             # what matters is in the log; the rest is libraries' chatter
             with Journal(run, "unlearn", config.output) as journal:
                 grows = journal.within(cluster(log_to_driver=False))
-                rounds = _Rounds(config, run, of_run, model_digest(config.model), measure, journal)
+                rounds = _TrainingRounds(config, run, of_run, model_digest(config.model), measure, journal)
                 done = _Outcome(**rounds.work_off(grows), config=settings)
                 run.record("outcome", done.model_dump())
     return UnlearnRun(run, config, done.reason, done.step, log.read(run))
@@ -150,7 +150,7 @@ def _identity(config: UnlearnConfig, tokenizer: str, of_run: Sets) -> dict[str, 
 
 
 @dataclass
-class _Rounds:
+class _TrainingRounds:
     """Training, in one round, or in one from each refresh to the next where actors do the scoring."""
 
     config: UnlearnConfig

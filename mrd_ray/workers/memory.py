@@ -4,7 +4,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -14,8 +14,18 @@ from mrd_ray.errors import UserError
 from mrd_ray.mrd.likelihood import MicroBatch
 from mrd_ray.mrd.recompute import layers_of
 
-Sample = dict[str, Any]  # micro_batch, sample_id, token_ids, scored
+
+class Sample(TypedDict):
+    """A sample as actors get it. scored: whether each token counts; the first never does."""
+
+    micro_batch: int
+    sample_id: str
+    token_ids: list[int]
+    scored: list[bool]
+
+
 T = TypeVar("T")
+S = TypeVar("S", bound=Sample)
 
 TOO_LARGE = "does not fit in the device's memory beside the model; shorten it or set data.truncate"
 
@@ -55,8 +65,8 @@ def collate(members: Sequence[Sample], device: torch.device) -> MicroBatch:
 
 
 def fitting(
-    samples: Sequence[Sample], device: torch.device, compute: Callable[[Sequence[Sample], MicroBatch], T], halve: bool
-) -> Iterator[tuple[Sequence[Sample], T | None]]:
+    samples: Sequence[S], device: torch.device, compute: Callable[[Sequence[S], MicroBatch], T], halve: bool
+) -> Iterator[tuple[Sequence[S], T | None]]:
     """Apply `compute` to each micro-batch, halved until it fits on the device; None for a single sample too large."""
     for _, group in itertools.groupby(samples, key=operator.itemgetter("micro_batch")):
         waiting = [list(group)]

@@ -40,7 +40,7 @@ from mrd_ray.models.files import model_digest
 from mrd_ray.mrd.double import Float64, keep_float64
 from mrd_ray.mrd.monte_carlo import noise_key
 from mrd_ray.mrd.noise import standard_normal
-from mrd_ray.scoring.actor import ScoringActor, Task
+from mrd_ray.scoring.actor import ScoringActor, ScoringSetup
 from mrd_ray.scoring.units import Unit
 
 
@@ -306,7 +306,7 @@ def first_word_of(model: Path, **scoring) -> dict:
     """What an actor makes of a unit without samples."""
     of_path = ModelSettings(path=str(model))
     sample = {"micro_batch": 0, "sample_id": "s", "token_ids": [5, 6, 7], "scored": [False, True, True]}
-    actor = ScoringActor(Task(of_path, ScoringSettings(**scoring), model_digest(of_path), 1, False, [sample]))
+    actor = ScoringActor(ScoringSetup(of_path, ScoringSettings(**scoring), model_digest(of_path), 1, False, [sample]))
     (row,) = actor(Unit(0, 0, 1, 0, 1).unit_id, pa.table({})).to_pylist()
     return row
 
@@ -316,7 +316,7 @@ def test_weights_that_are_written_to_while_they_are_in_use(tiny_model_dir, tmp_p
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     of_path = ModelSettings(path=str(folder))
     sample = {"micro_batch": 0, "sample_id": "s", "token_ids": [5, 6, 7], "scored": [False, True, True]}
-    task = Task(of_path, ScoringSettings(estimator="closed_form"), model_digest(of_path), 1, False, [sample])
+    task = ScoringSetup(of_path, ScoringSettings(estimator="closed_form"), model_digest(of_path), 1, False, [sample])
     actor, unit, block = ScoringActor(task), Unit(0, 0, 1, 0, 1).unit_id, pa.Table.from_pylist([sample])
     assert actor(unit, block)["fatal"].to_pylist() == [None]
     shutil.copy(folder / "model.safetensors", folder / "other")
@@ -369,7 +369,7 @@ def test_full_disk_is_named_and_survived(tiny_model_dir, qa_file, tmp_path, refe
 def test_nodes_with_other_weights_are_noticed(tiny_model_dir, qa_file):
     """An actor whose copy of the model is not the driver's gives no score."""
     with pytest.raises(Unfit, match="is another model"):
-        ScoringActor(Task(ModelSettings(path=str(tiny_model_dir)), ScoringSettings(), "0" * 64, 1, False, []))
+        ScoringActor(ScoringSetup(ModelSettings(path=str(tiny_model_dir)), ScoringSettings(), "0" * 64, 1, False, []))
 
 
 @pytest.mark.slow

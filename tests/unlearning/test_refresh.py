@@ -15,7 +15,7 @@ from mrd_ray.models import load
 from mrd_ray.models.files import model_digest
 from mrd_ray.mrd.extraction import extraction_likelihoods
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch, TokenMeasures
-from mrd_ray.scoring.actor import ScoringActor, Task
+from mrd_ray.scoring.actor import ScoringActor, ScoringSetup
 from mrd_ray.scoring.table import scores_table
 from mrd_ray.scoring.units import Unit, first_draws
 from mrd_ray.unlearning import refresh
@@ -44,7 +44,7 @@ def standalone(of_path: ModelSettings, samples: pa.Table, scoring: ScoringSettin
     trial = [{"micro_batch": 0, **row} for row in rows.take(layout.few(4)).to_pylist()]
     unit = Unit(0, 0, len(layout), first_draws(scoring).start, first_draws(scoring).stop)
     indices, micro_batch = layout.members(unit.micro_batches)
-    actor = ScoringActor(Task(of_path, scoring, model_digest(of_path), 1, False, trial))
+    actor = ScoringActor(ScoringSetup(of_path, scoring, model_digest(of_path), 1, False, trial))
     result = actor(unit.unit_id, rows.take(indices).add_column(0, "micro_batch", pa.array(micro_batch)))
     assert result["fatal"][0].as_py() is None
     return scores_table(samples, np.arange(len(samples)), [(0, result)], scoring)
