@@ -43,7 +43,9 @@ def pytest_collection_modifyitems(items):
     """Tests that share runs or models stay in one process: those of a file, and of the folders named here."""
     for item in items:
         folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder in {"report"} else str(item.path.relative_to(TESTS))))
+        item.add_marker(
+            pytest.mark.xdist_group(folder if folder in {"report", "cluster"} else str(item.path.relative_to(TESTS)))
+        )
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3600))  # however slow the machine is
 

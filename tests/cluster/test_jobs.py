@@ -54,13 +54,9 @@ def address(environment, tmp_path_factory):
     try:
         for _ in range(120):
             assert head.poll() is None, (folder / "log").read_text()
-            if (
-                subprocess.run(
-                    [BIN / "ray", "job", "list", "--address", url], env=environment, capture_output=True
-                ).returncode
-                == 0
-            ):
-                break
+            tried = [BIN / "ray", "job", "submit", "--address", url, "--", "true"]
+            if subprocess.run(tried, env=environment, capture_output=True).returncode == 0:
+                break  # there is a dashboard, and an agent that starts jobs
             time.sleep(1)
         yield url
     finally:

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 
 from mrd_ray.config import StoppingSettings
-from mrd_ray.unlearning.stopping import Evaluation, below_floor, forgotten, retain_loss_limit
+from mrd_ray.unlearning.stopping import Knowledge, below_floor, forgotten, retain_loss_limit
 
 NAN, INF = math.nan, math.inf
 
 
-def evaluation(ma=(0.5, 0.7), el=None, retain_loss=None, log_prob=(-3.0, -5.0)) -> Evaluation:
-    return Evaluation([*log_prob], [*ma], el and [*el], retain_loss)
+def evaluation(ma=(0.5, 0.7), el=None, retain_loss=None, log_prob=(-3.0, -5.0)) -> Knowledge:
+    return Knowledge([*log_prob], [*ma], el and [*el], retain_loss)
 
 
 def is_forgotten(rule, before, now) -> bool:
