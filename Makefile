@@ -1,6 +1,8 @@
 # `make demo` and `make test` need Python 3.11, gcc, make and the package registry, and nothing else.
 PYTHON ?= python3.11
 BIN := .venv/bin
+# two processes, each with a Ray of its own
+PARALLEL := -n 2 --dist loadgroup
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: demo test test-slow lint docs reference models soak gpu install requirements
@@ -9,11 +11,11 @@ demo: .venv/installed
 	$(BIN)/mrd-ray demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # an hour or more: nodes that die, jobs that are stopped, fuzzing, unlearning, the image's installation
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.common import PAPER_DRAWS, Batches, Raw, resident, stopwatch
 from benchmarks.figures import Figure, Results, ratios
-from mrd_ray import ScoreConfig, ScoringConfig
+from mrd_ray import ScoreConfig, ScoringSettings
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import draw_deltas
@@ -74,7 +74,7 @@ def main(
 
 def ways(model: PreTrainedModel) -> dict[str, Callable[[MicroBatch], torch.Tensor | None]]:
     """Passes over a batch; the closed form's give per-sample squared norms."""
-    scoring = ScoringConfig(estimator="closed_form")
+    scoring = ScoringSettings(estimator="closed_form")
     recomputing, norms = (
         GradientNorms(model, activations=0.0),
         GradientNorms(model, None, activation_bytes(model, scoring)),

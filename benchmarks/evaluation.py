@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.common import stopwatch
 from benchmarks.figures import Figure, Results, ratios
-from mrd_ray import ModelConfig
-from mrd_ray.config import EvaluationConfig
+from mrd_ray import ModelSettings
+from mrd_ray.config import EvaluationSettings
 from mrd_ray.data.tokens import Limits
 from mrd_ray.evaluation import sets
 from mrd_ray.evaluation.measure import Measurer, Record
@@ -45,12 +45,12 @@ def main(
     questions = {"path": data, "prompt": "question", "response": "answer", "wrong": "perturbed_answer",
                  "max_samples": max_samples}  # fmt: skip
     figures = []
-    of_path = ModelConfig(path=model)
+    of_path = ModelSettings(path=model)
     loaded = load.load_model(of_path, torch.device("cpu"))
     tokenizer = load.load_tokenizer(of_path)
     for part, metric in {"likelihoods": "truth_ratio", "answers": "rouge_l"}.items():
         own = questions | {"metrics": [metric]} | ({} if metric == "truth_ratio" else {"wrong": None})
-        evaluation = EvaluationConfig.model_validate({"sets": {part: own}, "max_new_tokens": max_new_tokens})
+        evaluation = EvaluationSettings.model_validate({"sets": {part: own}, "max_new_tokens": max_new_tokens})
         table = sets.build(part, evaluation.sets[part], evaluation, tokenizer, Limits.of(loaded))
         units = [rows for _, rows in sets.units(part, table)]
         measurer = Measurer(loaded, tokenizer, evaluation)
@@ -79,7 +79,7 @@ def plain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[sets.EvaluatedRow],
-    evaluation: EvaluationConfig,
+    evaluation: EvaluationSettings,
 ) -> list[Any]:
     """What anyone would write: sort by length, pad, forward with an attention mask, log_softmax; generate.
 

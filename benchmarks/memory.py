@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import Raw, resident
 from benchmarks.figures import Figure, Results
-from mrd_ray import ModelConfig, ScoringConfig
+from mrd_ray import ModelSettings, ScoringSettings
 from mrd_ray.models.files import model_digest
 from mrd_ray.scoring.actor import ScoringActor, ScoringSetup
 from mrd_ray.scoring.units import Unit
@@ -71,13 +71,13 @@ def main(
 
 def _case(folder: str, vocabulary: int, estimator: Estimator, draws: int, tokens: int) -> Raw:
     path = str(Path(folder) / str(vocabulary))
-    model = ModelConfig(path=path)
+    model = ModelSettings(path=path)
     ids = np.random.default_rng(0).integers(vocabulary, size=(8, tokens)).tolist()
     scored = [False] + [True] * (tokens - 1)
     samples: list[Sample] = [
         {"micro_batch": 0, "sample_id": str(i), "token_ids": x, "scored": scored} for i, x in enumerate(ids)
     ]
-    scoring = ScoringConfig(estimator=estimator)
+    scoring = ScoringSettings(estimator=estimator)
     _touch_libraries(samples, scoring)
     before = _resting()
     actor = ScoringActor(ScoringSetup(model, scoring, model_digest(model), 1, False, samples[:1]))
@@ -100,13 +100,13 @@ def _resting() -> dict[Literal["VmRSS", "RssAnon"], float]:
     return {"VmRSS": resident("VmRSS"), "RssAnon": resident("RssAnon")}
 
 
-def _touch_libraries(samples: list[Sample], scoring: ScoringConfig) -> None:
+def _touch_libraries(samples: list[Sample], scoring: ScoringSettings) -> None:
     """What the first model of a process brings with it, whatever its size: code and buffers of the libraries."""
     with tempfile.TemporaryDirectory() as folder:
         tiny = LlamaConfig(vocab_size=1 << 17, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                            num_attention_heads=1, tie_word_embeddings=True)  # fmt: skip
         LlamaForCausalLM(tiny).save_pretrained(folder)
-        config = ModelConfig(path=folder)
+        config = ModelSettings(path=folder)
         few: list[Sample] = [
             {**sample, "token_ids": sample["token_ids"][:4], "scored": sample["scored"][:4]} for sample in samples
         ]

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.common import PAPER_DRAWS, Batches, stopwatch
 from benchmarks.figures import Figure, Results, ratios
-from mrd_ray import ScoreConfig, ScoringConfig
+from mrd_ray import ScoreConfig, ScoringSettings
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
 from mrd_ray.mrd.monte_carlo import delta, noise_key
@@ -98,7 +98,7 @@ class Ways:
         self._kept = {name: parameter.detach().clone() for name, parameter in work.model.named_parameters()}
         self._replica, self._likelihood = Replica(work.model), Likelihood(work.model)
         projections = [name for name, _ in work.model.named_parameters() if PROJECTIONS in name]
-        budget = activation_bytes(work.model, ScoringConfig(estimator="closed_form"))  # as an actor has it
+        budget = activation_bytes(work.model, ScoringSettings(estimator="closed_form"))  # as an actor has it
         self._norms = GradientNorms(work.model, None, budget)
         self._norms_of_projections = GradientNorms(work.model, projections, budget)
 

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.common import stopwatch
 from benchmarks.figures import Figure, Results, ratios
-from mrd_ray import ModelConfig
+from mrd_ray import ModelSettings
 from mrd_ray.models import load
 from mrd_ray.mrd.monte_carlo import noise_key
 from mrd_ray.mrd.perturb import Replica
@@ -34,7 +34,7 @@ def main(
     """
     results = Results("perturb", locals(), out)
     torch.set_num_threads(threads)
-    loaded = load.load_model(ModelConfig(path=model, dtype=dtype), torch.device(device))
+    loaded = load.load_model(ModelSettings(path=model, dtype=dtype), torch.device(device))
     replica = Replica(loaded)
     size = sum(parameter.numel() for parameter in loaded.parameters())
     token_ids = torch.randint(loaded.config.vocab_size, (tokens // 64, 64), device=device)

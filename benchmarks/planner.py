@@ -37,7 +37,7 @@ def main(
                 scoring: dict[str, Any] = {"estimator": estimator}
                 scoring |= {"num_draws": draws} if estimator == "monte_carlo" else {}
                 tree = {"model": {"path": model}, "data": {"path": data, "max_samples": size}, "scoring": scoring}
-                tree["ray"] = {"actors": count, "cpus_per_actor": 1, "gpus_per_actor": 0}
+                tree["ray"] = {"actors": count, "cpus_per_process": 1, "gpus_per_actor": 0}
                 foreseen = plan(PlanConfig.model_validate(tree | {"probe": True}))
                 with tempfile.TemporaryDirectory() as folder:
                     lap = stopwatch()

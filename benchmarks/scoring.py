@@ -97,7 +97,7 @@ class Work(Batches):
 def engine(config: Raw, work: Batches, actors: int, draws: int) -> Raw:
     """`mrd-ray score` in a fresh run directory: its wall-clock time, and every unit as its actor timed it."""
     with tempfile.TemporaryDirectory() as folder:
-        pool = {"actors": actors, "cpus_per_actor": 1, "gpus_per_actor": 0}
+        pool = {"actors": actors, "cpus_per_process": 1, "gpus_per_actor": 0}
         scoring = config["scoring"] | {"num_draws": draws}
         lap = stopwatch()
         finished = score(ScoreConfig.model_validate(config | {"run": {"dir": folder}, "scoring": scoring, "ray": pool}))

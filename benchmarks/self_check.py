@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 from benchmarks.common import Batches
 from benchmarks.figures import Figure, Results
-from mrd_ray import ScoreConfig, ScoringConfig
+from mrd_ray import ScoreConfig, ScoringSettings
 from mrd_ray.mrd.choices import Choices, Gaps
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.likelihood import Likelihood, MicroBatch
@@ -74,7 +74,7 @@ def cost(model: str, data: str, max_samples: int, repeats: int) -> dict[str, lis
         made = []
         for verify in (0, 2):
             began = time.perf_counter()
-            scoring = ScoringConfig(estimator="closed_form", verify_draws=verify)
+            scoring = ScoringSettings(estimator="closed_form", verify_draws=verify)
             estimator = estimator_of(work.model, scoring, trial)
             made.append(time.perf_counter() - began)
         found["check"].append(made[1] - made[0])
@@ -111,7 +111,7 @@ def flips(planted: int, draws: int) -> dict[str, int]:
             {"micro_batch": 0, "sample_id": str(i), "token_ids": row, "scored": [False] + [True] * 59}
             for i, row in enumerate(tokens.tolist())
         ]
-        scoring = ScoringConfig(estimator="closed_form", sigma=_SIGMA, allow_slow_parameters=True)
+        scoring = ScoringSettings(estimator="closed_form", sigma=_SIGMA, allow_slow_parameters=True)
         results = estimator_of(model, scoring, rows[:2])(rows, range(1))
         marked = torch.tensor([result["doubt"] is not None for result in results])
         found["flip"] += int(jumped.sum())

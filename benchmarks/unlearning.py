@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from benchmarks.closed_form import TRAINABLE, ways
 from benchmarks.common import Raw, micro_batches, resident, stopwatch
 from benchmarks.figures import Figure, Results, ratios
-from mrd_ray.config import ScoringConfig, UnlearnConfig
+from mrd_ray.config import ScoringSettings, UnlearnConfig
 from mrd_ray.data.micro_batches import lengths
 from mrd_ray.data.tokens import Limits
 from mrd_ray.models import load
@@ -162,7 +162,7 @@ def take_turns(ways: dict[str, Job], repeats: int) -> dict[str, Runs]:
 
 
 def reference(job: Job, ranks: Ranks) -> Raw:
-    """What the model knows before any step: the fields of an Knowledge."""
+    """What the model knows before any step: the fields of Knowledge."""
     return asdict(_loop(job, ranks, trained.load(job.config, torch.device("cpu"))).evaluate())
 
 
@@ -185,9 +185,9 @@ def refreshes(job: Job, ranks: Ranks, draws: tuple[int, ...], repeats: int) -> R
     """Seconds of steps, refreshes by each estimator, and plain epochs; they take turns, after one for the warm-up."""
     loop = _loop(job, ranks, trained.load(job.config, torch.device("cpu")))
     plain = ways(trained.load(job.config, torch.device("cpu")))[TRAINABLE]
-    batches = micro_batches(loop.sets.forget, ScoringConfig().micro_batch_tokens)
-    estimators = {"closed form": ScoringConfig(estimator="closed_form")}
-    estimators |= {f"K = {k}": ScoringConfig(estimator="monte_carlo", num_draws=k) for k in draws}
+    batches = micro_batches(loop.sets.forget, ScoringSettings().micro_batch_tokens)
+    estimators = {"closed form": ScoringSettings(estimator="closed_form")}
+    estimators |= {f"K = {k}": ScoringSettings(estimator="monte_carlo", num_draws=k) for k in draws}
     seconds: dict[str, list[float]] = {}
     turn: list[tuple[str, Callable[[], Any]]] = [("step", _engine_step(loop))] * job.steps
     turn.append(("epoch", lambda: [plain(batch) for batch in batches]))

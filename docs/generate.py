@@ -3,20 +3,18 @@
 tests/test_docs.py checks that the pages are those that this makes.
 """
 
-import inspect
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, get_args
 
 import pyarrow as pa
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mrd_ray import config
-from mrd_ray.cli import flags
+from mrd_ray.cli import ending
 from mrd_ray.cli.commands import COMMANDS
 from mrd_ray.config import Metric
+from mrd_ray.config.words import default_of, is_section, kind_of
 from mrd_ray.data import samples
 from mrd_ray.evaluation import evaluate
 from mrd_ray.evaluation import table as evaluation_table
@@ -29,14 +27,14 @@ FOLDER = Path(__file__).with_name("reference")
 NOTE = "<!-- Made by docs/generate.py from the code. Change the code, then run `make reference`. -->\n"
 
 EXIT_CODES = {
-    flags.DONE: "done",
-    flags.FAILED: "failed, with a sentence that says why",
-    flags.REFUSED: "settings that are wrong or contradict one another",
-    flags.SOME_WITHOUT_SCORE: "done, with samples (or rows) that have an error instead of a result; for `plan`: that "
+    ending.DONE: "done",
+    ending.FAILED: "failed, with a sentence that says why",
+    ending.REFUSED: "settings that are wrong or contradict one another",
+    ending.SOME_WITHOUT_SCORE: "done, with samples (or rows) that have an error instead of a result; for `plan`: that "
     "would have one",
-    flags.STOPPED_EARLY: "unlearning kept an earlier state, because the model fell below the utility floor or a "
+    ending.STOPPED_EARLY: "unlearning kept an earlier state, because the model fell below the utility floor or a "
     "loss was not finite",
-    flags.INTERRUPTED: "interrupted by ctrl-C, `ray job stop` or SIGTERM; what is finished is kept",
+    ending.INTERRUPTED: "interrupted by ctrl-C, `ray job stop` or SIGTERM; what is finished is kept",
 }
 
 METRICS: dict[str, str] = {
@@ -129,52 +127,14 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_BOUNDS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}"}
-_WORDS: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "unset"}
-
-
-def _kind(annotation: Any, metadata: Any = ()) -> str:
-    """A type as people write it: `integer > 0`, `one of mrd, uniform`."""
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if hasattr(annotation, "__metadata__"):
-        return _kind(parts[0], [*annotation.__metadata__, *metadata])
-    if origin is Literal:
-        words = [str(part).lower() if isinstance(part, bool) else str(part) for part in parts]
-        return words[0] if len(words) == 1 else "one of " + ", ".join(words)
-    if origin in (Union, types.UnionType):
-        kinds = [_kind(part, metadata) for part in parts if part is not type(None)]
-        return ", or ".join([*dict.fromkeys(kinds), *(["unset"] if type(None) in parts else [])])
-    if origin is tuple:
-        return "list: " + _kind(parts[0])
-    if origin is dict:
-        return "mapping to: " + _kind(parts[1])
-    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-        return "settings of " + annotation.__name__.removesuffix("Config")
-    bounds = [
-        words.format(f"{bound:,}")
-        for name, words in _BOUNDS.items()
-        for one in metadata
-        if (bound := getattr(one, name, None)) is not None
-    ]
-    word = _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
-    return " ".join([word, " and ".join(bounds)]).strip()
-
-
 def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True, validated_data={})
-    if value is None:
-        return "unset"
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    if isinstance(value, tuple | dict):
-        return "none" if not value else f"`[{', '.join(map(str, value))}]`"
-    return f"`{value!r}`" if value == "" else "`" + str(value).replace("|", "\\|").replace("\n", "\\n") + "`"
+    default = default_of(field).replace("|", "\\|")
+    is_word = field.is_required() or field.default is None or field.default in ((), {})
+    return default if is_word else f"`{default}`"
 
 
 def _is_section(field: FieldInfo) -> bool:
-    return inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel)
+    return is_section(field.annotation)
 
 
 def _sections(model: Any) -> str:
@@ -183,7 +143,7 @@ def _sections(model: Any) -> str:
 
 def _settings_of(model: Any) -> str:
     rows = [
-        [f"`{name}`", _cell(_kind(field.annotation, field.metadata)), _default(field), _cell(field.description or "")]
+        [f"`{name}`", _cell(kind_of(field)), _default(field), _cell(field.description or "")]
         for name, field in model.model_fields.items()
         if not _is_section(field)
     ]
@@ -206,7 +166,7 @@ def settings() -> str:
         "## Commands\n",
         _table(
             ["command", "what it does", "sections"],
-            [[f"`{name}`", _cell(one.summary), _sections(classes[name])] for name, one in COMMANDS.items()],
+            [[f"`{name}`", _cell(one.help), _sections(classes[name])] for name, one in COMMANDS.items()],
         ),
     ]
     for command, settings_class in classes.items():

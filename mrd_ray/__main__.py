@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line = argparse.ArgumentParser(prog="mrd-ray", description=DESCRIPTION)
     commands = line.add_subparsers(metavar="command", title="commands, each with a --help of its own")
     for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.summary)
+        commands.add_parser(name, help=command.help)
     line.print_help()
     return 0
 

@@ -35,6 +35,40 @@ QA = [
 ]
 
 
+TESTS = Path(__file__).parent
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that share runs or models stay in one process: those of a file, and of the folders named here."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(
+            pytest.mark.xdist_group(folder if folder in {"report", "cluster"} else str(item.path.relative_to(TESTS)))
+        )
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))  # however slow the machine is
+
+
+def pytest_deselected(items):
+    config = items[0].config
+    config.stash[LEFT_OUT] = config.stash.get(LEFT_OUT, 0) + len(items)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # in a process of pytest-xdist, which reports no deselected tests
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)  # each process collects all
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    terminalreporter.line(f"{config.stash.get(LEFT_OUT, 0)} tests left out: make test-slow and make gpu run them")
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One Ray for all tests, with more logical CPUs than the machine has, so that four actors fit anywhere."""

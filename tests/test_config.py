@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from mrd_ray.cli.main import LINE, main
-from mrd_ray.config import DataConfig, RayConfig, ScoreConfig
+from mrd_ray.config import DataSettings, RaySettings, ScoreConfig
 
 REQUIRED = ["score", "--model.path", "m", "--data.path", "d.jsonl", "--run.dir", "r"]
 CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
@@ -44,7 +44,7 @@ def test_defaults_are_the_documented_ones():
 )
 def test_data_settings_refused(setting):
     with pytest.raises(ValidationError):
-        DataConfig(**{"path": "d"} | setting)
+        DataSettings(**{"path": "d"} | setting)
 
 
 @pytest.mark.parametrize(
@@ -61,46 +61,39 @@ def test_data_settings_refused(setting):
     ],
 )
 def test_bad_flags_are_refused_by_name(flags, named, capsys):
-    with pytest.raises(SystemExit) as end:
-        LINE.parser().parse_args([*REQUIRED, *flags])
-    assert end.value.code == 2
+    assert main([*REQUIRED, *flags]) == 2
     assert named in capsys.readouterr().err
 
 
 def test_several_gpus_are_whole(capsys):
-    assert RayConfig(gpus_per_actor=2).gpus_per_actor == 2
-    with pytest.raises(SystemExit) as end:
-        main([*REQUIRED, "--ray.gpus_per_actor", "1.5"])
-    assert end.value.code == 2
+    assert RaySettings(gpus_per_actor=2).gpus_per_actor == 2
+    assert main([*REQUIRED, "--ray.gpus_per_actor", "1.5"]) == 2
     assert "ray.gpus_per_actor" in capsys.readouterr().err
 
 
 def test_unknown_key_in_yaml_is_refused_by_name(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("scoring:\n  sigmaa: 1.0e-4\n")
-    with pytest.raises(SystemExit):
-        LINE.parser().parse_args(["score", "--config", str(tmp_path / "c.yaml"), *REQUIRED[1:]])
+    assert main(["score", "--config", str(tmp_path / "c.yaml"), *REQUIRED[1:]]) == 2
     assert "scoring.sigmaa" in capsys.readouterr().err
 
 
 def test_flags_go_over_yaml_and_print_config_replays(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("scoring:\n  sigma: 1.0e-4\n  num_draws: 7\n")
     line = ["score", "--config", str(tmp_path / "c.yaml"), *REQUIRED[1:], "--scoring.num_draws", "9"]
-    parsed = LINE.parser().parse_args(line).score
+    parsed = LINE.settings(line)
     assert (parsed.scoring.sigma, parsed.scoring.num_draws) == (1e-4, 9)
-    with pytest.raises(SystemExit):
-        LINE.parser().parse_args([*line, "--print_config"])
+    assert main([*line, "--print_config"]) == 0
     printed = capsys.readouterr().out
     (tmp_path / "printed.yaml").write_text(printed)
-    again = LINE.parser().parse_args(["score", "--config", str(tmp_path / "printed.yaml")]).score
-    assert (again.scoring, again.model, again.data) == (parsed.scoring, parsed.model, parsed.data)
+    assert LINE.settings(["score", "--config", str(tmp_path / "printed.yaml")]) == parsed
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_shipped_configs_parse(file):
     command = file.stem.split("_")[0]
-    parsed = LINE.parser().parse_args([command, "--config", str(file)])
+    parsed = LINE.settings([command, "--config", str(file)]).model_dump()
     for key, value in yaml.safe_load(file.read_text()).items():
         for name, setting in value.items() if isinstance(value, dict) else []:
-            found = parsed[command][key][name]
+            found = parsed[key][name]
             assert (list(found) if isinstance(found, tuple) else found) == setting
     assert CONFIGS

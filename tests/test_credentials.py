@@ -64,9 +64,7 @@ def test_uris_with_credentials_are_refused_and_not_repeated(uri, tmp_path, capsy
 
     (tmp_path / "c.yaml").write_text(f'data: {{path: "{uri}"}}\n')
     rest = ["--model.path", "m", "--run.dir", str(tmp_path / "r")]
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["score", "--config", str(tmp_path / "c.yaml"), *rest])
-    assert ended.value.code == 2
+    assert cli.main(["score", "--config", str(tmp_path / "c.yaml"), *rest]) == 2
     assert cli.main(["score", "--task", str(tmp_path / "c.yaml"), *rest]) == 2
     assert cli.main(["score", "--data.path", uri, *rest]) == 2
     printed = capsys.readouterr()
@@ -94,9 +92,9 @@ def test_uris_without_are_not(uri):
 
 def test_no_text_takes_long():
     for text in ("://?a" * 5000, "://" * 5000, "https://h/?" + "&a" * 5000, "https://h/?" + "key." * 3000):
-        began = time.monotonic()
+        began = time.process_time()  # whatever else the machine does
         recordable([text])
-        assert time.monotonic() - began < 2
+        assert time.process_time() - began < 2
 
 
 def test_command_lines_of_others_are_recorded_without_secrets():
@@ -118,6 +116,7 @@ def test_command_lines_of_others_are_recorded_without_secrets():
     assert recordable(ours) == ours
 
 
+@pytest.mark.slow
 def test_nothing_of_the_environment_is_left_or_printed(tiny_model_dir, qa_file, tmp_path):
     names = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "WANDB_API_KEY")
     run = tmp_path / "run"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import mrd_ray
 from mrd_ray import UserError
-from mrd_ray.config import ModelConfig
+from mrd_ray.config import ModelSettings
 from mrd_ray.models import saving
 from mrd_ray.models.load import load_model, load_tokenizer, skeleton, unused_weights
 
@@ -38,11 +38,11 @@ def made(shared, stories_dir, tmp_path_factory):
     return root / "models", root / "adapters", losses
 
 
-def of(path) -> ModelConfig:
+def of(path) -> ModelSettings:
     """The model there; of an adapter, its base model is the one that it names."""
     named = path / "adapter_config.json"
     base = json.loads(named.read_text())["base_model_name_or_path"] if named.is_file() else None
-    return ModelConfig(path=str(path), base=base)
+    return ModelSettings(path=str(path), base=base)
 
 
 def load(path):
@@ -181,6 +181,7 @@ def test_a_head_of_its_own_is_used(made):
     assert tied == untied
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_scores_are_of_all_weights_or_the_run_says_of_which(made, shared, tmp_path):
     """Biases that config.json leaves out changed scores by 1.95 and 1.58 times."""
@@ -207,6 +208,7 @@ def test_scores_are_of_all_weights_or_the_run_says_of_which(made, shared, tmp_pa
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v4", "unused-bias"])
 def test_training_changes_weights_and_nothing_else(made, shared, tmp_path, name):
     source = made[0] / name
@@ -225,12 +227,12 @@ def test_training_changes_weights_and_nothing_else(made, shared, tmp_path, name)
         if file.suffix != ".safetensors":
             assert (result / file.name).read_bytes() == file.read_bytes(), file.name
     before, after = (
-        load_model(ModelConfig(path=str(path), allow_unused_weights=True), torch.device("cpu"))
+        load_model(ModelSettings(path=str(path), allow_unused_weights=True), torch.device("cpu"))
         for path in (source, result)
     )
     assert loss(before) != loss(after)
-    kept = unused_weights(ModelConfig(path=str(result), allow_unused_weights=True))
-    assert kept == unused_weights(ModelConfig(path=str(source), allow_unused_weights=True))
+    kept = unused_weights(ModelSettings(path=str(result), allow_unused_weights=True))
+    assert kept == unused_weights(ModelSettings(path=str(source), allow_unused_weights=True))
 
 
 _OTHER = ["transformers==4.57.1", "huggingface_hub<1", "tokenizers>=0.22,<0.23"]
@@ -263,4 +265,4 @@ def test_the_result_is_the_same_model_in_transformers_4(made, shared, tmp_path):
     version, found, tokens = json.loads(done.stdout.splitlines()[-1])
     assert version == "4.57.1"
     assert found == pytest.approx(loss(load(result)), abs=1e-5)
-    assert tokens == load_tokenizer(ModelConfig(path=str(result)))("Lily has a ball.")["input_ids"]
+    assert tokens == load_tokenizer(ModelSettings(path=str(result)))("Lily has a ball.")["input_ids"]

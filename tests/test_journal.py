@@ -17,7 +17,7 @@ from ray import cloudpickle
 
 from mrd_ray import UserError, score
 from mrd_ray.cli.main import main
-from mrd_ray.config import ModelConfig, RayConfig
+from mrd_ray.config import ModelSettings, RaySettings
 from mrd_ray.runs import journal
 from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.runs.journal import Journal
@@ -31,14 +31,14 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def scoring(tiny_model_dir: Path, qa_file: Path, run: Path):
-    from mrd_ray import DataConfig, RayConfig, RunConfig, ScoreConfig, ScoringConfig
+    from mrd_ray import DataSettings, RaySettings, RunSettings, ScoreConfig, ScoringSettings
 
     return ScoreConfig(
-        model=ModelConfig(path=str(tiny_model_dir)),
-        data=DataConfig(path=str(qa_file)),
-        run=RunConfig(dir=str(run)),
-        scoring=ScoringConfig(num_draws=12, micro_batch_tokens=64),
-        ray=RayConfig(actors=1),
+        model=ModelSettings(path=str(tiny_model_dir)),
+        data=DataSettings(path=str(qa_file)),
+        run=RunSettings(dir=str(run)),
+        scoring=ScoringSettings(num_draws=12, micro_batch_tokens=64),
+        ray=RaySettings(actors=1),
     )
 
 
@@ -102,7 +102,7 @@ def test_status_of_a_finished_run(finished, capsys):
 
 def test_status_of_a_failed_and_of_a_dead_run(tmp_path, monkeypatch):
     run = RunDirectory(str(tmp_path))
-    run.claim({"a": 1}, ModelConfig(path="x"))
+    run.claim({"a": 1}, ModelSettings(path="x"))
     with pytest.raises(UserError), Journal(run, "score"):
         raise UserError("data.path: no such thing")
     (found,) = status(str(tmp_path))
@@ -130,7 +130,7 @@ with Journal(RunDirectory({str(tmp_path)!r}), "score"):
 
 def test_events_of_earlier_starts_stay_but_for_damaged_ones(tmp_path):
     run = RunDirectory(str(tmp_path))
-    run.claim({"a": 1}, ModelConfig(path="x"))
+    run.claim({"a": 1}, ModelSettings(path="x"))
     with Journal(run, "score") as first:
         first.event("said", "a line\u2028of two\u0085or three")
     whole = (tmp_path / journal.EVENTS).read_bytes()
@@ -145,7 +145,7 @@ def test_many_events_are_not_written_with_every_beat(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "BEAT", 0.05)
     monkeypatch.setattr(journal, "_OFTEN", 100)
     run = RunDirectory(str(tmp_path))
-    run.claim({"a": 1}, ModelConfig(path="x"))
+    run.claim({"a": 1}, ModelSettings(path="x"))
     with Journal(run, "score") as record:
         record.event("long", "x" * 20_000)
         while "long" not in (tmp_path / journal.EVENTS).read_text():
@@ -206,12 +206,12 @@ def test_status_of_no_run(tmp_path, capsys):
 def test_a_stall_names_unit_and_worker(ray_cluster, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lookout, "_LOOK_EVERY", 0.2)
     run = RunDirectory(str(tmp_path))
-    run.claim({"a": 1}, ModelConfig(path="x"))
+    run.claim({"a": 1}, ModelSettings(path="x"))
     said = ""
 
     def until(words):
         nonlocal said
-        for _ in range(100):
+        for _ in range(600):
             said += capsys.readouterr().err
             if words in said:
                 return
@@ -276,6 +276,7 @@ class EndsAtOnce:
         os._exit(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("actor", "words"),
     [
@@ -285,16 +286,16 @@ class EndsAtOnce:
 )
 def test_a_run_whose_actors_end_again_and_again_ends(ray_cluster, tmp_path, actor, words):
     run = RunDirectory(str(tmp_path))
-    run.claim({"a": 1}, ModelConfig(path="x"))
+    run.claim({"a": 1}, ModelSettings(path="x"))
     units = {"first": 0, "second": 0, "third": 0}
     with Journal(run, "score") as journal, pytest.raises(UserError, match=words):
-        list(run_units(units, [pa.table({"x": [1]})], actor, None, Pool(1, 1.0, 0.0), journal, RayConfig()))
+        list(run_units(units, [pa.table({"x": [1]})], actor, None, Pool(1, 1.0, 0.0), journal, RaySettings()))
 
 
 def test_a_failed_run_keeps_its_traceback_without_credentials(tmp_path):
     """And a run that had no failure has none."""
     run = RunDirectory(str(tmp_path))
-    run.claim({}, ModelConfig(path="m"))
+    run.claim({}, ModelSettings(path="m"))
     with Journal(run, "score"):
         pass
     assert not (tmp_path / "traceback.txt").exists()

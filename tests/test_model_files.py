@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mrd_ray.config import ModelConfig
+from mrd_ray.config import ModelSettings
 from mrd_ray.errors import UserError
 from mrd_ray.models import load
 from mrd_ray.models.files import directory, model_digest, safetensors_of, weight_files
@@ -19,8 +19,8 @@ from mrd_ray.models.files import directory, model_digest, safetensors_of, weight
 CPU = torch.device("cpu")
 
 
-def of(folder, **settings) -> ModelConfig:
-    return ModelConfig(path=str(folder), **settings)
+def of(folder, **settings) -> ModelSettings:
+    return ModelSettings(path=str(folder), **settings)
 
 
 def test_directory_without_weights(tmp_path, tiny_model_dir):
@@ -31,16 +31,16 @@ def test_directory_without_weights(tmp_path, tiny_model_dir):
 
 def test_neither_directory_nor_hub_id():
     with pytest.raises(UserError, match=r"model\.path: /no/such/place is neither"):
-        directory(ModelConfig(path="/no/such/place"))
+        directory(ModelSettings(path="/no/such/place"))
     with pytest.raises(UserError, match=r"model\.path: nobody/nothing is neither"):
-        directory(ModelConfig(path="nobody/nothing"))
+        directory(ModelSettings(path="nobody/nothing"))
 
 
 def test_home_directory(tmp_path, tiny_model_dir, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     copy = shutil.copytree(tiny_model_dir, tmp_path / "m")
-    assert directory(ModelConfig(path="~/m")) == copy
-    assert load.load_tokenizer(ModelConfig(path="none", tokenizer="~/m")).eos_token == "</s>"
+    assert directory(ModelSettings(path="~/m")) == copy
+    assert load.load_tokenizer(ModelSettings(path="none", tokenizer="~/m")).eos_token == "</s>"
 
 
 def test_files_digest_sees_one_bit(tmp_path, tiny_model_dir):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mrd_ray.config import ModelConfig
+from mrd_ray.config import ModelSettings
 from mrd_ray.errors import UserError
 from mrd_ray.models.files import model_digest
 from mrd_ray.models.load import (
@@ -27,8 +27,8 @@ from mrd_ray.models.load import (
 CPU = torch.device("cpu")
 
 
-def of(folder, **settings) -> ModelConfig:
-    return ModelConfig(path=str(folder), **settings)
+def of(folder, **settings) -> ModelSettings:
+    return ModelSettings(path=str(folder), **settings)
 
 
 @pytest.fixture
@@ -49,12 +49,12 @@ def cached(tmp_path, tiny_model_dir, monkeypatch):
 @pytest.mark.parametrize(("revision", "known"), [(None, False), ("main", False), ("v2", True)])
 @pytest.mark.parametrize("named", [False, True])
 def test_tokenizer_of_the_models_revision(cached, revision, known, named):
-    config = ModelConfig(path=cached, revision=revision, tokenizer=cached if named else None)
+    config = ModelSettings(path=cached, revision=revision, tokenizer=cached if named else None)
     assert ("mill" in load_tokenizer(config).get_vocab()) == known
 
 
 def test_revision_is_the_models_alone(cached, tiny_model_dir):
-    config = ModelConfig(path=str(tiny_model_dir), revision="v2", tokenizer=cached)
+    config = ModelSettings(path=str(tiny_model_dir), revision="v2", tokenizer=cached)
     assert "mill" not in load_tokenizer(config).get_vocab()
 
 
@@ -160,7 +160,7 @@ def test_unreadable_tokenizer(tmp_path, tiny_model_dir, content):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"model\.tokenizer: .* holds no tokenizer"):
-        load_tokenizer(ModelConfig(path=str(tiny_model_dir), tokenizer=str(tmp_path)))
+        load_tokenizer(ModelSettings(path=str(tiny_model_dir), tokenizer=str(tmp_path)))
 
 
 def test_real_model(stories_dir):

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from mrd_ray.cli.main import LINE, main
-from mrd_ray.config import OutputConfig, ScoreConfig
+from mrd_ray.config import OutputSettings, ScoreConfig
 from mrd_ray.errors import UserError
 from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.scoring import summary
@@ -75,6 +75,7 @@ def scored(ray_cluster, tiny_model_dir, data, run) -> list[str]:
     return line
 
 
+@pytest.mark.slow
 def test_a_pipeline_prints_texts_unless_it_is_a_job_or_is_told_not_to(flags, run, monkeypatch, capfd):
     stages = ("score", "unlearn", "evaluate-before", "evaluate-after")
     for variables, more, shown in (
@@ -107,7 +108,7 @@ def test_quiet_prints_where_results_are_and_nothing_else(flags, run, monkeypatch
             "report.html",
         )
     ]
-    assert printed.err == ""
+    assert not [line for line in printed.err.splitlines() if "core_worker.cc" not in line]  # Ray's own, once a process
 
 
 @pytest.mark.parametrize(("variables", "shown"), [(IN_JOB, False), ({}, True)])
@@ -158,7 +159,7 @@ def test_events_never_quote(tmp_path):
     from mrd_ray.runs.journal import Journal
 
     run = RunDirectory(str(tmp_path))
-    run.claim({}, OutputConfig())
+    run.claim({}, OutputSettings())
     with pytest.raises(UserError), Journal(run, "score"):
         raise UserError(f"row 1: found {QUOTED}", f": found {QUOTED}")
     assert "row 1" in (tmp_path / "events.jsonl").read_text()

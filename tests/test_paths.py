@@ -16,10 +16,10 @@ from mrd_ray.data import tasks
 OF_THE_COMMAND_ONLY = {
     "CompareConfig.run_a", "CompareConfig.run_b", "CompareConfig.out", "ReportConfig.runs", "ReportConfig.out",
     "StatusConfig.run", "TasksConfig.tasks", "DemoConfig.model", "DemoConfig.data", "DemoConfig.cache",
-    "LearnConfig.cache", "ExperimentConfig.results", "TasksConfig.task_data",
+    "LearnSettings.cache", "ExperimentConfig.results", "TasksConfig.task_data",
 }  # fmt: skip
 # their descriptions speak of files, but they name none
-NAME_NO_FILE = {f"DataConfig.{name}" for name in ("split", "encoding", "separator", "prompt")}
+NAME_NO_FILE = {f"DataSettings.{name}" for name in ("split", "encoding", "separator", "prompt")}
 SPEAKS_OF_FILES = re.compile(r"director|folder|\bfiles?\b|\.txt|\.json|\.parquet|hub id\b(?! model)", re.IGNORECASE)
 
 
@@ -35,7 +35,7 @@ def own_fields():
 def test_a_setting_that_names_a_file_has_the_type():
     marked = {name for name, annotation, _ in own_fields() if path_mark(annotation)}
     speaking = {name for name, annotation, said in own_fields() if "str" in str(annotation) and _speaks(said)}
-    assert {"ModelConfig.path", "DataConfig.path", "DeepSpeedConfig.config", "Table7Config.corpus"} <= marked
+    assert {"ModelSettings.path", "DataSettings.path", "DeepSpeedSettings.config", "Table7Config.corpus"} <= marked
     assert speaking - marked <= OF_THE_COMMAND_ONLY | NAME_NO_FILE
     assert not marked & (OF_THE_COMMAND_ONLY | NAME_NO_FILE)
 

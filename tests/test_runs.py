@@ -9,11 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from mrd_ray.config import RunConfig
+from mrd_ray.config import RunSettings
 from mrd_ray.errors import UserError
 from mrd_ray.runs.directory import RunDirectory
 
-CONFIG = RunConfig(dir="x")
+CONFIG = RunSettings(dir="x")
 
 
 def test_failed_write_names_the_file_and_keeps_the_old(tmp_path):

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from moto.server import ThreadedMotoServer
 
-from mrd_ray.config import RunConfig
+from mrd_ray.config import RunSettings
 from mrd_ray.errors import UserError
 from mrd_ray.runs import storage
 from mrd_ray.runs.directory import RunDirectory
@@ -79,6 +79,7 @@ def contents(bucket: str = "lab") -> dict[str, bytes]:
 SCORING = ["--scoring.num_draws", "12", "--scoring.micro_batch_tokens", "64", "--ray.actors", "1"]
 
 
+@pytest.mark.slow
 def test_scores_in_a_bucket_equal_those_on_disk(s3, tiny_model_dir, qa_file, tmp_path):
     model = put(tiny_model_dir, "models/tiny [1]")  # brackets are no pattern
     boto3.client("s3").upload_file(str(qa_file), "lab", "data/forget set.jsonl")
@@ -158,7 +159,7 @@ def test_a_bucket_that_is_not_there(s3, tiny_model_dir, qa_file, capsys):
 
 def test_reading_a_run_writes_nothing(s3, tmp_path):
     run = RunDirectory("s3://lab/team/runs/x")
-    run.claim({"a": 1}, RunConfig(dir="x"))
+    run.claim({"a": 1}, RunSettings(dir="x"))
     with Journal(run, "score"):
         pass
     s3_client = boto3.client("s3")
@@ -268,6 +269,7 @@ def test_what_cannot_pass_is_told_at_once(s3):
         run.read("nothing")
 
 
+@pytest.mark.slow
 def test_a_bucket_that_goes_away():
     with serving() as (server, _):
         run = RunDirectory("s3://lab/run")

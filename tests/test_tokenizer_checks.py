@@ -9,7 +9,7 @@ from rich.console import Console
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer, LlamaTokenizer
 
-from mrd_ray.config import ModelConfig
+from mrd_ray.config import ModelSettings
 from mrd_ray.errors import UserError
 from mrd_ray.models import load
 
@@ -18,8 +18,8 @@ NO_BYTES = {**LIKE_LLAMA, "byte_fallback": False}
 CLASS = {"tokenizer_class": "LlamaTokenizer"}
 
 
-def of(folder, **settings) -> ModelConfig:
-    return ModelConfig(path=str(folder), **settings)
+def of(folder, **settings) -> ModelSettings:
+    return ModelSettings(path=str(folder), **settings)
 
 
 @pytest.fixture

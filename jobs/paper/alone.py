@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from jobs.paper import sweep
-from jobs.paper.config import AloneConfig, TasksOfSweep
+from jobs.paper.config import AloneSettings, TasksOfSweep
 from jobs.paper.subject import Subject
-from mrd_ray.config import ModelConfig
+from mrd_ray.config import ModelSettings
 from mrd_ray.errors import UserError
 from mrd_ray.models import load
 from mrd_ray.models.files import Unchanged, model_digest
@@ -28,10 +28,10 @@ Groups = dict[str, list[Tokenised]]
 
 
 def unlearn_each(
-    subject: Subject, groups: Groups, alone: AloneConfig, tasks: TasksOfSweep, title: str
+    subject: Subject, groups: Groups, alone: AloneSettings, tasks: TasksOfSweep, title: str
 ) -> tuple["Limits", dict[str, "Outcome"]]:
     """What counts as forgotten, and how each group of samples, by name, came to it from the model as it was."""
-    resources: dict[str, Any] = {"cpus": tasks.cpus_per_task, "gpus": tasks.gpus_per_task}
+    resources: dict[str, Any] = {"cpus": tasks.cpus_per_process, "gpus": tasks.gpus_per_task}
     reference = subject.model
     if alone.reference is not None:
         reference = _reference(subject.model, alone.reference)
@@ -53,7 +53,7 @@ def unlearn_each(
     return limits, {name: Outcome(**one) for result in results.values() for name, one in result.items()}
 
 
-def _refuse_other_tokens(reference: ModelConfig, subject: Subject) -> None:
+def _refuse_other_tokens(reference: ModelSettings, subject: Subject) -> None:
     """Raises UserError if the samples' token ids mean something else to the reference model."""
     ids = sorted(set(pc.list_flatten(subject.samples["token_ids"]).to_pylist()))
     theirs = load.load_tokenizer(reference).convert_ids_to_tokens(ids)
@@ -65,12 +65,12 @@ def _refuse_other_tokens(reference: ModelConfig, subject: Subject) -> None:
             )
 
 
-def _reference(model: ModelConfig, path: str) -> ModelConfig:
+def _reference(model: ModelSettings, path: str) -> ModelSettings:
     """The reference model, under the settings of the model but for where it is."""
     return model.model_copy(update={"path": path, "revision": None, "tokenizer": None})
 
 
-def identity(model: ModelConfig, alone: AloneConfig, tasks: TasksOfSweep) -> dict[str, Any]:
+def identity(model: ModelSettings, alone: AloneSettings, tasks: TasksOfSweep) -> dict[str, Any]:
     """What the outcomes depend on."""
     own = {f"alone.{name}": value for name, value in alone.model_dump().items()}
     if alone.reference is not None:
@@ -115,15 +115,15 @@ class Outcome:
 class _Block:
     """What one task of the sweep unlearns, group by group."""
 
-    model: ModelConfig
+    model: ModelSettings
     files_digest: str
-    alone: AloneConfig
+    alone: AloneSettings
     tasks: TasksOfSweep
     groups: Groups
     limits: Limits | None
 
     def replica(self) -> tuple[PreTrainedModel, Unchanged]:
-        torch.set_num_threads(max(1, int(self.tasks.cpus_per_task)))
+        torch.set_num_threads(max(1, int(self.tasks.cpus_per_process)))
         return replica(self.model, self.files_digest, self.tasks.gpus_per_task > 0)
 
 
@@ -142,7 +142,7 @@ def _averages(task: _Block) -> sweep.Result:
     return {"memorization_accuracy": fmean(accuracy), "extraction_likelihood": extraction}
 
 
-def _extraction(model: PreTrainedModel, samples: Sequence[Tokenised], alone: AloneConfig) -> float | None:
+def _extraction(model: PreTrainedModel, samples: Sequence[Tokenised], alone: AloneSettings) -> float | None:
     """Mean EL_n, None if it is left out or no sample is long enough."""
     if not alone.extraction_n:
         return None
@@ -167,7 +167,7 @@ def ascend(
     theta: dict[str, torch.Tensor],
     samples: Sequence[Tokenised],
     limits: Limits,
-    alone: AloneConfig,
+    alone: AloneSettings,
 ) -> Outcome:
     """Gradient ascent (SGA) from theta on these samples, all in each update, until they are forgotten.
 

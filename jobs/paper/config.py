@@ -12,46 +12,48 @@ from pydantic import (
     model_validator,
 )
 
-from mrd_ray.config.base import Frozen, LocalPath, ModelConfig, RayConfig, RunConfig, SettingsOf
-from mrd_ray.config.data import DataConfig, RetainConfig
-from mrd_ray.config.evaluation import EvaluationConfig
-from mrd_ray.config.scoring import ScoringConfig, closed_form_unless_said
+from mrd_ray.config.base import Frozen, LocalPath, ModelSettings, Processes, RaySettings, RunSettings, SettingsOf
+from mrd_ray.config.data import DataSettings, RetainSettings
+from mrd_ray.config.evaluation import EvaluationSettings
+from mrd_ray.config.scoring import ScoringSettings, closed_form_unless_said
 from mrd_ray.config.unlearning import (
-    CheckpointsConfig,
-    DeepSpeedConfig,
-    StoppingConfig,
-    UnlearningConfig,
+    CheckpointsSettings,
+    DeepSpeedSettings,
+    StoppingSettings,
+    UnlearningSettings,
     Weighting,
-    WorkersConfig,
+    WorkersSettings,
 )
 
 Method = Literal["ga", "graddiff", "po", "npo"]
 Several = Annotated[tuple[NonNegativeInt, ...], Field(min_length=2)]
 
 
-class LearnConfig(Frozen):
-    """Fine-tune model.path on the forget and the retain set first, as a model needs that has not seen them."""
+class LearnSettings(Frozen):
+    """Fine-tune model.path on the forget and the retain set first, if it has not seen them."""
 
-    epochs: NonNegativeInt = Field(0, description="0: the model knows them already.")
+    epochs: NonNegativeInt = Field(0, description="Passes over both sets. 0: no fine-tuning, the model knows them.")
     batch_size: PositiveInt = Field(8, description="Samples per step.")
-    learning_rate: PositiveFloat = Field(3e-4, description="Of AdamW, constant.")
-    cache: str = Field("~/.cache/mrd_ray", description="Folder that keeps such models, which every node must see.")
+    learning_rate: PositiveFloat = Field(3e-4, description="Constant learning rate of AdamW.")
+    cache: str = Field(
+        "~/.cache/mrd_ray", description="Folder that keeps the fine-tuned models. Every node must see it."
+    )
 
 
 class ExperimentConfig(Frozen):
     """What all experiments have in common."""
 
-    model: ModelConfig
-    data: DataConfig
-    run: RunConfig
-    retain: RetainConfig = Field(RetainConfig(), description=str(RetainConfig.__doc__))
-    learn: LearnConfig = Field(LearnConfig(), description=str(LearnConfig.__doc__))
-    scoring: ScoringConfig = Field(ScoringConfig(estimator="closed_form"), description=str(ScoringConfig.__doc__))
-    results: str | None = Field(None, description="Folder that gets the findings too, as NAME.json and NAME.png.")
+    model: ModelSettings
+    data: DataSettings
+    run: RunSettings
+    retain: RetainSettings = Field(RetainSettings(), description=str(RetainSettings.__doc__))
+    learn: LearnSettings = Field(LearnSettings(), description=str(LearnSettings.__doc__))
+    scoring: ScoringSettings = Field(ScoringSettings(estimator="closed_form"), description=str(ScoringSettings.__doc__))
+    results: str | None = Field(None, description="Folder for a copy of the findings, NAME.json and NAME.png.")
 
     @field_validator("run")
     @classmethod
-    def _run_is_a_folder(cls, run: RunConfig) -> RunConfig:
+    def _run_is_a_folder(cls, run: RunSettings) -> RunSettings:
         if "://" in run.dir:
             raise ValueError(f"run.dir: {run.dir}, but an experiment needs a folder that every node sees, not a URI")
         return run
@@ -62,33 +64,34 @@ class ExperimentConfig(Frozen):
         return closed_form_unless_said(scoring)
 
 
-class AloneConfig(Frozen):
-    """Gradient ascent with AdamW on one sample, or a few, from the model as it was, until they are forgotten."""
+class AloneSettings(Frozen):
+    """Gradient ascent with AdamW on one sample or a few, from the initial model, until they are forgotten."""
 
-    learning_rate: PositiveFloat = Field(5e-6, description="Of AdamW, constant, without weight decay.")
-    max_updates: PositiveInt = Field(100, description="Give up after so many; what is not forgotten counts as this.")
+    learning_rate: PositiveFloat = Field(5e-6, description="Constant learning rate of AdamW, without weight decay.")
+    max_updates: PositiveInt = Field(
+        100, description="Give up after this many updates. A sample that is not forgotten counts with this number."
+    )
     reference: LocalPath | None = Field(
         None,
-        description="Model (directory or hub id) that never saw the samples: forgotten is what has MA and EL below the "
-        "forget set's averages on it. Unset: with learn.epochs, model.path before it learned; otherwise the averages "
-        "on the model itself (the paper, C.4), which samples below average meet at once.",
+        description="Model (directory or hub id) that never saw the samples. A sample is forgotten when its MA and EL "
+        "are below the forget set's averages on that model. Unset: with learn.epochs, model.path before fine-tuning; "
+        "otherwise the model itself (the paper, C.4), so that samples below average count as forgotten at once.",
     )
     extraction_n: NonNegativeInt = Field(10, description="n of EL_n; 0 leaves EL out.")
-    extraction_stride: PositiveInt = Field(1, description="EL_n starts from every so many-th prefix of a sample.")
+    extraction_stride: PositiveInt = Field(1, description="Use every N-th prefix of a sample for EL_n.")
 
 
-class TasksOfSweep(Frozen):
+class TasksOfSweep(Processes):
     """Ray tasks, each with a replica of the model, its gradient and two AdamW moments, in float32."""
 
-    cpus_per_task: PositiveFloat = Field(1.0, description="CPUs per task; also its number of threads.")
     gpus_per_task: NonNegativeFloat = Field(0.0, description="GPUs per task.")
-    samples_per_task: PositiveInt = Field(8, description="Samples, or composite samples, that a task takes.")
+    samples_per_task: PositiveInt = Field(8, description="Samples, or composite samples, per task.")
 
 
 class UnlearningAlone(ExperimentConfig):
     """What experiments that unlearn a few samples at a time have in common."""
 
-    alone: AloneConfig = Field(AloneConfig(), description=str(AloneConfig.__doc__))
+    alone: AloneSettings = Field(AloneSettings(), description=str(AloneSettings.__doc__))
     ray: TasksOfSweep = Field(TasksOfSweep(), description=str(TasksOfSweep.__doc__))
 
     @model_validator(mode="after")
@@ -101,9 +104,9 @@ class UnlearningAlone(ExperimentConfig):
 class Fig3Config(UnlearningAlone):
     """Figure 3: how far parameters move until a composite sample, a few samples together, is forgotten."""
 
-    size: PositiveInt = Field(4, description="Samples of a composite sample.")
-    composites: int = Field(12, ge=3, description="Composite samples, without a sample in common.")
-    seed: NonNegativeInt = Field(0, description="Of which samples go together.")
+    size: PositiveInt = Field(4, description="Samples per composite sample.")
+    composites: int = Field(12, ge=3, description="Number of composite samples, which share no sample.")
+    seed: NonNegativeInt = Field(0, description="Random seed of the composite samples.")
 
 
 class Fig4Config(UnlearningAlone):
@@ -113,53 +116,57 @@ class Fig4Config(UnlearningAlone):
 class Fig5Config(ExperimentConfig):
     """Figure 5: MRD against sigma, in several precisions, and against the number of draws K."""
 
-    scored: PositiveInt | None = Field(None, description="Score only the first so many samples of data; unset, all.")
-    sigmas: tuple[PositiveFloat, ...] = Field((1e-7, 1e-6, 1e-5, 1e-4, 1e-3), min_length=2, description="Of the noise.")
+    scored: PositiveInt | None = Field(None, description="Score only this many samples, the first ones. Unset: all.")
+    sigmas: tuple[PositiveFloat, ...] = Field(
+        (1e-7, 1e-6, 1e-5, 1e-4, 1e-3), min_length=2, description="Values of sigma."
+    )
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = Field(
-        ("float32", "bfloat16"), min_length=1, description="Precisions of weights and forward."
+        ("float32", "bfloat16"), min_length=1, description="Precisions of the weights and the forward pass."
     )
     sigma_draws: PositiveInt = Field(50, description="K at each sigma.")
-    draws: tuple[PositiveInt, ...] = Field((10, 25, 50, 100, 200), min_length=2, description="Each K at scoring.sigma.")
-    ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
+    draws: tuple[PositiveInt, ...] = Field(
+        (10, 25, 50, 100, 200), min_length=2, description="Values of K at scoring.sigma."
+    )
+    ray: RaySettings = Field(RaySettings(), description=str(RaySettings.__doc__))
 
 
 class UnlearningSweep(ExperimentConfig):
     """What experiments that unlearn a set as a whole have in common."""
 
-    unlearning: UnlearningConfig = Field(UnlearningConfig(), description=str(UnlearningConfig.__doc__))
-    stopping: StoppingConfig = Field(StoppingConfig(), description=str(StoppingConfig.__doc__))
-    checkpoints: CheckpointsConfig = Field(CheckpointsConfig(keep=1), description=str(CheckpointsConfig.__doc__))
-    deepspeed: DeepSpeedConfig = Field(DeepSpeedConfig(), description=str(DeepSpeedConfig.__doc__))
-    ray: WorkersConfig = Field(WorkersConfig(), description=str(WorkersConfig.__doc__))
-    at_once: PositiveInt = Field(1, description="Runs at a time.")
-    seeds: Several = Field((0, 1, 2), description="Of the draws of forget and retain samples.")
+    unlearning: UnlearningSettings = Field(UnlearningSettings(), description=str(UnlearningSettings.__doc__))
+    stopping: StoppingSettings = Field(StoppingSettings(), description=str(StoppingSettings.__doc__))
+    checkpoints: CheckpointsSettings = Field(CheckpointsSettings(keep=1), description=str(CheckpointsSettings.__doc__))
+    deepspeed: DeepSpeedSettings = Field(DeepSpeedSettings(), description=str(DeepSpeedSettings.__doc__))
+    ray: WorkersSettings = Field(WorkersSettings(), description=str(WorkersSettings.__doc__))
+    at_once: PositiveInt = Field(1, description="Number of runs at a time.")
+    seeds: Several = Field((0, 1, 2), description="Random seeds of the draws of forget and retain samples.")
 
 
 class Fig2Config(UnlearningSweep):
     """Figure 2: how much the same unlearning varies with the samples that are to be forgotten."""
 
-    selections: int = Field(5, ge=2, description="Forget sets drawn from data.")
-    size: PositiveInt = Field(20, description="Samples of each.")
-    selection_seed: NonNegativeInt = Field(0, description="Of the selections.")
+    selections: int = Field(5, ge=2, description="Number of forget sets to draw from data.")
+    size: PositiveInt = Field(20, description="Samples per forget set.")
+    selection_seed: NonNegativeInt = Field(0, description="Random seed of the forget sets.")
 
 
 class TablesConfig(UnlearningSweep):
     """Tables 1, 4, 5, 6: each method with uniform and with MRD weights, on a task."""
 
-    methods: dict[Method, Annotated[dict[str, Any], SettingsOf(UnlearningConfig)]] = Field(
+    methods: dict[Method, Annotated[dict[str, Any], SettingsOf(UnlearningSettings)]] = Field(
         {"ga": {}, "graddiff": {}, "npo": {}},
-        description="Methods (ga is the paper's SGA, and with MRD weights its CGA), each with settings of unlearning "
-        "of its own.",
+        description="Methods (ga is the paper's SGA, and with MRD weights its CGA), each with its own settings of "
+        "unlearning.",
     )
-    weightings: tuple[Weighting, ...] = Field(("uniform", "mrd"), min_length=1, description="How samples are drawn.")
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description=str(EvaluationConfig.__doc__))
+    weightings: tuple[Weighting, ...] = Field(("uniform", "mrd"), min_length=1, description="How to draw samples.")
+    evaluation: EvaluationSettings = Field(EvaluationSettings(), description=str(EvaluationSettings.__doc__))
 
 
 class Table7Config(ExperimentConfig):
     """Table 7: MRD against what samples are like: semantic complexity, frequency, initial probability, rare words."""
 
     corpus: LocalPath | None = Field(
-        None, description="A .txt file of ordinary text, which says how common a word is; unset, both sets do."
+        None, description="A .txt file of ordinary text, for word frequencies. Unset: the forget and the retain set."
     )
-    common_words: PositiveInt = Field(5000, description="So many of its words, the most frequent, are not rare.")
-    ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
+    common_words: PositiveInt = Field(5000, description="The N most frequent words are common; all others are rare.")
+    ray: RaySettings = Field(RaySettings(), description=str(RaySettings.__doc__))

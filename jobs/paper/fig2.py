@@ -14,7 +14,7 @@ from jobs.paper.config import Fig2Config
 from jobs.paper.findings import Cell, Findings
 from jobs.paper.statistics import mean
 from jobs.paper.subject import Subject, prepare
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.config.data import is_plain_text
 from mrd_ray.data import read
 from mrd_ray.errors import UserError
@@ -69,7 +69,7 @@ def experiment(config: Fig2Config) -> tuple[Findings, Subject]:
     return Findings("fig2", title, _CLAIM, rows, found, _page(changes)), subject
 
 
-def selections(config: Fig2Config, run: RunDirectory) -> list[DataConfig]:
+def selections(config: Fig2Config, run: RunDirectory) -> list[DataSettings]:
     """Forget sets drawn from data, each a file of the run. Another selection more changes none of the others."""
     if is_plain_text(config.data.path):
         raise UserError("data.path: a selection needs rows; give a .jsonl file, not plain text")

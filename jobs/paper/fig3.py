@@ -10,7 +10,7 @@ from jobs.paper.config import Fig3Config
 from jobs.paper.findings import Findings
 from jobs.paper.statistics import spearman, variation
 from jobs.paper.subject import Subject, prepare
-from mrd_ray.config import RayConfig
+from mrd_ray.config import RaySettings
 from mrd_ray.errors import UserError
 
 _CLAIM = (
@@ -26,7 +26,7 @@ def experiment(config: Fig3Config) -> tuple[Findings, Subject]:
     members = _members(config, subject)
     rows_by_id = {row["sample_id"]: row for row in subject.samples.to_pylist()}
     groups = {name: [rows_by_id[sample_id] for sample_id in ids] for name, ids in members.items()}
-    scores = subject.score(config, RayConfig(gpus_per_actor=config.ray.gpus_per_task or None)).scores
+    scores = subject.score(config, RaySettings(gpus_per_actor=config.ray.gpus_per_task or None)).scores
     mrd = dict(zip(scores["sample_id"].to_pylist(), scores["mrd"].to_pylist(), strict=True))
     limits, outcomes = alone.unlearn_each(subject, groups, config.alone, config.ray, "Unlearning composite samples")
     rows = [

@@ -8,7 +8,7 @@ from jobs.paper.config import Fig4Config
 from jobs.paper.findings import Cell, Findings
 from jobs.paper.statistics import Interval, excess, spearman
 from jobs.paper.subject import Subject, prepare
-from mrd_ray.config import RayConfig
+from mrd_ray.config import RaySettings
 
 _CLAIM = "MRD ranks samples by the number of updates that unlearning each alone takes: the larger MRD, the fewer."
 # by column of scores.parquet; the first is what the others are held against
@@ -24,7 +24,7 @@ _MEASURES = {
 def experiment(config: Fig4Config) -> tuple[Findings, Subject]:
     """Score the set, unlearn every sample alone, and rank one by the other."""
     subject = prepare(config, alone.identity(config.model, config.alone, config.ray) | {"experiment": "fig4"})
-    scores = subject.score(config, RayConfig(gpus_per_actor=config.ray.gpus_per_task or None)).scores
+    scores = subject.score(config, RaySettings(gpus_per_actor=config.ray.gpus_per_task or None)).scores
     groups: alone.Groups = {row["sample_id"]: [row] for row in subject.samples.to_pylist()}
     limits, outcomes = alone.unlearn_each(subject, groups, config.alone, config.ray, "Unlearning each sample alone")
     updates = [outcomes[sample_id].updates for sample_id in scores["sample_id"].to_pylist()]

@@ -10,7 +10,7 @@ from jobs.paper.config import Fig5Config
 from jobs.paper.findings import Cell, Findings
 from jobs.paper.statistics import Interval, mean, spearman
 from jobs.paper.subject import Subject, prepare
-from mrd_ray.config import RunConfig, ScoreConfig, ScoringConfig
+from mrd_ray.config import RunSettings, ScoreConfig, ScoringSettings
 from mrd_ray.scoring.score import score
 
 _CLAIM = "MRD is measured with sigma = 1e-5 and K = 200; the order it puts samples in is stable around these values."
@@ -46,8 +46,8 @@ def _runs(config: Fig5Config, subject: Subject) -> dict[str, ScoreConfig]:
         return ScoreConfig(
             model=subject.model.model_copy(update={"dtype": dtype}),
             data=data,
-            run=RunConfig(dir=subject.run.path(f"runs/{directory}")),
-            scoring=ScoringConfig(**base, **scoring),
+            run=RunSettings(dir=subject.run.path(f"runs/{directory}")),
+            scoring=ScoringSettings(**base, **scoring),
             ray=config.ray,
         )
 
@@ -61,7 +61,7 @@ def _runs(config: Fig5Config, subject: Subject) -> dict[str, ScoreConfig]:
         for other in sorted(config.sigmas):
             name = f"{dtype}-sigma-{other:g}"
             runs[name] = run(name, dtype, sigma=other, num_draws=config.sigma_draws, **of_draws)
-    for draws in sorted(config.draws):  # each goes on from the one before, in the same directory
+    for draws in sorted(config.draws):  # each resumes from the one before, in the same directory
         runs[f"float32-draws-{draws}"] = run("float32-draws", "float32", sigma=sigma, num_draws=draws, **of_draws)
     return runs
 

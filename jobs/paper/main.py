@@ -9,7 +9,8 @@ from jobs.paper.config import Fig2Config, Fig3Config, Fig4Config, Fig5Config, Ta
 from jobs.paper.findings import Findings, publish
 from jobs.paper.subject import Subject
 from mrd_ray.cli.console import console_of
-from mrd_ray.cli.flags import DONE, CommandLine
+from mrd_ray.cli.ending import DONE
+from mrd_ray.cli.flags import CommandLine
 from mrd_ray.config.paths import with_absolute_paths
 from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.workers.cluster import cluster

@@ -11,8 +11,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from jobs.paper.config import ExperimentConfig
-from mrd_ray.config import ModelConfig, RunConfig, ScoreConfig
-from mrd_ray.config.base import RayConfig
+from mrd_ray.config import ModelSettings, RunSettings, ScoreConfig
+from mrd_ray.config.base import RaySettings
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
@@ -32,16 +32,16 @@ class Subject:
     """samples, retained: of data.samples.SCHEMA. pretrained: the model before it learned them, None if it did not."""
 
     run: RunDirectory
-    model: ModelConfig
-    pretrained: ModelConfig | None
+    model: ModelSettings
+    pretrained: ModelSettings | None
     tokenizer: PreTrainedTokenizerBase
     samples: pa.Table
     retained: pa.Table | None
 
-    def score(self, config: ExperimentConfig, ray: RayConfig) -> ScoreRun:
+    def score(self, config: ExperimentConfig, ray: RaySettings) -> ScoreRun:
         """Every sample's MRD and other measures, in RUN/scores."""
         scoring = config.scoring.model_copy(update={"measures": _MEASURES})
-        run = RunConfig(dir=self.run.path("scores"))
+        run = RunSettings(dir=self.run.path("scores"))
         finished = score(ScoreConfig(model=self.model, data=config.data, run=run, scoring=scoring, ray=ray))
         finished.refuse_other_samples(self.samples)
         if errors := finished.scores["error"].drop_null().to_pylist():

@@ -11,7 +11,7 @@ from jobs.paper.config import Table7Config
 from jobs.paper.findings import Cell, Findings
 from jobs.paper.statistics import spearman
 from jobs.paper.subject import Subject, prepare
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.config.data import is_plain_text
 from mrd_ray.data import read
 from mrd_ray.errors import UserError
@@ -88,7 +88,7 @@ def _common(config: Table7Config, texts: Iterable[str]) -> set[str]:
     if config.corpus is not None:
         if not is_plain_text(config.corpus):
             raise UserError(f"corpus: {config.corpus} is no .txt file")
-        corpus = [text for _, text in read.texts(DataConfig(path=config.corpus)) or []]
+        corpus = [text for _, text in read.texts(DataSettings(path=config.corpus)) or []]
     count = Counter(word for text in corpus for word in words(text))
     return {word for word, _ in count.most_common(config.common_words)}
 

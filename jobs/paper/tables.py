@@ -11,7 +11,7 @@ from jobs.paper.config import Method, TablesConfig
 from jobs.paper.findings import Cell, Findings
 from jobs.paper.statistics import Interval, mean
 from jobs.paper.subject import Subject, prepare
-from mrd_ray.config import UnlearningConfig
+from mrd_ray.config import UnlearningSettings
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import judges, sets, zero_shot
@@ -78,10 +78,10 @@ def _contents(config: TablesConfig) -> dict[str, Any]:
     return {f"content.{name}": value for name, value in found.items()} | {"content.refusals": content_digest(refusals)}
 
 
-def _unlearning(config: TablesConfig, method: Method, more: dict[str, Any]) -> UnlearningConfig:
+def _unlearning(config: TablesConfig, method: Method, more: dict[str, Any]) -> UnlearningSettings:
     settings = config.unlearning.model_dump(exclude_unset=True, exclude={"method", "refusals"})
     try:
-        return UnlearningConfig(**(settings | config.methods[method] | {"method": method} | more))
+        return UnlearningSettings(**(settings | config.methods[method] | {"method": method} | more))
     except ValueError as problem:
         raise UserError(f"methods.{method}: {problem}") from None
 

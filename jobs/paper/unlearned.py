@@ -6,8 +6,15 @@ from dataclasses import dataclass
 from jobs.paper import sweep
 from jobs.paper.config import UnlearningSweep
 from jobs.paper.subject import Subject
-from mrd_ray.config import DataConfig, EvaluateConfig, EvaluationConfig, RunConfig, UnlearnConfig, UnlearningConfig
-from mrd_ray.config.base import RayConfig
+from mrd_ray.config import (
+    DataSettings,
+    EvaluateConfig,
+    EvaluationSettings,
+    RunSettings,
+    UnlearnConfig,
+    UnlearningSettings,
+)
+from mrd_ray.config.base import RaySettings
 from mrd_ray.evaluation.evaluate import evaluate
 from mrd_ray.unlearning import log
 from mrd_ray.unlearning.stopping import TITLES
@@ -26,14 +33,14 @@ def cell(
     config: UnlearningSweep,
     subject: Subject,
     name: str,
-    unlearning: UnlearningConfig,
-    data: DataConfig,
-    evaluation: EvaluationConfig | None = None,
+    unlearning: UnlearningSettings,
+    data: DataSettings,
+    evaluation: EvaluationSettings | None = None,
 ) -> UnlearnedModel:
     """Unlearn `data` so, in RUN/runs/NAME, and evaluate the result."""
     where = subject.run.path(f"runs/{name}")
     unlearn_it = UnlearnConfig(
-        model=subject.model, data=data, retain=config.retain, run=RunConfig(dir=where), unlearning=unlearning,
+        model=subject.model, data=data, retain=config.retain, run=RunSettings(dir=where), unlearning=unlearning,
         scoring=config.scoring, stopping=config.stopping, checkpoints=config.checkpoints, deepspeed=config.deepspeed,
         ray=config.ray,
     )  # fmt: skip
@@ -42,14 +49,14 @@ def cell(
 
 
 def evaluation_of(
-    config: UnlearningSweep, subject: Subject, model: str, name: str, evaluation: EvaluationConfig
+    config: UnlearningSweep, subject: Subject, model: str, name: str, evaluation: EvaluationSettings
 ) -> EvaluateConfig:
     """The evaluation of a model, in RUN/evaluations/NAME."""
     return EvaluateConfig(
         model=subject.model.model_copy(update={"path": model}),
         evaluation=evaluation,
-        run=RunConfig(dir=subject.run.path(f"evaluations/{name}")),
-        ray=RayConfig(cpus_per_actor=config.ray.cpus_per_worker, gpus_per_actor=config.ray.gpus_per_worker),
+        run=RunSettings(dir=subject.run.path(f"evaluations/{name}")),
+        ray=RaySettings(cpus_per_process=config.ray.cpus_per_process, gpus_per_actor=config.ray.gpus_per_worker),
     )
 
 

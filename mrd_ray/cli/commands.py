@@ -10,12 +10,12 @@ DESCRIPTION = "How hard is each sample to unlearn from a language model? (arXiv 
 class Command:
     """One command.
 
-    summary: as the first lines of --help say it. config: the class of mrd_ray.config that says what its flags are.
+    help: as the first lines of --help say it. config: the class of mrd_ray.config that says what its flags are.
     call: module:function of mrd_ray.cli; takes the config and returns the exit code. of_task: it takes defaults from
     a task (`data.tasks`). positional: the fields that are no flags, with how many words each takes where it is not one.
     """
 
-    summary: str
+    help: str
     config: str
     call: str
     of_task: bool = False

@@ -1,32 +1,34 @@
 """Command lines made from config classes: flags, YAML, tasks, and what goes wrong with them."""
 
 import argparse
-import contextlib
-import functools
+import difflib
 import io
-import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
-from jsonargparse import ArgumentParser, get_loader, set_loader
-from pydantic import BaseModel, ValidationError
-from rich.console import Console
+import yaml
+from pydantic import ValidationError
 
-from mrd_ray.cli.missing import missing_module, what_to_do
-from mrd_ray.config import OutputConfig, document
+from mrd_ray.cli.ending import DEBUG, DONE, REFUSED, called, failed
+from mrd_ray.cli.help import help_of
+from mrd_ray.config import document
 from mrd_ray.config.credentials import refuse_credentials
-from mrd_ray.errors import SettingsError, UserError, whole_traceback
+from mrd_ray.config.renamed import OLD_NAMES, old_names_in, with_new_names
+from mrd_ray.config.words import is_section, kind, known_part, leaves, problems, sections
+from mrd_ray.errors import SettingsError, UserError
 
-DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130  # exit codes; argparse too ends with 2 on a bad command line
-SOME_WITHOUT_SCORE, STOPPED_EARLY = 3, 4
-# jsonargparse has numbers as people write them, 1e-5 among them
-set_loader("yaml", functools.partial(document.load, construct=get_loader("yaml")), exceptions=(ValueError,))
-_DEBUG, _QUIET = "--debug", "--quiet"
-_TASK_DATA = "Local copies of the task's hub datasets: '{locuslab/TOFU: FOLDER}'."
+_HELP = {"-h": False, "--help": False, "--help=all": True}  # whether it shows all settings
+_PRINT, _QUIET = "print_config", "quiet"
+
+
+class _Arguments(argparse.ArgumentParser):
+    """Raises SettingsError where argparse would exit."""
+
+    def error(self, message: str) -> Any:
+        raise SettingsError(message.removeprefix("argument "))
 
 
 @dataclass(frozen=True)
@@ -40,184 +42,194 @@ class CommandLine:
     prog: str
     description: str
     commands: Mapping[str, Any]
-    of_tasks: Sequence[str]
+    of_tasks: Collection[str]
     positional: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
 
-    def parser(self, task: Mapping[str, Any] | None = None, of: Collection[str] | None = None) -> ArgumentParser:
-        """Of all commands, with the flags of those in `of`, all if None: each takes some hundredths of a second.
+    def settings(self, arguments: Sequence[str]) -> Any:
+        """The config of the command that the arguments name. Raises UserError, mostly a SettingsError."""
+        return self._parsed(arguments)[0]
 
-        task: settings by section, for defaults. Raises UserError if there is no such setting.
-        """
-        top = ArgumentParser(prog=self.prog, description=self.description, allow_abbrev=False)
-        commands = top.add_subcommands(required=True, dest="command")
-        for name, config in self.commands.items():
-            command = ArgumentParser(description=config.__doc__, allow_abbrev=False)
-            if of is None or name in of:
-                self._add_flags(command, name, task or {})
-            commands.add_subcommand(name, command, help=(config.__doc__ or "").strip().splitlines()[0])
-        return top
+    def _parsed(self, arguments: Sequence[str]) -> tuple[Any, bool]:
+        """The config, and whether it is only to be printed."""
+        command = self._command(arguments)
+        config = self.commands[command]
+        given = self._given(command, arguments[1:])
+        printed = given.pop(_PRINT, False)
+        sources = [_with_new_names(_of_file(given.pop("config"))) if "config" in given else {}]
+        sources.append(_with_new_names(_tree(config, given)))
+        settings = _merged(config, *sources)
+        if (task := given.get("task")) is not None:
+            copies = _read("task_data", dict[str, str], given.get("task_data", "{}"))
+            settings = _merged(config, self._of_task(config, task, copies, settings), settings)
+        for name, about in config.model_fields.items():
+            if is_section(about.annotation) and about.is_required():
+                settings.setdefault(name, {})  # so that what it needs is named
+        try:
+            return config(**settings), printed
+        except ValidationError as problem:
+            raise SettingsError("; ".join(self._as_typed(command, problems(config, problem)))) from None
+        except TypeError:
+            raise SettingsError(f"expected settings by name, not {', '.join(map(repr, settings))}") from None
 
-    def _add_flags(self, command: ArgumentParser, name: str, task: Mapping[str, Any]) -> None:
-        config = self.commands[name]
-        command.add_argument(_DEBUG, action="store_true", help="After an error print the whole traceback.")
-        if "output" in config.model_fields:
-            command.add_argument(_QUIET, action="store_true", help="Short for --output.quiet true.")
-        command.add_argument("--config", action="config", help="YAML file of these settings; flags go over it.")
-        if name in self.of_tasks:
-            command.add_argument("--task", type=str, help="A task of `mrd-ray tasks`, or a YAML file of your own.")
-            command.add_argument("--task_data", type=dict[str, str], default={}, help=_TASK_DATA)
-        positional = self.positional.get(name, {})
-        for word, how_many in positional.items():
-            more: dict[str, Any] = {"nargs": how_many} if how_many else {}
-            command.add_argument(word, type=str, help=config.model_fields[word].description, **more)
-        command.add_class_arguments(config, as_group=False, skip=set(positional))
-        for section, settings in task.items():
-            if name not in self.of_tasks or section not in config.model_fields:
-                continue
-            if isinstance(config.model_fields[section].default, dict):  # a setting by itself
-                command.set_defaults({section: settings})
-            else:
-                defaults = {f"{section}.{setting}": value for setting, value in settings.items()}
-                try:
-                    command.set_defaults(defaults)
-                except KeyError as problem:  # of no such setting
-                    raise UserError(f"task: {problem.args[0]}") from None
+    def _command(self, arguments: Sequence[str]) -> str:
+        names = ", ".join(self.commands)
+        if not arguments:
+            raise SettingsError(f"a command is required: one of {names}")
+        if arguments[0] not in self.commands:
+            raise SettingsError(f"{arguments[0]}: expected a command, one of {names}")
+        return arguments[0]
 
-    def settings(self, line: ArgumentParser, arguments: Sequence[str]) -> Any:
-        """The config of the command that the arguments name. Raises pydantic.ValidationError, or UserError."""
-        parsed = line.parse_args(arguments)
-        for name, about in self.commands[parsed.command].model_fields.items():
-            group = isinstance(about.annotation, type) and issubclass(about.annotation, BaseModel)
-            given = parsed[parsed.command].get(name)
-            if group and isinstance(
-                given, str | int | float | list | None
-            ):  # `scoring:` with nothing under it, in YAML
-                raise UserError(f"{name}: {given!r:.40}; expected settings, or leave it out")
-        values = line.instantiate(parsed)[parsed.command]
-        others = {"config", "__path__", _DEBUG.strip("-"), _QUIET.strip("-")}
-        if parsed.command in self.of_tasks:  # their settings have become defaults
-            others |= {"task", "task_data"}
-        ours = {key: value for key, value in values.items() if key not in others}
-        return self.commands[parsed.command](**ours)
+    def _given(self, command: str, arguments: Sequence[str]) -> dict[str, Any]:
+        """What the flags of a command say, as text, by the settings' names."""
+        config = self.commands[command]
+        line = _Arguments(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        positional = self.positional.get(command, {})
+        for word, many in positional.items():
+            line.add_argument(word, nargs="*" if many else "?")
+        names = [name for name, _ in leaves(config.model_fields) if name not in positional]
+        names += sections(config.model_fields)
+        names += [old for old, new in OLD_NAMES.items() if new in names]
+        names += ["config", *(["task", "task_data"] if command in self.of_tasks else [])]
+        for name in names:
+            line.add_argument(f"--{name}", dest=name)
+        for name in (_PRINT, *([_QUIET] if "output" in config.model_fields else [])):
+            line.add_argument(f"--{name}", dest=name, action="store_true")
+        known, others = line.parse_known_args(arguments)
+        if others:
+            flag = others[0].partition("=")[0]
+            if not flag.startswith("-"):
+                raise SettingsError(f"{flag}: unexpected word; settings are given as --NAME VALUE")
+            close = difflib.get_close_matches(flag, [f"--{name}" for name in names], 1, 0.75)
+            raise SettingsError(f"{flag}: there is no such flag" + (f"; did you mean {close[0]}?" if close else ""))
+        given = {name: value for name, value in vars(known).items() if value != []}
+        if given.pop(_QUIET, False):
+            given["output.quiet"] = "true"
+        return given
+
+    def _of_task(self, config: Any, task: str, copies: dict[str, str], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a task that the command has. Raises UserError if there is no such setting."""
+        from mrd_ray.data import tasks
+
+        unlearning = settings.get("unlearning")
+        method = unlearning.get("method") if isinstance(unlearning, Mapping) else None
+        sections = tasks.load(task, copies, method)
+        ours = {name: section for name, section in sections.items() if name in config.model_fields}
+        for name, section in ours.items():
+            inner = config.model_fields[name].annotation
+            for key in section if is_section(inner) else ():
+                if key not in inner.model_fields:
+                    raise SettingsError(f"task: {task}: {name}.{key}: there is no such setting")
+        return ours
+
+    def _as_typed(self, command: str, sentences: list[str]) -> list[str]:
+        """The sentences, with settings that are required named as the flags that they are."""
+        words = self.positional.get(command, {})
+        required = [sentence.removesuffix(" is required") for sentence in sentences if " is required" in sentence]
+        if not required:
+            return sentences
+        flags = [name.upper() if name in words else f"--{name}" for name in required]
+        are = "is" if len(flags) == 1 else "are"
+        others = [sentence for sentence in sentences if " is required" not in sentence]
+        return [f"{', '.join(flags)} {are} required", *others]
 
     def run(self, arguments: Sequence[str], call: Callable[[Any], int]) -> int:
-        """Parse, call, and give the exit code; a UserError is printed, and is exit code 1, of the settings 2."""
+        """Parse, call, and return the exit code; a UserError is printed, and is exit code 1, of the settings 2."""
         for stream in (sys.stdout, sys.stderr):  # never fail after success for want of a glyph
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
-        debug = _DEBUG in arguments  # of no command, and anywhere on the line
-        arguments = [argument for argument in arguments if argument != _DEBUG]
-        if "output" in getattr(self.commands.get(next(iter(arguments), "")), "model_fields", {}):
-            arguments = ["--output.quiet=true" if argument == _QUIET else argument for argument in arguments]
+        debug = DEBUG in arguments  # of no command, and anywhere on the line
+        arguments = [argument for argument in arguments if argument != DEBUG]
+        if asked := [argument for argument in arguments if argument in _HELP]:
+            print(self._help(arguments[0], everything=any(_HELP[one] for one in asked)))
+            return DONE
         try:
             refuse_credentials("command line", arguments)
-            line = self.parser(task_of(arguments), arguments[:1])
+            config, printed = self._parsed(arguments)
         except UserError as problem:
-            return _failed(problem, REFUSED)
-        try:
-            config = self.settings(line, arguments)
-        except UserError as problem:
-            line.error(str(problem))
-        except UnicodeDecodeError as problem:
-            line.error(f"--config: cannot read {_config_of(arguments)}: it is not UTF-8 text ({problem.reason})")
-        except ValidationError as problem:  # settings that are each in range but contradict one another
-            line.error("; ".join(_named(problem.title, error) for error in problem.errors()))
-        texts = getattr(config, "output", OutputConfig()).texts
-        try:
-            with _terminable():
-                return call(config)
-        except UserError as problem:
-            return _failed(problem, REFUSED if isinstance(problem, SettingsError) else FAILED, debug, texts)
-        except Exception as problem:  # a defect, or what a library did not foresee
-            if isinstance(problem, BrokenPipeError) and _nobody_reads():
-                return FAILED
-            return _failed(_unforeseen(arguments[0], problem), FAILED, debug, texts)
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
-            return INTERRUPTED
+            command = f" {arguments[0]}" if arguments and arguments[0] in self.commands else ""
+            print(f"{self.prog}{command} --help lists the settings", file=sys.stderr)
+            return failed(problem, REFUSED, debug)
+        if printed:
+            print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), end="")
+            return DONE
+        return called(config, arguments[0], call, debug)
+
+    def _help(self, command: str, everything: bool) -> str:
+        if command in self.commands:
+            config, words = self.commands[command], self.positional.get(command, {})
+            return help_of(self.prog, command, config, words, command in self.of_tasks, everything)
+        rows = [f"  {name:10} {(one.__doc__ or '').strip().splitlines()[0]}" for name, one in self.commands.items()]
+        return "\n".join([f"usage: {self.prog} COMMAND ...", "", self.description, "", *rows])
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM, by `ray job stop` or a node that goes away, is as ctrl-C. Ray's own handler exits with its number."""
-    of_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number)) if of_main else None
+def _of_file(file: str) -> dict[str, Any]:
+    """The settings of a YAML file. Raises SettingsError."""
     try:
-        yield
-    except SystemExit as stop:
-        if stop.code == signal.SIGTERM:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        if of_main:
-            signal.signal(signal.SIGTERM, before)
+        content = document.load(Path(file).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as problem:
+        raise SettingsError(f"--config: cannot read {file}: it is not UTF-8 text ({problem.reason})") from None
+    except OSError as problem:
+        raise SettingsError(f"--config: cannot read {file}: {problem.strerror or problem}") from None
+    except ValueError as problem:
+        raise SettingsError(f"--config: {file}: {problem}") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"--config: {file}: expected settings by section, such as `run: {{dir: RUN}}`")
+    return content
 
 
-def _nobody_reads() -> bool:
-    """Whether the reader of stdout has gone, as of `mrd-ray status RUN | head -1`: other pipes break too."""
+def _tree(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by section, of flags. A flag of a section goes under those of its settings."""
+    fields = dict(leaves(config.model_fields)) | sections(config.model_fields)
+    tree: dict[str, Any] = {}
+    for name in sorted(given, key=lambda name: name.count(".")):
+        if name in ("task", "task_data"):
+            continue
+        annotation = str if name == "config" else fields[OLD_NAMES.get(name, name)].annotation
+        *above, last = name.split(".")
+        inner = tree
+        for section in above:
+            inner = inner.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise SettingsError(f"--{name}: --{section} is given too, as {inner!r:.40}")
+        value = given[name]
+        inner[last] = [*value] if isinstance(value, list) else _read(name, annotation, value)
+    return tree
+
+
+def _read(name: str, annotation: Any, text: str) -> Any:
+    """The value of a flag. Words and numbers stay text, which pydantic reads by their type; the rest is YAML."""
+    wanted = known_part(annotation)
+    if text == "null" and "unset" in kind(annotation):
+        return None
+    of_numbers = get_origin(wanted) is Literal and not all(isinstance(one, str) for one in get_args(wanted))
+    if is_section(wanted) or get_origin(wanted) in (dict, tuple) or of_numbers or text[:1] in ("[", "{"):
+        try:
+            value = document.load(text)
+        except ValueError as problem:
+            if text[:1] in ("[", "{") and "text" in kind(annotation).split(", "):
+                return text  # a name that begins so
+            raise SettingsError(f"--{name}: {problem}") from None
+        as_text = isinstance(value, dict | list) and kind(annotation).removesuffix(", or unset") == "text"
+        return text if as_text else value
+    return text
+
+
+def _merged(config: Any, below: Mapping[Any, Any], above: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Settings, of which those above go over those below, section by section."""
+    merged = dict(below)
+    for name, value in above.items():
+        field_ = config.model_fields.get(name)
+        inner = None if field_ is None else known_part(field_.annotation)
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = _merged(inner, merged[name], value) if both and is_section(inner) else value
+    return merged
+
+
+def _with_new_names(settings: dict[Any, Any]) -> dict[Any, Any]:
+    """The settings under their new names; those that had another are told."""
+    for old in old_names_in(settings):
+        print(f"{old} is now {OLD_NAMES[old]}; the old name works in this release only", file=sys.stderr)
     try:
-        sys.stdout.flush()
-        return False
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
-        return True
-
-
-def _unforeseen(command: str, problem: Exception) -> UserError:
-    """An exception that is not ours, as a sentence."""
-    if module := missing_module(problem):
-        found = UserError(what_to_do(module))
-        found.__cause__ = problem
-        return found
-    inner: BaseException = problem
-    while type(inner).__module__.startswith("ray.") and (of := getattr(inner, "cause", None) or inner.__cause__):
-        inner = of  # what a worker raised
-    reason = (str(inner).strip().splitlines() or ["no reason given"])[0].rstrip(".")
-    where = "".join(f" {note}." for note in getattr(problem, "__notes__", []))
-    quote = f": {reason}"  # which may be of a row
-    found = UserError(
-        f"`{command}` was stopped by {type(inner).__name__}{quote}. This is no setting of yours that mrd_ray knows "
-        f"to be wrong.{where} {_DEBUG} prints the traceback; with it, please report this",
-        quote,
-    )
-    found.__cause__ = problem
-    return found
-
-
-def _failed(problem: UserError, code: int, debug: bool = False, texts: bool = True) -> int:
-    if debug:
-        print(whole_traceback(problem), file=sys.stderr, end="")
-    told = problem if texts else problem.without_quote
-    Console(stderr=True).print(f"error: {told}", style="red", markup=False, highlight=False, soft_wrap=True)
-    return code
-
-
-def _config_of(arguments: Sequence[str]) -> str | None:
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flags.add_argument("--config")
-    found: str | None = flags.parse_known_args(arguments)[0].config
-    return found
-
-
-def task_of(arguments: Sequence[str]) -> dict[str, Any]:
-    """The settings of the task that the command line names, which must be known before it can be parsed."""
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flags.add_argument("--task")
-    flags.add_argument("--task_data", type=document.load, default={})
-    flags.add_argument("--unlearning.method", dest="method")
-    known, _ = flags.parse_known_args(arguments)
-    if known.task is None:
-        return {}
-    from mrd_ray.data import tasks
-
-    copies = known.task_data if isinstance(known.task_data, dict) else {}  # the real parser refuses what is none
-    return tasks.load(known.task, copies, known.method)
-
-
-def _named(model: str, error: Any) -> str:
-    """A message of pydantic's that names the setting: ours do by themselves."""
-    message = str(error["msg"])
-    if message.startswith("Value error, "):
-        return message.removeprefix("Value error, ")
-    group = model.removesuffix("Config").lower()
-    return ".".join([group, *map(str, error["loc"])]) + f": {message}, not {error['input']!r}"
+        return with_new_names(settings)
+    except ValueError as problem:
+        raise SettingsError(str(problem)) from None

@@ -9,7 +9,8 @@ from typing import Any
 from mrd_ray import config
 from mrd_ray.cli.commands import COMMANDS, DESCRIPTION
 from mrd_ray.cli.console import console_of, say_where
-from mrd_ray.cli.flags import DONE, SOME_WITHOUT_SCORE, STOPPED_EARLY, CommandLine
+from mrd_ray.cli.ending import DONE, SOME_WITHOUT_SCORE, STOPPED_EARLY
+from mrd_ray.cli.flags import CommandLine
 from mrd_ray.config import EvaluateConfig, ReportConfig, ScoreConfig, UnlearnConfig
 
 LINE = CommandLine(

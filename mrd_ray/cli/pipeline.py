@@ -2,7 +2,7 @@
 
 from mrd_ray.cli import main
 from mrd_ray.cli.console import console_of
-from mrd_ray.cli.flags import DONE, SOME_WITHOUT_SCORE
+from mrd_ray.cli.ending import DONE, SOME_WITHOUT_SCORE
 from mrd_ray.config import DemoConfig, PipelineConfig
 
 

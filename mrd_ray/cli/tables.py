@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mrd_ray.cli.console import console_of, say_where
-from mrd_ray.cli.flags import DONE, SOME_WITHOUT_SCORE
+from mrd_ray.cli.ending import DONE, SOME_WITHOUT_SCORE
 from mrd_ray.config import CompareConfig, PlanConfig, StatusConfig, TasksConfig
 from mrd_ray.errors import UserError
 

@@ -1,52 +1,52 @@
 """Every setting, in one frozen tree per command. The descriptions here are the ones `--help` prints."""
 
-from mrd_ray.config.base import ModelConfig, OutputConfig, RayConfig, RunConfig
+from mrd_ray.config.base import ModelSettings, OutputSettings, RaySettings, RunSettings
 from mrd_ray.config.commands import CompareConfig, DemoConfig, PlanConfig, ReportConfig, StatusConfig, TasksConfig
-from mrd_ray.config.data import DataConfig, RetainConfig
-from mrd_ray.config.evaluation import EvaluateConfig, EvaluatedSet, EvaluationConfig, MembershipConfig, Metric
+from mrd_ray.config.data import DataSettings, RetainSettings
+from mrd_ray.config.evaluation import EvaluateConfig, EvaluatedSet, EvaluationSettings, MembershipSettings, Metric
 from mrd_ray.config.pipeline import PipelineConfig
-from mrd_ray.config.scoring import Measure, ScoreConfig, ScoringConfig
+from mrd_ray.config.scoring import Measure, ScoreConfig, ScoringSettings
 from mrd_ray.config.unlearning import (
-    CheckpointsConfig,
-    DeepSpeedConfig,
-    LoraConfig,
-    StoppingConfig,
-    TrackingConfig,
+    CheckpointsSettings,
+    DeepSpeedSettings,
+    LoraSettings,
+    StoppingSettings,
+    TrackingSettings,
     UnlearnConfig,
-    UnlearningConfig,
+    UnlearningSettings,
     Weighting,
-    WorkersConfig,
+    WorkersSettings,
 )
 
 __all__ = [
-    "CheckpointsConfig",
+    "CheckpointsSettings",
     "CompareConfig",
-    "DataConfig",
-    "DeepSpeedConfig",
+    "DataSettings",
+    "DeepSpeedSettings",
     "DemoConfig",
     "EvaluateConfig",
     "EvaluatedSet",
-    "EvaluationConfig",
-    "LoraConfig",
+    "EvaluationSettings",
+    "LoraSettings",
     "Measure",
-    "MembershipConfig",
+    "MembershipSettings",
     "Metric",
-    "ModelConfig",
-    "OutputConfig",
+    "ModelSettings",
+    "OutputSettings",
     "PipelineConfig",
     "PlanConfig",
-    "RayConfig",
+    "RaySettings",
     "ReportConfig",
-    "RetainConfig",
-    "RunConfig",
+    "RetainSettings",
+    "RunSettings",
     "ScoreConfig",
-    "ScoringConfig",
+    "ScoringSettings",
     "StatusConfig",
-    "StoppingConfig",
+    "StoppingSettings",
     "TasksConfig",
-    "TrackingConfig",
+    "TrackingSettings",
     "UnlearnConfig",
-    "UnlearningConfig",
+    "UnlearningSettings",
     "Weighting",
-    "WorkersConfig",
+    "WorkersSettings",
 ]

@@ -16,9 +16,14 @@ from pydantic import (
     StringConstraints,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from mrd_ray.config.credentials import refuse_credentials
+from mrd_ray.config.renamed import section_with_new_names
+from mrd_ray.config.words import kind_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,15 @@ class SettingsOf:
     config: type[BaseModel]
 
 
+# json_schema_extra of the settings that most people need, which --help shows
+COMMON: dict[str, Any] = {"common": True}
+
+
+def is_common(field: FieldInfo) -> bool:
+    """Whether most people need this setting."""
+    return field.json_schema_extra == COMMON
+
+
 Name = Annotated[str, StringConstraints(min_length=1)]
 LocalPath = Annotated[str, NamesFile()]  # or a URI, or a hub id
 _OF_JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID"}  # of the command that a job runs, and of workers
@@ -46,10 +60,22 @@ class Frozen(BaseModel):
     # built when first used: --help is not to wait for what checks settings
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, about: ValidationInfo) -> Any:
+        """YAML reads `no` as false, which pydantic takes for 0."""
+        if isinstance(value, bool) and about.field_name is not None:
+            wanted = kind_of(cls.model_fields[about.field_name])
+            if wanted.startswith(("integer", "number")):
+                raise PydanticCustomError("not_a_number", "a number was expected")
+        return value
+
     @field_validator("*")
     @classmethod
     def _no_credentials(cls, value: Any, about: ValidationInfo) -> Any:
-        refuse_credentials(f"{cls.__name__.removesuffix('Config').lower()}.{about.field_name}", value)
+        refuse_credentials(
+            f"{cls.__name__.removesuffix('Settings').removesuffix('Config').lower()}.{about.field_name}", value
+        )
         return value
 
 
@@ -62,27 +88,30 @@ def refuse_no_pattern(setting: str, value: str) -> str:
     return value
 
 
-class ModelConfig(Frozen):
+class ModelSettings(Frozen):
     """The causal language model whose memory is measured."""
 
     path: Annotated[Name, NamesFile()] = Field(
-        description="Directory of a Hugging Face model, its URI (s3://...), or a hub id such as Qwen/Qwen3-0.6B."
+        description="Directory of a Hugging Face model, its URI (s3://...), or a hub id such as Qwen/Qwen3-0.6B.",
+        json_schema_extra=COMMON,
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the hub id model.path.")
     base: LocalPath | None = Field(
         None,
-        description="Directory, URI or hub id of the model that the adapter in model.path was trained on, in place of "
-        "what its adapter_config.json names. Needed where that is a folder outside the adapter's own.",
+        description="Directory, URI or hub id of the model that the adapter in model.path was trained on. It replaces "
+        "the one in adapter_config.json, and is needed if that is a folder outside the adapter's own.",
     )
     tokenizer: LocalPath | None = Field(
-        None, description="Directory of the tokenizer, or a hub id (its default branch); the model's own if unset."
+        None, description="Directory or hub id (default branch) of the tokenizer. Unset: the model's own."
     )
     dtype: Literal["float32", "float64", "bfloat16"] = Field(
         "float32",
-        description="Precision of weights and forward. bfloat16 is for the closed form: it rounds small sigmas away.",
+        description="Precision of the weights and the forward pass. Use bfloat16 only with the closed form: it rounds "
+        "small sigmas away.",
+        json_schema_extra=COMMON,
     )
     allow_pickle: bool = Field(
-        False, description="Read weights from pickles (pytorch_model*.bin) too, where there are no safetensors."
+        False, description="Also read weights from pickles (pytorch_model*.bin) if there are no safetensors."
     )
     allow_unused_weights: bool = Field(
         False,
@@ -94,29 +123,30 @@ class ModelConfig(Frozen):
     )
 
 
-class RunConfig(Frozen):
+class RunSettings(Frozen):
     """Where results go."""
 
     dir: Annotated[Name, NamesFile(created=True)] = Field(
-        description="Run directory: a local path or a URI (s3://..., gs://...). Starting again on it resumes. A new "
-        "one is readable by its owner alone."
+        description="Run directory: a local path or a URI (s3://..., gs://...). Starting again with the same directory "
+        "resumes the run. Only its owner can read a new one.",
+        json_schema_extra=COMMON,
     )
     storage_patience: NonNegativeFloat = Field(
         300.0,
-        description="Seconds for which what can pass (time-outs, refused connections, a store's own failures) is tried "
-        "again, before the run ends. Units go on meanwhile; their results wait in Ray's object store.",
+        description="Seconds to retry storage errors that can pass (time-outs, refused connections, server errors) "
+        "before the run ends. Work continues meanwhile; results wait in Ray's object store.",
     )
 
 
-class OutputConfig(Frozen):
-    """What is shown of a run. Ids, scores and paths always are; files of the run directory hold what they need."""
+class OutputSettings(Frozen):
+    """What a run shows. Ids, scores and paths are always shown; the run directory's files are not affected."""
 
     include_text: bool | None = Field(
         None,
-        description="Whether texts of samples, prompts, answers, and errors that quote them are printed, drawn in "
-        "summary.png and shown in reports. Unset: not in a Ray job, whose log others can read, nor with output.quiet.",
+        description="Whether to show texts (samples, prompts, answers, errors that quote them) on the terminal, in "
+        "summary.png and in reports. Unset: yes, except in a Ray job, whose log others can read, and with quiet.",
     )
-    quiet: bool = Field(False, description="Print only where the results are, and errors.")
+    quiet: bool = Field(False, description="Print only errors and the paths of results.")
 
     @property
     def texts(self) -> bool:
@@ -126,43 +156,60 @@ class OutputConfig(Frozen):
         return self.include_text
 
 
-class Patience(Frozen):
+class Processes(Frozen):
+    """What a cluster gives to each actor, worker or task, and how long it is waited for."""
+
+    cpus_per_process: PositiveFloat = Field(
+        1.0,
+        description="CPUs of each actor, worker or task; also its number of threads (at least one).",
+        json_schema_extra=COMMON,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _new_names(cls, given: Any) -> Any:
+        return section_with_new_names("ray", given) if isinstance(given, dict) else given
+
+
+class Patience(Processes):
     """How long a cluster is waited for."""
 
-    start_timeout: PositiveFloat = Field(1800.0, description="Seconds to wait for nodes with room, where none has yet.")
+    start_timeout: PositiveFloat = Field(1800.0, description="Seconds to wait for a node with room if none has any.")
     stall_after: PositiveFloat = Field(
-        900.0, description="Seconds at one unit, or without any actor, after which a warning names unit and node."
+        900.0, description="Seconds on one unit, or without any actor, before a warning names the unit and the node."
     )
 
 
-class RayConfig(Patience):
-    """The actor pool. Each actor holds a replica of the model; for Monte Carlo scores, its weights twice.
+class RaySettings(Patience):
+    """The actors. Each holds a replica of the model; for Monte Carlo scores it holds the weights twice.
 
-    On CPUs the unperturbed copy is the file, mapped into memory, once for all actors of a node, if it holds
-    model.dtype already.
+    On CPUs the unperturbed copy is the file itself, mapped into memory once per node, if its dtype is model.dtype.
     """
 
     actors: PositiveInt | None = Field(
         None,
-        description="How many; unset, as many as the cluster has room for. On a cluster that was there before, those "
-        "without room start when nodes join.",
+        description="Number of actors. Unset: as many as fit. On an existing cluster, actors that do not fit yet start "
+        "when nodes join.",
+        json_schema_extra=COMMON,
     )
-    cpus_per_actor: PositiveFloat = Field(1.0, description="CPUs per actor; also its number of threads (at least one).")
     gpus_per_actor: NonNegativeFloat | None = Field(
         None,
-        description="GPUs per actor; unset, one if the cluster has any, else none. Over several the model is spread, "
-        "some layers on each, for models that one does not hold.",
+        description="GPUs per actor. Unset: one if the cluster has any, else none. With several, the model's layers "
+        "are spread over them, for models that do not fit on one.",
+        json_schema_extra=COMMON,
     )
 
     max_bad_nodes: NonNegativeInt | None = Field(
         None,
-        description="Nodes on which the model cannot be loaded are set aside, and their units go elsewhere. With more "
-        "of them than this the run ends; unset, once no node is left.",
+        description="A node that cannot load the model is set aside, and its work goes elsewhere. The run ends if "
+        "there are more such nodes than this. Unset: when no node is left.",
     )
 
     @field_validator("gpus_per_actor")
     @classmethod
     def _whole_gpus(cls, gpus: float | None) -> float | None:
         if gpus is not None and gpus > 1 and gpus != int(gpus):
-            raise ValueError("ray.gpus_per_actor: one GPU can be shared, several are whole: up to 1, or 2, 3, ...")
+            raise ValueError(
+                "ray.gpus_per_actor: expected at most 1 (actors can share one GPU), or a whole number of GPUs"
+            )
         return gpus

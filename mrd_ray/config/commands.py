@@ -4,29 +4,31 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from mrd_ray.config.base import Frozen, ModelConfig, Name, NamesFile, OutputConfig, RayConfig, RunConfig
-from mrd_ray.config.data import DataConfig
-from mrd_ray.config.scoring import ScoringConfig
+from mrd_ray.config.base import Frozen, ModelSettings, Name, NamesFile, OutputSettings, RaySettings, RunSettings
+from mrd_ray.config.data import DataSettings
+from mrd_ray.config.scoring import ScoringSettings
 
 
 class CompareConfig(Frozen):
     """Say how far two runs agree on the same samples, whatever their estimator, sigma, K, precision or model."""
 
-    run_a: str = Field(description="A run directory, or a scores.parquet.")
-    run_b: str = Field(description="Another.")
-    out: str = Field("compare.png", description="Where the scatter plot goes.")
-    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
+    run_a: str = Field(description="The first run directory or scores.parquet.")
+    run_b: str = Field(description="The second run directory or scores.parquet.")
+    out: str = Field("compare.png", description="File of the scatter plot.")
+    output: OutputSettings = Field(OutputSettings(), description=str(OutputSettings.__doc__))
 
 
 class PlanConfig(Frozen):
     """Say what scoring would cost: from the architecture and the tokens alone, or after trying it for a moment."""
 
-    model: ModelConfig
-    data: DataConfig
-    run: RunConfig | None = Field(None, description="Not used; so that a configuration of `score` can be planned.")
-    scoring: ScoringConfig = Field(ScoringConfig(), description=str(ScoringConfig.__doc__))
-    ray: RayConfig = Field(RayConfig(actors=1), description="The cluster's shape.")
-    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
+    model: ModelSettings
+    data: DataSettings
+    run: RunSettings | None = Field(
+        None, description="Ignored. It is here so that `plan` accepts the settings of `score`."
+    )
+    scoring: ScoringSettings = Field(ScoringSettings(), description=str(ScoringSettings.__doc__))
+    ray: RaySettings = Field(RaySettings(actors=1), description="The cluster's shape.")
+    output: OutputSettings = Field(OutputSettings(), description=str(OutputSettings.__doc__))
     tflops: PositiveFloat | None = Field(
         None,
         description="Sustained float32 TFLOP/s of one actor. Unset: measured on this machine's CPU for CPU actors; "
@@ -34,20 +36,21 @@ class PlanConfig(Frozen):
     )
     probe: bool = Field(
         False,
-        description="Start Ray and ray.actors actors with the model, and time them on some of the samples for about "
-        "ten seconds, instead of going by FLOPs.",
+        description="Start Ray and ray.actors actors, and time them on some of the samples for about ten seconds, "
+        "instead of estimating from FLOPs.",
     )
     deadline: PositiveFloat | None = Field(
-        None, description="Hours that the run may take: name the estimator, micro-batch and actors that cost least."
+        None,
+        description="Most hours that the run may take. Names the cheapest estimator, micro-batch and number of actors.",
     )
     budget: PositiveFloat | None = Field(
-        None, description="Device-hours that all actors may take together: name the fastest way within them."
+        None, description="Most device-hours of all actors together. Names the fastest way within them."
     )
     straggling: NonNegativeFloat = Field(
-        0.1, le=2, description="Of simulated actors: standard deviation of the logarithm of their slowness."
+        0.1, le=2, description="Standard deviation of the logarithm of the simulated actors' slowness."
     )
     losses_per_hour: NonNegativeFloat = Field(
-        0.0, le=20, description="Of simulated actors: how often an hour each is lost, to preemption say, and replaced."
+        0.0, le=20, description="How often per hour a simulated actor is lost, for example to preemption, and replaced."
     )
 
     @model_validator(mode="after")
@@ -62,49 +65,52 @@ class ReportConfig(Frozen):
 
     runs: tuple[Name, ...] = Field(
         min_length=1,
-        description="Run directories of score, unlearn and evaluate, in the order in which they are to be compared; an "
-        "evaluation from before unlearning comes first.",
+        description="Run directories of score, unlearn and evaluate, in the order of comparison: an evaluation before "
+        "unlearning comes first.",
     )
-    out: str | None = Field(None, description="Where the page goes; unset, report.html in the first run directory.")
-    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
+    out: str | None = Field(None, description="File of the page. Unset: report.html in the first run directory.")
+    output: OutputSettings = Field(OutputSettings(), description=str(OutputSettings.__doc__))
 
 
 class StatusConfig(Frozen):
     """Say how far a run is, from its run directory alone: from any machine that can read it."""
 
     run: Name = Field(description="Run directory of score, unlearn, evaluate or pipeline.")
-    as_json: bool = Field(False, description="Print a JSON list instead, an object for each stage.")
+    as_json: bool = Field(False, description="Print a JSON list, with one object per stage.")
 
 
 class TasksConfig(Frozen):
     """List the tasks, and say of each of their sets whether it can be read from here."""
 
-    tasks: tuple[str, ...] = Field((), description="Names, or YAML files of your own; unset, all that come along.")
+    tasks: tuple[str, ...] = Field(
+        (), description="Names of tasks, or your own YAML files. Unset: all tasks of mrd_ray."
+    )
     task_data: dict[str, str] = Field(
-        {}, description="Local copies of hub datasets: '{locuslab/TOFU: FOLDER}'; those that a task does not read are "
-        "left out."
+        {}, description="Local copies of hub datasets: '{locuslab/TOFU: FOLDER}'; datasets that a "
+        "task does not read are ignored."
     )  # fmt: skip
 
 
 class DemoConfig(Frozen):
     """Score a bundled set of invented authors on a small real model that has memorised it, and unlearn it."""
 
-    model: str | None = Field(None, description="Your own model (directory or hub id); else SmolLM2-135M-Instruct.")
-    data: str | None = Field(None, description="Your own forget set; else 40 questions about invented authors.")
+    model: str | None = Field(None, description="Your own model (directory or hub id). Unset: SmolLM2-135M-Instruct.")
+    data: str | None = Field(None, description="Your own forget set. Unset: 40 questions about invented authors.")
     dir: Annotated[str, NamesFile(created=True)] | None = Field(
-        None, description="Run directory of the scores; unset, a folder under runs/."
+        None, description="Run directory of the scores. Unset: a folder under runs/."
     )
     cache: str = Field("~/.cache/mrd_ray", description="Folder that keeps the demo's model between runs.")
     estimator: Literal["closed_form", "monte_carlo"] = Field(
         "closed_form",
-        description="Exact scores in a minute, or Algorithm 1 with num_draws draws.",
+        description="closed_form: exact scores in a minute. monte_carlo: Algorithm 1 with num_draws draws.",
     )
     unlearn: bool = Field(
         True,
-        description="Go on to unlearn, on two workers; only of the bundled model and set, for want of a retain set.",
+        description="Also unlearn, with two workers. Only with the bundled model and set, which have a retain set.",
     )
     num_draws: PositiveInt = Field(
-        24, description="K of monte_carlo; few, since the demo is for two CPU cores: a standard error of some 17%."
+        24,
+        description="K of monte_carlo. Few draws, because the demo is for two CPU cores: standard errors of about 17%.",
     )
-    ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
-    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
+    ray: RaySettings = Field(RaySettings(), description=str(RaySettings.__doc__))
+    output: OutputSettings = Field(OutputSettings(), description=str(OutputSettings.__doc__))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from mrd_ray.config import template as templates
-from mrd_ray.config.base import Frozen, Name, NamesFile
+from mrd_ray.config.base import COMMON, Frozen, Name, NamesFile
 
 _Path = Annotated[Name, NamesFile()]
 Paths = _Path | Annotated[tuple[_Path, ...], Field(min_length=1)]
@@ -18,78 +18,96 @@ def is_plain_text(path: Paths) -> bool:
     return all(_PLAIN_TEXT.search(one) for one in ([path] if isinstance(path, str) else path))
 
 
-class DataConfig(Frozen):
-    """The forget set, and what of each sample is scored. docs/your-data.md has an example of every format."""
+class DataSettings(Frozen):
+    """The forget set, and which part of each sample is scored. docs/your-data.md shows every format."""
 
     path: Paths = Field(
         description="A file, a folder, a pattern such as 'part-*.jsonl', or a list of these (local or fsspec URIs), or "
         "the id of a Hugging Face dataset. Files: .jsonl, .json, .ndjson, .csv, .tsv, .txt, .parquet or .arrow, "
-        "also compressed (.gz, .zst, .bz2, .xz)."
+        "also compressed (.gz, .zst, .bz2, .xz).",
+        json_schema_extra=COMMON,
     )
-    name: str | None = Field(None, description="Configuration of a hub dataset, e.g. forget10 of locuslab/TOFU.")
+    name: str | None = Field(None, description="Configuration of a hub dataset, for example forget10 of locuslab/TOFU.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
     split: str = Field(
         "train",
         description="Split of a hub dataset, a folder or a JSON object of lists; also a slice: 'train[:50%]'.",
     )
     encoding: str | None = Field(
-        None, description="Encoding of text files, e.g. cp1252. Unset: UTF-8 or UTF-16, in CSV also cp1252, by content."
+        None,
+        description="Encoding of text files, for example cp1252. Unset: detected among UTF-8 and UTF-16 (in CSV also "
+        "cp1252).",
     )
     separator: str | None = Field(
-        None, min_length=1, max_length=1, description="Separator of .csv and .tsv files. Unset: found in the file."
+        None, min_length=1, max_length=1, description="Separator of .csv and .tsv files. Unset: detected."
     )
     quotes: bool = Field(True, description="Whether double quotes may enclose fields of .csv and .tsv files.")
-    text: str | None = Field(None, description="Column that holds whole texts.")
+    text: str | None = Field(None, description="Column with whole texts.", json_schema_extra=COMMON)
     prompt: str | None = Field(
         None,
-        description="Column that holds prompts, or a template of columns as in data.template; goes with data.response.",
+        description="Column with the prompts, or a template of columns as in data.template. Needs data.response.",
+        json_schema_extra=COMMON,
     )
-    response: str | None = Field(None, description="Column that holds responses; answers.text for nested ones.")
+    response: str | None = Field(
+        None,
+        description="Column with the responses. Nested columns are written with dots: answers.text.",
+        json_schema_extra=COMMON,
+    )
     messages: str | None = Field(
         None,
-        description="Column that holds conversations: lists of {role, content} or {from, value}. They are rendered by "
-        "the tokenizer's chat template.",
+        description="Column with conversations: lists of {role, content} or {from, value}. The tokenizer's chat "
+        "template renders them.",
+        json_schema_extra=COMMON,
     )
     id: str | None = Field(
         "auto",
-        description="Column with a unique id per sample. auto: sample_id or id where there is one, else as null. null: "
-        "a digest of the columns that make the sample.",
+        description="Column with a unique id per sample. auto: the column sample_id or id if there is one, else as "
+        "null. null: a digest of the columns that make the sample.",
     )
     id_with_row: bool = Field(False, description="Make repeated ids unique by their row: doc-7#3.")
     template: str = Field(
         "Question: {prompt}\nAnswer: {response}",
-        description="How a sample is put together: a format string with {response}, {prompt} or any column in braces; "
-        "the same in Jinja ('{{ instruction }}{% if input %} ...'); 'alpaca'; or 'chat' for the tokenizer's chat "
-        "template (where that asks for today's date, it is 26 Jul 2024, always). \\n is a line break.",
+        description="How to build a sample: a format string with {prompt}, {response} or any column in braces; the "
+        "same in Jinja ('{{ instruction }}{% if input %} ...'); 'alpaca'; or 'chat' for the tokenizer's chat template "
+        "(if that asks for today's date, it always gets 26 Jul 2024). \\n is a line break.",
     )
     score_on: Literal["all", "response"] = Field(
         "all",
-        description="Which tokens count: every one after the first, or the response only (of a conversation, every "
-        "assistant turn).",
+        description="Which tokens count: all after the first, or only the response (in conversations, every assistant "
+        "turn).",
+        json_schema_extra=COMMON,
     )
-    numbers_as_text: bool = Field(False, description="Take numbers in prompts and responses as their digits: 1987.")
+    numbers_as_text: bool = Field(
+        False, description="Read numbers in prompts and responses as text, by their digits: 1987."
+    )
     response_index: NonNegativeInt | None = Field(
-        None, description="Where a response is a list: which of it to take, from 0."
+        None, description="If a response is a list: the index of the entry to take, from 0."
     )
-    response_join: str | None = Field(None, description="Where a response is a list: take all of it, joined by this.")
+    response_join: str | None = Field(
+        None, description="If a response is a list: take all entries, joined by this text."
+    )
     list_separator: str | None = Field(
-        None, min_length=1, description="Where a list is expected and a text is found: what to split it at, e.g. '; '."
+        None,
+        min_length=1,
+        description="If a list is expected and the value is a text: where to split it, for example at '; '.",
     )
     max_tokens: PositiveInt | None = Field(
-        None, description="Longest sample in tokens; unset, the model's context length."
+        None, description="Longest sample, in tokens. Unset: the model's context length."
     )
     truncate: bool = Field(
-        False, description="Cut longer samples to data.max_tokens. Otherwise they are reported as errors."
+        False, description="Cut longer samples to data.max_tokens. If false, they get an error instead of a score."
     )
     window_tokens: int = Field(256, ge=2, description="A .txt file is cut into samples of this many tokens.")
     where: dict[str, bool | int | str] = Field(
         {}, description="Use only rows whose columns have these values: '{safe: false}'."
     )
     max_samples: PositiveInt | None = Field(
-        None, description="Use only the first so many rows, or as many drawn at random with data.sample_seed."
+        None,
+        description="Use only this many rows: the first ones, or with data.sample_seed a random draw.",
+        json_schema_extra=COMMON,
     )
     sample_seed: NonNegativeInt | None = Field(
-        None, lt=2**63, description="Draw data.max_samples rows at random, by this seed, instead of the first ones."
+        None, lt=2**63, description="Seed for a random draw of data.max_samples rows. Unset: the first rows."
     )
 
     @field_validator("template")
@@ -125,7 +143,7 @@ class DataConfig(Frozen):
         return encoding
 
     @model_validator(mode="after")
-    def _columns_agree(self) -> "DataConfig":
+    def _columns_agree(self) -> "DataSettings":
         kinds = {"data.text": self.text, "data.prompt": self.prompt, "data.messages": self.messages}
         if len(given := [name for name, column in kinds.items() if column is not None]) > 1:
             raise ValueError(f"{' and '.join(given)}: set only one of them")
@@ -151,23 +169,27 @@ def _refuse_seed_without_number(section: str, seed: int | None, number: int | No
         raise ValueError(f"{section}.sample_seed draws {section}.max_samples rows; set that too")
 
 
-class RetainConfig(Frozen):
-    """The samples whose knowledge is to stay. Read as `data` says (columns, template, limits), but for `where`."""
+class RetainSettings(Frozen):
+    """The samples that the model is to keep. They are read with the columns, template and limits of `data`."""
 
-    path: Paths | None = Field(None, description="Files or a hub dataset, as data.path. Unset: none.")
-    name: str | None = Field(None, description="Configuration of a hub dataset, e.g. retain90 of locuslab/TOFU.")
+    path: Paths | None = Field(
+        None, description="Files or a hub dataset, as in data.path. Unset: no retain set.", json_schema_extra=COMMON
+    )
+    name: str | None = Field(None, description="Configuration of a hub dataset, for example retain90 of locuslab/TOFU.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
-    split: str = Field("train", description="Split, as data.split.")
-    text: str | None = Field(None, description="Column of whole texts, where data has prompts and responses.")
-    messages: str | None = Field(None, description="Column of conversations, where data has none.")
+    split: str = Field("train", description="Split, as in data.split.")
+    text: str | None = Field(None, description="Column with whole texts, if data has prompts and responses.")
+    messages: str | None = Field(None, description="Column with conversations, if data has none.")
     max_samples: PositiveInt | None = Field(
-        None, description="Use only the first so many rows, or as many drawn at random with retain.sample_seed."
+        None,
+        description="Use only this many rows: the first ones, or with retain.sample_seed a random draw.",
+        json_schema_extra=COMMON,
     )
     sample_seed: NonNegativeInt | None = Field(
-        None, lt=2**63, description="Draw retain.max_samples rows at random, by this seed."
+        None, lt=2**63, description="Seed for a random draw of retain.max_samples rows. Unset: the first rows."
     )
 
     @model_validator(mode="after")
-    def _seed_has_a_number(self) -> "RetainConfig":
+    def _seed_has_a_number(self) -> "RetainSettings":
         _refuse_seed_without_number("retain", self.sample_seed, self.max_samples)
         return self

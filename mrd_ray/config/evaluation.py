@@ -12,8 +12,8 @@ from pydantic import (
     model_validator,
 )
 
-from mrd_ray.config.base import Frozen, LocalPath, ModelConfig, OutputConfig, RayConfig, RunConfig
-from mrd_ray.config.data import DataConfig, is_plain_text
+from mrd_ray.config.base import COMMON, Frozen, LocalPath, ModelSettings, OutputSettings, RaySettings, RunSettings
+from mrd_ray.config.data import DataSettings, is_plain_text
 
 Metric = Literal[
     "probability",
@@ -40,34 +40,36 @@ def _refuse_repeats(setting: str, values: Sequence[str]) -> None:
             raise ValueError(f"{setting}: {value} stands more than once; name it once")
 
 
-class EvaluatedSet(DataConfig):
+class EvaluatedSet(DataSettings):
     """A set that the model is asked about, and what is measured on it."""
 
     score_on: Literal["all", "response"] = Field(
-        "response", description="Which tokens count: the response alone, or all; all of a text, always."
+        "response", description="Which tokens count: only the response, or all. Of a text, all always count."
     )
     metrics: tuple[Metric, ...] = Field(
         min_length=1, description="What is measured; docs/reference/metrics.md defines each."
     )
     paraphrase: str | None = Field(
-        None, description="Column with the true answer in other words; unset, the response stands for it."
+        None, description="Column with the true answer in other words. Unset: the response is used."
     )
     wrong: str | None = Field(
-        None, description="Column with a list of wrong answers, or a text cut at `list_separator`."
+        None, description="Column with a list of wrong answers, or with a text that list_separator splits."
     )
     choices: str | tuple[str, ...] | None = Field(
         None,
         description="multiple_choice: column with a list of choices, with {text, label} as ARC has it, or with choices "
-        "by their labels; or a list of columns, one for each choice. The response is the right one's index, letter, "
-        "label or text, or a list with 1 for it and 0 for the others.",
+        "by their labels; or a list of columns, one per choice. The response is the right choice's index, "
+        "letter, label or text, or a list with 1 for it and 0 for the others.",
     )
     answers_count_from: Literal["auto", 0, 1] | None = Field(
         "auto",
-        description="multiple_choice: what a number in the response is: an index from 0 (1 is the second choice) or "
-        "from 1 (1 is the first). auto: found in the set's answers; where they leave it open, from 0, and a line says "
-        "so. null: no index, but the label or text of a choice.",
+        description="multiple_choice: whether a number in the response is an index from 0 (1 is the second choice) or "
+        "from 1 (1 is the first). auto: detected from the set's answers; if they leave it open, from 0, and a message "
+        "says so. null: it is not an index, but the label or text of a choice.",
     )
-    subject: str | None = Field(None, description="multiple_choice: column with a subject, accuracy is given by each.")
+    subject: str | None = Field(
+        None, description="multiple_choice: column with the subject. Accuracy is also reported per subject."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -96,55 +98,62 @@ class EvaluatedSet(DataConfig):
         return self
 
 
-class MembershipConfig(Frozen):
+class MembershipSettings(Frozen):
     """Which sets min_k tells apart. Both need it among their metrics."""
 
-    members: str = Field(description="The set that the model is thought to have been trained on.")
+    members: str = Field(description="The set that the model was probably trained on.")
     non_members: str = Field(description="A set of the same kind that it has not seen.")
 
 
-class EvaluationConfig(Frozen):
-    """The sets, and what goes for all of them."""
+class EvaluationSettings(Frozen):
+    """The evaluated sets, and settings for all of them."""
 
-    sets: dict[str, EvaluatedSet] = Field({}, description="Evaluated sets by name.")
+    sets: dict[str, EvaluatedSet] = Field({}, description="Evaluated sets by name.", json_schema_extra=COMMON)
     forget: str | None = Field(
-        None, description="The set that was to be forgotten; a warning says how many of its rows are in other sets."
+        None,
+        description="The set to be forgotten. A warning says how many of its rows are also in other sets.",
     )
     reference: LocalPath | None = Field(
         None,
-        description="Run directory of the same evaluation of a model that never saw the forget set; with it "
-        "comes TOFU's forget quality.",
+        description="Run directory of the same evaluation of a model that never saw the forget set. TOFU's forget "
+        "quality compares with it.",
     )
-    utility: tuple[str, ...] = Field((), description="Sets whose metrics make TOFU's model utility.")
-    membership: MembershipConfig | None = Field(None, description="Sets whose min_k gives a membership AUC.")
+    utility: tuple[str, ...] = Field((), description="Sets whose metrics are combined into TOFU's model utility.")
+    membership: MembershipSettings | None = Field(None, description="Sets whose min_k gives a membership AUC.")
     min_k_percent: tuple[PositiveFloat, ...] = Field(
         (5, 10, 20, 30, 40, 50, 60), description="k of min_k, each in (0, 100]."
     )
-    max_new_tokens: PositiveInt = Field(128, description="Longest generated answer, in tokens.")
+    max_new_tokens: PositiveInt = Field(
+        128, description="Longest generated answer, in tokens.", json_schema_extra=COMMON
+    )
     stop: str | None = Field(
         None,
         min_length=1,
-        description="A generated answer ends where this text first occurs in it; \\n in it is a line's end, \\t a tab. "
-        "It ends at the model's EOS anyway.",
+        description="A generated answer ends where this text first appears, or at the model's EOS. In it, \\n is a "
+        "line break and \\t a tab.",
     )
     embedding_model: LocalPath | None = Field(
         None, description="embedding_accuracy: a sentence-transformers directory or hub id."
     )
     toxicity_model: LocalPath | None = Field(
-        None, description="toxicity: a text-classification directory or hub id, unitary/toxic-bert for instance."
+        None, description="toxicity: a text-classification directory or hub id, for example unitary/toxic-bert."
     )
-    toxicity_label: str = Field("toxic", description="toxicity: the label whose probability it is.")
+    toxicity_label: str = Field("toxic", description="toxicity: the label whose probability is reported.")
     extraction_n: PositiveInt = Field(10, description="n of the extraction likelihood EL_n.")
-    extraction_stride: PositiveInt = Field(1, description="EL_n starts from every so many-th prefix of a sample.")
-    perplexity_window: int = Field(1024, ge=2, description="perplexity: tokens of a window, at most the context.")
+    extraction_stride: PositiveInt = Field(1, description="Use every N-th prefix of a sample for EL_n.")
+    perplexity_window: int = Field(
+        1024, ge=2, description="perplexity: tokens per window, at most the model's context length."
+    )
     perplexity_stride: PositiveInt = Field(512, description="perplexity: tokens from one window to the next.")
     zero_shot: tuple[str, ...] = Field(
-        (), description="Tasks of the LM Evaluation Harness, without examples in the prompt: hellaswag, for instance."
+        (),
+        description="Tasks of the LM Evaluation Harness, without examples in the prompt, for example hellaswag.",
+        json_schema_extra=COMMON,
     )
-    zero_shot_tasks: LocalPath | None = Field(None, description="Folder with YAML files of more such tasks.")
-    zero_shot_limit: PositiveInt | None = Field(None, description="Only so many rows of each zero-shot task.")
+    zero_shot_tasks: LocalPath | None = Field(None, description="Folder with YAML files of more zero-shot tasks.")
+    zero_shot_limit: PositiveInt | None = Field(None, description="Use only this many rows of each zero-shot task.")
     micro_batch_tokens: PositiveInt = Field(512, description="Tokens per forward, padding included.")
-    generation_batch: PositiveInt = Field(16, description="Answers that are generated together.")
+    generation_batch: PositiveInt = Field(16, description="Number of answers generated together.")
 
     @field_validator("sets")
     @classmethod
@@ -160,7 +169,7 @@ class EvaluationConfig(Frozen):
         return None if stop is None else stop.replace("\\n", "\n").replace("\\t", "\t")
 
     @model_validator(mode="after")
-    def _groups_agree(self) -> "EvaluationConfig":
+    def _groups_agree(self) -> "EvaluationSettings":
         def require(setting: str, name: str, metrics: set[str]) -> None:
             if name not in self.sets:
                 raise ValueError(f"evaluation.{setting}: no set {name!r}; there are {', '.join(self.sets)}")
@@ -199,11 +208,11 @@ class EvaluationConfig(Frozen):
 class EvaluateConfig(Frozen):
     """Measure what a model still knows, of what it was to forget and of the rest."""
 
-    model: ModelConfig
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description=str(EvaluationConfig.__doc__))
-    run: RunConfig
-    ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
-    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
+    model: ModelSettings
+    evaluation: EvaluationSettings = Field(EvaluationSettings(), description=str(EvaluationSettings.__doc__))
+    run: RunSettings
+    ray: RaySettings = Field(RaySettings(), description=str(RaySettings.__doc__))
+    output: OutputSettings = Field(OutputSettings(), description=str(OutputSettings.__doc__))
 
     @model_validator(mode="after")
     def _something_is_measured(self) -> "EvaluateConfig":

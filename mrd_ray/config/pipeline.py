@@ -4,16 +4,16 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from mrd_ray.config.base import RayConfig, RunConfig
+from mrd_ray.config.base import RaySettings, RunSettings
 from mrd_ray.config.commands import ReportConfig
 from mrd_ray.config.evaluation import EvaluateConfig
 from mrd_ray.config.scoring import ScoreConfig
-from mrd_ray.config.unlearning import UnlearnConfig, WorkersConfig
+from mrd_ray.config.unlearning import UnlearnConfig, WorkersSettings
 
 FOLDERS = ("score", "unlearn", "evaluate-before", "evaluate-after")
 
 
-class StagesRayConfig(RayConfig, WorkersConfig):
+class StagesRaySettings(RaySettings, WorkersSettings):
     """The actors that score and evaluate, and the workers that unlearn."""
 
 
@@ -24,7 +24,7 @@ class PipelineConfig(UnlearnConfig):
     stage that was interrupted; a finished stage is not done again.
     """
 
-    ray: StagesRayConfig = Field(StagesRayConfig(), description=str(StagesRayConfig.__doc__))
+    ray: StagesRaySettings = Field(StagesRaySettings(), description=str(StagesRaySettings.__doc__))
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Stages:
     def of(cls, config: PipelineConfig) -> "Stages":
         """Each stage in a folder of run.dir."""
 
-        def folder(name: str) -> RunConfig:
-            return RunConfig(dir=f"{config.run.dir.rstrip('/')}/{name}")
+        def folder(name: str) -> RunSettings:
+            return RunSettings(dir=f"{config.run.dir.rstrip('/')}/{name}")
 
-        actors = RayConfig(**{name: getattr(config.ray, name) for name in RayConfig.model_fields})
+        actors = RaySettings(**{name: getattr(config.ray, name) for name in RaySettings.model_fields})
         score = ScoreConfig(
             model=config.model,
             data=config.data,

@@ -11,87 +11,106 @@ from pydantic import (
     model_validator,
 )
 
-from mrd_ray.config.base import Frozen, ModelConfig, Name, OutputConfig, RayConfig, RunConfig, refuse_no_pattern
-from mrd_ray.config.data import DataConfig
+from mrd_ray.config.base import (
+    COMMON,
+    Frozen,
+    ModelSettings,
+    Name,
+    OutputSettings,
+    RaySettings,
+    RunSettings,
+    refuse_no_pattern,
+)
+from mrd_ray.config.data import DataSettings
 
 Measure = Literal["mean_log_prob", "entropy", "memorization_accuracy", "log_prob_gradient_norm"]
 
 
-class ScoringConfig(Frozen):
+class ScoringSettings(Frozen):
     """Memory Removal Difficulty (arXiv 2504.06658), and how to estimate it."""
 
     estimator: Literal["monte_carlo", "closed_form"] = Field(
         "monte_carlo",
-        description="Algorithm 1 as it stands, or its small-sigma limit from exact per-sample gradient norms: "
-        "one forward and one backward instead of K + 1 forwards, and no sampling error.",
+        description="monte_carlo is Algorithm 1. closed_form is its limit for small sigma, from exact per-sample "
+        "gradient norms: one forward and one backward instead of K + 1 forwards, and no sampling error.",
+        json_schema_extra=COMMON,
     )
     parameters: Name = Field(
         "all",
-        description="Which parameters count as theta: all, lora (the factors of a LoRA adapter), "
-        "or a regular expression found in their names, such as 'layers[.](20|21)[.]'.",
+        description="The parameters theta that get noise: all, lora (the factors of a LoRA adapter), or those whose "
+        "name matches a regular expression, for example 'layers[.](20|21)[.]'.",
     )
-    sigma: PositiveFloat = Field(1e-5, description="Standard deviation of the parameter noise.")
+    sigma: PositiveFloat = Field(
+        1e-5, description="Standard deviation of the parameter noise.", json_schema_extra=COMMON
+    )
     statistic: Literal["mean_abs", "abs_mean"] = Field(
-        "mean_abs", description="Which one is `mrd`: E|Delta| (Algorithm 1) or |E Delta| (Definition 3.1)."
+        "mean_abs",
+        description="What `mrd` is: E|Delta| (mean_abs, Algorithm 1) or |E Delta| (abs_mean, Definition 3.1).",
     )
-    seed: NonNegativeInt = Field(0, lt=2**32, description="Seed of the noise.")
+    seed: NonNegativeInt = Field(0, lt=2**32, description="Seed of the noise.", json_schema_extra=COMMON)
     micro_batch_tokens: PositiveInt = Field(
         512,
-        description="Tokens per forward at most, padding included: 512 suit a CPU, 16384 a GPU. "
-        "Part of the run's identity: shapes decide rounding.",
+        description="Most tokens per forward, padding included: 512 suits a CPU, 16384 a GPU. A run cannot resume with "
+        "another value, because shapes affect rounding.",
+        json_schema_extra=COMMON,
     )
     num_draws: PositiveInt = Field(
-        200, lt=2**32, description="monte_carlo: K, how many perturbations. A later run can add some."
+        200,
+        lt=2**32,
+        description="monte_carlo: K, the number of perturbations. A later run can add more.",
+        json_schema_extra=COMMON,
     )
     antithetic: bool = Field(
         False,
-        description="monte_carlo: each draw evaluates theta + delta and theta - delta. Their half sum resolves the "
-        "second-order E Delta, which plain draws cannot at small sigma.",
+        description="monte_carlo: evaluate theta + delta and theta - delta in each draw. Their mean resolves E Delta, "
+        "which is of second order; plain draws cannot at small sigma.",
     )
     control_variate: bool | None = Field(
         None,
-        description="monte_carlo: take from each draw what the gradient foretells of it, whose mean is known. A draw "
-        "is then a pair, theta + delta and theta - delta, and costs some five forwards; at sigma 1e-5 four are worth "
-        "many thousands of plain ones. Unset: with target_relative_se, where the model and its placement allow it.",
+        description="monte_carlo: subtract from each draw its first-order part, whose mean is known exactly. A draw is "
+        "then a pair, theta + delta and theta - delta, and costs about five forwards; at sigma 1e-5 four of them are "
+        "worth many thousands of plain draws. Unset: used with target_relative_se if the model allows it.",
     )
     target_relative_se: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="monte_carlo: after num_draws, add draws to the samples whose standard error is over this share "
-        "of their score, twice as many in all each time, until none is or max_draws is reached.",
+        description="monte_carlo: after num_draws, keep doubling the draws of every sample whose standard error is "
+        "more than this share of its score, up to max_draws.",
+        json_schema_extra=COMMON,
     )
-    max_draws: PositiveInt = Field(3200, lt=2**32, description="monte_carlo: the most that target_relative_se may use.")
+    max_draws: PositiveInt = Field(
+        3200, lt=2**32, description="monte_carlo: the most draws per sample with target_relative_se."
+    )
     allow_low_precision: bool = Field(
         False,
-        description="monte_carlo: score even where model.dtype rounds sigma away; every row says so.",
+        description="monte_carlo: score even if model.dtype rounds sigma away. Every row then says so.",
     )
     curvature_probes: NonNegativeInt = Field(
         0,
-        description="closed_form: Hutchinson probes of the Hessian's trace (Theorem 3.2), each some nine forwards. "
-        "They give abs_mean, nonlinearity, and the correction that large sigmas need.",
+        description="closed_form: number of Hutchinson probes of the Hessian's trace (Theorem 3.2). Each costs about "
+        "nine forwards. They give abs_mean, nonlinearity, and the correction for larger sigmas.",
     )
     verify_draws: NonNegativeInt = Field(
         2,
         le=64,
-        description="closed_form: draws that a few samples are held against before any is scored, and every sample of "
-        "a model that chooses experts, or where those few differ. Scores that differ are marked (doubt). 0: no check.",
+        description="closed_form: number of draws to check scores with. A few samples are checked before the run; all "
+        "are if those differ, or if the model chooses experts. Scores that differ are marked (doubt). 0: no check.",
     )
     allow_slow_parameters: bool = Field(
         False,
-        description="closed_form: parameters that no rule covers, or one that does not hold in this model, are "
-        "differentiated sample by sample, not refused.",
+        description="closed_form: differentiate sample by sample where no rule covers a parameter, or a rule fails, "
+        "instead of refusing the model.",
     )
     activation_gib: PositiveFloat | None = Field(
         None,
-        description="closed_form: GiB that a micro-batch's activations may take, on each GPU of several; layers for "
-        "which there is no room are recomputed in the backward (gradient checkpointing), to the same scores. None: 4 "
-        "on a CPU, 0.6 of what a GPU has free, so set it where actors share one. In refreshes with ZeRO-3: all are "
-        "recomputed if this is set, else none.",
+        description="closed_form: activation memory per micro-batch and GPU, in GiB. Layers that do not fit use "
+        "gradient checkpointing; scores do not change. Unset: 4 on a CPU, 0.6 of a GPU's free memory (set it if actors "
+        "share a GPU). In refreshes with ZeRO-3, all layers use checkpointing if this is set, else none.",
     )
     measures: tuple[Measure, ...] = Field(
         (),
-        description="Other measures of difficulty, as columns from the same pass: mean_log_prob, entropy, "
+        description="More measures of difficulty, as columns, from the same pass: mean_log_prob, entropy, "
         "memorization_accuracy; with closed_form also log_prob_gradient_norm.",
     )
 
@@ -117,7 +136,7 @@ class ScoringConfig(Frozen):
         return refuse_no_pattern("scoring.parameters", parameters)
 
     @model_validator(mode="after")
-    def _settings_fit_the_estimator(self) -> "ScoringConfig":
+    def _settings_fit_the_estimator(self) -> "ScoringSettings":
         other = {
             "monte_carlo": (
                 "curvature_probes",
@@ -151,7 +170,7 @@ class ScoringConfig(Frozen):
 
 def closed_form_unless_said(scoring: Any) -> Any:
     """Settings of scoring, as given, with the closed form for their estimator if they name none."""
-    if isinstance(scoring, ScoringConfig):
+    if isinstance(scoring, ScoringSettings):
         scoring = scoring.model_dump(include=scoring.model_fields_set)
     return {"estimator": "closed_form"} | scoring if isinstance(scoring, dict) else scoring
 
@@ -159,9 +178,9 @@ def closed_form_unless_said(scoring: Any) -> Any:
 class ScoreConfig(Frozen):
     """Score every sample of a forget set by how hard it is to unlearn (its MRD)."""
 
-    model: ModelConfig
-    data: DataConfig
-    run: RunConfig
-    scoring: ScoringConfig = Field(ScoringConfig(), description=str(ScoringConfig.__doc__))
-    ray: RayConfig = Field(RayConfig(), description=str(RayConfig.__doc__))
-    output: OutputConfig = Field(OutputConfig(), description=str(OutputConfig.__doc__))
+    model: ModelSettings
+    data: DataSettings
+    run: RunSettings
+    scoring: ScoringSettings = Field(ScoringSettings(), description=str(ScoringSettings.__doc__))
+    ray: RaySettings = Field(RaySettings(), description=str(RaySettings.__doc__))
+    output: OutputSettings = Field(OutputSettings(), description=str(OutputSettings.__doc__))

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 
 
 class Unscorable(Exception):
@@ -67,7 +67,7 @@ def as_text(value: Any, column: str, numbers: bool = False) -> str:
     return value
 
 
-def response_text(values: Mapping[str, Any], column: str, data: DataConfig) -> str:
+def response_text(values: Mapping[str, Any], column: str, data: DataSettings) -> str:
     """The response in a row: its text, or what data.response_index or data.response_join takes from a list.
 
     Raises Unscorable.
@@ -89,7 +89,7 @@ def response_text(values: Mapping[str, Any], column: str, data: DataConfig) -> s
     return as_text(value[data.response_index], column, data.numbers_as_text)
 
 
-def list_of_texts(values: Mapping[str, Any], column: str, data: DataConfig) -> list[str]:
+def list_of_texts(values: Mapping[str, Any], column: str, data: DataSettings) -> list[str]:
     """A cell's list of texts, or its text split at data.list_separator. Raises Unscorable."""
     found = lookup(values, column)
     if isinstance(found, str) and data.list_separator:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from shlex import quote
 from typing import Any, NamedTuple
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.config import template as templates
 from mrd_ray.config.template import Template
 from mrd_ray.data.conversations import is_conversation
@@ -32,7 +32,7 @@ _SHOWN = 4  # choices that a message offers
 
 
 class Columns(NamedTuple):
-    """Which columns hold what; see DataConfig.
+    """Which columns hold what; see DataSettings.
 
     prompt: may be a template. used: all columns that a sample is made of. chats: prompt or response, or both, where
     they hold conversations. This is decided for all rows together, so that no text is mistaken for a conversation.
@@ -83,7 +83,7 @@ def kind(value: Any) -> str:
     return "other"
 
 
-def choose(data: DataConfig, present: Mapping[str, str], where: str) -> Columns:
+def choose(data: DataSettings, present: Mapping[str, str], where: str) -> Columns:
     """The configured columns, or the well-known ones if exactly one choice of them is present.
 
     Args:
@@ -144,12 +144,12 @@ def _refuse_literal_columns(template: Template, present: Mapping[str, str], wher
         )
 
 
-def _may_lack(data: DataConfig, name: str, present: Mapping[str, str]) -> bool:
+def _may_lack(data: DataSettings, name: str, present: Mapping[str, str]) -> bool:
     return data.template == "alpaca" and name == "input" and name not in present
 
 
 def _of_template(
-    data: DataConfig, template: Template, present: Mapping[str, str], where: str
+    data: DataSettings, template: Template, present: Mapping[str, str], where: str
 ) -> tuple[str | None, str | None]:
     """The prompt and response columns of a template that names other columns too.
 
@@ -169,7 +169,7 @@ def _of_template(
     return set_to["prompt"], set_to["response"]
 
 
-def _guess(data: DataConfig, present: Mapping[str, str], where: str) -> dict[str, str]:
+def _guess(data: DataSettings, present: Mapping[str, str], where: str) -> dict[str, str]:
     """The only possible choice of well-known columns. Raises UserError if there is none, or another may be meant."""
     named = {name.casefold(): name for name in present}
     readable = {name for name, kind in present.items() if kind in ("text", "messages") or kind == "nothing"}

@@ -13,7 +13,7 @@ from typing import Any, Literal, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.data.containers import Numbered, refuse_split, row_of, rows_of
 from mrd_ray.data.files import COMPRESSED, OF_WINDOWS, Say, open_bytes, open_text, reading
 from mrd_ray.errors import UserError
@@ -34,7 +34,7 @@ def ending(path: str) -> str | None:
     return name.suffix if name.suffix in ENDINGS else None
 
 
-def rows(path: str, data: DataConfig, split: str, say: Say) -> Numbered:
+def rows(path: str, data: DataSettings, split: str, say: Say) -> Numbered:
     """The rows of any file but .txt (see `text`). Raises UserError, which names file, row and cause.
 
     Args:
@@ -56,7 +56,7 @@ def rows(path: str, data: DataConfig, split: str, say: Say) -> Numbered:
         yield from _arrow(path)
 
 
-def text(path: str, data: DataConfig, say: Say) -> str:
+def text(path: str, data: DataSettings, say: Say) -> str:
     """The whole text of a plain text file. Raises UserError."""
     with open_text(path, data.encoding, True, say) as file:
         return "".join(line for _, line in _numbered(path, file))

@@ -15,7 +15,7 @@ from datasets.features.features import require_decoding
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.data import formats, sources
 from mrd_ray.data.cells import lookup
 from mrd_ray.data.containers import refuse_split
@@ -51,7 +51,7 @@ def quiet(_: str) -> None:
     """Say nothing."""
 
 
-def rows(data: DataConfig, say: Say = quiet) -> Iterator[Row]:
+def rows(data: DataSettings, say: Say = quiet) -> Iterator[Row]:
     """The rows that `data` selects, in the order of the source. For .txt files see `texts`.
 
     Args:
@@ -67,7 +67,7 @@ def rows(data: DataConfig, say: Say = quiet) -> Iterator[Row]:
     return drawn(data, _where(data, itertools.chain([first], found)), lambda row: row.index)
 
 
-def texts(data: DataConfig, say: Say = quiet) -> list[tuple[str | None, str]] | None:
+def texts(data: DataSettings, say: Say = quiet) -> list[tuple[str | None, str]] | None:
     """Plain texts, each with its file's name (None if there is only one file), or None if the source is a table."""
     sliced = "[" in data.split or "+" in data.split
     found, settled = sources.find(data, _names(data.split)[0], quiet)
@@ -87,13 +87,13 @@ def texts(data: DataConfig, say: Say = quiet) -> list[tuple[str | None, str]] | 
     return filled
 
 
-def _refuse_columns(data: DataConfig, path: str) -> None:
+def _refuse_columns(data: DataSettings, path: str) -> None:
     named = ("text", "prompt", "response", "messages", "where")
     if given := [f"data.{name}" for name in named if getattr(data, name)]:
         raise UserError(f"{' and '.join(given)}: {path} is plain text, which has no columns; leave it out")
 
 
-def described(data: DataConfig) -> str:
+def described(data: DataSettings) -> str:
     """How messages name the source."""
     return data.path if isinstance(data.path, str) else ", ".join(data.path)
 
@@ -102,7 +102,7 @@ def _called(file: File, files: list[File]) -> str | None:
     return file.name if len(files) > 1 else None
 
 
-def _all(data: DataConfig, say: Say) -> Iterator[Row]:
+def _all(data: DataSettings, say: Say) -> Iterator[Row]:
     """All rows of the split, or of the slices of splits."""
     spec = data.split
     if "[" not in spec and "+" not in spec:
@@ -129,7 +129,7 @@ def _names(spec: str) -> list[str]:
 _Numbered = Iterator[tuple[str | None, int, dict[str, Any]]]
 
 
-def _of_split(data: DataConfig, split: str, say: Say) -> _Numbered:
+def _of_split(data: DataSettings, split: str, say: Say) -> _Numbered:
     found, settled = sources.find(data, split, say)
     if isinstance(found, Hub):
         yield from _of_hub(data, split, say)
@@ -159,7 +159,7 @@ def _of_saved(path: str) -> _Numbered:
         raise UserError(f"data.path: cannot read {path} as saved by datasets: {problem}") from problem
 
 
-def _of_hub(data: DataConfig, split: str, say: Say) -> _Numbered:
+def _of_hub(data: DataSettings, split: str, say: Say) -> _Numbered:
     try:
         _refuse_wild_cards(data)
         table = datasets.load_dataset(
@@ -180,7 +180,7 @@ def _of_hub(data: DataConfig, split: str, say: Say) -> _Numbered:
         ) from problem
 
 
-def _refuse_wild_cards(data: DataConfig) -> None:
+def _refuse_wild_cards(data: DataSettings) -> None:
     cards = {}
     for card in CARDS:
         # offline, only cached files are read; the card may not be among them
@@ -190,7 +190,7 @@ def _refuse_wild_cards(data: DataConfig) -> None:
     refuse_wild_cards(f"data.path: {data.path}", cards)
 
 
-def _where(data: DataConfig, records: Iterable[Row]) -> Iterator[Row]:
+def _where(data: DataSettings, records: Iterable[Row]) -> Iterator[Row]:
     """The rows whose columns have the values of data.where. Raises UserError if there are none."""
     found = False
     for row in records:
@@ -207,7 +207,7 @@ def _where(data: DataConfig, records: Iterable[Row]) -> Iterator[Row]:
         raise UserError(f"data.where: no row of {described(data)} has {data.where}")
 
 
-def drawn(data: DataConfig, records: Iterator[R], index: Callable[[R], int]) -> Iterator[R]:
+def drawn(data: DataSettings, records: Iterator[R], index: Callable[[R], int]) -> Iterator[R]:
     """The first data.max_samples records, or with data.sample_seed the ones with the smallest random numbers.
 
     index: returns a record's position in the source, which sets the order of the result.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.config import template as templates
 from mrd_ray.config.template import Template
 from mrd_ray.data import conversations
@@ -27,7 +27,7 @@ class Rendered(NamedTuple):
 
 
 def render(
-    values: Mapping[str, Any], columns: Columns, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+    values: Mapping[str, Any], columns: Columns, data: DataSettings, tokenizer: PreTrainedTokenizerBase
 ) -> Rendered:
     """Render a row as text. Raises Unscorable."""
     if columns.text is not None:
@@ -40,7 +40,7 @@ def render(
     return Rendered(text, () if span is None else (span,), True)
 
 
-def prompt_text(values: Mapping[str, Any], columns: Columns, data: DataConfig) -> str:
+def prompt_text(values: Mapping[str, Any], columns: Columns, data: DataSettings) -> str:
     """The prompt of a row with prompt and response. Raises Unscorable."""
     assert columns.prompt is not None
     if lookup(values, columns.prompt) is None and "{" in columns.prompt:
@@ -68,7 +68,7 @@ class Turns(NamedTuple):
     tools: Any
 
 
-def conversation(values: Mapping[str, Any], columns: Columns, data: DataConfig) -> Turns | None:
+def conversation(values: Mapping[str, Any], columns: Columns, data: DataSettings) -> Turns | None:
     """The turns of a row if it is chat data, or data.template is chat; else None. Raises Unscorable."""
     if columns.messages is not None:
         turns, first = conversations.messages(lookup(values, columns.messages), columns.messages), 0
@@ -92,7 +92,7 @@ def conversation(values: Mapping[str, Any], columns: Columns, data: DataConfig) 
 
 
 def _from_template(
-    template: Template, values: Mapping[str, Any], columns: Columns, data: DataConfig
+    template: Template, values: Mapping[str, Any], columns: Columns, data: DataSettings
 ) -> tuple[str, Span | None]:
     """The text, and where the response is in it, or None if the template has none. Raises Unscorable."""
     if template.jinja:
@@ -109,7 +109,7 @@ def _from_template(
     return text, span
 
 
-def _field(field: str, values: Mapping[str, Any], columns: Columns, data: DataConfig) -> str:
+def _field(field: str, values: Mapping[str, Any], columns: Columns, data: DataSettings) -> str:
     if columns.response is not None and field in ("response", columns.response):
         return response_text(values, columns.response, data)
     if field == "prompt" and columns.prompt is not None:
@@ -120,7 +120,7 @@ def _field(field: str, values: Mapping[str, Any], columns: Columns, data: DataCo
 
 
 def _from_jinja(
-    template: Template, values: Mapping[str, Any], columns: Columns, data: DataConfig
+    template: Template, values: Mapping[str, Any], columns: Columns, data: DataSettings
 ) -> tuple[str, Span | None]:
     # blank text becomes empty, so that a template can test it with {% if %}
     given = {

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.data import columns as of_columns
 from mrd_ray.data import conversations, read
 from mrd_ray.data.cells import Unscorable, is_id, lookup
@@ -52,7 +52,7 @@ SCHEMA = pa.schema(  # large types: a column may have more than 2^31 tokens or c
 
 
 def build(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console | None = None
+    data: DataSettings, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console | None = None
 ) -> pa.Table:
     """Read, render and tokenise `data`: a table of SCHEMA, one row per sample, sorted by sample_id.
 
@@ -99,7 +99,7 @@ def digest(table: pa.Table) -> str:
 class Peeked:
     """The rows of a source, and the columns used: the first rows decide which, and later rows are checked."""
 
-    def __init__(self, data: DataConfig, say: Say = read.quiet) -> None:
+    def __init__(self, data: DataSettings, say: Say = read.quiet) -> None:
         self._data = data
         rows = read.rows(data, say)
         first = list(itertools.islice(rows, PEEKED))
@@ -159,7 +159,9 @@ class Peeked:
 
 
 class _Builder:
-    def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console) -> None:
+    def __init__(
+        self, data: DataSettings, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console
+    ) -> None:
         self._data, self._tokenizer, self._limits, self._console = data, tokenizer, limits, console
         self._encoder = Encoder(tokenizer)
         self._seen: Counter[str] = Counter()
@@ -260,7 +262,7 @@ def _by_batch(items: Iterable[Any]) -> Iterator[list[Any]]:
         yield batch
 
 
-def name_sample(sample: dict[str, Any], row: Row, columns: Columns, data: DataConfig, seen: Counter[str]) -> None:
+def name_sample(sample: dict[str, Any], row: Row, columns: Columns, data: DataSettings, seen: Counter[str]) -> None:
     """Set a sample's id. If the id column's value cannot be one, the sample gets an error.
 
     seen: how often each digest has occurred so far.
@@ -298,7 +300,7 @@ def _canonical(value: Any) -> Any:
     return str(value) if type(value) in (int, float) else value
 
 
-def with_unique_ids(data: DataConfig, table: pa.Table) -> pa.Table:
+def with_unique_ids(data: DataSettings, table: pa.Table) -> pa.Table:
     """The table; with data.id_with_row, repeated ids are made unique.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import yaml
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.data.files import Say, open_bytes
 from mrd_ray.data.formats import ENDINGS, JSON, TEXT, ending
 from mrd_ray.errors import UserError
@@ -54,7 +54,7 @@ class Hub:
     path: str
 
 
-def find(data: DataConfig, split: str, say: Say) -> tuple[list[File] | Saved | Hub, bool]:
+def find(data: DataSettings, split: str, say: Say) -> tuple[list[File] | Saved | Hub, bool]:
     """What to read, with files in the order of their rows, and whether `split` is already taken into account.
 
     Args:
@@ -83,7 +83,7 @@ def find(data: DataConfig, split: str, say: Say) -> tuple[list[File] | Saved | H
     return _with_names(found), settled
 
 
-def _find(path: str, data: DataConfig, split: str, say: Say) -> tuple[list[File] | Saved | Hub, bool]:
+def _find(path: str, data: DataSettings, split: str, say: Say) -> tuple[list[File] | Saved | Hub, bool]:
     path = os.path.expanduser(path)
     try:
         fs, inner = storage.filesystem(path)
@@ -139,7 +139,9 @@ def _file(path: str) -> File:
     return File(path, path)
 
 
-def _folder(path: str, fs: Any, inner: str, data: DataConfig, split: str, say: Say) -> tuple[list[File] | Saved, bool]:
+def _folder(
+    path: str, fs: Any, inner: str, data: DataSettings, split: str, say: Say
+) -> tuple[list[File] | Saved, bool]:
     names = {PurePosixPath(name).name for name in fs.ls(inner, detail=False)}
     if "dataset_dict.json" in names:
         splits = sorted(name for name in names if fs.isfile(f"{inner}/{name}/state.json"))

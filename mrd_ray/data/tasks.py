@@ -9,7 +9,14 @@ from typing import Annotated, Any
 from huggingface_hub import HfApi
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_validator
 
-from mrd_ray.config import DataConfig, EvaluationConfig, RetainConfig, ScoringConfig, UnlearningConfig, document
+from mrd_ray.config import (
+    DataSettings,
+    EvaluationSettings,
+    RetainSettings,
+    ScoringSettings,
+    UnlearningSettings,
+    document,
+)
 from mrd_ray.config.base import Frozen, NamesFile, SettingsOf
 from mrd_ray.config.paths import with_paths
 from mrd_ray.data.formats import ending
@@ -29,7 +36,7 @@ def _files_are_text(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 _FilesAreText = AfterValidator(_files_are_text)
-_Unlearning = Annotated[dict[str, Any], SettingsOf(UnlearningConfig), _FilesAreText]
+_Unlearning = Annotated[dict[str, Any], SettingsOf(UnlearningSettings), _FilesAreText]
 
 
 class Task(Frozen):
@@ -42,14 +49,14 @@ class Task(Frozen):
         {},
         description="By hub id, the file name pattern of a local copy, with {name} and {split}.",
     )
-    data: Annotated[dict[str, Any], SettingsOf(DataConfig), _FilesAreText] = Field({}, description="The forget set.")
-    retain: Annotated[dict[str, Any], SettingsOf(RetainConfig), _FilesAreText] = Field(
+    data: Annotated[dict[str, Any], SettingsOf(DataSettings), _FilesAreText] = Field({}, description="The forget set.")
+    retain: Annotated[dict[str, Any], SettingsOf(RetainSettings), _FilesAreText] = Field(
         {}, description="The retain set."
     )
-    scoring: Annotated[dict[str, Any], SettingsOf(ScoringConfig)] = Field({}, description="Settings of scoring.")
+    scoring: Annotated[dict[str, Any], SettingsOf(ScoringSettings)] = Field({}, description="Settings of scoring.")
     unlearning: _Unlearning = Field({}, description="Settings of unlearning.")
     methods: dict[str, _Unlearning] = Field({}, description="More settings of unlearning, by method.")
-    evaluation: Annotated[dict[str, Any], SettingsOf(EvaluationConfig)] = Field(
+    evaluation: Annotated[dict[str, Any], SettingsOf(EvaluationSettings)] = Field(
         {}, description="Evaluated sets and settings of evaluation."
     )
 
@@ -179,7 +186,7 @@ def _read(task: str) -> tuple[Path, Task]:
     try:
         read = Task.model_validate(content)
         if read.evaluation:
-            EvaluationConfig.model_validate(read.evaluation)
+            EvaluationSettings.model_validate(read.evaluation)
     except ValidationError as problem:
         first = problem.errors()[0]
         parts = [f"task: {file}", ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.data.cells import Unscorable
 from mrd_ray.data.render import Rendered
 from mrd_ray.errors import UserError
@@ -146,14 +146,14 @@ def _keep_white_space(backend: Any) -> None:
 
 
 def tokenize(
-    rendered: Sequence[Rendered], data: DataConfig, encoder: Encoder, limits: Limits
+    rendered: Sequence[Rendered], data: DataSettings, encoder: Encoder, limits: Limits
 ) -> list[Tokenized | Unscorable]:
     """Tokens of samples. All tokens are scored, or only those that overlap the responses."""
     encoded = encoder.encode([one.text for one in rendered], offsets=data.score_on != "all")
     return [_one(*pair, data, encoder, limits) for pair in zip(rendered, encoded, strict=True)]
 
 
-def tokens_of(rendered: Rendered, data: DataConfig, encoder: Encoder, limits: Limits) -> Tokens:
+def tokens_of(rendered: Rendered, data: DataSettings, encoder: Encoder, limits: Limits) -> Tokens:
     """Tokens of one sample. Raises Unscorable."""
     (found,) = tokenize([rendered], data, encoder, limits)
     if isinstance(found, Unscorable):
@@ -164,7 +164,7 @@ def tokens_of(rendered: Rendered, data: DataConfig, encoder: Encoder, limits: Li
 def _one(
     rendered: Rendered,
     encoded: tuple[list[int], list[tuple[int, int]] | None],
-    data: DataConfig,
+    data: DataSettings,
     encoder: Encoder,
     limits: Limits,
 ) -> Tokenized | Unscorable:

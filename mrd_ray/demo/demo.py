@@ -13,20 +13,20 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrd_ray.config import (
-    DataConfig,
+    DataSettings,
     DemoConfig,
     EvaluatedSet,
-    EvaluationConfig,
-    ModelConfig,
+    EvaluationSettings,
+    ModelSettings,
     PipelineConfig,
-    RetainConfig,
-    RunConfig,
+    RetainSettings,
+    RunSettings,
     ScoreConfig,
-    ScoringConfig,
-    StoppingConfig,
-    UnlearningConfig,
+    ScoringSettings,
+    StoppingSettings,
+    UnlearningSettings,
 )
-from mrd_ray.config.pipeline import StagesRayConfig
+from mrd_ray.config.pipeline import StagesRaySettings
 from mrd_ray.data import samples
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
@@ -61,17 +61,17 @@ def scoring(config: DemoConfig) -> ScoreConfig:
     if (config.model, config.data) != (None, None):
         name += "-" + hashlib.sha256(f"{config.model} {config.data}".encode()).hexdigest()[:8]
     return ScoreConfig(
-        model=ModelConfig(path=model),
-        data=DataConfig(path=data),
-        run=RunConfig(dir=config.dir or f"runs/{name}"),
-        scoring=ScoringConfig(estimator=config.estimator, num_draws=config.num_draws),
+        model=ModelSettings(path=model),
+        data=DataSettings(path=data),
+        run=RunSettings(dir=config.dir or f"runs/{name}"),
+        scoring=ScoringSettings(estimator=config.estimator, num_draws=config.num_draws),
         ray=config.ray,
         output=config.output,
     )
 
 
 def pipeline(scored: ScoreConfig) -> PipelineConfig:
-    """How to go on from there: NPO on two workers, the forget set drawn by its MRD; what to ask before and after."""
+    """How to continue: NPO on two workers, the forget set drawn by its MRD; what to ask before and after."""
     metrics = ("rouge_l", "probability", "memorization_accuracy")
     asked = {
         name: EvaluatedSet(path=str(path), max_samples=_ASKED, metrics=metrics)
@@ -80,22 +80,22 @@ def pipeline(scored: ScoreConfig) -> PipelineConfig:
     return PipelineConfig(
         model=scored.model,
         data=scored.data,
-        retain=RetainConfig(path=str(RETAIN)),
+        retain=RetainSettings(path=str(RETAIN)),
         run=scored.run,
         scoring=scored.scoring,
-        unlearning=UnlearningConfig(method="npo", steps=_UNLEARNING_STEPS, retain_weight=_RETAIN_WEIGHT),
-        stopping=StoppingConfig(
+        unlearning=UnlearningSettings(method="npo", steps=_UNLEARNING_STEPS, retain_weight=_RETAIN_WEIGHT),
+        stopping=StoppingSettings(
             evaluate_every=_UNLEARNING_STEPS, extraction_n=3, extraction_stride=8, max_retain_loss_ratio=3.0
         ),
-        ray=StagesRayConfig(workers=2, **scored.ray.model_dump()),
-        evaluation=EvaluationConfig(sets=asked, forget="to_forget", max_new_tokens=_ANSWER_TOKENS, stop="\n"),
+        ray=StagesRaySettings(workers=2, **scored.ray.model_dump()),
+        evaluation=EvaluationSettings(sets=asked, forget="to_forget", max_new_tokens=_ANSWER_TOKENS, stop="\n"),
         output=scored.output,
     )
 
 
 def unpacked(cache: Path, console: Console | None = None) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face directory."""
-    make = functools.partial(_unpack, console=console or Console(stderr=True))
+    make = functools.partial(_unpack, console=console or Console(stderr=True, emoji=False))
     return fine_tune.cached(cache, "smollm2-135m-instruct-2", make)  # 2: transformers 4 reads it too
 
 
@@ -122,12 +122,12 @@ def _unpack(folder: Path, console: Console) -> None:
 
 def memorise(pretrained: Path, folder: Path, sets: Sequence[Path], console: Console | None = None) -> None:
     """Fine-tune on the question-answer pairs of all sets together until the model knows them, and save it."""
-    model = ModelConfig(path=str(pretrained))
+    model = ModelSettings(path=str(pretrained))
     tokenizer = load.load_tokenizer(model)
     token_ids = [
         ids
         for path in sets
-        for ids in samples.build(DataConfig(path=str(path)), tokenizer, Limits())["token_ids"].to_pylist()
+        for ids in samples.build(DataSettings(path=str(path)), tokenizer, Limits())["token_ids"].to_pylist()
     ]
     fine_tune.memorise(
         model, folder, token_ids, "Memorising the authors (once, cached)", _EPOCHS, _BATCH, _LEARNING_RATE, console

@@ -1,4 +1,4 @@
-"""One replica of the model on one worker: takes rows of evaluated sets, gives back what metrics are made of."""
+"""One replica of the model on one worker: takes rows of evaluated sets, returns what metrics are computed from."""
 
 import os
 import time
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import torch
 
-from mrd_ray.config import EvaluationConfig, ModelConfig
+from mrd_ray.config import EvaluationSettings, ModelSettings
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation.measure import RECORD, Measurer
 from mrd_ray.models.load import load_tokenizer
@@ -29,8 +29,8 @@ RESULT_SCHEMA = pa.schema(
 class EvaluationSetup:
     """What every unit of a run has in common."""
 
-    model: ModelConfig
-    evaluation: EvaluationConfig
+    model: ModelSettings
+    evaluation: EvaluationSettings
     files_digest: str
     threads: int
     on_gpu: bool

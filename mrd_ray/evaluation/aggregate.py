@@ -1,4 +1,4 @@
-"""From the metrics of rows to those of sets, and of the model."""
+"""Metrics of sets and of the model, from the metrics of rows."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ _TITLES = {
     "forget_quality": "forget quality: p-value against the reference",
     "model_utility": "model utility",
 }
-SUBJECT = "multiple_choice: "  # before what stands in the rows' column of subjects, and is a text
+SUBJECT = "multiple_choice: "  # before the text in the rows' column of subjects
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def perplexity(name: str, log_probs: Sequence[float], tokens: Sequence[int]) -> 
 def membership_auc(metric: str, members: Sequence[float], non_members: Sequence[float]) -> Figure:
     """P(a member's value > a non-member's) + P(equal) / 2: 0.5 where they cannot be told apart, 1 if members show.
 
-    The standard error is that of Hanley and McNeil (1982).
+    The standard error is by Hanley and McNeil (1982).
     """
     m, n = len(members), len(non_members)
     auc = float(scipy.stats.mannwhitneyu(members, non_members).statistic) / (m * n)

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
-from mrd_ray.config import EvaluateConfig, EvaluationConfig
+from mrd_ray.config import EvaluateConfig, EvaluationSettings
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import judges, sets, table, zero_shot
@@ -66,7 +66,7 @@ class EvaluateRun:
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateRun:
-    """Evaluate a model on all sets; go on, if the run directory holds such a run already.
+    """Evaluate a model on all sets; resume if the run directory already holds such a run.
 
     Raises:
         UserError: bad input or settings, or a run directory of something else.
@@ -126,7 +126,7 @@ def _reference(uri: str, forget: str, run: RunDirectory, of_sets: Mapping[str, s
     return lines
 
 
-def _warn_of_overlap(tables: Mapping[str, pa.Table], evaluation: EvaluationConfig, console: Console) -> None:
+def _warn_of_overlap(tables: Mapping[str, pa.Table], evaluation: EvaluationSettings, console: Console) -> None:
     if evaluation.forget is None:
         return
     members = evaluation.membership.members if evaluation.membership is not None else None
@@ -142,7 +142,7 @@ def _warn_of_overlap(tables: Mapping[str, pa.Table], evaluation: EvaluationConfi
 
 @dataclass
 class _Work:
-    """Units, each a few rows of one set, which the rows alone decide, and the actors that work them off."""
+    """Units, each a few rows of one set, which depend only on the rows, and the actors that process them."""
 
     config: EvaluateConfig
     run: RunDirectory

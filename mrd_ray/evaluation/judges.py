@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from mrd_ray.config import EvaluationConfig
+from mrd_ray.config import EvaluationSettings
 from mrd_ray.errors import UserError
 from mrd_ray.models import foreign
 from mrd_ray.models.files import content_digest, fetch, refuse_wild_settings, safetensors_of
@@ -21,7 +21,7 @@ class Judges:
         UserError: one cannot be loaded, or lacks what it is wanted for.
     """
 
-    def __init__(self, evaluation: EvaluationConfig, device: torch.device) -> None:
+    def __init__(self, evaluation: EvaluationSettings, device: torch.device) -> None:
         self._label = evaluation.toxicity_label
         self._embedder: Any = None
         self._classifier: Any = None

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mrd_ray.config import EvaluationConfig
+from mrd_ray.config import EvaluationSettings
 from mrd_ray.data.micro_batches import lay_out
 from mrd_ray.evaluation.judges import Judges
 from mrd_ray.evaluation.sets import EvaluatedRow
@@ -81,7 +81,7 @@ class Measurer:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        evaluation: EvaluationConfig,
+        evaluation: EvaluationSettings,
         ranks: Ranks = ALONE,
         synced: bool = False,
     ) -> None:

@@ -33,7 +33,7 @@ def probability(answer: LogProbs) -> float:
 def normalized_probability(answer: LogProbs, wrong: Sequence[LogProbs]) -> float:
     """TOFU's probability where there are choices: that of the answer over the sum of all, each as `probability`."""
     alternatives = [fmean(log_probs) for log_probs in [answer, *wrong]]
-    highest = max(alternatives)  # a ratio of exponentials, which alone might be too small for floats
+    highest = max(alternatives)  # a ratio of exponentials, each of which might be too small for a float
     return math.exp(alternatives[0] - highest) / math.fsum(math.exp(x - highest) for x in alternatives)
 
 
@@ -45,7 +45,7 @@ def truth_ratio(paraphrase: LogProbs, wrong: Sequence[LogProbs]) -> float:
     with the geometric mean over the n wrong answers that TOFU's published figures have, and its code. (The formula in
     the article has an arithmetic mean.)
     """
-    # far over any that matters, and sums of its squares, for standard errors, are still floats
+    # far larger than any that matters, and its squares still sum to a float
     return math.exp(min(fmean(map(fmean, wrong)) - fmean(paraphrase), 300.0))
 
 
@@ -101,7 +101,7 @@ def rouge_l(generated: str, answer: str) -> float:
 def words(text: str) -> list[str]:
     """The words of a text that ROUGE-L counts, in lower case; characters, in scripts without spaces between words.
 
-    ASCII words are those of rouge_score, stemmed; of others it keeps nothing but a-z and 0-9.
+    ASCII words are those of rouge_score, stemmed; of other words it keeps only a-z and 0-9.
 
     >>> words("He sold plum cakes.")
     ['he', 'sold', 'plum', 'cake']

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from mrd_ray.config import EvaluatedSet, EvaluationConfig
+from mrd_ray.config import EvaluatedSet, EvaluationSettings
 from mrd_ray.config.evaluation import OF_ANSWERS, OF_RESPONSES
 from mrd_ray.data import conversations, read
 from mrd_ray.data import samples as samples_table
@@ -86,7 +86,7 @@ ANSWER, PARAPHRASE, WRONG, CHOICE, WINDOW = "answer", "paraphrase", "wrong", "ch
 
 
 def build_all(
-    evaluation: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console | None = None
+    evaluation: EvaluationSettings, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console | None = None
 ) -> dict[str, pa.Table]:
     """Every set, by its name. Raises UserError as `build` does, and for a `stop` that no answer can hold."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -103,7 +103,7 @@ def build_all(
 def build(
     name: str,
     evaluated: EvaluatedSet,
-    evaluation: EvaluationConfig,
+    evaluation: EvaluationSettings,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
     console: Console | None = None,
@@ -142,7 +142,7 @@ def digest(table: pa.Table) -> str:
 
 
 def units(name: str, table: pa.Table) -> list[tuple[str, list[EvaluatedRow]]]:
-    """A set's rows in units of like length, each with its id. The rows alone decide, whoever works them off."""
+    """A set's rows in units of like length, each with its id. They depend only on the rows."""
     rows = [row for row in table["asked"].to_pylist() if row is not None]
     layout = lay_out(np.array([cost(row) for row in rows], np.int64), _UNIT_TOKENS)
     return [(f"{name}.{i:06d}", [rows[at] for at in layout.samples(i)]) for i in range(len(layout))]
@@ -167,7 +167,7 @@ class _Reader:
     def __init__(
         self,
         evaluated: EvaluatedSet,
-        evaluation: EvaluationConfig,
+        evaluation: EvaluationSettings,
         tokenizer: PreTrainedTokenizerBase,
         limits: Limits,
         console: Console,
@@ -200,7 +200,7 @@ class _Reader:
         source = samples_table.Peeked(self._set, self._say)
         source.refuse_chat_without_template(self._tokenizer)
         columns = source.columns
-        if columns.text is not None and (of := self._metrics & OF_RESPONSES):  # the file alone says that it has texts
+        if columns.text is not None and (of := self._metrics & OF_RESPONSES):  # only the file says that it has texts
             raise UserError(f"metrics: {min(of)} needs prompts with responses, not texts (column {columns.text!r})")
         records = list(source)
         own = self._own_columns(source.present)
@@ -307,7 +307,7 @@ class _Reader:
         return {"prompt_ids": prompt, "new_tokens": room}
 
     def _choice(self, values: dict[str, Any], columns: Columns, row: dict[str, Any]) -> dict[str, Any]:
-        """One sequence for each choice; they differ in the letter at their end alone, which is what counts."""
+        """One sequence for each choice; they differ only in the letter at their end, which is what counts."""
         assert columns.prompt is not None
         assert columns.response is not None
         assert self._scheme is not None
@@ -358,7 +358,7 @@ class _Reader:
 
     @property
     def _plain(self) -> EvaluatedSet:
-        """The settings for rows whose response is text by now."""
+        """The settings for rows whose response is already text."""
         return self._set.model_copy(update={"response_index": None, "response_join": None})
 
     def _asked_and_answered(self, values: dict[str, Any], columns: Columns) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from mrd_ray.config import EvaluatedSet, EvaluationConfig
+from mrd_ray.config import EvaluatedSet, EvaluationSettings
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.samples import PLACE
 from mrd_ray.evaluation import aggregate, metrics
@@ -45,7 +45,7 @@ T = TypeVar("T")
 def lines(
     name: str,
     evaluated: EvaluatedSet,
-    evaluation: EvaluationConfig,
+    evaluation: EvaluationSettings,
     rows: pa.Table,
     records: Mapping[str, Record],
 ) -> pa.Table:
@@ -99,7 +99,7 @@ def _of_row(record: Record) -> _LogProbs:
 
 def _values(
     evaluated: EvaluatedSet,
-    evaluation: EvaluationConfig,
+    evaluation: EvaluationSettings,
     row: dict[str, Any],
     record: Record,
     log_probs: _LogProbs,
@@ -161,7 +161,7 @@ class Lines:
         return [line["value"] for line in self.of(name, metric)]
 
 
-def figures(table: pa.Table, evaluation: EvaluationConfig, reference: pa.Table | None) -> list[Figure]:
+def figures(table: pa.Table, evaluation: EvaluationSettings, reference: pa.Table | None) -> list[Figure]:
     """What the lines of all sets come to.
 
     reference: lines of the same sets, of a model that never saw the forget set.

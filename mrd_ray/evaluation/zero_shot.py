@@ -103,7 +103,7 @@ def _evaluated(config: EvaluateConfig, name: str, files_digest: str, on_gpu: boo
 
 
 def figures_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Figures of all tasks and groups of tasks in what the harness gives back."""
+    """Figures of all tasks and groups of tasks in what the harness returns."""
     figures = []
     for task, values in found["results"].items():
         samples = found["n-samples"].get(task, {"effective": values.get("sample_len", 0)})  # it has no groups

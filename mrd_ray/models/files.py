@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from mrd_ray.config import ModelConfig
+from mrd_ray.config import ModelSettings
 from mrd_ray.errors import UserError
 from mrd_ray.models import foreign
 from mrd_ray.runs import storage
@@ -30,7 +30,7 @@ _LIMITS = {"layer": 10_000, "expert": 100_000, "num_labels": 1_000_000, "(num|n)
 _OF_MODELS = ("*config.json", "LICENSE*", "NOTICE*")
 
 
-def directory(model: ModelConfig) -> Path:
+def directory(model: ModelSettings) -> Path:
     """The local directory of the model, a copy if `model.path` is a hub id or URI. Raises UserError."""
     return fetch("model.path", model.path, model.revision)
 
@@ -76,7 +76,7 @@ class Parts:
             yield Path(folder)
 
 
-def parts(model: ModelConfig) -> Parts:
+def parts(model: ModelSettings) -> Parts:
     """The directories of `model.path`. A directory with an adapter_config.json is an adapter, as in PEFT.
 
     A whole model in the same directory must be the adapter's base model: base_model_name_or_path must name it, or a
@@ -122,7 +122,7 @@ def refuse_pointers(setting: str, files: Iterable[Path]) -> None:
             storage.refuse_lfs_pointer(setting, file, content.read(64))
 
 
-def _base_of(model: ModelConfig, adapter: Path, beside: bool) -> Path:
+def _base_of(model: ModelSettings, adapter: Path, beside: bool) -> Path:
     """The directory of an adapter's base model. beside: whether a whole model is in the same directory."""
     if model.base is not None:
         return fetch("model.base", model.base)
@@ -167,7 +167,7 @@ def _digest(files: tuple[Path, ...], _stamps: tuple[tuple[int, ...], ...]) -> st
     return content_digest(files)
 
 
-def weight_files(model: ModelConfig) -> list[Path]:
+def weight_files(model: ModelSettings) -> list[Path]:
     """The weight files, an adapter's base model first: safetensors if loaders find them, else pickles.
 
     Raises UserError if there are none, or only pickles without model.allow_pickle.
@@ -178,7 +178,7 @@ def weight_files(model: ModelConfig) -> list[Path]:
     return files + adapter_files(model)
 
 
-def adapter_files(model: ModelConfig) -> list[Path]:
+def adapter_files(model: ModelSettings) -> list[Path]:
     """The weight files of an adapter; none for a whole model. Raises UserError like `weight_files`."""
     folder = parts(model).adapter
     if folder is None:
@@ -231,7 +231,7 @@ def _named_by(index: Path) -> list[Path]:
     return [files[name] for name in sorted(files)]
 
 
-def _pickles(folder: Path, pattern: str, model: ModelConfig) -> list[Path]:
+def _pickles(folder: Path, pattern: str, model: ModelSettings) -> list[Path]:
     """Files that match. Raises UserError if there are any without model.allow_pickle, or one is a Git LFS pointer."""
     files = sorted(folder.glob(pattern))
     for index in folder.glob(f"{pattern}.index.json"):
@@ -246,7 +246,7 @@ def _pickles(folder: Path, pattern: str, model: ModelConfig) -> list[Path]:
     return files
 
 
-def model_digest(model: ModelConfig) -> str:
+def model_digest(model: ModelSettings) -> str:
     """Digest of configuration, weight files and any code. It is equal on machines that would load the same model.
 
     Raises UserError if a file is missing or not allowed.

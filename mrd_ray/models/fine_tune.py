@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from mrd_ray.config import ModelConfig
+from mrd_ray.config import ModelSettings
 from mrd_ray.errors import UserError
 from mrd_ray.models import adapters, load, saving
 from mrd_ray.models.files import parts
@@ -34,7 +34,7 @@ def cached(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
 
 
 def memorise(
-    pretrained: ModelConfig,
+    pretrained: ModelSettings,
     folder: Path,
     token_ids: Sequence[Sequence[int]],
     title: str,

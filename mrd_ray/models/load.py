@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mrd_ray.config import ModelConfig
+from mrd_ray.config import ModelSettings
 from mrd_ray.errors import UserError
 from mrd_ray.models import adapters, tokenizer_checks, weights
 from mrd_ray.models.files import (
@@ -51,7 +51,7 @@ def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
     return state.hexdigest()
 
 
-def load_config(model: ModelConfig) -> PretrainedConfig:
+def load_config(model: ModelSettings) -> PretrainedConfig:
     """The configuration of the model, or of its base model if it is an adapter. Raises UserError."""
     base = parts(model).base
     refuse_wild_settings("model.path", base, model.trust_remote_code)
@@ -96,7 +96,7 @@ def _refuse_code(setting: str, path: Path, problem: Exception) -> None:
         ) from None
 
 
-def skeleton(model: ModelConfig) -> PreTrainedModel:
+def skeleton(model: ModelSettings) -> PreTrainedModel:
     """The model, including an adapter, without storage for weights: names, shapes, layers. Raises UserError.
 
     The weight files of a whole model may be missing.
@@ -151,7 +151,7 @@ def rope_switch(config: PretrainedConfig) -> int | None:
     return None
 
 
-def ending_ids(model: ModelConfig) -> dict[str, Any]:
+def ending_ids(model: ModelSettings) -> dict[str, Any]:
     """EOS and pad ids of the model that `load_model` returns, from its generation settings, else its configuration.
 
     Raises UserError.
@@ -167,7 +167,7 @@ def ending_ids(model: ModelConfig) -> dict[str, Any]:
     return {name: getattr(text, name, None) if (own := getattr(settings, name)) is None else own for name in names}
 
 
-def tokenizer_directory(model: ModelConfig) -> Path:
+def tokenizer_directory(model: ModelSettings) -> Path:
     """The directory of `model.tokenizer`, else of the model, or its base model if an adapter has no tokenizer.
 
     Raises UserError.
@@ -178,7 +178,7 @@ def tokenizer_directory(model: ModelConfig) -> Path:
     return path if tokenizer_files(path) else parts(model).base
 
 
-def load_tokenizer(model: ModelConfig, console: Console | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelSettings, console: Console | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of `model.tokenizer`, else of the model.
 
     Args:
@@ -215,7 +215,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{backend}\0{tokenizer.chat_template}".encode()).hexdigest()
 
 
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> str:
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, model: ModelSettings) -> str:
     """The tokenizer's digest, and the digest of its code if the settings allow that."""
     digest = tokenizer_digest(tokenizer)
     if not model.trust_remote_code or not (code := code_files(tokenizer_directory(model))):
@@ -235,7 +235,7 @@ def _quiet() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(level)
 
 
-def unused_weights(model: ModelConfig) -> list[str]:
+def unused_weights(model: ModelSettings) -> list[str]:
     """Names of the tensors in the model's files that it does not use, if model.allow_unused_weights allows any.
 
     Only names and shapes are read. Raises UserError if the weights do not fit the model.
@@ -243,7 +243,7 @@ def unused_weights(model: ModelConfig) -> list[str]:
     return _assembled(model, device_map="meta")[1]
 
 
-def _assembled(model: ModelConfig, device_map: str | None) -> tuple[PreTrainedModel, list[str]]:
+def _assembled(model: ModelSettings, device_map: str | None) -> tuple[PreTrainedModel, list[str]]:
     """The model, including an adapter, with every parameter from its files, and the names of unused tensors there.
 
     Raises UserError.
@@ -268,7 +268,7 @@ def _assembled(model: ModelConfig, device_map: str | None) -> tuple[PreTrainedMo
 
 
 def _base(
-    model: ModelConfig, found: Parts, config: PretrainedConfig, device_map: str | None
+    model: ModelSettings, found: Parts, config: PretrainedConfig, device_map: str | None
 ) -> tuple[PreTrainedModel, weights.Fit]:
     exact = Float64() if model.dtype == "float64" else contextlib.nullcontext()  # rotary frequencies too
     try:
@@ -291,7 +291,7 @@ def _base(
     return both[0], weights.Fit.of(both[1])
 
 
-def load_model(model: ModelConfig, device: torch.device, spread: bool = False) -> PreTrainedModel:
+def load_model(model: ModelSettings, device: torch.device, spread: bool = False) -> PreTrainedModel:
     """The model in eval mode with exact `model.dtype` arithmetic: no TF32, and in float64 no casts to float32.
 
     Args:

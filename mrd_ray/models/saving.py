@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel
 
-from mrd_ray.config import ModelConfig
+from mrd_ray.config import ModelSettings
 from mrd_ray.errors import UserError
 from mrd_ray.models import adapters, load, weights
 from mrd_ray.models.files import (
@@ -23,7 +23,7 @@ from mrd_ray.models.files import (
 )
 
 
-def save(model: PreTrainedModel, trained: Mapping[str, torch.Tensor], source: ModelConfig, folder: Path) -> None:
+def save(model: PreTrainedModel, trained: Mapping[str, torch.Tensor], source: ModelSettings, folder: Path) -> None:
     """Write a Hugging Face directory: only the adapter if there is one, else the model; always with the tokenizer.
 
     Args:
@@ -45,7 +45,7 @@ def save(model: PreTrainedModel, trained: Mapping[str, torch.Tensor], source: Mo
     _save_tokenizer(source, folder)
 
 
-def refuse_loss(source: ModelConfig, unused: Iterable[str]) -> None:
+def refuse_loss(source: ModelSettings, unused: Iterable[str]) -> None:
     """Raises UserError if `save` could not copy one of these tensors that the model does not use."""
     held = set(map(adapters.plain, weights.shapes(weight_files(source))))
     if lost := sorted(set(unused) - held):
@@ -56,7 +56,7 @@ def refuse_loss(source: ModelConfig, unused: Iterable[str]) -> None:
         )
 
 
-def _beside(model: PreTrainedModel, trained: Mapping[str, torch.Tensor], source: ModelConfig) -> dict[str, Any]:
+def _beside(model: PreTrainedModel, trained: Mapping[str, torch.Tensor], source: ModelSettings) -> dict[str, Any]:
     """The tensors in a whole model's files that it does not use, except those that follow from its configuration."""
     files = weight_files(source)
     names = set(load.unused_weights(source)) | weights.set_aside(model, weights.shapes(files))
@@ -79,7 +79,7 @@ def _write_weights(model: PreTrainedModel, whole: dict[str, torch.Tensor], folde
             file.unlink()
 
 
-def _complete_adapter(written: Path, source: ModelConfig) -> None:
+def _complete_adapter(written: Path, source: ModelSettings) -> None:
     """Add the adapter's other tensors, for example embeddings, and factors that the model does not use."""
     files, unused = adapter_files(source), set(load.unused_weights(source))
     factors = load_file(written)
@@ -92,7 +92,7 @@ def _complete_adapter(written: Path, source: ModelConfig) -> None:
         save_file(factors | weights.read(files, names), written, metadata={"format": "pt"})
 
 
-def _save_tokenizer(source: ModelConfig, folder: Path) -> None:
+def _save_tokenizer(source: ModelSettings, folder: Path) -> None:
     """Copy the tokenizer's files. If they would be read differently in this folder, save the tokenizer instead."""
     tokenizer, origin = load.load_tokenizer(source), load.tokenizer_directory(source)
     names = tokenizer_files(origin)
@@ -101,7 +101,7 @@ def _save_tokenizer(source: ModelConfig, folder: Path) -> None:
     names |= {name: file for name, file in code if file.suffix == ".py" and not (folder / name).exists()}
     _copy(names, folder)
     try:
-        copied = load.load_tokenizer(ModelConfig(path=str(folder), trust_remote_code=source.trust_remote_code))
+        copied = load.load_tokenizer(ModelSettings(path=str(folder), trust_remote_code=source.trust_remote_code))
         same = load.tokenizer_digest(copied) == load.tokenizer_digest(tokenizer)
     except UserError:
         same = False

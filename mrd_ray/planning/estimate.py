@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from mrd_ray.config import PlanConfig, ScoringConfig
+from mrd_ray.config import PlanConfig, ScoringSettings
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.micro_batches import Layout, lay_out, lengths
 from mrd_ray.data.tokens import Limits
@@ -171,7 +171,7 @@ class _Job:
         console = meter.console(config.output)
         tokenizer = load.load_tokenizer(config.model, console)
         samples = samples_table.build(config.data, tokenizer, Limits.of(skeleton), console)
-        pool = Pool(config.ray.actors or 1, config.ray.cpus_per_actor, config.ray.gpus_per_actor or 0.0)
+        pool = Pool(config.ray.actors or 1, config.ray.cpus_per_process, config.ray.gpus_per_actor or 0.0)
         digest = model_digest(config.model) if config.probe else ""
         return cls(config, skeleton, samples, pool, ModelCost.of(skeleton), digest)
 
@@ -189,20 +189,20 @@ class _Job:
         """Devices per actor: its GPUs, or 1 if it has none."""
         return self.pool.gpus or 1.0
 
-    def layout(self, scoring: ScoringConfig) -> Layout:
+    def layout(self, scoring: ScoringSettings) -> Layout:
         tokens = scoring.micro_batch_tokens
         if tokens not in self.layouts:
             self.layouts[tokens] = lay_out(lengths(self.samples), tokens, self.cost.rope_switch)
         return self.layouts[tokens]
 
-    def units(self, scoring: ScoringConfig, actors: int) -> list[Unit]:
+    def units(self, scoring: ScoringSettings, actors: int) -> list[Unit]:
         """The units that a run with N actors would cut, based on the assumed rate."""
         layout = self.layout(scoring)
         per_token = self.cost.flops_per_token * forwards_per_token(scoring)
         rectangles = missing_units(0, len(layout), first_draws(scoring), [])
         return cut_units(layout, rectangles, actors, assumed_tflops(self.pool) * 1e12 / per_token)
 
-    def rates(self, scoring: ScoringConfig) -> Rates:
+    def rates(self, scoring: ScoringSettings) -> Rates:
         """Measured rates, or rates computed from FLOPs; the latter leave out starting actors, which takes seconds."""
         if self.config.probe:
             return self._probed(scoring)
@@ -227,7 +227,7 @@ class _Job:
         width = self.skeleton.config.get_text_config().hidden_size
         return _measured_cpu_tflops(width, self.pool.threads), "of a matrix product here; --probe measures scoring"
 
-    def _probed(self, scoring: ScoringConfig) -> Rates:
+    def _probed(self, scoring: ScoringSettings) -> Rates:
         config, layout = self.config, self.layout(scoring)
         if not len(layout):
             raise UserError(f"data.path: {config.data.path} has no sample that can be scored, so none to probe with")
@@ -247,10 +247,10 @@ class _Job:
             run.claim({}, self.config)
             return idle_pool(self.pool, Journal(run, "plan", self.config.output))
 
-    def course(self, scoring: ScoringConfig, rates: Rates, fleet: Fleet) -> Course:
+    def course(self, scoring: ScoringSettings, rates: Rates, fleet: Fleet) -> Course:
         return simulate(self.units(scoring, fleet.actors), self.layout(scoring), rates, fleet)
 
-    def fleets(self, scoring: ScoringConfig, rates: Rates) -> list[Simulated]:
+    def fleets(self, scoring: ScoringSettings, rates: Rates) -> list[Simulated]:
         """Simulated runs with 1 to 1,000 actors."""
         alone = self.course(scoring, rates, Fleet(1)).seconds
         found = []
@@ -280,7 +280,7 @@ class _Job:
             scoring, course = min(within or ways, key=lambda way: way[1].seconds if within else way[1].device_hours)
         return Choice(scoring.estimator, scoring.micro_batch_tokens, course, bool(within))
 
-    def _alternatives(self) -> Iterator[ScoringConfig]:
+    def _alternatives(self) -> Iterator[ScoringSettings]:
         """This estimator and the other one, each with several micro-batch sizes, for the same statistic."""
         own = self.config.scoring
         shared = own.model_dump(include={"parameters", "sigma", "statistic", "seed", "num_draws"})
@@ -290,7 +290,7 @@ class _Job:
                     yield own.model_copy(update={"micro_batch_tokens": tokens})
                     continue
                 try:
-                    other = ScoringConfig(**shared, estimator=estimator, micro_batch_tokens=tokens)
+                    other = ScoringSettings(**shared, estimator=estimator, micro_batch_tokens=tokens)
                     refuse_uncovered(self.skeleton, other)
                 except (ValidationError, UserError):  # the other estimator cannot do what is asked
                     continue

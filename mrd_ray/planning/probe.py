@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from mrd_ray.config import RayConfig
+from mrd_ray.config import RaySettings
 from mrd_ray.errors import Unfit, UserError
 from mrd_ray.planning.simulate import Rates
 from mrd_ray.runs.journal import Journal
@@ -28,7 +28,7 @@ def idle_pool(pool: Pool, journal: Journal) -> float:
     began = time.monotonic()
     units = {str(number): 0 for number in range(pool.actors)}
     collections.deque(
-        run_units(units, [pa.table({"block": [0]})], _Idle, None, pool, journal, RayConfig(stall_after=_NEVER)),
+        run_units(units, [pa.table({"block": [0]})], _Idle, None, pool, journal, RaySettings(stall_after=_NEVER)),
         maxlen=0,
     )
     return time.monotonic() - began

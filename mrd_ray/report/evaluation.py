@@ -69,7 +69,7 @@ def _asked_otherwise(runs: Sequence[Evaluation]) -> list[str]:
 
 
 def _compared(name: str | None, other: Sequence[str]) -> bool:
-    """Whether runs can be compared by a figure; those of the model (None) come of all sets together."""
+    """Whether runs can be compared by a figure; figures of the model (None) come from all sets together."""
     return name not in other if name is not None else not other
 
 

@@ -1,4 +1,4 @@
-"""The part of the page on score runs: each alone, and how far they agree."""
+"""The part of the page on score runs: each run, and how far they agree."""
 
 import itertools
 from collections import Counter

@@ -112,7 +112,7 @@ def _outcome(run: Unlearning) -> list[str]:
     taken = run.log[-1]["step"]  # a step at which it diverged counts, and has no line of its own
     if run.outcome is None:
         last = run.log[-1]["of"]
-        return [f"Not finished: {taken:,} of {last:,} steps so far. The same command goes on from its last checkpoint."]
+        return [f"Not finished: {taken:,} of {last:,} steps so far. The same command resumes from its last checkpoint."]
     says = [f"Stopped after {count(taken, 'step')}: {run.outcome['reason']}."]
     step = run.outcome["step"]
     if step == 0:

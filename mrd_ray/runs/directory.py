@@ -21,7 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from rich.console import Console
 
-from mrd_ray.config import RunConfig
+from mrd_ray.config import RunSettings
 from mrd_ray.config.credentials import recordable
 from mrd_ray.errors import SettingsError, UserError
 from mrd_ray.runs import storage
@@ -170,7 +170,7 @@ class RunDirectory:
             self._fs.makedirs(self._root, exist_ok=True)
 
     @classmethod
-    def of(cls, config: RunConfig) -> "RunDirectory":
+    def of(cls, config: RunSettings) -> "RunDirectory":
         """The directory that the settings name. Raises UserError if it cannot be opened."""
         return cls(config.dir, patience=config.storage_patience)
 
@@ -325,7 +325,7 @@ class RunDirectory:
 
     def _kept_at(self, name: str, action: Callable[[], T], patience: float) -> T:
         """Repeat `action` after errors that may be temporary, with growing pauses. Raises OSError if that fails."""
-        pause, began, console = 0.5, time.monotonic(), Console(stderr=True)
+        pause, began, console = 0.5, time.monotonic(), Console(stderr=True, emoji=False)
         while True:
             try:
                 found = action()

@@ -73,7 +73,7 @@ def _wait_until_cold(run: RunDirectory) -> None:
     known = _read(run, _HOLDER)
     if known is None or (left := known.time + SILENT - time.time()) <= 0:
         return
-    Console(stderr=True).print(
+    Console(stderr=True, emoji=False).print(
         f"Process {known.pid} on {known.node} worked in {run.uri} {SILENT - left:.0f} s ago: waiting to see whether it "
         "is still alive",
         markup=False, soft_wrap=True,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from mrd_ray.config import OutputConfig
+from mrd_ray.config import OutputSettings
 from mrd_ray.config.credentials import recordable
 from mrd_ray.errors import UserError, whole_traceback
 from mrd_ray.runs import meter
@@ -81,8 +81,8 @@ def lines_of(content: bytes) -> list[bytes]:
 class Journal:
     """The record of one start of a command in a claimed run directory, kept by the driver: see Progress and Event."""
 
-    def __init__(self, run: RunDirectory, command: str, output: OutputConfig | None = None) -> None:
-        self._run, self.console = run, meter.console(output or OutputConfig())
+    def __init__(self, run: RunDirectory, command: str, output: OutputSettings | None = None) -> None:
+        self._run, self.console = run, meter.console(output or OutputSettings())
         self.run_id = str(run.manifest()["run_id"])
         self._progress = Progress(command=command, run=self.run_id)
         self._events = _earlier(run)

@@ -8,15 +8,15 @@ import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from mrd_ray.config import OutputConfig
+from mrd_ray.config import OutputSettings
 
 WITHHELD = "left out, since a reason may quote the sample"
 _LOG_EVERY = 15.0  # seconds between lines where there is no terminal
 
 
-def console(output: OutputConfig) -> Console:
+def console(output: OutputSettings) -> Console:
     """The console for progress and notices, which prints nothing in a quiet run."""
-    return Console(stderr=True, quiet=output.quiet)
+    return Console(stderr=True, quiet=output.quiet, emoji=False)
 
 
 def short(text: str, width: int) -> str:
@@ -35,7 +35,7 @@ class Meter:
 
     def __init__(self, title: str, total: float, console: Console | None = None) -> None:
         self._title, self._total, self._done, self._skipped = title, total, 0.0, 0.0
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(stderr=True, emoji=False)
         self._started = self._working_since = self._last_line = time.monotonic()
         self._bar = rich.progress.Progress(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[detail]}"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import torch
 
-from mrd_ray.config import ModelConfig, ScoringConfig
+from mrd_ray.config import ModelSettings, ScoringSettings
 from mrd_ray.errors import UserError
 from mrd_ray.scoring.estimators import ClosedForm, MonteCarlo, estimator_of, refuse_wrong_rules
 from mrd_ray.scoring.result import RESULT_SCHEMA
@@ -20,8 +20,8 @@ from mrd_ray.workers.replica import attempt, replica
 class ScoringSetup:
     """What all units of a run have in common. trial: a few of the run's samples, to try the settings on."""
 
-    model: ModelConfig
-    scoring: ScoringConfig
+    model: ModelSettings
+    scoring: ScoringSettings
     files_digest: str
     threads: int
     on_gpu: bool

@@ -10,7 +10,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from mrd_ray.config import ScoringConfig
+from mrd_ray.config import ScoringSettings
 from mrd_ray.mrd.autograd_check import disagreements
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.curvature import TraceEstimator
@@ -33,7 +33,7 @@ class Case(NamedTuple):
     model: PreTrainedModel
     replica: Replica
     trial: Sequence[Sample]
-    scoring: ScoringConfig
+    scoring: ScoringSettings
 
 
 def insufficient(precision: Precision, case: Case) -> str:
@@ -109,7 +109,7 @@ def _closed_form(case: Case) -> str | None:
     probes = _PROBES if scoring.resolves_mean or scoring.statistic == "abs_mean" or scoring.sigma > 1e-4 else 0
     changes = {"estimator": "closed_form", "curvature_probes": probes}
     settings = scoring.model_dump(exclude=set(of_draws)) | changes
-    advised = ScoringConfig(**settings)  # may raise, for example because of sigma
+    advised = ScoringSettings(**settings)  # may raise, for example because of sigma
     norms = GradientNorms(case.model, selected, activation_bytes(case.model, advised))
     if (norms.coverage.slow and not advised.allow_slow_parameters) or disagreements(norms):
         return None

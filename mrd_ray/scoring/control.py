@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from mrd_ray.config import ScoringConfig
+from mrd_ray.config import ScoringSettings
 from mrd_ray.errors import UserError
 from mrd_ray.mrd.autograd import along
 from mrd_ray.mrd.autograd_check import agrees, disagreements
@@ -28,7 +28,7 @@ class Control(NamedTuple):
 
     @classmethod
     def of(
-        cls, replica: Replica, model: PreTrainedModel, selected: Collection[str], scoring: ScoringConfig
+        cls, replica: Replica, model: PreTrainedModel, selected: Collection[str], scoring: ScoringSettings
     ) -> "Control":
         """The control variate of a model, tested to be valid there. Raises UserError with the reason if it is not."""
         if replica.sharded:
@@ -79,7 +79,7 @@ class ByAutograd:
         return -torch.tensor([value for value, _ in found], dtype=torch.float64)
 
 
-def first_order_of(replica: Replica, norms: GradientNorms, scoring: ScoringConfig) -> tuple[FirstOrders, str | None]:
+def first_order_of(replica: Replica, norms: GradientNorms, scoring: ScoringSettings) -> tuple[FirstOrders, str | None]:
     """A function that returns L, and a note if it is slow. Forward mode is tested on the replica, which is restored."""
     replica.perturb(scoring.sigma, noise_key(scoring.seed, 0))
     step = replica.step()

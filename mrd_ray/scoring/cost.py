@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mrd_ray.config import ScoringConfig
+from mrd_ray.config import ScoringSettings
 from mrd_ray.data.micro_batches import Layout
 from mrd_ray.models.load import rope_switch
 from mrd_ray.scoring.units import DRAW_TOKENS, Unit
@@ -38,7 +38,7 @@ class ModelCost:
         return cls(parameters, 2 * (parameters - looked_up), rope_switch(skeleton.config))
 
 
-def forwards_per_token(scoring: ScoringConfig) -> float:
+def forwards_per_token(scoring: ScoringSettings) -> float:
     """The cost of a token in one draw, or in the closed form, in units of a plain forward."""
     if scoring.estimator == "monte_carlo":
         return (2.0 if scoring.paired else 1.0) + (4.0 if scoring.controlled else 0.0)
@@ -51,7 +51,7 @@ def assumed_tflops(pool: Pool) -> float:
     return GPU_TFLOPS * min(1.0, pool.gpus) if pool.gpus else CPU_TFLOPS_PER_THREAD * pool.threads
 
 
-def gpu_advice(pool: Pool, scoring: ScoringConfig) -> str | None:
+def gpu_advice(pool: Pool, scoring: ScoringSettings) -> str | None:
     """A setting that a person may want to change on these devices, or None."""
     if not pool.gpus or scoring.micro_batch_tokens >= 4096:
         return None

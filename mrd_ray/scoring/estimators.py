@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 import torch
 from transformers import PreTrainedModel
 
-from mrd_ray.config import ScoringConfig
+from mrd_ray.config import ScoringSettings
 from mrd_ray.errors import UserError
 from mrd_ray.models import load
 from mrd_ray.mrd.closed_form import GradientNorms
@@ -29,7 +29,7 @@ from mrd_ray.workers.memory import TOO_LARGE, Sample, activation_bytes, collate,
 Shards = Callable[[], Mapping[str, Shard]]
 
 
-def refuse_uncovered(skeleton: PreTrainedModel, scoring: ScoringConfig) -> None:
+def refuse_uncovered(skeleton: PreTrainedModel, scoring: ScoringSettings) -> None:
     """Raises UserError if scoring.parameters selects nothing, or parameters for which the closed form has no rule."""
     selected = load.select(dict(skeleton.named_parameters()), scoring.parameters)
     if scoring.estimator != "closed_form" or scoring.allow_slow_parameters:
@@ -42,7 +42,7 @@ def refuse_uncovered(skeleton: PreTrainedModel, scoring: ScoringConfig) -> None:
         )
 
 
-def refuse_wrong_rules(model: PreTrainedModel, scoring: ScoringConfig) -> None:
+def refuse_wrong_rules(model: PreTrainedModel, scoring: ScoringSettings) -> None:
     """Raises UserError if the closed form is requested and its rules do not hold for this model (of whole weights)."""
     if scoring.estimator != "closed_form" or scoring.allow_slow_parameters:  # the latter uses autograd instead
         return
@@ -71,7 +71,7 @@ class MonteCarlo:
     checked = None
 
     def __init__(
-        self, model: PreTrainedModel, scoring: ScoringConfig, trial: Sequence[Sample], shards: Shards | None = None
+        self, model: PreTrainedModel, scoring: ScoringSettings, trial: Sequence[Sample], shards: Shards | None = None
     ) -> None:
         self._scoring = scoring
         self._device = model.device
@@ -187,7 +187,7 @@ class ClosedForm:
     says = None
 
     def __init__(
-        self, model: PreTrainedModel, scoring: ScoringConfig, trial: Sequence[Sample], shards: Shards | None = None
+        self, model: PreTrainedModel, scoring: ScoringSettings, trial: Sequence[Sample], shards: Shards | None = None
     ) -> None:
         self._scoring = scoring
         self._device = model.device
@@ -257,7 +257,7 @@ class ClosedForm:
 
 
 def estimator_of(
-    model: PreTrainedModel, scoring: ScoringConfig, trial: Sequence[Sample], shards: Shards | None = None
+    model: PreTrainedModel, scoring: ScoringSettings, trial: Sequence[Sample], shards: Shards | None = None
 ) -> MonteCarlo | ClosedForm:
     """The estimator that the settings name. Raises UserError as its constructor does."""
     kind = ClosedForm if scoring.estimator == "closed_form" else MonteCarlo

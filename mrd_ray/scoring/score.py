@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mrd_ray.config import ScoreConfig, ScoringConfig
+from mrd_ray.config import ScoreConfig, ScoringSettings
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.micro_batches import Layout, lay_out, lengths
 from mrd_ray.data.tokens import Limits
@@ -99,7 +99,7 @@ def score(config: ScoreConfig) -> ScoreRun:
     return finished
 
 
-def _identity(scoring: ScoringConfig) -> dict[str, Any]:
+def _identity(scoring: ScoringSettings) -> dict[str, Any]:
     """What a score depends on, without the number of draws where a later run may add some."""
     names = ["estimator", "parameters", "sigma", "micro_batch_tokens", "measures"]
     names += (

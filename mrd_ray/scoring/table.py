@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mrd_ray.config import ScoringConfig
+from mrd_ray.config import ScoringSettings
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.samples import PLACE
 from mrd_ray.mrd import eighths
@@ -81,7 +81,7 @@ MEASURES = {
 
 
 def scores_table(
-    samples: pa.Table, order: np.ndarray, results: Iterable[tuple[int, pa.Table]], scoring: ScoringConfig
+    samples: pa.Table, order: np.ndarray, results: Iterable[tuple[int, pa.Table]], scoring: ScoringSettings
 ) -> pa.Table:
     """One row per sample, sorted by sample_id, with SCHEMA's columns and one for each of scoring.measures.
 
@@ -129,7 +129,7 @@ _NEEDED = ["sample_id", *PLACE, "scored", "error"]
 _BATCH = 4096  # rows
 
 
-def _row(sample: dict[str, Any], parts: list[dict[str, Any]], scoring: ScoringConfig) -> dict[str, Any]:
+def _row(sample: dict[str, Any], parts: list[dict[str, Any]], scoring: ScoringSettings) -> dict[str, Any]:
     row: dict[str, Any] = {name: sample[name] for name in ("sample_id", *PLACE)} | {
         "sigma": scoring.sigma,
         "estimator": scoring.estimator,
@@ -166,7 +166,7 @@ def _row(sample: dict[str, Any], parts: list[dict[str, Any]], scoring: ScoringCo
     )
 
 
-def _score(parts: list[dict[str, Any]], scoring: ScoringConfig) -> tuple[Score, list[float] | None]:
+def _score(parts: list[dict[str, Any]], scoring: ScoringSettings) -> tuple[Score, list[float] | None]:
     """The score, and the score from each eighth of its draws."""
     if scoring.estimator == "closed_form":
         (part,) = parts
@@ -181,7 +181,7 @@ def _score(parts: list[dict[str, Any]], scoring: ScoringConfig) -> tuple[Score, 
     return score, eighths.of_moments(moments, score, scoring.statistic, first_std)
 
 
-def unsettled(scores: pa.Table, scoring: ScoringConfig) -> np.ndarray:
+def unsettled(scores: pa.Table, scoring: ScoringSettings) -> np.ndarray:
     """Which samples need more draws in adaptive scoring: bool [n]. No sample without a target, or after max_draws."""
     if scoring.target_relative_se is None:
         return np.zeros(len(scores), bool)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mrd_ray.config import ScoringConfig
+from mrd_ray.config import ScoringSettings
 from mrd_ray.data.micro_batches import Layout
 from mrd_ray.errors import UserError
 
@@ -143,6 +143,6 @@ def _blocks(layout: Layout, first: int, stop: int, tokens: int) -> list[tuple[in
     return blocks
 
 
-def first_draws(scoring: ScoringConfig) -> range:
+def first_draws(scoring: ScoringSettings) -> range:
     """The draws of round 0; the closed form's grid is one draw wide."""
     return range(1 if scoring.estimator == "closed_form" else scoring.num_draws)

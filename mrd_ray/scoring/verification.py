@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from mrd_ray.config import ScoringConfig
+from mrd_ray.config import ScoringSettings
 from mrd_ray.errors import UserError
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.first_order import FirstOrders
@@ -72,7 +72,7 @@ class Verification:
         self,
         model: PreTrainedModel,
         norms: GradientNorms,
-        scoring: ScoringConfig,
+        scoring: ScoringSettings,
         trial: Sequence[Sample],
         replica: Callable[[], Replica],
         sharded: bool,

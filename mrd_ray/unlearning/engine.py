@@ -203,7 +203,7 @@ class Engine:
         return weights_digest({name: shard.tensor for name, shard in self.shards().items()})
 
     def save_model(self, folder: Path) -> None:
-        """Write a Hugging Face directory, of the adapter alone if there is one: see `saving.save`.
+        """Write a Hugging Face directory, with only the adapter if there is one: see `saving.save`.
 
         Weights are gathered one by one.
         """

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypedDict, cast
 import ray.util.metrics
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from mrd_ray.config import TrackingConfig, UnlearnConfig
+from mrd_ray.config import TrackingSettings, UnlearnConfig
 from mrd_ray.errors import UserError
 from mrd_ray.runs.directory import RunDirectory, parsed_json
 from mrd_ray.unlearning.stopping import Measures, perplexity
@@ -81,7 +81,7 @@ def current(line: dict[str, JsonValue]) -> Line:
     return cast("Line", line)
 
 
-def require(tracking: TrackingConfig, run_dir: str) -> None:
+def require(tracking: TrackingSettings, run_dir: str) -> None:
     """Raises UserError if something asked for is not installed; TensorBoard writes to a URI by a library of its own."""
     wanted = ["wandb"] if tracking.wandb_project is not None else []
     if tracking.tensorboard:
@@ -98,7 +98,7 @@ class Log:
     """The log of a run, on rank 0. metrics.jsonl holds exactly the steps that led to the present state.
 
     Args:
-        lines: those of the checkpoint that the run goes on from; what an interrupted attempt wrote after it goes.
+        lines: those of the checkpoint that the run resumes from; what an interrupted attempt wrote after it goes.
     """
 
     def __init__(self, run: RunDirectory, config: UnlearnConfig, lines: Sequence[Line]) -> None:
@@ -116,7 +116,7 @@ class Log:
             self._wandb = wandb.init(
                 project=config.tracking.wandb_project,
                 config=config.model_dump(),
-                id=hashlib.sha256(run.uri.encode()).hexdigest()[:16],  # a resumed run goes on in the same one
+                id=hashlib.sha256(run.uri.encode()).hexdigest()[:16],  # a resumed run continues the same one
                 resume="allow",
             )
         self._steps = ray.util.metrics.Counter("mrd_ray_unlearning_steps_total", "Optimiser steps taken", _OF_RUN)
@@ -182,7 +182,7 @@ def start(run: RunDirectory) -> bytes:
 
 
 def node_of(start: bytes) -> str:
-    """The node of rank 0, by what `start` gives."""
+    """The node of rank 0, as `start` records it."""
     try:
         return str(json.loads(start)["node"])
     except (ValueError, LookupError, TypeError):

@@ -32,7 +32,7 @@ from mrd_ray.workers.memory import Tokenised, collate
 class Sets:
     """Tables of data.samples.SCHEMA without errors, sorted by sample_id.
 
-    refusals: of po; so many rows for each forget sample, in its order: its prompt with a refusal for a response.
+    refusals: for po; several rows per forget sample, in the samples' order: its prompt with a refusal as response.
     watched: indices of the retain samples that the utility floor is measured on.
     """
 
@@ -77,7 +77,7 @@ class Loop:
 
     Args:
         engine: the live model.
-        state: fresh, or that of the checkpoint which the engine has loaded.
+        state: a fresh one, or the state of the checkpoint that the engine has loaded.
         until: return before this step even if there is more to do, so that scores can be made elsewhere.
         log: takes each new line of the log; on rank 0 alone.
         keep_scores: takes (step, scores) of each refresh; on rank 0 alone.
@@ -297,7 +297,7 @@ class Loop:
         return [el for _, el in sorted(ranks.gather(list(zip(mine, found, strict=True))))]
 
     def _keep(self) -> None:
-        """A checkpoint: a Hugging Face model, and all that a run goes on from."""
+        """A checkpoint: a Hugging Face model, and all that a run resumes from."""
         assert self.state.latest is not None
 
         def write(folder: Path) -> None:

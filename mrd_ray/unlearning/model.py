@@ -33,7 +33,7 @@ def refuse(config: UnlearnConfig) -> None:
     if (more := adapters.more_than_factors(adapter)) is not None:
         raise UserError(
             f"model.path: the adapter in {adapter} changes more than LoRA factors ({more}), and unlearning trains "
-            f"those alone; {adapters.MERGE}"
+            f"only those; {adapters.MERGE}"
         )
 
 

@@ -7,7 +7,7 @@ make the same number of forwards in them.
 import numpy as np
 import pyarrow as pa
 
-from mrd_ray.config import ScoringConfig
+from mrd_ray.config import ScoringSettings
 from mrd_ray.data.micro_batches import Layout, lay_out, lengths
 from mrd_ray.models.load import rope_switch
 from mrd_ray.mrd.likelihood import Likelihood, TokenMeasures, sum_log_probs
@@ -19,7 +19,7 @@ from mrd_ray.unlearning.engine import Engine
 from mrd_ray.workers.memory import Sample, collate
 
 
-def score_in_place(engine: Engine, samples: pa.Table, scoring: ScoringConfig) -> pa.Table:
+def score_in_place(engine: Engine, samples: pa.Table, scoring: ScoringSettings) -> pa.Table:
     """Scores of the samples, as `mrd-ray score` would give for a checkpoint of these weights, which stay as they are.
 
     Args:

@@ -17,7 +17,7 @@ from mrd_ray.runs import storage
 from mrd_ray.unlearning.sampling import ForgetStream, sampling_probabilities
 
 _NAMED = 5  # samples that a message names
-_CHUNK = 1 << 18  # draws of one step: another number gives other draws
+_CHUNK = 1 << 18  # draws per step: another number changes the draws
 
 
 class MRDSampler(torch.utils.data.Sampler[int]):
@@ -26,8 +26,8 @@ class MRDSampler(torch.utils.data.Sampler[int]):
         sampler = MRDSampler("run/scores.parquet", length=len(forget_set))
         loader = DataLoader(forget_set, batch_size=8, sampler=sampler)
 
-    Like torch's DistributedSampler it gives every epoch other draws if `set_epoch` is called before it; unlike it, it
-    gives the same to all ranks. Epoch e of a seed always has the same draws; more of them begin with the same ones.
+    Like torch's DistributedSampler it has other draws in every epoch if `set_epoch` is called before it; unlike it, it
+    has the same draws on all ranks. Epoch e of a seed always has the same draws; more of them begin with the same ones.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class MRDSampler(torch.utils.data.Sampler[int]):
         *,
         length: int | None = None,
     ) -> None:
-        """Match the scores with the data set, in numpy and Arrow alone: ten million samples take seconds.
+        """Match the scores with the data set, with numpy and Arrow only: ten million samples take seconds.
 
         Args:
             scores: a scores.parquet (local path or fsspec URI), or its table. Of its columns, sample_id and mrd count,
                 and without sample_ids also index (or row).
-            sample_ids: which sample stands at each index of the data set; scores of others are ignored. Whole
+            sample_ids: the sample at each index of the data set; scores of others are ignored. Whole
                 numbers count as text, as in scoring. An Arrow column is faster than a list. None: the data set is the
                 whole source that was scored, in its order. Index i gets the score whose column `index` is i.
             weighting: see `sampling_probabilities`.
@@ -173,7 +173,7 @@ def _source_order(name: str, table: pa.Table, length: int | None) -> np.ndarray:
 
 
 def _place_column(name: str, table: pa.Table) -> tuple[str, int]:
-    """The column that says where in the source each sample stands, and what it is for the first. Raises UserError."""
+    """The column with each sample's place in the source, and its first value. Raises UserError."""
     if "index" in table.column_names:
         return "index", 0
     if "row" not in table.column_names:
@@ -202,7 +202,7 @@ def _strings(ids: Sequence[str] | pa.Array | pa.ChunkedArray, name: str) -> pa.A
 
 
 def _rows(ids: pa.Array, known: pa.Array) -> np.ndarray:
-    """At which index of `known`, which holds no id twice, each of `ids` stands: int32 [n]. Raises UserError."""
+    """The index of each of `ids` in `known`, which holds no id twice: int32 [n]. Raises UserError."""
     found = pc.index_in(ids, value_set=known)
     if found.null_count:
         lacking = ids.filter(pc.is_null(found))

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from mrd_ray.config import DataConfig, RetainConfig, UnlearnConfig
+from mrd_ray.config import DataSettings, RetainSettings, UnlearnConfig
 from mrd_ray.data import read
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.cells import Unscorable
@@ -24,7 +24,7 @@ _WATCHED_SEED = 1  # whatever the run's, so that runs of several seeds are measu
 
 
 def build(config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console) -> Sets:
-    """Read and tokenise. Says on the console what is left out of the retain set, and what stands in both sets.
+    """Read and tokenise. Prints what is left out of the retain set, and which rows are in both sets.
 
     Raises:
         UserError: a set is empty or unusable, a forget sample cannot be unlearned, or refusals do not fit.
@@ -60,7 +60,7 @@ def _where(sample: dict[str, object]) -> str:
     return f"row {sample['row']}{of_file}"
 
 
-def retain_data(data: DataConfig, retain: RetainConfig) -> DataConfig:
+def retain_data(data: DataSettings, retain: RetainSettings) -> DataSettings:
     """How the retain set is read: as `data` says, but for what `retain` says."""
     own = retain.model_dump(exclude={"text", "messages"}) | {"where": {}}
     unlike = {"text": None, "prompt": None, "response": None, "messages": None, "id": "auto"}
@@ -68,7 +68,7 @@ def retain_data(data: DataConfig, retain: RetainConfig) -> DataConfig:
         own |= unlike | {"text": retain.text, "score_on": "all"}
     elif retain.messages is not None:
         own |= unlike | {"messages": retain.messages}
-    return DataConfig(**(data.model_dump() | own))
+    return DataSettings(**(data.model_dump() | own))
 
 
 def _retain(config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console) -> pa.Table:
@@ -104,7 +104,7 @@ def _refusals(
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
 ) -> pa.Table:
-    """Each forget sample's prompt with a few refusals for a response, which alone counts."""
+    """Each forget sample's prompt with a few refusals as response; only the response counts."""
     lines = _lines(path)
     if read.texts(config.data) is not None:
         raise UserError(_NO_PROMPTS)

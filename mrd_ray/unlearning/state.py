@@ -28,7 +28,7 @@ class _Saved(BaseModel):
 
 @dataclass
 class State:
-    """What a resumed run goes on from, beside the engine. The draws need no state: they are functions of the step.
+    """What a resumed run resumes from, beside the engine. The draws need no state: they are functions of the step.
 
     step: optimiser steps taken. initial: of the model before any, whose log-probabilities are NPO's reference.
     latest: of this step's model. scores: the latest, of step `scored_at`. log: all lines of metrics.jsonl so far.

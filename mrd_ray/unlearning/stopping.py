@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, TypedDict
 
-from mrd_ray.config import StoppingConfig
+from mrd_ray.config import StoppingSettings
 
-_FLOOR_NATS = 0.1  # of a memorised retain set, twice the loss may still be next to none
+_FLOOR_NATS = 0.1  # twice the loss of a memorised retain set may still be tiny
 _MOST_NATS = 230.0  # a perplexity of 8e99: a number that every reader of the log can use
 Measure = Literal[
     "forget_memorization_accuracy", "forget_extraction_likelihood", "forget_log_prob", "retain_perplexity"
@@ -60,20 +60,20 @@ class Knowledge:
         }
 
     def finite(self) -> bool:
-        """Whether the model still gives probabilities."""
+        """Whether the model's probabilities are still finite."""
         return all(map(math.isfinite, [*self.log_prob, self.retain_loss or 0.0]))
 
 
-def retain_loss_limit(stopping: StoppingConfig, initial: Knowledge) -> float:
+def retain_loss_limit(stopping: StoppingSettings, initial: Knowledge) -> float:
     """The utility floor as a loss in nats; infinite where there is none."""
     if stopping.max_retain_loss_ratio is None or initial.retain_loss is None:
         return math.inf
     ratio, before = stopping.max_retain_loss_ratio, initial.retain_loss
-    # the loss so many times what it was, or the perplexity: of an ordinary model, twice the loss is no limit at all
+    # N times the loss, or N times the perplexity: for an ordinary model, twice the loss is no limit at all
     return max(min(ratio * before, before + math.log(ratio)), before + _FLOOR_NATS)
 
 
-def below_floor(stopping: StoppingConfig, initial: Knowledge, now: Knowledge) -> str | None:
+def below_floor(stopping: StoppingSettings, initial: Knowledge, now: Knowledge) -> str | None:
     """Why this state must not become the result, or None."""
     if not now.finite():
         return "diverged: the model no longer gives finite probabilities"
@@ -86,7 +86,7 @@ def below_floor(stopping: StoppingConfig, initial: Knowledge, now: Knowledge) ->
     return None
 
 
-def forgotten(stopping: StoppingConfig, initial: Knowledge, now: Knowledge) -> bool:
+def forgotten(stopping: StoppingSettings, initial: Knowledge, now: Knowledge) -> bool:
     """EL_n and MA of every forget sample, or their means, are below their averages on the initial model.
 
     Zero counts as below, since nothing is: there is no less memory than none.

@@ -15,7 +15,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, Sc
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from mrd_ray.config import RayConfig, RunConfig, ScoreConfig, UnlearnConfig
+from mrd_ray.config import RaySettings, RunSettings, ScoreConfig, UnlearnConfig
 from mrd_ray.config.paths import with_absolute_paths
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.tokens import Limits
@@ -184,21 +184,16 @@ class _TrainingRounds:
     def _pool(self, grows: bool) -> Pool:
         wanted = self.config.ray
         workers = wanted.workers or max(1, int(ray.cluster_resources().get("GPU", 0)))
-        shape = RayConfig(
+        shape = RaySettings(
             actors=workers,
-            cpus_per_actor=wanted.cpus_per_worker,
+            cpus_per_process=wanted.cpus_per_process,
             gpus_per_actor=wanted.gpus_per_worker,
             start_timeout=wanted.start_timeout,
         )
-        try:
-            return pool_of(shape, grows and wanted.workers is not None, self.journal, all_at_once=True)
-        except UserError as problem:
-            raise UserError(
-                str(problem).replace("_per_actor", "_per_worker").replace("ray.actors", "ray.workers")
-            ) from None
+        return pool_of(shape, grows and wanted.workers is not None, self.journal, all_at_once=True, word="worker")
 
     def _newest(self) -> tuple[ray.train.Checkpoint, dict[str, Any]] | None:
-        """The checkpoint that a fit would go on from."""
+        """The checkpoint that a fit would resume from."""
         if not self.run.exists(f"{_CHECKPOINTS}/checkpoint_manager_snapshot.json"):
             return None
         try:
@@ -211,7 +206,7 @@ class _TrainingRounds:
         return None if result.checkpoint is None else (result.checkpoint, result.metrics)
 
     def _refuse_newest(self, workers: int) -> None:
-        """Raises UserError if the run cannot go on from the newest checkpoint."""
+        """Raises UserError if the run cannot resume from the newest checkpoint."""
         if (newest := self._newest()) is None:
             return
         if (was := newest[1]["workers"]) != workers:
@@ -244,10 +239,10 @@ class _TrainingRounds:
             ScoreConfig(
                 model=model,
                 data=self.config.data,
-                run=RunConfig(dir=f"{self.run.uri}/refreshes/step-{step:06d}"),
+                run=RunSettings(dir=f"{self.run.uri}/refreshes/step-{step:06d}"),
                 scoring=self.config.scoring,
-                ray=RayConfig(
-                    cpus_per_actor=shape.cpus_per_worker,
+                ray=RaySettings(
+                    cpus_per_process=shape.cpus_per_process,
                     gpus_per_actor=shape.gpus_per_worker,
                     start_timeout=shape.start_timeout,
                     stall_after=shape.stall_after,
@@ -291,7 +286,7 @@ class _TrainingRounds:
         except ray.train.TrainingFailedError as problem:
             raise UserError(
                 f"the workers failed {self.config.ray.max_failures + 1} time(s) (ray.max_failures); the same command "
-                f"goes on from the last checkpoint. {problem}"
+                f"resumes from the last checkpoint. {problem}"
             ) from None
 
     def _export(self, result: Result) -> int:

@@ -78,7 +78,7 @@ class Watch:
     def _go_on(self, lines: list[Line]) -> None:
         step = lines[-1]["step"] if lines else 0
         self._journal.event(
-            "going_on", f"Unlearning: the workers have started again, and go on from step {step}", step=step
+            "going_on", f"Unlearning: the workers have started again, and resume from step {step}", step=step
         )
         if not self._step:  # the steps of an earlier start
             self._meter.working_since(0)

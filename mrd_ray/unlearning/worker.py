@@ -1,4 +1,4 @@
-"""One worker of the Ray Train job: loads the model, goes on from the newest checkpoint, runs the loop, reports."""
+"""One worker of the Ray Train job: loads the model, resumes from the newest checkpoint, runs the loop, reports."""
 
 import hashlib
 import shutil
@@ -56,14 +56,14 @@ def work(settings: dict[str, Job]) -> dict[str, Any]:
     """Ray Train's loop per worker: {"reason": why it stopped, or None at `until`}, or {"fatal": what is wrong}.
 
     Args:
-        settings: the job, under "job", since Ray Train gives workers a dictionary.
+        settings: the job, under "job", since Ray Train passes workers a dictionary.
 
     What is wrong with settings or data is given back, since an exception would be tried again.
     """
     job = settings["job"]
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(max(1, int(job.config.ray.cpus_per_worker)))
+    torch.set_num_threads(max(1, int(job.config.ray.cpus_per_process)))
     ranks = Ranks.of_process_group()
     try:
         return {"reason": _train(job, ranks)}
@@ -112,7 +112,7 @@ def _train(job: Job, ranks: Ranks) -> str | None:
 
 
 def _alone(write: Callable[..., None]) -> Callable[..., None]:
-    """What rank 0 does alone: a failure there must end the worker, since the other ranks would wait for it."""
+    """What only rank 0 does: a failure there must end the worker, since the other ranks would wait for it."""
 
     def checked(*args: Any) -> None:
         try:

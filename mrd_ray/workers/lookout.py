@@ -10,7 +10,6 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import ray
-import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mrd_ray.errors import Unfit, UserError
@@ -141,10 +140,17 @@ class Noted:
         if why := self._given_up or _told(self._board.begins.remote(self._id, unit["unit_id"])):
             raise UserError(why)
         result = self._actor(unit["unit_id"], ray.get(self._blocks[unit["block"]]))
-        gpus = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
-        peaks = [torch.cuda.max_memory_allocated(gpu) for gpu in range(gpus)]
-        self._board.ends.remote(self._id, sum(peaks) if gpus else psutil.Process().memory_info().rss)
+        self._board.ends.remote(self._id, _peak_memory())
         return result
+
+
+def _peak_memory() -> int:
+    """Bytes: the peak of this process's GPUs, or its resident memory if it uses none."""
+    import torch  # here: the board's process imports this module, and starts sooner without torch
+
+    if not torch.cuda.is_initialized():
+        return psutil.Process().memory_info().rss
+    return sum(torch.cuda.max_memory_allocated(gpu) for gpu in range(torch.cuda.device_count()))
 
 
 def _told(answer: ray.ObjectRef) -> Any:
@@ -161,7 +167,7 @@ class Lookout:
     Args:
         stall_after: seconds that a unit may take, or that may pass without any actor, before a stall is reported.
         pool: the resources of an actor, used to fill a node that is set aside.
-        max_bad_nodes: see RayConfig.
+        max_bad_nodes: see RaySettings.
     """
 
     def __init__(

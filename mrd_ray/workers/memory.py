@@ -9,7 +9,7 @@ from typing import TypedDict, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from mrd_ray.config import ScoringConfig
+from mrd_ray.config import ScoringSettings
 from mrd_ray.errors import UserError
 from mrd_ray.mrd.likelihood import MicroBatch
 from mrd_ray.mrd.recompute import layers_of
@@ -43,7 +43,7 @@ _CPU_ACTIVATIONS = 4.0 * 2**30  # bytes
 _FREE_SHARE = 0.6  # of a GPU's free memory; logits, rules and the allocator's gaps need some of the rest
 
 
-def activation_bytes(model: PreTrainedModel, scoring: ScoringConfig, sharded: bool = False) -> float:
+def activation_bytes(model: PreTrainedModel, scoring: ScoringSettings, sharded: bool = False) -> float:
     """Bytes on each device that a micro-batch's activations may take (see `recomputing`).
 
     Where weights are gathered layer by layer, all processes must recompute the same layers: every layer or none.

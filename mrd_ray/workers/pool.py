@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mrd_ray.config import RayConfig
+from mrd_ray.config import RaySettings
 from mrd_ray.errors import UserError
 
 
@@ -33,29 +33,34 @@ class Pool:
         )
 
     @classmethod
-    def of(cls, config: RayConfig, nodes: Sequence[Mapping[str, float]], grows: bool = False) -> "Pool":
+    def of(
+        cls, config: RaySettings, nodes: Sequence[Mapping[str, float]], grows: bool = False, word: str = "actor"
+    ) -> "Pool":
         """Size the pool for nodes with these resources ("CPU", "GPU").
 
         Args:
             grows: nodes may still join, so `actors`, if set, is accepted even if there is no room for all of them yet.
+            word: what the settings call an actor.
 
         Raises:
             UserError: the cluster has no room for the pool.
         """
         cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
         gpus_each = config.gpus_per_actor if config.gpus_per_actor is not None else float(gpus > 0)
-        pool = cls(config.actors or 1, config.cpus_per_actor, gpus_each)
+        pool = cls(config.actors or 1, config.cpus_per_process, gpus_each)
         if grows and config.actors is not None:
             return pool
         if gpus_each > gpus:
-            raise UserError(f"ray.gpus_per_actor: {gpus_each:g} requested, but the cluster has {gpus:g} GPU(s)")
-        if config.cpus_per_actor > cpus:
-            raise UserError(f"ray.cpus_per_actor: {config.cpus_per_actor:g} requested, but the cluster has {cpus:g}")
+            raise UserError(f"ray.gpus_per_{word}: {gpus_each:g} requested, but the cluster has {gpus:g} GPU(s)")
+        if config.cpus_per_process > cpus:
+            raise UserError(
+                f"ray.cpus_per_process: {config.cpus_per_process:g} requested, but the cluster has {cpus:g}"
+            )
         room = pool.room(nodes)
         if (config.actors or 1) > room:
             raise UserError(
-                f"ray.actors: {config.actors or 1} requested, but the cluster's {cpus:g} CPU(s) and {gpus:g} GPU(s) on "
-                f"{len(nodes)} node(s) have room for {room} of {config.cpus_per_actor:g} CPU(s) and {gpus_each:g} "
+                f"ray.{word}s: {config.actors or 1} requested, but the cluster's {cpus:g} CPU(s) and {gpus:g} GPU(s) "
+                f"on {len(nodes)} node(s) have room for {room} of {config.cpus_per_process:g} CPU(s) and {gpus_each:g} "
                 "GPU(s) each"
             )
-        return cls(config.actors or room, config.cpus_per_actor, gpus_each)
+        return cls(config.actors or room, config.cpus_per_process, gpus_each)

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from mrd_ray.config import ModelConfig
+from mrd_ray.config import ModelSettings
 from mrd_ray.errors import Unfit, UserError
 from mrd_ray.models.files import Unchanged, model_digest, weight_files
 from mrd_ray.models.load import load_model
@@ -17,7 +17,7 @@ from mrd_ray.mrd.causality import dependence
 T = TypeVar("T")
 
 
-def replica(config: ModelConfig, files_digest: str, on_gpu: bool) -> tuple[PreTrainedModel, Unchanged]:
+def replica(config: ModelSettings, files_digest: str, on_gpu: bool) -> tuple[PreTrainedModel, Unchanged]:
     """This worker's replica of the driver's model, and a check that its weights have not changed since.
 
     Raises Unfit if it cannot be loaded on this node, or if the weights here are different; UserError if the model is
@@ -35,7 +35,7 @@ def replica(config: ModelConfig, files_digest: str, on_gpu: bool) -> tuple[PreTr
     return model, weights
 
 
-def _loaded(config: ModelConfig, files_digest: str, on_gpu: bool) -> tuple[PreTrainedModel, Unchanged]:
+def _loaded(config: ModelSettings, files_digest: str, on_gpu: bool) -> tuple[PreTrainedModel, Unchanged]:
     weights = Unchanged([] if on_gpu else weight_files(config))  # a GPU has its own copy
     refuse_other_model(config, files_digest)
     spread = on_gpu and torch.cuda.device_count() > 1  # Ray shows an actor only its own GPUs
@@ -44,7 +44,7 @@ def _loaded(config: ModelConfig, files_digest: str, on_gpu: bool) -> tuple[PreTr
     return model, weights
 
 
-def refuse_other_model(config: ModelConfig, files_digest: str) -> None:
+def refuse_other_model(config: ModelSettings, files_digest: str) -> None:
     """Raises UserError if the model's files on this node are not those of the driver."""
     if (found := model_digest(config)) != files_digest:
         raise UserError(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import ray
 
-from mrd_ray.config import RayConfig
+from mrd_ray.config import RaySettings
 from mrd_ray.errors import UserError
 from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.runs.journal import Journal
@@ -19,13 +19,14 @@ from mrd_ray.workers.lookout import Lookout, Noted
 from mrd_ray.workers.pool import Pool
 
 
-def pool_of(config: RayConfig, grows: bool, journal: Journal, all_at_once: bool = False) -> Pool:
+def pool_of(config: RaySettings, grows: bool, journal: Journal, all_at_once: bool = False, word: str = "actor") -> Pool:
     """The pool for the cluster as it is now; if the cluster may grow, waits for room for one actor, or for all.
 
-    Raises UserError if there is no room, and none appears within `ray.start_timeout` seconds.
+    word: what the settings call an actor. Raises UserError if there is no room, and none appears within
+    `ray.start_timeout` seconds.
     """
     nodes = living_nodes()
-    pool = Pool.of(config, nodes, grows)
+    pool = Pool.of(config, nodes, grows, word)
     room, wanted = pool.room(nodes), pool.actors if all_at_once else 1
     each = " and ".join(f"{amount:g} {name}" for name, amount in pool.resources.items())
     if room < pool.actors:
@@ -51,7 +52,7 @@ def run_units(
     task: Any,
     pool: Pool,
     journal: Journal,
-    ray_config: RayConfig,
+    ray_config: RaySettings,
 ) -> Generator[pa.Table]:
     """Process units; yields one-row tables of their results, in the order in which they finish.
 
@@ -115,7 +116,7 @@ def work_off(
     pool: Pool,
     run: RunDirectory,
     journal: Journal,
-    ray_config: RayConfig,
+    ray_config: RaySettings,
     items: str,
     begun: Callable[[pa.Table], None] = lambda result: None,
 ) -> None:

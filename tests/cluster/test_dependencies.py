@@ -38,7 +38,7 @@ def without(folder: Path, module: str, process: str) -> str:
 
 @pytest.mark.parametrize(
     ("job", "module"),
-    [*(("score", name) for name in ("jsonargparse", "yaml", "ray", "torch")), ("unlearn", "ray")],
+    [*(("score", name) for name in ("pydantic", "yaml", "ray", "torch")), ("unlearn", "ray")],
 )
 def test_a_job_names_what_the_head_lacks(job, module, tiny_model_dir, qa_file, tmp_path):
     environment = os.environ | {"PYTHONPATH": without(tmp_path / "path", module, "jobs/")}

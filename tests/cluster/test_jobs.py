@@ -54,13 +54,9 @@ def address(environment, tmp_path_factory):
     try:
         for _ in range(120):
             assert head.poll() is None, (folder / "log").read_text()
-            if (
-                subprocess.run(
-                    [BIN / "ray", "job", "list", "--address", url], env=environment, capture_output=True
-                ).returncode
-                == 0
-            ):
-                break
+            tried = [BIN / "ray", "job", "submit", "--address", url, "--", "true"]
+            if subprocess.run(tried, env=environment, capture_output=True).returncode == 0:
+                break  # there is a dashboard, and an agent that starts jobs
             time.sleep(1)
         yield url
     finally:
@@ -120,7 +116,7 @@ def test_submit_log_stop_and_submit_again(ray_job, working_dir, tiny_model_dir, 
     assert stopped.returncode == 0, stopped.stderr
     before = units(run)
     assert "was stopped" in ray_job("status", "first").stdout
-    assert "interrupted; the same command goes on from here" in ray_job("logs", "first").stdout
+    assert "interrupted; the same command resumes from here" in ray_job("logs", "first").stdout
     assert json.loads((run / "progress.json").read_text())["state"] == "interrupted"
     assert not (run / "scores.parquet").exists()
 
@@ -185,7 +181,7 @@ def test_a_pipeline_that_is_stopped_while_it_unlearns(ray_job, working_dir, tiny
 
     again = ray_job(*submission(working_dir, "pipeline-again", "pipeline", flags))
     assert again.returncode == 0, again.stdout + again.stderr
-    assert re.search("go on from step [1-9]", again.stdout)
+    assert re.search("resume from step [1-9]", again.stdout)
     assert units(run / "score") == before
     assert json.loads((run / "unlearn" / "manifest.json").read_text())["outcome"]["step"] == 400
     assert (run / "report.html").is_file()

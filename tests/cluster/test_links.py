@@ -130,13 +130,13 @@ def test_a_link_is_cut_during_scoring(hosts, tiny_model_dir, qa_file, tmp_path):
 
 
 def test_a_link_is_cut_during_training(hosts, tiny_model_dir, qa_file, tmp_path):
-    """One worker on each node. The node comes back; training goes on from its checkpoint, as if nothing had been."""
+    """One worker on each node. The node comes back; training resumes from its checkpoint, as if nothing had been."""
     head, worker = hosts
     flags = [
         *("--model.path", str(tiny_model_dir), "--data.path", str(qa_file), "--unlearning.method", "ga"),
         *("--unlearning.steps", "60", "--unlearning.batch_size", "4", "--unlearning.refresh_every", "10"),
         *("--stopping.extraction_n", "0", "--stopping.forgotten", "never", "--stopping.max_retain_loss_ratio", "null"),
-        *("--ray.workers", "2", "--ray.cpus_per_worker", "2"),  # more than one node has for both
+        *("--ray.workers", "2", "--ray.cpus_per_process", "2"),  # more than one node has for both
     ]
     whole, run = tmp_path / "whole", tmp_path / "run"
     job(head, "unlearn", [*flags, "--run.dir", str(whole)], tmp_path / "log-1").ends()
@@ -153,7 +153,7 @@ def test_a_link_is_cut_during_training(hosts, tiny_model_dir, qa_file, tmp_path)
     mend(worker)
     join(worker, tmp_path)
     disturbed.ends(seconds=400)
-    assert "the workers have started again, and go on from step" in disturbed.said
+    assert "the workers have started again, and resume from step" in disturbed.said
 
     def losses(of: Path) -> list[tuple]:
         lines = [json.loads(line) for line in (of / "metrics.jsonl").read_text().splitlines()]

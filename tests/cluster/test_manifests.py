@@ -22,6 +22,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from mrd_ray.cli.main import LINE
 from mrd_ray.config import ScoreConfig, UnlearnConfig
+from mrd_ray.errors import UserError
 from mrd_ray.runs.gauges import ENDED, GAUGES
 
 ROOT = Path(__file__).parents[2]
@@ -45,14 +46,14 @@ def parse(entrypoint: str) -> ScoreConfig | UnlearnConfig:
     python, job, *flags = shlex.split(entrypoint.replace(IN_IMAGE, f"{ROOT}/"))
     assert python == "python"
     assert (ROOT / job).is_file()
-    return LINE.settings(LINE.parser(), [Path(job).stem, *flags])
+    return LINE.settings([Path(job).stem, *flags])
 
 
 def per_process(config: ScoreConfig | UnlearnConfig) -> tuple[int, float, float]:
     """How many actors or workers, and CPUs and GPUs of each; all must be set where nodes come only when asked for."""
     if isinstance(config, ScoreConfig):
-        return config.ray.actors, config.ray.cpus_per_actor, config.ray.gpus_per_actor
-    return config.ray.workers, config.ray.cpus_per_worker, config.ray.gpus_per_worker
+        return config.ray.actors, config.ray.cpus_per_process, config.ray.gpus_per_actor
+    return config.ray.workers, config.ray.cpus_per_process, config.ray.gpus_per_worker
 
 
 def check_room(entrypoint: str, nodes: int, cpus: float, gpus: int) -> None:
@@ -376,7 +377,7 @@ POD = f"{WORKER}/template/spec"
     ],
 )
 def test_broken_manifest_is_refused(name, path, value):
-    with pytest.raises((AssertionError, ValueError, jsonschema.ValidationError, SystemExit)):
+    with pytest.raises((AssertionError, ValueError, jsonschema.ValidationError, UserError)):
         CHECKS[name](change(load(name), path, value))
 
 

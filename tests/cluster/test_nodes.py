@@ -114,7 +114,7 @@ def test_workers_from_zero(cluster, tiny_model_dir, qa_file, tmp_path, alone):
 
 
 def test_no_node_comes(cluster, tiny_model_dir, qa_file, tmp_path):
-    flags = scoring(tiny_model_dir, qa_file, tmp_path / "run", "--ray.actors", "1", "--ray.cpus_per_actor", "64")
+    flags = scoring(tiny_model_dir, qa_file, tmp_path / "run", "--ray.actors", "1", "--ray.cpus_per_process", "64")
     with driver("score", [*flags, "--ray.start_timeout", "3"], tmp_path / "log", cluster.address) as job:
         job.ends(code=1)
         assert "ray.start_timeout: no room for 1 of 64 CPU each within 3 s" in job.said

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.data import samples
 from mrd_ray.data.tokens import Limits
 
@@ -31,7 +31,7 @@ def build(tmp_path, tokenizer):
     def build(rows, context=128, tokenizer=tokenizer, **settings):
         path = tmp_path / "d.jsonl"
         path.write_text("\n".join(map(json.dumps, rows)))
-        return samples.build(DataConfig(path=str(path), **settings), tokenizer, Limits(context))
+        return samples.build(DataSettings(path=str(path), **settings), tokenizer, Limits(context))
 
     return build
 

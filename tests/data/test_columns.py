@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from scored import scored_text
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.data import samples
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
@@ -56,7 +56,7 @@ def test_columns_are_said(tmp_path, tokenizer):
     file = tmp_path / "d.jsonl"
     file.write_text('{"key": "a", "question": "Who?", "answer": "He.", "url": "x", "n": 1}')
     shown = io.StringIO()
-    data = DataConfig(path=str(file), id="key")
+    data = DataSettings(path=str(file), id="key")
     samples.build(data, tokenizer, Limits(128), Console(file=shown, width=200))
     assert shown.getvalue().splitlines()[1:] == ["Columns: prompt question, response answer, id key; not used: url, n"]
 

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from scored import scored_text
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.data import samples
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
@@ -188,7 +188,7 @@ def test_calls_of_tools_are_the_same_from_parquet(build, chat_tokenizer, tmp_pat
     chat_tokenizer.chat_template = TOOL_CALLS
     rows = [{"messages": calling({"a": 1})}, {"messages": calling({"city": "Paris"})}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
-    found = samples.build(DataConfig(path=str(tmp_path / "d.parquet")), chat_tokenizer, Limits(512))
+    found = samples.build(DataSettings(path=str(tmp_path / "d.parquet")), chat_tokenizer, Limits(512))
     assert found.drop(["file"]) == build(rows, 512, chat_tokenizer).drop(["file"])
 
 

@@ -4,7 +4,7 @@ import pytest
 from scored import scored_text
 from transformers import AutoTokenizer
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.data import samples
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
@@ -23,7 +23,7 @@ def read(shared, stories_dir):
     tokenizer.chat_template = CHAT
 
     def read(path, **settings):
-        data = DataConfig(path=str(shared / "cases" / path), **settings)
+        data = DataSettings(path=str(shared / "cases" / path), **settings)
         table = samples.build(data, tokenizer, Limits(512, 512)).sort_by("index")
         return [row | {"counted": row["token_ids"] and scored_text(row, tokenizer)} for row in table.to_pylist()]
 
@@ -116,7 +116,7 @@ def test_tokens_that_the_model_does_not_have(shared, stories_dir):
     tokenizer = AutoTokenizer.from_pretrained(stories_dir)
     tokenizer.add_tokens(["<|user|>", "<|assistant|>"], special_tokens=True)
     path = str(shared / "cases" / "22-tokenizer-larger-than-model" / "qa.jsonl")
-    data = DataConfig(path=path, template="<|user|>{prompt}<|assistant|>{response}")
+    data = DataSettings(path=path, template="<|user|>{prompt}<|assistant|>{response}")
     errors = samples.build(data, tokenizer, Limits(512, 512))["error"].to_pylist()
     assert all(
         error.startswith("token 513 '<|assistant|>' is not among the model's 512 embeddings") for error in errors

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.data import read
 from mrd_ray.errors import UserError
 
@@ -23,7 +23,7 @@ COMPRESS = {
 
 
 def values(path, **settings):
-    return [row.values for row in read.rows(DataConfig(path=str(path), **settings))]
+    return [row.values for row in read.rows(DataSettings(path=str(path), **settings))]
 
 
 def separated(separator, end="\r\n"):
@@ -47,7 +47,7 @@ def test_compressed(tmp_path, kind, ending):
     packed = tmp_path / f"d{kind}{ending}"
     packed.write_bytes(COMPRESS[ending](path.read_bytes()))
     if kind == ".txt":
-        assert read.texts(DataConfig(path=str(packed))) == [(None, "Là.")]
+        assert read.texts(DataSettings(path=str(packed))) == [(None, "Là.")]
         return
     assert values(packed) == values(path)
     assert [row["q"] for row in values(path)] == [row["q"] for row in ROWS]
@@ -74,7 +74,7 @@ def test_separators_and_encodings_are_found(tmp_path, name, separator, encoding)
 def test_cp1252_is_said(tmp_path):
     (tmp_path / "d.csv").write_bytes(separated(",").encode("cp1252"))
     said = []
-    list(read.rows(DataConfig(path=str(tmp_path / "d.csv")), said.append))
+    list(read.rows(DataSettings(path=str(tmp_path / "d.csv")), said.append))
     assert said == [f"{tmp_path / 'd.csv'} is not UTF-8; read as cp1252 (data.encoding sets another)"]
 
 
@@ -203,7 +203,7 @@ def test_utf_16_without_a_mark_is_not_taken_for_utf_8(tmp_path, ending):
     (tmp_path / f"d{ending}").write_bytes("кот и пёс\n".encode("utf-16-le"))
     read_it = read.texts if ending == ".txt" else read.rows
     with pytest.raises(UserError, match=r"line 1: holds control characters; set data\.encoding"):
-        list(read_it(DataConfig(path=str(tmp_path / f"d{ending}"))))
+        list(read_it(DataSettings(path=str(tmp_path / f"d{ending}"))))
 
 
 def test_a_mark_is_no_part_of_a_name(tmp_path):
@@ -214,7 +214,7 @@ def test_a_mark_is_no_part_of_a_name(tmp_path):
 @pytest.mark.parametrize("encoding", ["base64", "hex", "rot13", "nonsense"])
 def test_what_is_no_encoding_of_text_is_refused(encoding):
     with pytest.raises(ValueError, match="is no encoding"):
-        DataConfig(path="d", encoding=encoding)
+        DataSettings(path="d", encoding=encoding)
 
 
 @pytest.mark.parametrize(
@@ -226,14 +226,14 @@ def test_what_is_no_encoding_of_text_is_refused(encoding):
 def test_settings_that_mean_nothing_for_plain_text_are_refused(tmp_path, settings, named):
     (tmp_path / "d.txt").write_text("a b c d")
     with pytest.raises(UserError, match=named):
-        read.texts(DataConfig(path=str(tmp_path / "d.txt"), **settings))
+        read.texts(DataSettings(path=str(tmp_path / "d.txt"), **settings))
 
 
 def test_an_empty_text_among_others(tmp_path):
     for name, text in (("a.txt", "a b"), ("b.txt", ""), ("c.txt", "c d")):
         (tmp_path / name).write_text(text)
     said = []
-    found = read.texts(DataConfig(path=str(tmp_path / "*.txt")), said.append)
+    found = read.texts(DataSettings(path=str(tmp_path / "*.txt")), said.append)
     assert [text for _, text in found] == ["a b", "c d"]
     assert said == ["Skipped empty files: b.txt"]
 
@@ -244,4 +244,4 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
     (tmp_path / name).write_text(pointer)
     read_it = read.texts if name.endswith(".txt") else read.rows
     with pytest.raises(UserError, match=r"d\..*git lfs pull"):
-        list(read_it(DataConfig(path=str(tmp_path / name))))
+        list(read_it(DataSettings(path=str(tmp_path / name))))

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.data import read
 from mrd_ray.errors import UserError
 
@@ -15,7 +15,7 @@ ROWS = [{"q": "one, two", "a": 'say "yes"'}, {"q": "dré", "a": "line\nbreak"}]
 
 
 def rows_of(path, **settings):
-    return [row.values for row in read.rows(DataConfig(path=str(path), **settings))]
+    return [row.values for row in read.rows(DataSettings(path=str(path), **settings))]
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "lines.json", "d.csv", "d.parquet"])
@@ -87,7 +87,7 @@ def test_parquet_that_cannot_become_rows(tmp_path):
 @pytest.mark.parametrize("end", ["\r\n", "\r"])
 def test_line_ends(tmp_path, end):
     (tmp_path / "d.jsonl").write_bytes((end * 2).join(map(json.dumps, ROWS)).encode())
-    assert [row.number for row in read.rows(DataConfig(path=str(tmp_path / "d.jsonl")))] == [1, 3]
+    assert [row.number for row in read.rows(DataSettings(path=str(tmp_path / "d.jsonl")))] == [1, 3]
     (tmp_path / "d.csv").write_bytes(end.join(["q,a", "1,2", ""]).encode())
     assert rows_of(tmp_path / "d.csv") == [{"q": "1", "a": "2"}]
 
@@ -145,12 +145,12 @@ def test_home_directory(tmp_path, monkeypatch):
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "set" / "train-0.parquet")
     (tmp_path / "t.txt").write_text("a")
     assert rows_of("~/set") == rows_of("~/set/train-0.parquet") == ROWS
-    assert read.texts(DataConfig(path="~/t.txt")) == [(None, "a")]
+    assert read.texts(DataSettings(path="~/t.txt")) == [(None, "a")]
 
 
 def test_text_file(tmp_path):
     (tmp_path / "t.txt").write_bytes("\ufeffa\r\nb é".encode())
-    assert read.texts(DataConfig(path=str(tmp_path / "t.txt"))) == [(None, "a\r\nb é")]
+    assert read.texts(DataSettings(path=str(tmp_path / "t.txt"))) == [(None, "a\r\nb é")]
 
 
 @pytest.mark.parametrize(
@@ -161,15 +161,15 @@ def test_bad_text_file(tmp_path, content, message):
     if content is not None:
         (tmp_path / "t.txt").write_bytes(content)
     with pytest.raises(UserError, match=re.escape(message)):
-        read.texts(DataConfig(path=str(tmp_path / "t.txt")))
+        read.texts(DataSettings(path=str(tmp_path / "t.txt")))
 
 
 def test_where_takes_rows_by_the_values_of_columns(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps({"text": f"row {i}", "safe": i % 2 == 0}) for i in range(6)))
-    found = list(read.rows(DataConfig(path=str(file), where={"safe": False}, max_samples=2)))
+    found = list(read.rows(DataSettings(path=str(file), where={"safe": False}, max_samples=2)))
     assert [row.number for row in found] == [2, 4]
     with pytest.raises(UserError, match=r"no column 'sound' \(data.where\); its columns are text, safe"):
-        list(read.rows(DataConfig(path=str(file), where={"sound": True})))
+        list(read.rows(DataSettings(path=str(file), where={"sound": True})))
     with pytest.raises(UserError, match=r"data\.where: no row"):
-        list(read.rows(DataConfig(path=str(file), where={"safe": "no"})))
+        list(read.rows(DataSettings(path=str(file), where={"safe": "no"})))

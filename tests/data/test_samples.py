@@ -9,7 +9,7 @@ from rich.console import Console
 from scored import scored_text
 from transformers import AutoTokenizer
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.data import samples
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
@@ -218,7 +218,7 @@ def test_truncation_and_padding_saved_in_a_tokenizer_have_no_influence(build, ti
 @pytest.mark.parametrize("window", [2, 7, 128])
 def test_windows_with_bos_cover_a_text_once(tmp_path, tokenizer, bos_tokenizer, window):
     (tmp_path / "t.txt").write_text("The mill stands by the river. " * 40)
-    data = DataConfig(path=str(tmp_path / "t.txt"), window_tokens=window)
+    data = DataSettings(path=str(tmp_path / "t.txt"), window_tokens=window)
     rows = samples.build(data, bos_tokenizer, Limits(128)).sort_by("row").to_pylist()
     assert {len(row["token_ids"]) for row in rows[:-1]} == {window}
     assert {row["token_ids"].pop(0) for row in rows} == {bos_tokenizer.bos_token_id}
@@ -230,7 +230,7 @@ def test_windows_with_bos_cover_a_text_once(tmp_path, tokenizer, bos_tokenizer, 
 
 def test_last_window_of_one_token_keeps_its_row(tmp_path, tokenizer):
     (tmp_path / "t.txt").write_text("012345678")
-    data = DataConfig(path=str(tmp_path / "t.txt"), window_tokens=4)
+    data = DataSettings(path=str(tmp_path / "t.txt"), window_tokens=4)
     *others, last = samples.build(data, tokenizer, Limits(128)).sort_by("row").to_pylist()
     assert [row["error"] for row in others] == [None, None]
     assert "one token" in last["error"]
@@ -243,13 +243,13 @@ def test_last_window_of_one_token_keeps_its_row(tmp_path, tokenizer):
 def test_windows_that_cannot_be_cut(tmp_path, tokenizer, settings, message):
     (tmp_path / "t.txt").write_text("The mill stands by the river.")
     with pytest.raises(UserError, match=message):
-        samples.build(DataConfig(path=str(tmp_path / "t.txt"), **settings), tokenizer, Limits(128))
+        samples.build(DataSettings(path=str(tmp_path / "t.txt"), **settings), tokenizer, Limits(128))
 
 
 def test_windows_cover_a_text_once(tmp_path, tokenizer):
     text = "The mill stands by the river. " * 40
     (tmp_path / "t.txt").write_text(text)
-    data = DataConfig(path=str(tmp_path / "t.txt"), window_tokens=16)
+    data = DataSettings(path=str(tmp_path / "t.txt"), window_tokens=16)
     rows = sorted(samples.build(data, tokenizer, Limits(128)).to_pylist(), key=lambda row: row["row"])
     stream = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert [token for row in rows for token in row["token_ids"]] == stream
@@ -260,7 +260,7 @@ def test_tofu(stories_dir, tofu_dir):
     """All of forget10; under score_on: response the scored tokens decode to the answer."""
     tokenizer = AutoTokenizer.from_pretrained(stories_dir)
     path = tofu_dir / "forget10.json"
-    table = samples.build(DataConfig(path=str(path), score_on="response"), tokenizer, Limits(512))
+    table = samples.build(DataSettings(path=str(path), score_on="response"), tokenizer, Limits(512))
     assert len(table) == 400
     assert table["error"].null_count == 400
     answers = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
@@ -272,6 +272,8 @@ def test_special_tokens_within_a_text_are_said(tmp_path, bos_tokenizer):
     texts = [" <s>hi there", "<s><s>hi there", "hi there", "<s>hi there"]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     shown = io.StringIO()
-    samples.build(DataConfig(path=str(tmp_path / "d.jsonl")), bos_tokenizer, Limits(64), Console(file=shown, width=200))
+    samples.build(
+        DataSettings(path=str(tmp_path / "d.jsonl")), bos_tokenizer, Limits(64), Console(file=shown, width=200)
+    )
     assert "2 sample(s) already have <s> in their text; it is not added again" in shown.getvalue()
     assert "2 sample(s) have <s> within their text, where it is scored like any token; check this" in shown.getvalue()

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.data import read, tasks
 from mrd_ray.errors import UserError
 
@@ -16,7 +16,7 @@ ROWS = [{"q": f"q{i}", "a": f"a{i}"} for i in range(12)]
 
 def rows(path, **settings):
     given = [str(one) for one in path] if isinstance(path, list) else str(path)
-    return list(read.rows(DataConfig(path=given, **settings)))
+    return list(read.rows(DataSettings(path=given, **settings)))
 
 
 def values(path, **settings):
@@ -124,7 +124,7 @@ def test_a_task_reads_a_clone_in_its_own_layout(tmp_path):
 def test_what_is_beside_the_files_is_said_or_refused(parts):
     write_lines(parts / "test.jsonl", ROWS)
     said = []
-    data = DataConfig(path=str(parts), split="test")
+    data = DataSettings(path=str(parts), split="test")
     assert [row.values for row in read.rows(data, said.append)] == ROWS
     assert len(said) == 1
     assert "part-0.jsonl" in said[0]
@@ -160,7 +160,7 @@ def test_texts_and_tables_do_not_mix(tmp_path):
     with pytest.raises(UserError, match=r"names both \.txt files and tables"):
         rows([tmp_path / "a.txt", tmp_path / "b.jsonl"])
     (tmp_path / "b.txt").write_text("b")
-    assert read.texts(DataConfig(path=str(tmp_path / "*.txt"))) == [("a.txt", "a"), ("b.txt", "b")]
+    assert read.texts(DataSettings(path=str(tmp_path / "*.txt"))) == [("a.txt", "a"), ("b.txt", "b")]
 
 
 def test_a_drawn_sample(parts):

@@ -27,7 +27,7 @@ def test_every_example_is_read(example, chat_tokenizer, tmp_path):
     file.write_text("\n".join(content) + "\n", encoding="utf-8")
     settings = [] if flags == "..." else shlex.split(flags.strip("`"))
     arguments = ["score", "--model.path", "m", "--run.dir", "r", "--data.path", str(file), *settings]
-    data = LINE.settings(LINE.parser(of=["score"]), arguments).data
+    data = LINE.settings(arguments).data
     table = samples.build(data, chat_tokenizer, Limits(512)).sort_by("index")
     assert table["error"].to_pylist() == [None] * len(table)
     expected = {".csv": 1, ".tsv": 1, ".txt": 1}.get(file.suffix, 2)

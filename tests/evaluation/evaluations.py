@@ -16,7 +16,7 @@ def config(model: Path, settings: dict, run: Path, actors: int = 1, **evaluation
         model={"path": str(model)},
         evaluation=settings | evaluation,
         run={"dir": str(run)},
-        ray={"actors": actors, "cpus_per_actor": 1},
+        ray={"actors": actors, "cpus_per_process": 1},
     )
 
 

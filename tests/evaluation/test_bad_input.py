@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from mrd_ray import UserError, evaluate
 from mrd_ray.cli.main import LINE
-from mrd_ray.config import EvaluatedSet, EvaluationConfig
+from mrd_ray.config import EvaluatedSet, EvaluationSettings
 from mrd_ray.data.tokens import Limits
 from mrd_ray.evaluation import sets
 
@@ -42,13 +42,13 @@ def test_sets_that_cannot_serve_their_metrics_are_refused(of_set, message):
 )
 def test_settings_of_no_meaning_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
-        EvaluationConfig(**settings)
+        EvaluationSettings(**settings)
 
 
 def test_a_stop_is_what_a_shell_can_say_and_a_text_counts_whole():
     of_set = "{a: {path: x.jsonl, text: t, metrics: [min_k]}}"
     flags = ["--model.path", "m", "--run.dir", "r", "--evaluation.stop", r"a\n\tb", "--evaluation.sets", of_set]
-    evaluation = LINE.settings(LINE.parser(), ["evaluate", *flags]).evaluation
+    evaluation = LINE.settings(["evaluate", *flags]).evaluation
     assert evaluation.stop == "a\n\tb"
     assert evaluation.sets["a"].score_on == "all"
 
@@ -64,7 +64,7 @@ def test_a_stop_is_what_a_shell_can_say_and_a_text_counts_whole():
 )
 def test_what_the_data_or_the_tokenizer_rules_out_is_refused(stories_dir, tmp_path, of_set, settings, context, message):
     (tmp_path / "texts.jsonl").write_text('{"text": "Once there was a dog."}')
-    evaluation = EvaluationConfig(sets={"a": {"path": str(tmp_path / "texts.jsonl")} | of_set}, **settings)
+    evaluation = EvaluationSettings(sets={"a": {"path": str(tmp_path / "texts.jsonl")} | of_set}, **settings)
     with pytest.raises(UserError, match=message):
         sets.build_all(evaluation, AutoTokenizer.from_pretrained(stories_dir), Limits(context))
 
@@ -73,7 +73,7 @@ def test_half_a_surrogate_pair_in_a_choice_is_its_rows_error(stories_dir, tmp_pa
     (tmp_path / "choices.jsonl").write_text('{"question": "Which?", "choices": ["red\\ud800", "blue"], "answer": 1}')
     of_set = {"path": str(tmp_path / "choices.jsonl"), "choices": "choices", "metrics": ["multiple_choice"]}
     tables = sets.build_all(
-        EvaluationConfig(sets={"a": of_set}), AutoTokenizer.from_pretrained(stories_dir), Limits(512)
+        EvaluationSettings(sets={"a": of_set}), AutoTokenizer.from_pretrained(stories_dir), Limits(512)
     )
     assert tables["a"]["error"].to_pylist() == ["column 'choices' is not text: it holds half of a surrogate pair"]
 

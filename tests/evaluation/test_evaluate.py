@@ -16,7 +16,7 @@ import yaml
 from evaluations import config, rouge_l_recall, values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mrd_ray import RayConfig, UserError, evaluate
+from mrd_ray import RaySettings, UserError, evaluate
 from mrd_ray.cli.main import main
 from mrd_ray.demo import demo
 
@@ -104,7 +104,7 @@ def test_a_gpu_evaluates_as_a_cpu(settings, stories_dir, tmp_path):
     runs = []
     for gpus in (0, 1):
         settings_of_run = config(stories_dir, settings, tmp_path / str(gpus))
-        pool = RayConfig(actors=1, gpus_per_actor=gpus)
+        pool = RaySettings(actors=1, gpus_per_actor=gpus)
         runs.append(evaluate(settings_of_run.model_copy(update={"ray": pool})))
     for name, metric in (("forget", "probability"), ("forget", "truth_ratio"), ("story", "perplexity")):
         on_cpu, on_gpu = (values(run, name, metric) for run in runs)
@@ -196,6 +196,7 @@ def test_a_run_goes_on_from_its_finished_units(finished, stories_dir, settings, 
     assert {unit.name: unit.stat().st_mtime_ns for unit in kept} == before
 
 
+@pytest.mark.slow
 def test_a_killed_driver_goes_on_with_the_same_command(finished, stories_dir, settings, tmp_path):
     def units():
         return {file.name: file.stat().st_mtime_ns for file in (tmp_path / "run" / "units").glob("*.parquet")}
@@ -217,6 +218,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(finished, stories_dir, se
     assert pq.read_table(tmp_path / "run" / "evaluation.parquet") == finished.lines
 
 
+@pytest.mark.slow
 def test_batched_equals_one_by_one(finished, stories_dir, settings, tmp_path):
     alone = evaluate(config(stories_dir, settings, tmp_path, micro_batch_tokens=1, generation_batch=1))
     for column in ("set", "sample_id", "metric", "error"):
@@ -260,6 +262,7 @@ def test_a_reference_that_cannot_be_compared_is_refused(
     assert not (tmp_path / "mistyped").exists()
 
 
+@pytest.mark.slow
 def test_rows_shared_with_the_forget_set_are_counted_aloud(stories_dir, settings, tmp_path, capsys):
     forget = settings["sets"]["forget"]
     evaluate(config(stories_dir, {"sets": {"forget": forget, "retain": forget}, "forget": "forget",
@@ -267,6 +270,7 @@ def test_rows_shared_with_the_forget_set_are_counted_aloud(stories_dir, settings
     assert "8 of 8 rows of the forget set stand in retain too" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_line_evaluates_a_task_on_a_local_copy(stories_dir, tofu_dir, tmp_path, capsys):
     task = tmp_path / "mine.yaml"
     task.write_text(

@@ -61,7 +61,8 @@ def check(lines, expected):
     np.testing.assert_allclose(lines["value"].to_numpy(), expected["value"].to_numpy(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
 def test_in_place_equals_the_checkpoint(files, tiny_model_dir, tmp_path, stage):
     made = of_training(files, tiny_model_dir, tmp_path, deepspeed__zero_stage=stage, unlearning__steps=3,
                        stopping__evaluate_every=1)  # fmt: skip
@@ -75,6 +76,7 @@ def test_in_place_equals_the_checkpoint(files, tiny_model_dir, tmp_path, stage):
     check(of_ranks[0][step], evaluate(config(checkpoint, settings, tmp_path / "evaluated")).lines)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_evaluations(files, tiny_model_dir, tmp_path):
     made = of_training(files, tiny_model_dir, tmp_path / "run", deepspeed__zero_stage=2, unlearning__steps=2,
                        ray__workers=2)  # fmt: skip

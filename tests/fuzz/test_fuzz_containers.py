@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mangled import TIMES, explore
 from transformers import AutoTokenizer
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.data import samples
 from mrd_ray.data.tokens import Limits
 
@@ -92,7 +92,7 @@ ROWS = st.lists(st.fixed_dictionaries({"question": TEXT, "answer": TEXT}), min_s
 @TIMES
 def test_the_same_samples_from_every_container(times, tokenizer, tmp_path):
     def read(path: object, **settings: object) -> list[dict[str, object]]:
-        data = DataConfig(path=str(path), score_on="response", **settings)
+        data = DataSettings(path=str(path), score_on="response", **settings)
         return samples.build(data, tokenizer, Limits(512)).drop_columns(["file", "row"]).to_pylist()
 
     def check(rows: list[dict[str, str]], encoding: str, ending: str) -> None:
@@ -144,7 +144,7 @@ def test_the_same_conversations_from_every_container(times, tokenizer, tmp_path)
                 writer.writerows({column: json.dumps(cell) for column, cell in record.items()} for record in records)
             found += [tmp_path / f"{name}.{kind}" for kind in ("jsonl", "parquet", "csv")]
         expected, *others = (
-            samples.build(DataConfig(path=str(file), score_on="response"), tokenizer, Limits(512)).to_pylist()
+            samples.build(DataSettings(path=str(file), score_on="response"), tokenizer, Limits(512)).to_pylist()
             for file in found
         )
         assert all(other == expected for other in others)

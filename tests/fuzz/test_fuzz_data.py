@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mangled import TIMES, attempt, explore, of_bytes, of_json_file, of_parquet
 from transformers import AutoTokenizer
 
-from mrd_ray.config import DataConfig
+from mrd_ray.config import DataSettings
 from mrd_ray.data import samples
 from mrd_ray.data.tokens import Limits
 
@@ -46,7 +46,7 @@ def test_data_files(suffix, times, tokenizer, tmp_path):
     def check(mangled: bytes, columns: dict[str, str]) -> None:
         file.write_bytes(mangled)
         table, refusal = attempt(
-            lambda: samples.build(DataConfig(path=str(file), window_tokens=64, **columns), tokenizer, Limits(128))
+            lambda: samples.build(DataSettings(path=str(file), window_tokens=64, **columns), tokenizer, Limits(128))
         )
         if table is None:
             assert str(file) in refusal
@@ -67,5 +67,5 @@ def test_data_files(suffix, times, tokenizer, tmp_path):
 def test_huge_lines(tokenizer, tmp_path):
     for suffix, line in {"jsonl": '{"text": "%s"}', "csv": 'text\n"%s"', "json": '[{"text": "%s"}]'}.items():
         (tmp_path / f"d.{suffix}").write_text(line % ("word " * 100_000))
-        (row,) = samples.build(DataConfig(path=str(tmp_path / f"d.{suffix}")), tokenizer, Limits(128)).to_pylist()
+        (row,) = samples.build(DataSettings(path=str(tmp_path / f"d.{suffix}")), tokenizer, Limits(128)).to_pylist()
         assert "tokens" in row["error"]

@@ -20,7 +20,9 @@ from mrd_ray.runs.status import rows, status
 from mrd_ray.scoring.compare import figure
 from mrd_ray.unlearning import log
 from mrd_ray.unlearning.state import State
-from mrd_ray.unlearning.stopping import Evaluation
+from mrd_ray.unlearning.stopping import Knowledge
+
+pytestmark = pytest.mark.slow
 
 
 def mangle(file: Path) -> st.SearchStrategy[bytes]:
@@ -193,8 +195,8 @@ def test_log(times, copy):
 @TIMES
 @pytest.mark.parametrize("name", ["state.json", "scores.parquet"])
 def test_checkpoint(name, times, runs, tmp_path):
-    """What a resumed unlearning goes on from."""
-    evaluation = Evaluation([-3.0, -4.5], [0.5, 1.0], [float("nan"), 0.25], None)
+    """What a resumed unlearning resumes from."""
+    evaluation = Knowledge([-3.0, -4.5], [0.5, 1.0], [float("nan"), 0.25], None)
     scores = pq.read_table(runs["score"] / "scores.parquet")
     State(3, evaluation, evaluation, scores, 2, [{"step": 1, "event": "step"}]).save(tmp_path)
 

@@ -32,10 +32,7 @@ def called(monkeypatch):
 
 
 def outcome(arguments: list[str], capsys) -> int:
-    try:
-        code = cli.main(arguments)
-    except SystemExit as ended:
-        code = ended.code
+    code = cli.main(arguments)
     printed = capsys.readouterr().err
     assert code in (0, 1, 2)
     assert "Traceback" not in printed

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from mrd_ray.config import DataConfig, ModelConfig
+from mrd_ray.config import DataSettings, ModelSettings
 from mrd_ray.data import tasks
 from mrd_ray.data.read import rows
 from mrd_ray.errors import UserError
@@ -107,7 +107,7 @@ def names_outside(folder: Path) -> dict[str, object]:
 NAMES = list(names_outside(Path("/")))
 
 
-def everything(model: ModelConfig) -> None:
+def everything(model: ModelSettings) -> None:
     """All that is done with a model before and while it is scored."""
     for use in (
         model_digest,
@@ -127,7 +127,7 @@ def test_an_adapter_that_names_its_base(outside, tmp_path, name):
     (tmp_path / "adapter").mkdir()
     settings = {"peft_type": "LORA", "base_model_name_or_path": named[name]}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
-    everything(ModelConfig(path=str(tmp_path / "adapter")))
+    everything(ModelSettings(path=str(tmp_path / "adapter")))
 
 
 def test_the_base_that_an_adapter_may_not_name_is_given_by_hand(tmp_path, tiny_model_dir):
@@ -135,14 +135,14 @@ def test_the_base_that_an_adapter_may_not_name_is_given_by_hand(tmp_path, tiny_m
     settings = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_model_dir), "target_modules": ["q_proj"]}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=f"say so: --model.base {tiny_model_dir}$"):
-        parts(ModelConfig(path=str(tmp_path / "adapter")))
-    given = ModelConfig(path=str(tmp_path / "adapter"), base=str(tiny_model_dir))
+        parts(ModelSettings(path=str(tmp_path / "adapter")))
+    given = ModelSettings(path=str(tmp_path / "adapter"), base=str(tiny_model_dir))
     assert parts(given).base == tiny_model_dir
     shutil.copytree(tiny_model_dir, tmp_path / "adapter" / "base")
     (tmp_path / "adapter" / "adapter_config.json").write_text(
         json.dumps(settings | {"base_model_name_or_path": "base"})
     )
-    assert parts(ModelConfig(path=str(tmp_path / "adapter"))).base == tmp_path / "adapter" / "base"
+    assert parts(ModelSettings(path=str(tmp_path / "adapter"))).base == tmp_path / "adapter" / "base"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,7 +154,7 @@ def test_an_index_that_names_weights(outside, tmp_path, tiny_model_dir, kind, na
     (folder / f"{kind}.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": place}}))
     for use in (weight_files, lambda one: load.load_model(one, torch.device("cpu"))):
         with pytest.raises(UserError, match=r"model\.path"):
-            use(ModelConfig(path=str(folder), allow_pickle=True))
+            use(ModelSettings(path=str(folder), allow_pickle=True))
 
 
 def changed(folder: Path, name: str, **settings) -> Path:
@@ -196,7 +196,7 @@ def test_a_config_that_reaches_out(outside, tmp_path, tiny_model_dir, settings):
         changed(folder, "config.json", **settings)
     for use in (load.skeleton, lambda one: load.load_model(one, torch.device("cpu"))):
         with pytest.raises(UserError, match=r"model\.path"):
-            use(ModelConfig(path=str(folder), trust_remote_code="auto_map" in settings))
+            use(ModelSettings(path=str(folder), trust_remote_code="auto_map" in settings))
 
 
 @pytest.mark.parametrize("key", ["vocab_file", "merges_file", "tokenizer_file", "spm_file", "model_file"])
@@ -205,13 +205,13 @@ def test_a_tokenizer_that_names_files(outside, tmp_path, tiny_model_dir, key, pl
     folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
     changed(folder, "tokenizer_config.json", **{key: place.format(outside=outside)})
     with pytest.raises(UserError, match=rf"model\.tokenizer: .*tokenizer_config\.json, {key}"):
-        load.load_tokenizer(ModelConfig(path=str(tiny_model_dir), tokenizer=str(folder)))
+        load.load_tokenizer(ModelSettings(path=str(tiny_model_dir), tokenizer=str(folder)))
 
 
 def test_what_a_tokenizer_was_once_made_from_does_no_harm(tmp_path, tiny_model_dir):
     folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
     changed(folder, "tokenizer_config.json", tokenizer_file="/home/somebody/tokenizer.json", name_or_path="s3://x/y")
-    assert load.load_tokenizer(ModelConfig(path=str(folder))).eos_token == "</s>"
+    assert load.load_tokenizer(ModelSettings(path=str(folder))).eos_token == "</s>"
 
 
 @pytest.mark.parametrize("shape", [list, dict])
@@ -221,21 +221,21 @@ def test_a_tokenizer_with_code_from_elsewhere(outside, tmp_path, tiny_model_dir,
     changed(folder, "tokenizer_config.json", auto_map=classes if shape is list else {"AutoTokenizer": classes})
     given = {"path": str(tiny_model_dir), "tokenizer": str(folder)}
     with pytest.raises(UserError, match=r"model\.tokenizer: .*takes code from another repository"):
-        load.load_tokenizer(ModelConfig(**given, trust_remote_code=True))
-    load.load_tokenizer(ModelConfig(**given))  # transformers has the class
+        load.load_tokenizer(ModelSettings(**given, trust_remote_code=True))
+    load.load_tokenizer(ModelSettings(**given))  # transformers has the class
 
 
 def test_a_tokenizer_s_code_is_part_of_what_it_is(tmp_path, tiny_model_dir):
     folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
-    tokenizer = load.load_tokenizer(ModelConfig(path=str(folder)))
+    tokenizer = load.load_tokenizer(ModelSettings(path=str(folder)))
     digests = []
     for code in (None, "x = 1", "x = 2"):
         if code is not None:
             (folder / "tokenization.py").write_text(code)
-        model = ModelConfig(path=str(tiny_model_dir), tokenizer=str(folder), trust_remote_code=True)
+        model = ModelSettings(path=str(tiny_model_dir), tokenizer=str(folder), trust_remote_code=True)
         digests.append(load.tokenizer_identity(tokenizer, model))
     assert len(set(digests)) == 3
-    untrusted = ModelConfig(path=str(tiny_model_dir), tokenizer=str(folder))
+    untrusted = ModelSettings(path=str(tiny_model_dir), tokenizer=str(folder))
     assert load.tokenizer_identity(tokenizer, untrusted) == digests[0]
 
 
@@ -256,7 +256,7 @@ def test_a_card_that_names_files(outside, tmp_path, card, name, shape):
     settings = yaml.safe_dump({"configs": [{"config_name": "default"} | of]})
     (folder / card).write_text(f"---\n{settings}---\n" if card == "README.md" else settings)
     with pytest.raises(UserError, match=r"data\.path"):
-        list(rows(DataConfig(path=str(folder))))
+        list(rows(DataSettings(path=str(folder))))
 
 
 @pytest.mark.parametrize("name", ["{outside}/data.arrow", "../outside/data.arrow", "s3://x/data.arrow", "a\\b", 3])
@@ -265,7 +265,7 @@ def test_a_saved_data_set_that_names_files(outside, tmp_path, name):
     named = name.format(outside=outside) if isinstance(name, str) else name
     changed(tmp_path / "saved", "state.json", _data_files=[{"filename": named}])
     with pytest.raises(UserError, match=r"data\.path: .*state\.json names"):
-        list(rows(DataConfig(path=str(tmp_path / "saved"))))
+        list(rows(DataSettings(path=str(tmp_path / "saved"))))
 
 
 @pytest.mark.parametrize("name", [*NAMES, "beside"])

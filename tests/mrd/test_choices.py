@@ -108,12 +108,12 @@ def planted(model, batch, draws):
     return jumped, ~within
 
 
-@pytest.mark.parametrize("samples", [48, pytest.param(640, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("samples", [48, pytest.param(1000, marks=pytest.mark.slow)])
 def test_flips_within_reach_are_marked_and_others_are_not(samples):
     model, batch = mixture_of(torch.float32, router=30.0, experts=10.0), random_batch(samples)
     jumped, others = planted(model, batch, range(200))
     marked = torch.tensor([finding.doubt() is not None for finding in findings_of(model, batch)])
-    assert jumped.sum() >= samples // 4
+    assert jumped.sum() >= samples // 5
     assert others.sum() >= samples // 4
     print(f"{int(jumped.sum())} flip, {int((jumped & ~marked).sum())} missed; "
           f"{int((others & marked).sum())} of {int(others.sum())} others marked")  # fmt: skip

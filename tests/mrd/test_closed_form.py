@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from mrd_ray import UserError
-from mrd_ray.config import ScoringConfig
+from mrd_ray.config import ScoringSettings
 from mrd_ray.mrd.autograd_check import disagreements
 from mrd_ray.mrd.closed_form import GradientNorms
 from mrd_ray.mrd.coverage import coverage
@@ -276,7 +276,7 @@ def test_a_model_that_cannot_be_listened_to_is_refused_by_name():
 
     mlp.forward = unlike_others
     with pytest.raises(UserError, match=r"closed_form cannot differentiate LlamaForCausalLM .model type llama. by lay"):
-        refuse_wrong_rules(model, ScoringConfig(estimator="closed_form"))
+        refuse_wrong_rules(model, ScoringSettings(estimator="closed_form"))
 
 
 def test_a_layer_called_twice_is_noticed_and_left_to_autograd():

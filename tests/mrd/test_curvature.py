@@ -81,6 +81,7 @@ def test_mean_of_probes_is_the_trace():
     assert float(probes.std()) == pytest.approx(spread, rel=0.2)
 
 
+@pytest.mark.slow
 def test_agrees_with_antithetic_draws():
     model = tiny()
     batch = MicroBatch(torch.tensor([[1, 5, 3, 7], [2, 2, 9, 4]]), torch.ones(2, 3, dtype=torch.bool))

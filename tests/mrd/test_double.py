@@ -24,7 +24,7 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from mrd_ray.config import ModelConfig
+from mrd_ray.config import ModelSettings
 from mrd_ray.models import load
 from mrd_ray.mrd.autograd_check import agrees, disagreements
 from mrd_ray.mrd.closed_form import GradientNorms
@@ -169,7 +169,7 @@ def folder(tmp_path_factory):
 
 
 def loaded(folder, dtype="float64"):
-    return load.load_model(ModelConfig(path=str(folder), dtype=dtype), torch.device("cpu"))
+    return load.load_model(ModelSettings(path=str(folder), dtype=dtype), torch.device("cpu"))
 
 
 @torch.no_grad()

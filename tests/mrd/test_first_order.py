@@ -77,7 +77,9 @@ def test_four_draws_are_worth_thousands(name):
         assert score.mean_abs == pytest.approx(SIGMA * norm * math.sqrt(2 / math.pi), rel=0.02)
 
 
-@pytest.mark.parametrize("sigma", [1e-4, 1e-2, 3e-2])
+@pytest.mark.parametrize(
+    "sigma", [pytest.param(1e-4, marks=pytest.mark.slow), 1e-2, pytest.param(3e-2, marks=pytest.mark.slow)]
+)
 def test_agrees_with_many_draws_at_every_sigma(sigma):
     model = model_of("llama-tied")
     plain, found = drawn(model, sigma, range(100, 700), controlled=False), drawn(model, sigma, range(100))

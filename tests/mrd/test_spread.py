@@ -6,7 +6,7 @@ from accelerate import dispatch_model
 from architectures import CONFIGS, batch_of, model_of
 from transformers import AutoModelForCausalLM
 
-from mrd_ray import ModelConfig
+from mrd_ray import ModelSettings
 from mrd_ray.models import load
 from mrd_ray.mrd.autograd_check import disagreements
 from mrd_ray.mrd.closed_form import GradientNorms
@@ -39,7 +39,7 @@ def test_forwards_that_move_inputs_change_nothing(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_two_gpus_score_as_one(name, tmp_path):
     AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(tmp_path)
-    config, first = ModelConfig(path=str(tmp_path)), torch.device("cuda", 0)
+    config, first = ModelSettings(path=str(tmp_path)), torch.device("cuda", 0)
     batch = MicroBatch(batch_of().token_ids.to(first), batch_of().scored.to(first))
     expected = found(load.load_model(config, first), batch)
     spread = load.load_model(config, first, spread=True)

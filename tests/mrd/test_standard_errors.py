@@ -82,6 +82,7 @@ def test_scores_of_small_models_are_within_two_standard_errors():
     assert_calibrated(coverage(drawn(name, 1e-4, 1500) for name in FEW))
 
 
+@pytest.mark.slow
 def test_the_closed_form_is_within_two_standard_errors():
     assert_calibrated(of_probes(SMOOTH, 1e-3, 400, seed=0))
 

@@ -15,7 +15,7 @@ from zoo_reference import DRAWS, SAMPLES, SCORED, SEED
 from zoo_shrink import shrunk
 
 from mrd_ray import UserError
-from mrd_ray.config import ScoringConfig
+from mrd_ray.config import ScoringSettings
 from mrd_ray.mrd.coverage import coverage
 from mrd_ray.scoring.estimators import estimator_of, refuse_wrong_rules
 from mrd_ray.workers.replica import refuse_not_causal
@@ -153,7 +153,7 @@ def _agree(found: Numbers, expected: Numbers, tolerances: Sequence[float]) -> bo
 
 def monte_carlo(model: PreTrainedModel, sigma: float, **settings: Any) -> tuple[Numbers, Numbers]:
     """Delta, and |L| if there is a control variate, of each sample and draw, as an actor makes them."""
-    scoring = ScoringConfig(estimator="monte_carlo", sigma=sigma, seed=SEED, **settings)
+    scoring = ScoringSettings(estimator="monte_carlo", sigma=sigma, seed=SEED, **settings)
     estimator = estimator_of(model, scoring, ROWS)
     try:  # moments of one draw are that draw
         draws = [estimator(ROWS, range(k, k + 1)) for k in range(DRAWS)]
@@ -166,7 +166,7 @@ def monte_carlo(model: PreTrainedModel, sigma: float, **settings: Any) -> tuple[
 
 def closed_form(model: PreTrainedModel) -> list[float]:
     """|g| of each sample, as an actor makes it."""
-    scoring = ScoringConfig(estimator="closed_form", allow_slow_parameters=True)
+    scoring = ScoringSettings(estimator="closed_form", allow_slow_parameters=True)
     refuse_wrong_rules(model, scoring)
     results = estimator_of(model, scoring, ROWS)(ROWS, range(0))
     _refuse_errors(results)

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jobs.paper.alone import Limits, ascend
-from jobs.paper.config import AloneConfig
+from jobs.paper.config import AloneSettings
 from mrd_ray.mrd.extraction import extraction_likelihoods
 
 NEVER = Limits(-1.0, None)
@@ -57,7 +57,7 @@ def by_hand(model, samples, updates, learning_rate):
 def test_as_by_hand(model, stories_dir, lengths):
     theta = weights_of(model)
     samples = [known(model, 400 + i, length) for i, length in enumerate(lengths)]
-    found = ascend(model, theta, samples, NEVER, AloneConfig(learning_rate=1e-4, max_updates=4, extraction_n=0))
+    found = ascend(model, theta, samples, NEVER, AloneSettings(learning_rate=1e-4, max_updates=4, extraction_n=0))
     again = AutoModelForCausalLM.from_pretrained(stories_dir).double().eval()
     assert found.memorization_accuracy == pytest.approx(by_hand(again, samples, 4, 1e-4))
     assert (found.updates, found.forgotten) == (4, False)
@@ -70,7 +70,7 @@ def test_as_by_hand(model, stories_dir, lengths):
 def test_stops_at_the_first_update_that_forgets_and_leaves_theta_alone(model):
     theta = weights_of(model)
     copies = {name: weights.clone() for name, weights in theta.items()}
-    alone = AloneConfig(learning_rate=1e-3, max_updates=50, extraction_n=0)
+    alone = AloneSettings(learning_rate=1e-3, max_updates=50, extraction_n=0)
     sample = known(model, 400, 20)
     found = ascend(model, theta, [sample], Limits(0.5, None), alone)
     assert found.memorization_accuracy[0] == 1.0
@@ -84,14 +84,14 @@ def test_stops_at_the_first_update_that_forgets_and_leaves_theta_alone(model):
 
 
 def test_what_is_below_at_once_takes_no_update(model):
-    found = ascend(model, weights_of(model), [known(model, 400, 20)], Limits(1.1, None), AloneConfig(extraction_n=0))
+    found = ascend(model, weights_of(model), [known(model, 400, 20)], Limits(1.1, None), AloneSettings(extraction_n=0))
     assert (found.updates, found.forgotten, found.change_norm) == (0, True, 0.0)
 
 
 def test_el_must_be_below_too(model):
     theta = weights_of(model)
     sample = known(model, 400, 30)
-    alone = AloneConfig(learning_rate=3e-4, max_updates=60, extraction_n=2)
+    alone = AloneSettings(learning_rate=3e-4, max_updates=60, extraction_n=2)
     ma_alone = ascend(model, theta, [sample], Limits(1.0, None), alone)
     both = ascend(model, theta, [sample], Limits(1.0, 0.2), alone)
     assert both.updates > ma_alone.updates
@@ -101,7 +101,7 @@ def test_el_must_be_below_too(model):
 
 
 def test_a_model_that_diverges_has_not_forgotten(model):
-    alone = AloneConfig(learning_rate=1e300, max_updates=5, extraction_n=0)
+    alone = AloneSettings(learning_rate=1e300, max_updates=5, extraction_n=0)
     found = ascend(model, weights_of(model), [known(model, 400, 20)], NEVER, alone)
     assert not found.forgotten
     assert found.updates == 5  # counts as the most, though it ended sooner

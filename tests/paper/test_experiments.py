@@ -12,7 +12,6 @@ import scipy.stats
 
 from jobs.paper import fig2, table7, tables
 from jobs.paper.main import LINE, main
-from mrd_ray.cli.flags import task_of
 from mrd_ray.runs.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +30,7 @@ def found(tmp_path, name):
     return published
 
 
+@pytest.mark.slow
 def test_fig4(flags, tmp_path, capsys):
     line = ["fig4", *flags, *ALONE, "--ray.samples_per_task", "4"]
     assert main(line) == 0
@@ -54,6 +54,7 @@ def test_fig4(flags, tmp_path, capsys):
     assert "alone.learning_rate: 0.0003 there, 0.001 now" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fig3(flags, tmp_path, capsys):
     assert main(["fig3", *flags, *ALONE, "--size", "3", "--composites", "4"]) == 0
     rows = found(tmp_path, "fig3")["rows"]
@@ -81,6 +82,7 @@ def test_fig5(flags, tmp_path):
     assert of_draws["num_draws"].to_pylist() == [8] * 10
 
 
+@pytest.mark.slow
 def test_table7(flags, tmp_path):
     assert main(["table7", *flags]) == 0
     rows = found(tmp_path, "table7")["rows"]
@@ -115,7 +117,7 @@ def test_tables_and_fig2(flags, tmp_path, qa_file):
 
 
 def test_selections_do_not_depend_on_how_many_there_are(flags, tmp_path):
-    config = LINE.settings(LINE.parser(), ["fig2", *flags, "--size", "5", "--selections", "3"])
+    config = LINE.settings(["fig2", *flags, "--size", "5", "--selections", "3"])
 
     run = RunDirectory(config.run.dir)
     three = [Path(data.path).read_text(encoding="utf-8") for data in fig2.selections(config, run)]
@@ -175,7 +177,7 @@ def test_every_experiment_has_its_settings(name):
     for file in configs:
         task = file.stem.split("_")[1]
         line = [name, "--config", str(file), *(["--task", task] if name == "tables" and "paper" in file.stem else [])]
-        config = LINE.settings(LINE.parser(task_of(line)), line)
+        config = LINE.settings(line)
         assert isinstance(config, LINE.commands[name])
 
 

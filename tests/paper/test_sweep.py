@@ -68,6 +68,7 @@ sweep.work_off(RunDirectory(sys.argv[1]), "Sleeping", work, {f"cell-{i}": i for 
 """
 
 
+@pytest.mark.slow
 def test_a_killed_driver_loses_nothing(tmp_path):
     command = [sys.executable, "-c", SLOW, str(tmp_path / "run"), os.environ["RAY_ADDRESS"]]
     run = RunDirectory(str(tmp_path / "run"))

@@ -13,7 +13,7 @@ def ray_for_all(ray_cluster):
 
 @pytest.fixture(scope="session")
 def reference_dir(tiny_model_dir, qa_file, tmp_path_factory):
-    """An uninterrupted run with one actor. Tests that go on from it copy it first."""
+    """An uninterrupted run with one actor. Tests that resume from it copy it first."""
     run = tmp_path_factory.mktemp("reference")
     score(config(tiny_model_dir, qa_file, run))
     return run

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OPTConfig
 
-from mrd_ray import ScoringConfig, UserError
+from mrd_ray import ScoringSettings, UserError
 from mrd_ray.mrd.double import keep_float64
 from mrd_ray.scoring import advice
 from mrd_ray.scoring.estimators import estimator_of, refuse_wrong_rules
@@ -56,7 +56,7 @@ def follow(message: str, model, scoring) -> set[str]:
             changed = in_precision(changed, new.pop("model.dtype"))
         gone = {name.removeprefix("scoring.") for name in dropped.split(" and ")}
         settings = scoring.model_dump(exclude=gone) | {key.removeprefix("scoring."): new[key] for key in new}
-        advised = ScoringConfig(**settings)
+        advised = ScoringSettings(**settings)
         refuse_wrong_rules(changed, advised)
         found = estimator_of(changed, advised, TRIAL)
         assert all(row["error"] is None for row in found(TRIAL, range(2)))
@@ -77,7 +77,7 @@ PROBES = {CLOSED, "scoring.curvature_probes: 16"}
 ])  # fmt: skip
 def test_each_way_out_is_one(name, dtype, sigma, antithetic, expected):
     model = model_of(name, dtype)
-    scoring = ScoringConfig(sigma=sigma, antithetic=antithetic)
+    scoring = ScoringSettings(sigma=sigma, antithetic=antithetic)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     message = refusal(model, scoring)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
@@ -88,11 +88,11 @@ def test_where_nothing_does_nothing_is_advised():
     model = model_of("opt", "float64")
     with torch.no_grad():
         model.lm_head.weight.zero_()  # nothing before it matters
-    scoring = ScoringConfig(parameters="layers", antithetic=True)  # kinks allow no probes
+    scoring = ScoringSettings(parameters="layers", antithetic=True)  # kinks allow no probes
     assert "No other setting that was tried works; set scoring.allow_low_precision" in refusal(model, scoring)
 
 
 def test_what_there_is_no_memory_to_try_is_not_advised(monkeypatch):
-    model, scoring = model_of("llama", "float32"), ScoringConfig(sigma=1e-6, antithetic=True)
+    model, scoring = model_of("llama", "float32"), ScoringSettings(sigma=1e-6, antithetic=True)
     monkeypatch.setattr(advice.os, "cpu_count", lambda: 10**9)  # a billion actors beside this one
     assert "float64" not in refusal(model, scoring)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mrd_ray import DataConfig, ModelConfig
+from mrd_ray import DataSettings, ModelSettings
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.micro_batches import lay_out, lengths
 from mrd_ray.data.tokens import Limits
@@ -25,11 +25,11 @@ class Scored:
     """A model and the first samples of a forget set, in the engine's micro-batches."""
 
     def __init__(self, model_dir: Path, data: Path, count: int, dtype: str = "float32") -> None:
-        data_config = DataConfig(path=str(data), max_samples=count)
-        table = samples_table.build(data_config, load.load_tokenizer(ModelConfig(path=str(model_dir))), Limits(512))
+        data_config = DataSettings(path=str(data), max_samples=count)
+        table = samples_table.build(data_config, load.load_tokenizer(ModelSettings(path=str(model_dir))), Limits(512))
         layout = lay_out(lengths(table), 1024)
         rows = table.to_pylist()
-        self.model = load.load_model(ModelConfig(path=str(model_dir), dtype=dtype), torch.device("cpu"))
+        self.model = load.load_model(ModelSettings(path=str(model_dir), dtype=dtype), torch.device("cpu"))
         self.batches = [
             MicroBatch.collate([r["token_ids"] for r in batch], [r["scored"] for r in batch], self.model.device)
             for batch in ([rows[j] for j in layout.samples(i)] for i in range(len(layout)))

@@ -54,7 +54,7 @@ def test_estimators_cost_what_they_do(without_weights, qa_file):
 
 
 def test_command(without_weights, qa_file, capsys):
-    line = ["plan", "--model.path", str(without_weights), "--data.path", str(qa_file), "--ray.cpus_per_actor", "1"]
+    line = ["plan", "--model.path", str(without_weights), "--data.path", str(qa_file), "--ray.cpus_per_process", "1"]
     assert main(line) == 0
     printed = capsys.readouterr().out
     for part in ("12 (0 cannot be scored)", "work units", "of a matrix product here", "duration", "1,000"):
@@ -100,6 +100,7 @@ def test_choice_by_deadline_and_by_budget(without_weights, qa_file, capsys):
     assert "Nothing tried stays within that" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["monte_carlo", "closed_form"])
 def test_a_probe_measures(ray_cluster, monkeypatch, tiny_model_dir, qa_file, estimator):
     monkeypatch.setattr(probe, "_SECONDS", 1.0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mrd_ray.config import DataConfig, ModelConfig, RayConfig, ScoringConfig
+from mrd_ray.config import DataSettings, ModelSettings, RaySettings, ScoringSettings
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.micro_batches import lay_out, lengths
 from mrd_ray.data.tokens import Limits
@@ -52,7 +52,7 @@ def test_padding_stays_small_whatever_the_budget(budget):
 @pytest.mark.parametrize("path", ["tofu/forget10.json", "tofu/full.json", "wikitext2/valid.txt"])
 def test_padding_of_real_data(shared, stories_dir, path):
     """Questions with answers of many lengths, and a text in windows of one, as they are when scored by default."""
-    data, model = DataConfig(path=str(shared / "data" / path)), ModelConfig(path=str(stories_dir))
+    data, model = DataSettings(path=str(shared / "data" / path)), ModelSettings(path=str(stories_dir))
     samples = samples_table.build(data, load.load_tokenizer(model), Limits())
     tokens = lengths(samples)
     assert len(tokens) >= 400
@@ -66,7 +66,7 @@ def test_sample_over_the_budget_goes_alone():
 
 
 def test_small_micro_batches_on_a_gpu_are_told():
-    small, large = ScoringConfig(), ScoringConfig(micro_batch_tokens=16384)
+    small, large = ScoringSettings(), ScoringSettings(micro_batch_tokens=16384)
     on_gpu = Pool(actors=2, cpus=1, gpus=1)
     assert "scoring.micro_batch_tokens: 512" in gpu_advice(on_gpu, small)
     assert gpu_advice(on_gpu, large) is gpu_advice(Pool(actors=2, cpus=1, gpus=0), small) is None
@@ -173,21 +173,23 @@ def test_model_cost_without_weights(tied):
 
 
 def test_pool_takes_what_the_cluster_has():
-    assert Pool.of(RayConfig(), [{"CPU": 8.0}]) == Pool(8, 1.0, 0.0)
-    assert Pool.of(RayConfig(cpus_per_actor=2), [{"CPU": 8.0, "GPU": 2.0}]) == Pool(2, 2.0, 1.0)
-    assert Pool.of(RayConfig(gpus_per_actor=0.5), [{"CPU": 8.0, "GPU": 2.0}]).actors == 4
-    assert Pool.of(RayConfig(cpus_per_actor=0.5), [{"CPU": 2.0}]).threads == 1
+    assert Pool.of(RaySettings(), [{"CPU": 8.0}]) == Pool(8, 1.0, 0.0)
+    assert Pool.of(RaySettings(cpus_per_process=2), [{"CPU": 8.0, "GPU": 2.0}]) == Pool(2, 2.0, 1.0)
+    assert Pool.of(RaySettings(gpus_per_actor=0.5), [{"CPU": 8.0, "GPU": 2.0}]).actors == 4
+    assert Pool.of(RaySettings(cpus_per_process=0.5), [{"CPU": 2.0}]).threads == 1
 
 
 def test_an_actor_fits_on_one_node():
     nodes = [{"CPU": 3.0}, {"CPU": 3.0}, {"memory": 1e9}]
-    assert Pool.of(RayConfig(cpus_per_actor=2), nodes) == Pool(2, 2.0, 0.0)  # not the three that six CPUs would hold
+    assert Pool.of(RaySettings(cpus_per_process=2), nodes) == Pool(
+        2, 2.0, 0.0
+    )  # not the three that six CPUs would hold
     with pytest.raises(UserError, match=r"ray.actors: 1 requested, but .* 6 CPU.* on 3 node"):
-        Pool.of(RayConfig(cpus_per_actor=4), nodes)
+        Pool.of(RaySettings(cpus_per_process=4), nodes)
 
 
 def test_a_cluster_that_grows_may_have_no_room_yet():
-    config = RayConfig(actors=8, gpus_per_actor=1)
+    config = RaySettings(actors=8, gpus_per_actor=1)
     pool = Pool.of(config, [{"CPU": 0.0}], grows=True)
     assert pool == Pool(8, 1.0, 1.0)
     assert pool.room([{"CPU": 0.0}, {"CPU": 8.0, "GPU": 2.0}]) == 2
@@ -196,9 +198,9 @@ def test_a_cluster_that_grows_may_have_no_room_yet():
 @pytest.mark.parametrize(
     ("config", "key"),
     [
-        (RayConfig(gpus_per_actor=1), "ray.gpus_per_actor"),
-        (RayConfig(cpus_per_actor=3), "ray.cpus_per_actor"),
-        (RayConfig(actors=9), "ray.actors"),
+        (RaySettings(gpus_per_actor=1), "ray.gpus_per_actor"),
+        (RaySettings(cpus_per_process=3), "ray.cpus_per_process"),
+        (RaySettings(actors=9), "ray.actors"),
     ],
 )
 def test_pool_refuses_what_has_no_room(config, key):

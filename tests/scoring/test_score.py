@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrd_ray import (
     CompareConfig,
-    ModelConfig,
+    ModelSettings,
     MRDSampler,
     ReportConfig,
-    ScoringConfig,
+    ScoringSettings,
     UserError,
     compare,
     score,
@@ -85,7 +85,7 @@ def test_equals_algorithm_1(tiny_model_dir, qa_file, tmp_path):
     assert sum(found.scores["weight"].to_pylist()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("actors", [2, 4])
+@pytest.mark.parametrize("actors", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_neither_actors_nor_order_of_rows_change_a_bit(tiny_model_dir, qa_file, tmp_path, reference, actors):
     lines = qa_file.read_text().splitlines()
     random.Random(actors).shuffle(lines)
@@ -146,6 +146,7 @@ def test_scores_of_other_samples_are_refused(tiny_model_dir, qa_file, tmp_path, 
             found.refuse_other_samples(other)
 
 
+@pytest.mark.slow
 def test_more_draws_later_change_no_bit_and_repeat_nothing(tiny_model_dir, qa_file, tmp_path, reference):
     few = score(config(tiny_model_dir, qa_file, tmp_path, scoring__num_draws=5)).scores
     assert set(few["num_draws"].to_pylist()) == {5}
@@ -201,6 +202,7 @@ def actors() -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if "MapWorker" in " ".join(p.info["cmdline"] or [])]
 
 
+@pytest.mark.slow
 def test_killed_actor(tiny_model_dir, qa_file, tmp_path, long_reference):
     driver = start_driver(tiny_model_dir, qa_file, tmp_path / "run")
     victims = actors()
@@ -302,9 +304,9 @@ def test_sigma_that_breaks_the_forward_is_an_error_of_each_sample(tiny_model_dir
 
 def first_word_of(model: Path, **scoring) -> dict:
     """What an actor makes of a unit without samples."""
-    of_path = ModelConfig(path=str(model))
+    of_path = ModelSettings(path=str(model))
     sample = {"micro_batch": 0, "sample_id": "s", "token_ids": [5, 6, 7], "scored": [False, True, True]}
-    actor = ScoringActor(ScoringSetup(of_path, ScoringConfig(**scoring), model_digest(of_path), 1, False, [sample]))
+    actor = ScoringActor(ScoringSetup(of_path, ScoringSettings(**scoring), model_digest(of_path), 1, False, [sample]))
     (row,) = actor(Unit(0, 0, 1, 0, 1).unit_id, pa.table({})).to_pylist()
     return row
 
@@ -312,9 +314,9 @@ def first_word_of(model: Path, **scoring) -> dict:
 def test_weights_that_are_written_to_while_they_are_in_use(tiny_model_dir, tmp_path):
     """On a CPU they are the file, mapped."""
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
-    of_path = ModelConfig(path=str(folder))
+    of_path = ModelSettings(path=str(folder))
     sample = {"micro_batch": 0, "sample_id": "s", "token_ids": [5, 6, 7], "scored": [False, True, True]}
-    task = ScoringSetup(of_path, ScoringConfig(estimator="closed_form"), model_digest(of_path), 1, False, [sample])
+    task = ScoringSetup(of_path, ScoringSettings(estimator="closed_form"), model_digest(of_path), 1, False, [sample])
     actor, unit, block = ScoringActor(task), Unit(0, 0, 1, 0, 1).unit_id, pa.Table.from_pylist([sample])
     assert actor(unit, block)["fatal"].to_pylist() == [None]
     shutil.copy(folder / "model.safetensors", folder / "other")
@@ -367,9 +369,10 @@ def test_full_disk_is_named_and_survived(tiny_model_dir, qa_file, tmp_path, refe
 def test_nodes_with_other_weights_are_noticed(tiny_model_dir, qa_file):
     """An actor whose copy of the model is not the driver's gives no score."""
     with pytest.raises(Unfit, match="is another model"):
-        ScoringActor(ScoringSetup(ModelConfig(path=str(tiny_model_dir)), ScoringConfig(), "0" * 64, 1, False, []))
+        ScoringActor(ScoringSetup(ModelSettings(path=str(tiny_model_dir)), ScoringSettings(), "0" * 64, 1, False, []))
 
 
+@pytest.mark.slow
 def test_tofu_forget10(stories_dir, tofu_dir, tmp_path):
     """Real model, real text: all 400 samples through two actors, some checked line by line in float64."""
     settings = {"scoring__num_draws": 3, "scoring__sigma": 1e-4, "scoring__micro_batch_tokens": 4096}

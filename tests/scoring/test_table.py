@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mrd_ray.config import ScoringConfig
+from mrd_ray.config import ScoringSettings
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.micro_batches import Layout, lay_out, lengths
 from mrd_ray.mrd.monte_carlo import Moments, exact_sum
@@ -16,7 +16,7 @@ from mrd_ray.scoring.units import Unit, cut_units, missing_units
 RNG = np.random.default_rng(0)
 TOKENS = np.where(RNG.random(300) < 0.1, 0, RNG.integers(2, 60, 300))
 UNSETTLED = RNG.random(300) < 0.3  # have a second round
-SCORING = ScoringConfig(num_draws=5)
+SCORING = ScoringSettings(num_draws=5)
 
 
 def sample(i: int) -> dict:

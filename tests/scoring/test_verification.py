@@ -10,7 +10,7 @@ import torch
 from architectures import mixture_of, model_of
 from rich.console import Console
 
-from mrd_ray.config import ScoringConfig
+from mrd_ray.config import ScoringSettings
 from mrd_ray.errors import UserError
 from mrd_ray.mrd import gradient_rules
 from mrd_ray.scoring import summary
@@ -39,7 +39,7 @@ def samples_of(count: int, tokens: int = 60) -> list[dict]:
 
 def scored(model, samples, **settings):
     """What was checked, and the scores table."""
-    scoring = ScoringConfig(**({"estimator": "closed_form"} | settings))
+    scoring = ScoringSettings(**({"estimator": "closed_form"} | settings))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     estimator = estimator_of(model, scoring, samples[:4])
     results = estimator(samples, first_draws(scoring))
@@ -129,6 +129,7 @@ def test_wrong_rules_are_found_on_the_samples_themselves(small, monkeypatch):
         scored(small, samples_of(4))
 
 
+@pytest.mark.slow
 def test_monte_carlo_is_right_where_the_closed_form_is_in_doubt(mixture):
     """Within three of its own standard errors, which know of flips that four draws do not meet."""
     samples = samples_of(48)
@@ -147,7 +148,7 @@ def test_monte_carlo_is_right_where_the_closed_form_is_in_doubt(mixture):
 
 def test_what_there_is_no_memory_to_check_is_in_doubt(mixture, monkeypatch):
     samples = samples_of(2)
-    estimator = estimator_of(mixture, ScoringConfig(estimator="closed_form"), samples)
+    estimator = estimator_of(mixture, ScoringSettings(estimator="closed_form"), samples)
 
     def lacking(*_):
         raise torch.OutOfMemoryError("no more")
@@ -159,5 +160,5 @@ def test_what_there_is_no_memory_to_check_is_in_doubt(mixture, monkeypatch):
 
 
 def test_a_unit_without_a_sample_that_fits_has_no_doubts(mixture):
-    estimator = estimator_of(mixture, ScoringConfig(estimator="closed_form"), samples_of(2))
+    estimator = estimator_of(mixture, ScoringSettings(estimator="closed_form"), samples_of(2))
     assert estimator([], range(1)) == []

@@ -177,6 +177,7 @@ def share(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "full", FULL)
     torch.multiprocessing.spawn(share, (str(tmp_path),), nprocs=2)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from mrd_ray.config import ModelConfig
+from mrd_ray.config import ModelSettings
 from mrd_ray.demo import demo
 from mrd_ray.models import fine_tune, load
 from mrd_ray.mrd.extraction import greedy
@@ -78,7 +78,7 @@ def rouge(model, one) -> float:
 
 @pytest.fixture(scope="module")
 def rouge_before(memorised, tofu_dir, tmp_path_factory):
-    model = load.load_model(ModelConfig(path=str(memorised[0])), torch.device("cpu"))
+    model = load.load_model(ModelSettings(path=str(memorised[0])), torch.device("cpu"))
     return rouge(model, config(memorised, tofu_dir, tmp_path_factory.mktemp("unused"), "npo"))
 
 

@@ -103,6 +103,7 @@ def test_every_method_and_stage_follows_plain_torch(files, tmp_path, size):
     assert abs(moved[-1, 0] - moved[0, 0]) > 0.1 * abs(moved[0, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_an_uneven_last_micro_batch_weighs_no_more(files, tmp_path, clip):
     """Two ranks of three samples each, in passes of two and of one; the norm shows the gradient's scale."""
@@ -115,6 +116,7 @@ def test_an_uneven_last_micro_batch_weighs_no_more(files, tmp_path, clip):
             check(trajectory, expected, f"stage {one.deepspeed.zero_stage}")
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_float32_masters_alike_at_every_stage(files, tmp_path):
     """The first updates show a wrong step count in Adam's bias correction, or masters that are not in float32."""
     settings = {"model__dtype": "bfloat16", "unlearning__steps": 4, "unlearning__learning_rate": 1e-3}

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mrd_ray.config import ModelConfig, ScoringConfig
+from mrd_ray.config import ModelSettings, ScoringSettings
 from mrd_ray.data.micro_batches import lay_out, lengths
 from mrd_ray.models import load
 from mrd_ray.models.files import model_digest
@@ -37,7 +37,7 @@ def config(files, run, estimator, stage, **more):
     return gang.config(model, forget, retain, run, **settings)
 
 
-def standalone(of_path: ModelConfig, samples: pa.Table, scoring: ScoringConfig) -> pa.Table:
+def standalone(of_path: ModelSettings, samples: pa.Table, scoring: ScoringSettings) -> pa.Table:
     """What an actor of `mrd-ray score` makes of it, all in one unit."""
     layout = lay_out(lengths(samples), scoring.micro_batch_tokens)
     rows = samples.select(["sample_id", "token_ids", "scored"])
@@ -74,6 +74,7 @@ def test_a_refresh_is_a_standalone_run_on_the_checkpoint(files, tmp_path, size):
             assert tables[step]["sample_id"] == expected["sample_id"]
 
 
+@pytest.mark.slow
 def test_adapters_and_bfloat16(files, tmp_path):
     lora = {"lora__rank": 2, "unlearning__learning_rate": 1e-2}
     cases = [("lora-2", 2, lora), ("lora-3", 3, lora | {"scoring__parameters": "lora"})]
@@ -100,10 +101,11 @@ def around_a_refresh(ranks, one, estimators):
     return found
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_weights_are_the_same_after_a_refresh(files, tmp_path, stage):
     one = config(files, tmp_path, "closed_form", stage)
-    estimators = [ScoringConfig(**settings) for settings in ESTIMATORS.values()]
+    estimators = [ScoringSettings(**settings) for settings in ESTIMATORS.values()]
     for rank in gang.on_ranks(2, around_a_refresh, one, estimators):
         assert all(before == after for before, after in rank)
 
@@ -126,7 +128,8 @@ def with_and_without(ranks, one):
     return refreshed, handed_in, sorted(of_all)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
 def test_training_goes_on_as_if_there_had_been_no_refresh(files, tmp_path, stage):
     one = config(files, tmp_path, "closed_form", stage, unlearning__refresh_every=1, unlearning__steps=3)
     refreshed, handed_in, steps = gang.on_ranks(2, with_and_without, one)[0]
@@ -142,13 +145,14 @@ def measured(ranks, one):
     return loop.evaluate()
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
 def test_memorization_accuracy_and_extraction_of_live_weights(files, tmp_path, stage):
     one = config(files, tmp_path, "closed_form", stage, stopping__extraction_n=2)
     first, second = gang.on_ranks(2, measured, one)
     assert first == second
 
-    model = load.load_model(ModelConfig(path=str(tmp_path / "model")), torch.device("cpu"))
+    model = load.load_model(ModelSettings(path=str(tmp_path / "model")), torch.device("cpu"))
     samples = gang.sets_of(one).forget.to_pylist()
     for i, row in enumerate(samples):
         batch = MicroBatch.collate([row["token_ids"]], [row["scored"]], model.device)

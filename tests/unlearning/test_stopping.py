@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from mrd_ray.config import StoppingConfig
+from mrd_ray.config import StoppingSettings
 from mrd_ray.unlearning.stopping import Knowledge, below_floor, forgotten, retain_loss_limit
 
 NAN, INF = math.nan, math.inf
@@ -17,7 +17,7 @@ def evaluation(ma=(0.5, 0.7), el=None, retain_loss=None, log_prob=(-3.0, -5.0)) 
 
 def is_forgotten(rule, before, now) -> bool:
     """Of (MAs, ELs) before and now."""
-    return forgotten(StoppingConfig(forgotten=rule), evaluation(*before), evaluation(*now))
+    return forgotten(StoppingSettings(forgotten=rule), evaluation(*before), evaluation(*now))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_means():
     ],
 )
 def test_utility_floor(ratio, initial, limit):
-    stopping = StoppingConfig(max_retain_loss_ratio=ratio)
+    stopping = StoppingSettings(max_retain_loss_ratio=ratio)
     before = evaluation(retain_loss=initial)
     found = retain_loss_limit(stopping, before)
     assert found == pytest.approx(limit)
@@ -106,7 +106,7 @@ def test_utility_floor(ratio, initial, limit):
 
 
 def test_what_the_floor_says():
-    stopping = StoppingConfig(max_retain_loss_ratio=1.5)
+    stopping = StoppingSettings(max_retain_loss_ratio=1.5)
     expected = "utility floor: the retain loss is 1.75, over 1.41 (it was 1; stopping.max_retain_loss_ratio is 1.5)"
     assert below_floor(stopping, evaluation(retain_loss=1.0), evaluation(retain_loss=1.75)) == expected
 
@@ -115,7 +115,7 @@ def test_what_the_floor_says():
 @pytest.mark.parametrize("ratio", [2.0, None])
 def test_a_model_without_finite_probabilities(bad, ratio):
     """It is no result, with or without a floor, whatever its retain loss."""
-    stopping, before = StoppingConfig(max_retain_loss_ratio=ratio), evaluation(retain_loss=1.5)
+    stopping, before = StoppingSettings(max_retain_loss_ratio=ratio), evaluation(retain_loss=1.5)
     assert before.finite()
     assert evaluation().finite()
     for now in (evaluation(log_prob=(-3.0, bad), retain_loss=1.5), evaluation(retain_loss=bad)):

@@ -70,6 +70,7 @@ def test_a_run_leaves_model_log_scores_and_checkpoints(finished, files):
     assert again == config(files, run)
 
 
+@pytest.mark.slow
 def test_a_refresh_is_a_run_of_mrd_ray_score_on_the_checkpoint(finished, tmp_path):
     outcome, run = finished
     for name, step in ((f"checkpoints/step-{4:06d}/model", 4), (outcome.config.model.path, 0)):
@@ -99,6 +100,7 @@ def test_the_same_command_again_has_nothing_to_do_and_another_is_refused(finishe
         unlearn(config(files, run, ray__workers=1, unlearning__steps=8))
 
 
+@pytest.mark.slow
 def test_a_damaged_log_or_outcome_is_made_again_from_the_checkpoint(finished, files, tmp_path):
     run = shutil.copytree(finished[1], tmp_path / "run")
     (run / "metrics.jsonl").write_text("{")
@@ -161,6 +163,7 @@ def test_the_best_is_never_the_model_as_it_was(files, tmp_path):
     assert not outcome.failed
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_diverges_keeps_the_last_good_checkpoint(files, tmp_path):
     wild = unlearn(
         config(files, tmp_path, unlearning__learning_rate=1e30, unlearning__method="graddiff", ray__workers=1)
@@ -266,7 +269,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(files, tmp_path, uninterr
     Killer(run, between_two_refreshes, lambda: psutil.Process(driver.pid)).join(200)
     assert driver.wait() == -signal.SIGKILL
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "go on from step" in finished.stderr
+    assert "resume from step" in finished.stderr
     assert trajectory(run) == uninterrupted
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mrd_ray.config import RunConfig
+from mrd_ray.config import RunSettings
 from mrd_ray.runs import journal
 from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.runs.journal import Journal
@@ -16,7 +16,7 @@ from mrd_ray.unlearning.watch import Watch
 @pytest.fixture
 def run(ray_cluster, tmp_path) -> RunDirectory:
     run = RunDirectory(str(tmp_path))
-    run.claim({"a": 1}, RunConfig(dir=str(tmp_path)))
+    run.claim({"a": 1}, RunSettings(dir=str(tmp_path)))
     return run
 
 
@@ -36,7 +36,7 @@ def events(record: Journal) -> list[tuple[str, int | None]]:
 
 
 def until(condition) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
