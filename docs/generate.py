@@ -14,6 +14,7 @@ from mrd_ray import config
 from mrd_ray.cli import ending
 from mrd_ray.cli.commands import COMMANDS
 from mrd_ray.config import Metric
+from mrd_ray.config.renamed import OLD_NAMES
 from mrd_ray.config.words import default_of, is_section, kind_of
 from mrd_ray.data import samples
 from mrd_ray.evaluation import evaluate
@@ -162,7 +163,7 @@ def settings() -> str:
         "# Settings\n",
         "A setting is a flag (`--scoring.sigma 1e-5`) or a key in YAML (`scoring: {sigma: 1e-5}`, with `--config`).",
         "Flags go over YAML, YAML over the defaults of `--task`. `--print_config` shows the result.",
-        "`mrd-ray COMMAND --help` prints the same descriptions.\n",
+        "`mrd-ray COMMAND --help` prints the settings that most people need, `--help=all` all of them.\n",
         "## Commands\n",
         _table(
             ["command", "what it does", "sections"],
@@ -179,6 +180,9 @@ def settings() -> str:
         summary = " ".join((settings_class.__doc__ or "").split())
         parts += [f"{title}\n", f"{_cell(summary)} Taken by {of}.\n", _settings_of(settings_class)]
     parts += ["## A set of `evaluation.sets`\n", _settings_of(config.EvaluatedSet)]
+    renamed = [[f"`{old}`", f"`{new}`"] for old, new in OLD_NAMES.items()]
+    parts += ["## Old names\n", "These work in this release. A line on the terminal tells the new name.\n"]
+    parts += [_table(["old name", "new name"], renamed)]
     return "\n".join(parts)
 
 
