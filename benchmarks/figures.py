@@ -61,7 +61,7 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
-def _handed_on(settings: Mapping[str, Any]) -> Raw:
+def _handed_on(settings: Mapping[str, object]) -> Raw:
     """Without where files lie on this machine."""
     return {
         name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
@@ -72,7 +72,7 @@ def _handed_on(settings: Mapping[str, Any]) -> Raw:
 class Results:
     """results/NAME.json, which is written anew with every part that is there, so that a killed run leaves some."""
 
-    def __init__(self, name: str, settings: Mapping[str, Any], out: str) -> None:
+    def __init__(self, name: str, settings: Mapping[str, object], out: str) -> None:
         self.file = Path(out) / f"{name}.json"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.console = console_of(width=150)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import LlamaConfig
 
@@ -63,7 +63,7 @@ def main(
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             shape.save_pretrained(folder)
-            tree: dict[str, Any] = {"model": {"path": folder, "tokenizer": tokenizer, "dtype": way.dtype}}
+            tree: dict[str, object] = {"model": {"path": folder, "tokenizer": tokenizer, "dtype": way.dtype}}
             tree["data"] = {"path": data, "max_samples": max_samples}
             tree["scoring"] = {"estimator": way.estimator, "micro_batch_tokens": 16384, "num_draws": draws}
             tree["ray"] = {"actors": 1, "gpus_per_actor": way.gpus}

@@ -1,7 +1,6 @@
 """The closed form's self-check: what it costs, and whether it finds the samples whose experts sigma can change."""
 
 import time
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
@@ -61,7 +60,7 @@ def main(
 
 def cost(model: str, data: str, max_samples: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of making an estimator with the check, less those without, and of scoring."""
-    tree: dict[str, Any] = {"model": {"path": model}, "data": {"path": data, "max_samples": max_samples}}
+    tree: dict[str, object] = {"model": {"path": model}, "data": {"path": data, "max_samples": max_samples}}
     work = Batches(ScoreConfig.model_validate(tree | {"run": {"dir": "unused"}}))
     samples: list[Sample] = [
         {"micro_batch": i, "sample_id": f"{i}-{j}", "token_ids": tokens.tolist(), "scored": [False, *scored.tolist()]}

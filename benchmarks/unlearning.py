@@ -111,7 +111,7 @@ def main(
     results.show(figures(results.raw, f"{threads} thread(s)", num_draws))
 
 
-def _with(config: UnlearnConfig, group: str, **settings: Any) -> UnlearnConfig:
+def _with(config: UnlearnConfig, group: str, **settings: object) -> UnlearnConfig:
     return config.model_copy(update={group: getattr(config, group).model_copy(update=settings)})
 
 
@@ -141,7 +141,7 @@ class Job:
             return [json.loads(Path(folder, str(rank)).read_text(encoding="utf-8")) for rank in range(self.workers)]
 
 
-def _process(rank: int, folder: str, work: Callable[..., Any], job: Job, args: tuple[Any, ...]) -> None:
+def _process(rank: int, folder: str, work: Callable[..., object], job: Job, args: tuple[object, ...]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(job.threads)
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(job.workers), DS_ACCELERATOR="cpu")

@@ -60,7 +60,7 @@ class ExperimentConfig(Frozen):
 
     @field_validator("scoring", mode="before")
     @classmethod
-    def _closed_form_unless_said(cls, scoring: Any) -> Any:
+    def _closed_form_unless_said(cls, scoring: object) -> object:
         return closed_form_unless_said(scoring)
 
 

@@ -81,7 +81,7 @@ def selections(config: Fig2Config, run: RunDirectory) -> list[DataSettings]:
         chosen = random.Random(f"{config.selection_seed} {i}").sample(range(len(rows)), config.size)
         name = f"selections/{i}.jsonl"
         run.write(name, "".join(json.dumps(rows[j], default=str) + "\n" for j in sorted(chosen)).encode())
-        update: dict[str, Any] = {
+        update: dict[str, object] = {
             "path": run.path(name),
             "name": None,
             "split": "train",

@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib.figure
 from rich.console import Console
@@ -72,7 +71,7 @@ def _text(cell: Cell) -> str:
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
-def _json(cell: Cell) -> Any:
+def _json(cell: Cell) -> object:
     if isinstance(cell, Interval):
         return {"value": _json(cell.value), "low": _json(cell.low), "high": _json(cell.high)}
     return None if isinstance(cell, float) and not math.isfinite(cell) else cell

@@ -84,7 +84,7 @@ def prepare(config: ExperimentConfig, identity: dict[str, Any]) -> Subject:
     return Subject(run, after, config.model, tokenizer, samples, retained)
 
 
-def _learned(config: ExperimentConfig, tables: list[pa.Table], recipe: dict[str, Any]) -> Path:
+def _learned(config: ExperimentConfig, tables: list[pa.Table], recipe: dict[str, object]) -> Path:
     token_ids = [ids for table in tables for ids in table["token_ids"].to_pylist()]
     learn = config.learn
     name = f"learned-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]}"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -11,14 +11,15 @@ from mrd_ray.errors import UserError
 from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.runs.meter import Meter
 
+T = TypeVar("T")
 Result = dict[str, Any]
 
 
 def work_off(
     run: RunDirectory,
     title: str,
-    function: Callable[[Any], Result],
-    cells: Mapping[str, Any],
+    function: Callable[[T], Result],
+    cells: Mapping[str, T],
     *,
     cpus: float = 0.0,
     gpus: float = 0.0,
@@ -46,15 +47,15 @@ def work_off(
 def _compute(
     run: RunDirectory,
     title: str,
-    function: Callable[[Any], Result],
-    cells: Mapping[str, Any],
+    function: Callable[[T], Result],
+    cells: Mapping[str, T],
     cpus: float,
     gpus: float,
     at_once: int,
     tidy: Callable[[str], None],
 ) -> None:
     task = ray.remote(function).options(num_cpus=cpus, num_gpus=gpus)
-    waiting, running = list(cells.items()), dict[Any, str]()
+    waiting, running = list(cells.items()), dict[object, str]()
     with Meter(title, len(cells)) as meter:
         meter.advance(0, f"{len(cells)} task(s) to do")
         while waiting or running:

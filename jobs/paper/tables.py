@@ -78,7 +78,7 @@ def _contents(config: TablesConfig) -> dict[str, Any]:
     return {f"content.{name}": value for name, value in found.items()} | {"content.refusals": content_digest(refusals)}
 
 
-def _unlearning(config: TablesConfig, method: Method, more: dict[str, Any]) -> UnlearningSettings:
+def _unlearning(config: TablesConfig, method: Method, more: dict[str, object]) -> UnlearningSettings:
     settings = config.unlearning.model_dump(exclude_unset=True, exclude={"method", "refusals"})
     try:
         return UnlearningSettings(**(settings | config.methods[method] | {"method": method} | more))

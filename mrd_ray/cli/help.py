@@ -59,7 +59,7 @@ def help_of(
     return "\n".join(lines)
 
 
-def _required(fields: Mapping[str, FieldInfo], positional: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _required(fields: Mapping[str, FieldInfo], positional: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     for name, field in fields.items():
         if is_section(field.annotation) and field.is_required() and name not in positional:
             for inner, one in field.annotation.model_fields.items():  # type: ignore[union-attr]

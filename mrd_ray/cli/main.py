@@ -4,7 +4,6 @@ import importlib
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from mrd_ray import config
 from mrd_ray.cli.commands import COMMANDS, DESCRIPTION
@@ -27,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return LINE.run(sys.argv[1:] if arguments is None else arguments, _call)
 
 
-def _call(settings: Any) -> int:
+def _call(settings: object) -> int:
     command = next(command for command in COMMANDS.values() if command.config == type(settings).__name__)
     module, _, name = command.call.partition(":")
     code: int = getattr(importlib.import_module(f"mrd_ray.cli.{module}"), name)(settings)

@@ -62,7 +62,7 @@ class Frozen(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, about: ValidationInfo) -> Any:
+    def _no_truth_for_a_number(cls, value: object, about: ValidationInfo) -> object:
         """YAML reads `no` as false, which pydantic takes for 0."""
         if isinstance(value, bool) and about.field_name is not None:
             wanted = kind_of(cls.model_fields[about.field_name])
@@ -72,7 +72,7 @@ class Frozen(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _no_credentials(cls, value: Any, about: ValidationInfo) -> Any:
+    def _no_credentials(cls, value: object, about: ValidationInfo) -> object:
         refuse_credentials(
             f"{cls.__name__.removesuffix('Settings').removesuffix('Config').lower()}.{about.field_name}", value
         )
@@ -167,7 +167,7 @@ class Processes(Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _new_names(cls, given: Any) -> Any:
+    def _new_names(cls, given: object) -> object:
         return section_with_new_names("ray", given) if isinstance(given, dict) else given
 
 

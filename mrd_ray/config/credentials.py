@@ -31,7 +31,7 @@ def _in_uri(text: str) -> bool:
     )
 
 
-def secret_names(tree: Any) -> Iterator[str]:
+def secret_names(tree: object) -> Iterator[str]:
     """Keys, of mappings in mappings and lists, that are those of secrets and have a value."""
     if isinstance(tree, Mapping):
         for name, value in tree.items():

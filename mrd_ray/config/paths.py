@@ -45,18 +45,18 @@ def with_paths(kind: Any, value: Any, change: Callable[[str, NamesFile, str], st
     return value
 
 
-def path_mark(kind: Any) -> NamesFile | None:
+def path_mark(kind: object) -> NamesFile | None:
     """How a type is marked whose texts, alone or in a list, may name files or folders; None if it is not."""
     return next((part for part in _parts(kind) if isinstance(part, NamesFile)), None)
 
 
 @lru_cache
-def _fields(config: type[BaseModel]) -> dict[str, Any]:
+def _fields(config: type[BaseModel]) -> dict[str, object]:
     hints = get_type_hints(config, include_extras=True)
     return {name: hints[name] for name in config.model_fields}
 
 
-def _configs(kind: Any) -> list[type[BaseModel]]:
+def _configs(kind: object) -> list[type[BaseModel]]:
     marked = [part.config for part in _parts(kind) if isinstance(part, SettingsOf)]
     return marked + [part for part in _parts(kind) if isinstance(part, type) and issubclass(part, BaseModel)]
 

@@ -24,7 +24,7 @@ def with_new_names(settings: Mapping[Any, Any]) -> dict[Any, Any]:
     return renamed
 
 
-def section_with_new_names(section: str, settings: Mapping[Any, Any]) -> dict[Any, Any]:
+def section_with_new_names(section: str, settings: Mapping[object, object]) -> dict[object, object]:
     """The settings of one section under their new names. Raises ValueError as `with_new_names` does."""
     found = dict(settings)
     for old, new in OLD_NAMES.items():

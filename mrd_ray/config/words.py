@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 _BOUNDS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}"}
-_WORDS: dict[Any, str] = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "unset"}
+_WORDS: dict[object, str] = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "unset"}
 
 
 def kind(annotation: Any, metadata: Iterable[Any] = ()) -> str:
@@ -146,7 +146,7 @@ def _unknown(names: list[str], known: Iterable[str]) -> str:
     return f"{'.'.join(names)}: there is no such setting{meant}"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = str(value).lower() if isinstance(value, bool) else "unset" if value is None else str(value)
     if isinstance(value, str):
         text = repr(value)

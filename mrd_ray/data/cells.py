@@ -12,11 +12,11 @@ class Unscorable(Exception):
     """This sample cannot be scored. The message is the reason, and is stored in the sample's row."""
 
 
-def lookup(values: Mapping[str, Any], column: str) -> Any:
+def lookup(values: Mapping[str, object], column: str) -> object:
     """A row's cell, or None if there is none. `answers.text` is the field `text` of the objects in column answers."""
     if column in values or "." not in column:
         return values.get(column)
-    found: Any = values
+    found: object = values
     for name in column.split("."):
         if isinstance(found, list):
             found = [one.get(name) if isinstance(one, dict) else None for one in found]
@@ -25,7 +25,7 @@ def lookup(values: Mapping[str, Any], column: str) -> Any:
     return found
 
 
-def is_id(value: Any) -> bool:
+def is_id(value: object) -> bool:
     """Whether a cell can be a sample's id."""
     return type(value) in (str, int) and value != "" and _is_unicode(str(value))
 
@@ -39,7 +39,7 @@ def _is_unicode(value: str) -> bool:
     return True
 
 
-def cell(values: Mapping[str, Any], column: str, numbers: bool = False) -> str:
+def cell(values: Mapping[str, object], column: str, numbers: bool = False) -> str:
     """The text in a row's column. Raises Unscorable.
 
     Args:
@@ -67,7 +67,7 @@ def as_text(value: Any, column: str, numbers: bool = False) -> str:
     return value
 
 
-def response_text(values: Mapping[str, Any], column: str, data: DataSettings) -> str:
+def response_text(values: Mapping[str, object], column: str, data: DataSettings) -> str:
     """The response in a row: its text, or what data.response_index or data.response_join takes from a list.
 
     Raises Unscorable.
@@ -89,7 +89,7 @@ def response_text(values: Mapping[str, Any], column: str, data: DataSettings) ->
     return as_text(value[data.response_index], column, data.numbers_as_text)
 
 
-def list_of_texts(values: Mapping[str, Any], column: str, data: DataSettings) -> list[str]:
+def list_of_texts(values: Mapping[str, object], column: str, data: DataSettings) -> list[str]:
     """A cell's list of texts, or its text split at data.list_separator. Raises Unscorable."""
     found = lookup(values, column)
     if isinstance(found, str) and data.list_separator:

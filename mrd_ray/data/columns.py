@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from shlex import quote
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mrd_ray.config import DataSettings
 from mrd_ray.config import template as templates
@@ -53,7 +53,7 @@ class Columns(NamedTuple):
         return ", ".join([*named, *others, *([f"id {self.id}"] if self.id is not None else [])])
 
 
-def kinds(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+def kinds(rows: Iterable[Mapping[str, object]]) -> dict[str, str]:
     """What the columns of these rows hold, in the order of the columns.
 
     One of messages, text, texts, nested text, nested texts, number, other, nothing.
@@ -66,7 +66,7 @@ def kinds(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return found
 
 
-def kind(value: Any) -> str:
+def kind(value: object) -> str:
     """What one cell holds, in the terms of `kinds`."""
     if value in (None, "", [], {}):
         return "nothing"

@@ -8,10 +8,10 @@ from mrd_ray.data.conversations import is_conversation
 from mrd_ray.data.files import Say
 from mrd_ray.errors import UserError
 
-Numbered = Iterator[tuple[int, dict[str, Any]]]
+Numbered = Iterator[tuple[int, dict[str, object]]]
 
 
-def rows_of(path: str, document: Any, split: str, say: Say) -> Numbered:
+def rows_of(path: str, document: object, split: str, say: Say) -> Numbered:
     """The rows of a JSON document, numbered from 1.
 
     Args:
@@ -32,7 +32,7 @@ def rows_of(path: str, document: Any, split: str, say: Say) -> Numbered:
         yield number, row_of(path, number, value)
 
 
-def row_of(path: str, number: int, value: Any) -> dict[str, Any]:
+def row_of(path: str, number: int, value: object) -> dict[str, object]:
     """A JSON value as a row; a text becomes a row with one column. Raises UserError."""
     if isinstance(value, str):
         return {"text": value}
@@ -52,17 +52,17 @@ def refuse_split(path: str, split: str) -> None:
         )
 
 
-def _is_rows(value: Any) -> bool:
+def _is_rows(value: object) -> bool:
     """Whether this is a list of rows. A conversation is not: it is one cell of a row."""
     of_objects = isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
     return of_objects and not is_conversation(value)
 
 
-def _is_of_lists(value: Any) -> bool:
+def _is_of_lists(value: object) -> bool:
     return isinstance(value, dict) and bool(value) and all(map(_is_rows, value.values()))
 
 
-def _of_object(path: str, document: Any, split: str, say: Say) -> list[Any]:
+def _of_object(path: str, document: object, split: str, say: Say) -> list[object]:
     if not isinstance(document, dict) or not document:
         quote = f", found {document!r:.60}"
         raise UserError(f"{path}: expected a list of rows or texts, or an object of lists{quote}", quote)
@@ -94,7 +94,7 @@ def _of_object(path: str, document: Any, split: str, say: Say) -> list[Any]:
     return [document]
 
 
-def _records(columns: dict[str, list[Any]]) -> list[Any]:
+def _records(columns: dict[str, list[object]]) -> list[object]:
     return [dict(zip(columns, record, strict=True)) for record in zip(*columns.values(), strict=True)]
 
 
@@ -104,13 +104,13 @@ def _is_columns(value: Any) -> bool:
     return of_lists and len({len(cell) for cell in value.values()}) == 1 and not is_conversation(value)
 
 
-def _record(path: str, number: int, columns: list[str], cells: Any) -> dict[str, Any]:
+def _record(path: str, number: int, columns: list[str], cells: object) -> dict[str, object]:
     if not isinstance(cells, list) or len(cells) != len(columns):
         raise UserError(f"{path}, row {number}: expected {len(columns)} cells, one for each of its columns")
     return dict(zip(columns, cells, strict=True))
 
 
-def _of_objects(path: str, document: dict[str, dict[str, Any]], one_row: bool) -> list[Any]:
+def _of_objects(path: str, document: dict[str, dict[str, object]], one_row: bool) -> list[object]:
     """Columns by row label (the default of pandas), rows by label, or one row of nested cells.
 
     one_row: whether the object's names are names of columns.
@@ -129,7 +129,7 @@ def _of_objects(path: str, document: dict[str, dict[str, Any]], one_row: bool) -
     return [document]
 
 
-def _picked(path: str, lists: dict[str, list[Any]], split: str, say: Say) -> list[Any]:
+def _picked(path: str, lists: dict[str, list[object]], split: str, say: Say) -> list[object]:
     """The list named `split`. If there is none and no split was requested, the only list that is not empty."""
     if split in lists:
         if len(lists) > 1:

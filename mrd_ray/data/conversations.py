@@ -39,20 +39,20 @@ class Chat(NamedTuple):
     spans: tuple[Span, ...]
 
 
-def is_conversation(value: Any) -> bool:
+def is_conversation(value: object) -> bool:
     """Whether a cell holds a conversation: a list of turns, an object of lists, or either as JSON text."""
     turns = _turns(value)
     return bool(turns) and all(_is_turn(turn) for turn in turns)
 
 
-def _is_turn(turn: Any) -> bool:
+def _is_turn(turn: object) -> bool:
     return isinstance(turn, dict) and (
         (isinstance(turn.get("role"), str) and ("content" in turn or "tool_calls" in turn))
         or (isinstance(turn.get("from"), str) and "value" in turn)
     )
 
 
-def _turns(value: Any) -> list[Any]:
+def _turns(value: object) -> list[Any]:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):  # as in CSV files and some others
         try:
             value = json.loads(value)
@@ -65,7 +65,7 @@ def _turns(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def messages(value: Any, column: str) -> list[Message]:
+def messages(value: object, column: str) -> list[Message]:
     """A cell's conversation as {role, content} messages. Raises Unscorable, whose message names the turn."""
     if not is_conversation(value):
         raise Unscorable(f"column {column!r} holds no conversation, a list of role and content: {value!r:.40}")
@@ -110,7 +110,7 @@ def joined(prompt: Sequence[Message], response: Sequence[Message], column: str) 
     return [*prompt, *response], len(prompt)
 
 
-def tools(value: Any) -> list[Any] | None:
+def tools(value: object) -> list[Any] | None:
     """The tools for the template: a list, which may be given as JSON text, or None. Raises Unscorable."""
     try:
         found = json.loads(value) if isinstance(value, str) and value.strip() else value
@@ -131,7 +131,7 @@ def last_answer(turns: Sequence[Message]) -> int:
     return answers[-1]
 
 
-def _content(value: Any, number: int) -> str:
+def _content(value: object, number: int) -> str:
     if isinstance(value, list):  # a list of parts, as in OpenAI's format
         parts: list[Any] = [part["text"] if isinstance(part, dict) and "text" in part else part for part in value]
         value = "".join(parts) if all(isinstance(part, str) for part in parts) else value

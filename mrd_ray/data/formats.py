@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any, Literal, TextIO
+from typing import Literal, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -113,7 +113,7 @@ def _is_whole(line: str) -> bool:
     return stripped[0] not in "[{" or (stripped[0], stripped[-1]) in (("{", "}"), ("[", "]"))
 
 
-def _parsed(path: str, content: str, line: int) -> Any:
+def _parsed(path: str, content: str, line: int) -> object:
     """The value of JSON text that begins on this line of the file."""
     try:
         return _DECODER.decode(content)
@@ -126,7 +126,7 @@ def _parsed(path: str, content: str, line: int) -> Any:
         raise UserError(f"{path}, at or after line {line}: cannot read this JSON: {problem}") from problem
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     values = dict(pairs)
     if len(values) < len(pairs):  # Python would keep the last one and drop the others
         raise ValueError(f"an object names {_repeated([name for name, _ in pairs])} more than once; rename one")

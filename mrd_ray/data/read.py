@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import datasets
 import numpy as np
@@ -39,7 +39,7 @@ class Row:
     index: int
     file: str | None
     number: int
-    values: dict[str, Any]
+    values: dict[str, object]
 
     @property
     def place(self) -> str:
@@ -126,7 +126,7 @@ def _names(spec: str) -> list[str]:
     return [re.split(r"[\[(]", part.strip())[0] for part in spec.split("+")]
 
 
-_Numbered = Iterator[tuple[str | None, int, dict[str, Any]]]
+_Numbered = Iterator[tuple[str | None, int, dict[str, object]]]
 
 
 def _of_split(data: DataSettings, split: str, say: Say) -> _Numbered:

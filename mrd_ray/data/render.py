@@ -1,7 +1,7 @@
 """Renders a row as text, and finds where the response is in it."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ class Rendered(NamedTuple):
 
 
 def render(
-    values: Mapping[str, Any], columns: Columns, data: DataSettings, tokenizer: PreTrainedTokenizerBase
+    values: Mapping[str, object], columns: Columns, data: DataSettings, tokenizer: PreTrainedTokenizerBase
 ) -> Rendered:
     """Render a row as text. Raises Unscorable."""
     if columns.text is not None:
@@ -40,7 +40,7 @@ def render(
     return Rendered(text, () if span is None else (span,), True)
 
 
-def prompt_text(values: Mapping[str, Any], columns: Columns, data: DataSettings) -> str:
+def prompt_text(values: Mapping[str, object], columns: Columns, data: DataSettings) -> str:
     """The prompt of a row with prompt and response. Raises Unscorable."""
     assert columns.prompt is not None
     if lookup(values, columns.prompt) is None and "{" in columns.prompt:
@@ -49,7 +49,7 @@ def prompt_text(values: Mapping[str, Any], columns: Columns, data: DataSettings)
     return cell(values, columns.prompt, data.numbers_as_text)
 
 
-def with_response(values: Mapping[str, Any], columns: Columns, response: str) -> dict[str, Any]:
+def with_response(values: Mapping[str, object], columns: Columns, response: str) -> dict[str, object]:
     """The row with its response replaced; in a conversation, the last assistant turn. Raises Unscorable."""
     if columns.messages is None:
         assert columns.response is not None
@@ -65,10 +65,10 @@ class Turns(NamedTuple):
 
     messages: list[Message]
     first: int
-    tools: Any
+    tools: object
 
 
-def conversation(values: Mapping[str, Any], columns: Columns, data: DataSettings) -> Turns | None:
+def conversation(values: Mapping[str, object], columns: Columns, data: DataSettings) -> Turns | None:
     """The turns of a row if it is chat data, or data.template is chat; else None. Raises Unscorable."""
     if columns.messages is not None:
         turns, first = conversations.messages(lookup(values, columns.messages), columns.messages), 0
@@ -92,7 +92,7 @@ def conversation(values: Mapping[str, Any], columns: Columns, data: DataSettings
 
 
 def _from_template(
-    template: Template, values: Mapping[str, Any], columns: Columns, data: DataSettings
+    template: Template, values: Mapping[str, object], columns: Columns, data: DataSettings
 ) -> tuple[str, Span | None]:
     """The text, and where the response is in it, or None if the template has none. Raises Unscorable."""
     if template.jinja:
@@ -109,7 +109,7 @@ def _from_template(
     return text, span
 
 
-def _field(field: str, values: Mapping[str, Any], columns: Columns, data: DataSettings) -> str:
+def _field(field: str, values: Mapping[str, object], columns: Columns, data: DataSettings) -> str:
     if columns.response is not None and field in ("response", columns.response):
         return response_text(values, columns.response, data)
     if field == "prompt" and columns.prompt is not None:
@@ -120,7 +120,7 @@ def _field(field: str, values: Mapping[str, Any], columns: Columns, data: DataSe
 
 
 def _from_jinja(
-    template: Template, values: Mapping[str, Any], columns: Columns, data: DataSettings
+    template: Template, values: Mapping[str, object], columns: Columns, data: DataSettings
 ) -> tuple[str, Span | None]:
     # blank text becomes empty, so that a template can test it with {% if %}
     given = {
@@ -158,7 +158,7 @@ def _unmarked(text: str) -> str:
     return text.replace(_BEGIN, "").replace(_END, "")
 
 
-def _replaced(values: Mapping[str, Any], column: str, text: str) -> dict[str, Any]:
+def _replaced(values: Mapping[str, object], column: str, text: str) -> dict[str, object]:
     """The cells with the text of one column replaced. The column may be nested, for example answers.text."""
     if column in values or "." not in column:
         return {**values, column: text}

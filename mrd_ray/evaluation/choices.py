@@ -36,7 +36,7 @@ class Scheme(NamedTuple):
     kinds: frozenset[str]
 
 
-def choices_of(values: Mapping[str, Any], evaluated: EvaluatedSet) -> Choices:
+def choices_of(values: Mapping[str, object], evaluated: EvaluatedSet) -> Choices:
     """The choices of a row: of a list, of {text, label} (one or a list), of {label: text}, or of a column for each.
 
     Raises Unscorable.
@@ -78,7 +78,7 @@ def scheme(records: Iterable[Row], column: str, evaluated: EvaluatedSet, say: Sa
     return found._replace(kinds=frozenset(kind for of_row in readings if len(of_row) == 1 for kind in of_row))
 
 
-def right_one(values: Mapping[str, Any], column: str, choices: Choices, of_set: Scheme) -> int:
+def right_one(values: Mapping[str, object], column: str, choices: Choices, of_set: Scheme) -> int:
     """The index of the right choice, if its row and set allow one reading. Raises Unscorable."""
     right = lookup(values, column)
     readings = _readings(right, choices, of_set)
@@ -95,7 +95,7 @@ def right_one(values: Mapping[str, Any], column: str, choices: Choices, of_set: 
     raise Unscorable(f"column {column!r} is {right!r:.40}, which may be {', or '.join(ways)}{hint}")
 
 
-def _by_label(named: Mapping[str, Any], column: str, evaluated: EvaluatedSet) -> Choices:
+def _by_label(named: Mapping[str, object], column: str, evaluated: EvaluatedSet) -> Choices:
     """Choices of {"A": "Tom", "B": "Lily"}; tables give rows with fewer of them nulls at the end."""
     labels = list(named)
     while labels and named[labels[-1]] is None:
@@ -113,14 +113,14 @@ def _without_stem(columns: Sequence[str]) -> list[str]:
     return [one[2] for one in numbered if one]
 
 
-def _labels_beside(values: Mapping[str, Any], column: str) -> list[str]:
+def _labels_beside(values: Mapping[str, object], column: str) -> list[str]:
     """The labels that stand beside texts: in choices.label for choices.text."""
     before, dot, name = column.rpartition(".")
     found = lookup(values, f"{before}.label") if dot and name == "text" else None
     return [str(label).strip() for label in found if type(label) in (str, int)] if isinstance(found, list) else []
 
 
-def _readable(records: Iterable[Row], column: str, evaluated: EvaluatedSet) -> Iterator[tuple[Row, Any, Choices]]:
+def _readable(records: Iterable[Row], column: str, evaluated: EvaluatedSet) -> Iterator[tuple[Row, object, Choices]]:
     """The rows whose choices can be read, with what they say is right."""
     for record in records:
         try:
@@ -130,7 +130,7 @@ def _readable(records: Iterable[Row], column: str, evaluated: EvaluatedSet) -> I
         yield record, lookup(record.values, column), choices
 
 
-def _first(asked: Iterable[tuple[Row, Any, Choices]], column: str, say: Say) -> tuple[int, ...]:
+def _first(asked: Iterable[tuple[Row, object, Choices]], column: str, say: Say) -> tuple[int, ...]:
     """Whether the first choice is 0 or 1, by the answers that can only be indices. Both: no answer is such. Raises."""
     seen: dict[int | None, str] = {}
     for record, right, choices in asked:
@@ -152,7 +152,7 @@ def _first(asked: Iterable[tuple[Row, Any, Choices]], column: str, say: Say) -> 
     return (0,) if 0 in seen or seen.keys() == {None} else (1,) if 1 in seen else (0, 1)
 
 
-def _readings(right: Any, choices: Choices, of_set: Scheme) -> _Readings:
+def _readings(right: object, choices: Choices, of_set: Scheme) -> _Readings:
     """All that an answer may be, for the row alone."""
     count = len(choices.texts)
     if (marked := _marked(right, count)) is not None:
@@ -178,7 +178,7 @@ def _named(readings: _Readings) -> set[int]:
     return set().union(*readings.values())
 
 
-def _only(right: Any) -> Any:
+def _only(right: object) -> object:
     """What a list of one holds."""
     return right[0] if isinstance(right, list) and len(right) == 1 else right
 
@@ -189,7 +189,7 @@ def _marked(right: Any, count: int) -> int | None:
     return right.index(1) if marks and sorted(right) == [0] * (count - 1) + [1] else None
 
 
-def _number(right: Any) -> int | None:
+def _number(right: object) -> int | None:
     """The whole number that an answer is, in digits perhaps, and perhaps in a list of one."""
     right = _only(right)
     if type(right) is int:

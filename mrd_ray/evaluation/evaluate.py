@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import pyarrow as pa
 from rich.console import Console
@@ -107,7 +107,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateRun:
     return finished
 
 
-def _identity(config: EvaluateConfig) -> dict[str, Any]:
+def _identity(config: EvaluateConfig) -> dict[str, object]:
     evaluation = config.evaluation
     named = {name: getattr(evaluation, name) for name in _IDENTITY}
     named |= {name: judges.identity(getattr(evaluation, name)) for name in ("embedding_model", "toxicity_model")}

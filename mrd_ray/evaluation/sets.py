@@ -229,7 +229,7 @@ class _Reader:
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _windows(self) -> Iterator[dict[str, Any]]:
+    def _windows(self) -> Iterator[dict[str, object]]:
         """A text file cut into samples, as scoring cuts it."""
         whole = self._set.model_copy(update={"score_on": "all"})
         for sample in samples_table.build(whole, self._tokenizer, self._limits).to_pylist():
@@ -292,7 +292,7 @@ class _Reader:
             asked["alternatives"] = [truth, *wrong]
         return asked | {"classify": "toxicity" in self._metrics}
 
-    def _prompt(self, values: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    def _prompt(self, values: dict[str, object], columns: Columns) -> dict[str, object]:
         """The tokens that go before the response, as the model met them in a sample with this response."""
         on_response = self._plain.model_copy(update={"score_on": "response", "truncate": False})
         rendered = render(values, columns, on_response, self._tokenizer)
@@ -306,7 +306,7 @@ class _Reader:
             raise Unscorable(f"its prompt has {len(prompt)} tokens, which leave no room for an answer")
         return {"prompt_ids": prompt, "new_tokens": room}
 
-    def _choice(self, values: dict[str, Any], columns: Columns, row: dict[str, Any]) -> dict[str, Any]:
+    def _choice(self, values: dict[str, object], columns: Columns, row: dict[str, object]) -> dict[str, object]:
         """One sequence for each choice; they differ only in the letter at their end, which is what counts."""
         assert columns.prompt is not None
         assert columns.response is not None
@@ -327,7 +327,7 @@ class _Reader:
             sequences.append({"role": f"{CHOICE}-{i}", **tokens._asdict()})
         return {"sequences": sequences}
 
-    def _text(self, text: str) -> dict[str, Any]:
+    def _text(self, text: str) -> dict[str, object]:
         """A text whole, or for perplexity in windows that overlap, each token being scored in the first that has it."""
         token_ids = self._encoder.framed(text)
         if self._limits.vocabulary is not None and max(token_ids, default=0) >= self._limits.vocabulary:
@@ -361,7 +361,7 @@ class _Reader:
         """The settings for rows whose response is already text."""
         return self._set.model_copy(update={"response_index": None, "response_join": None})
 
-    def _asked_and_answered(self, values: dict[str, Any], columns: Columns) -> tuple[str, str]:
+    def _asked_and_answered(self, values: dict[str, object], columns: Columns) -> tuple[str, str]:
         """A row's prompt and response, for people and judges; of a conversation, what its last turn answers."""
         if (chat := conversation(values, columns, self._set)) is not None:
             at = conversations.last_answer(chat.messages)

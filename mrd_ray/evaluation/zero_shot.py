@@ -71,7 +71,7 @@ def figures(config: EvaluateConfig, run: RunDirectory, files_digest: str, journa
 
 def _suite(
     config: EvaluateConfig, name: str, files_digest: str, threads: int, on_gpu: bool
-) -> tuple[list[dict[str, Any]] | None, str | None]:
+) -> tuple[list[dict[str, object]] | None, str | None]:
     """On a worker: the figures of one suite, subtasks included, or why there are none."""
     torch.set_num_threads(threads)
     try:
@@ -80,7 +80,7 @@ def _suite(
         return None, f"{os.uname().nodename}: {problem}"
 
 
-def _evaluated(config: EvaluateConfig, name: str, files_digest: str, on_gpu: bool) -> list[dict[str, Any]]:
+def _evaluated(config: EvaluateConfig, name: str, files_digest: str, on_gpu: bool) -> list[dict[str, object]]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

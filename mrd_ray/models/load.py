@@ -151,7 +151,7 @@ def rope_switch(config: PretrainedConfig) -> int | None:
     return None
 
 
-def ending_ids(model: ModelSettings) -> dict[str, Any]:
+def ending_ids(model: ModelSettings) -> dict[str, object]:
     """EOS and pad ids of the model that `load_model` returns, from its generation settings, else its configuration.
 
     Raises UserError.

@@ -350,11 +350,11 @@ class RunDirectory:
         found: dict[str, Any] = self.read_json("manifest.json", Manifest, "use another directory")
         return found
 
-    def record(self, key: str, value: Any) -> None:
+    def record(self, key: str, value: object) -> None:
         """Add a value to the manifest of a claimed directory."""
         self._write_manifest(self.manifest() | {key: value})
 
-    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+    def _write_manifest(self, manifest: dict[str, object]) -> None:
         self.write("manifest.json", json.dumps(manifest, indent=2).encode())
 
     def claim(self, identity: dict[str, Any], config: BaseModel, owns: Sequence[str] = ()) -> None:

@@ -102,7 +102,7 @@ class Journal:
         """Enter a context, for example a cluster, that is left only after the final state has been reported there."""
         return self._within.enter_context(context)
 
-    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
         state = "done" if problem is None else "failed" if isinstance(problem, Exception) else "interrupted"
         message = None
         if problem is not None:  # our own text, or only the class of another exception, whose text may quote anything
@@ -137,7 +137,7 @@ class Journal:
             if name in GAUGES:
                 self.gauges.tell(name, value)
 
-    def event(self, event: str, say: str | None = None, **fields: Any) -> None:
+    def event(self, event: str, say: str | None = None, **fields: object) -> None:
         """Record an event, written with the next sign of life. say: a message for people, also for the console."""
         if say is not None:
             self.console.print(say, soft_wrap=True, highlight=False, markup=False)

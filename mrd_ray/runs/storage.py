@@ -110,7 +110,7 @@ def write_private(uri: str, content: bytes) -> None:
         opened.write(content)
 
 
-def _lasting(info: dict[str, Any]) -> dict[str, Any]:
+def _lasting(info: dict[str, object]) -> dict[str, object]:
     """The information without access times, which sftp calls `time`."""
     return {name: value for name, value in info.items() if name != "time" and "access" not in name}
 

@@ -4,7 +4,6 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -99,7 +98,7 @@ def score(config: ScoreConfig) -> ScoreRun:
     return finished
 
 
-def _identity(scoring: ScoringSettings) -> dict[str, Any]:
+def _identity(scoring: ScoringSettings) -> dict[str, object]:
     """What a score depends on, without the number of draws where a later run may add some."""
     names = ["estimator", "parameters", "sigma", "micro_batch_tokens", "measures"]
     names += (

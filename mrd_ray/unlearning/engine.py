@@ -26,7 +26,7 @@ _TAG = "engine"
 _BUCKET = 50_000_000
 _BATCH = "unlearning.batch_size and unlearning.micro_batch_size set it"
 # What other settings decide: our value where `configuration` leaves it out, and why. A DeepSpeed JSON may say the same.
-_OURS: dict[str, tuple[Any, str]] = {
+_OURS: dict[str, tuple[object, str]] = {
     "train_batch_size": (None, _BATCH),
     "train_micro_batch_size_per_gpu": (None, _BATCH),
     "gradient_accumulation_steps": (None, _BATCH),
@@ -77,7 +77,7 @@ def configuration(config: UnlearnConfig, workers: int) -> dict[str, Any]:
     return _merged(ours, user_json(config.deepspeed.config), "")
 
 
-def user_json(path: str | None) -> dict[str, Any]:
+def user_json(path: str | None) -> dict[str, object]:
     """The user's DeepSpeed JSON. Raises UserError."""
     if path is None:
         return {}
