@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from benchmarks.common import resident, stopwatch
 from benchmarks.figures import Figure, Results
@@ -14,6 +13,7 @@ from mrd_ray.data import samples as samples_table
 from mrd_ray.data.micro_batches import lay_out, lengths
 from mrd_ray.data.tokens import Limits
 from mrd_ray.models import load
+from mrd_ray.runs import meter
 
 _WORDS = ["she", "he", "they", "found", "the", "red", "ball", "under", "an", "old", "tree", "and", "took", "it", "home"]
 _CHARACTERS = 200  # of a line's text
@@ -37,7 +37,7 @@ def main(model: str, lines: int = 1_000_000, out: str = "benchmarks/results") ->
         )
         tokenizer, limits = load.load_tokenizer(config.model), Limits.of(load.skeleton(config.model))
         lap = stopwatch()
-        table = samples_table.build(config.data, tokenizer, limits, Console(stderr=True))
+        table = samples_table.build(config.data, tokenizer, limits, meter.console())
         read = lap()
         layout = lay_out(lengths(table), config.scoring.micro_batch_tokens)
         laid_out = lap()

@@ -7,7 +7,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from jobs.paper.config import ExperimentConfig
@@ -18,6 +17,7 @@ from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
 from mrd_ray.models import fine_tune, load
 from mrd_ray.models.files import model_digest
+from mrd_ray.runs import meter
 from mrd_ray.runs.directory import RunDirectory
 from mrd_ray.scoring.score import ScoreRun, score
 from mrd_ray.unlearning.sets import retain_data
@@ -58,7 +58,7 @@ def prepare(config: ExperimentConfig, identity: dict[str, Any]) -> Subject:
     Raises:
         UserError: bad input, a sample that cannot be scored, or a run directory of something else.
     """
-    console = Console(stderr=True)
+    console = meter.console()
     run = RunDirectory(config.run.dir)
     tokenizer = load.load_tokenizer(config.model, console)
     limits = Limits.of(load.skeleton(config.model))

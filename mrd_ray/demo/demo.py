@@ -95,7 +95,7 @@ def pipeline(scored: ScoreConfig) -> PipelineConfig:
 
 def unpacked(cache: Path, console: Console | None = None) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face directory."""
-    make = functools.partial(_unpack, console=console or Console(stderr=True, emoji=False))
+    make = functools.partial(_unpack, console=console or meter.console())
     return fine_tune.cached(cache, "smollm2-135m-instruct-2", make)  # 2: transformers 4 reads it too
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow as pa
 from rich.console import Console
@@ -43,6 +43,16 @@ ANSWERS = pa.schema(
         ("generated", pa.string()),
     ]
 )
+
+
+class Answer(TypedDict):
+    """A row of ANSWERS."""
+
+    set: str
+    sample_id: str
+    prompt: str | None
+    answer: str | None
+    generated: str | None
 
 
 @dataclass(frozen=True)

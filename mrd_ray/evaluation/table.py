@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import pyarrow as pa
 
@@ -28,6 +28,20 @@ SCHEMA = pa.schema(
         pa.field("error", pa.string(), metadata={"unit": "null, or why the row could not be evaluated"}),
     ]
 )
+
+
+class Line(TypedDict):
+    """A row of SCHEMA, beside PLACE."""
+
+    set: str
+    sample_id: str
+    subject: str | None
+    metric: str | None
+    value: float | None
+    tokens: int | None
+    error: str | None
+
+
 REQUIRED = set(SCHEMA.names) - set(PLACE)  # which tables of earlier versions lack
 FIGURES = pa.schema(
     [
@@ -143,16 +157,24 @@ def _known(value: T | None) -> T:
     return value
 
 
+class _Valued(TypedDict):
+    """A Line with a value."""
+
+    value: float
+    tokens: int
+    subject: str | None
+
+
 class Lines:
     """Lines of all sets, to look up by set and metric."""
 
     def __init__(self, table: pa.Table) -> None:
-        self._by: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        self._by: dict[tuple[str, str], list[_Valued]] = {}
         for line in table.to_pylist():
             if line["value"] is not None:
                 self._by.setdefault((line["set"], line["metric"]), []).append(line)
 
-    def of(self, name: str, metric: str) -> list[dict[str, Any]]:
+    def of(self, name: str, metric: str) -> list[_Valued]:
         """The lines of a set that have a value of this metric."""
         return self._by.get((name, metric), [])
 

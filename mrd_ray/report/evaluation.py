@@ -3,12 +3,13 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 from mrd_ray.evaluation import aggregate
+from mrd_ray.evaluation.aggregate import Figure
+from mrd_ray.evaluation.evaluate import Answer
 from mrd_ray.report import charts
 from mrd_ray.report.charts import Chart, Line
 from mrd_ray.report.read import Evaluation
@@ -113,11 +114,10 @@ def _kind(name: str | None, runs: Sequence[Evaluation]) -> str:
     return "all" if not forget else "forget" if name in forget else "kept"
 
 
-def _by_metric(run: Evaluation) -> dict[tuple[str | None, str], dict[str, Any]]:
+def _by_metric(run: Evaluation) -> dict[tuple[str | None, str], Figure]:
     return {
-        (figure["set"], figure["metric"]): figure if math.isfinite(figure["se"] or 0.0) else figure | {"se": None}
+        (figure.set, figure.metric): figure if math.isfinite(figure.se or 0.0) else replace(figure, se=None)
         for figure in run.figures
-        if figure["value"] is not None
     }
 
 
@@ -142,26 +142,26 @@ def _figures(runs: Sequence[Evaluation], kind: str, other: Sequence[str], includ
     return Table(_CAPTIONS[kind], [*head, *(["change"] if len(runs) > 1 else [])], rows)
 
 
-def _figure(figure: dict[str, Any] | None) -> str | None:
+def _figure(figure: Figure | None) -> str | None:
     if figure is None:
         return None
-    se = "" if figure["se"] is None else f"\u00a0±\u00a0{number(figure['se'], 2)}"
-    return f"{number(figure['value'])}{se} ({figure['rows']:,}\u00a0row{'' if figure['rows'] == 1 else 's'})"
+    se = "" if figure.se is None else f"\u00a0±\u00a0{number(figure.se, 2)}"
+    return f"{number(figure.value)}{se} ({figure.rows:,}\u00a0row{'' if figure.rows == 1 else 's'})"
 
 
-def _change(first: dict[str, Any] | None, last: dict[str, Any] | None) -> str | None:
-    change = math.nan if first is None or last is None else last["value"] - first["value"]
+def _change(first: Figure | None, last: Figure | None) -> str | None:
+    change = math.nan if first is None or last is None else last.value - first.value
     return f"{change:+.3g}" if math.isfinite(change) else None
 
 
 def _dots(runs: Sequence[Evaluation], other: Sequence[str]) -> Chart | None:
     rows: list[charts.Row] = []
     for name, metric in _keys(runs):
-        values = [_by_metric(run).get((name, metric)) for run in runs]
-        bounded = all(value is None or 0 <= value["value"] <= 1 for value in values)
+        found = [_by_metric(run).get((name, metric)) for run in runs]
+        bounded = all(figure is None or 0 <= figure.value <= 1 for figure in found)
         if bounded and metric not in _NOT_DRAWN and not metric.startswith(aggregate.SUBJECT):
             label = f"{name or ''} {_SHORT.get(metric, metric.replace('_', ' '))}".strip()
-            figures = [None if value is None else (value["value"], value["se"]) for value in values]
+            figures = [None if figure is None else (figure.value, figure.se) for figure in found]
             rows.append((label, _compared(name, other), figures))
     return charts.dots([run.about.name for run in runs], rows)
 
@@ -178,7 +178,7 @@ def _errors(runs: Sequence[Evaluation], include_text: bool) -> Table | None:
     return Table(f"Rows that could not be evaluated{more}", ("run", "set", "rows", "reason"), rows) if rows else None
 
 
-Answers = dict[tuple[str, str], list[dict[str, Any] | None]]
+Answers = dict[tuple[str, str], list[Answer | None]]
 
 
 def _answers(runs: Sequence[Evaluation]) -> Answers:
@@ -190,11 +190,11 @@ def _answers(runs: Sequence[Evaluation]) -> Answers:
     return found
 
 
-def _asked(answers: list[dict[str, Any] | None]) -> dict[str, Any]:
+def _asked(answers: list[Answer | None]) -> Answer:
     return next(answer for answer in answers if answer is not None)
 
 
-def _generated(answers: list[dict[str, Any] | None]) -> list[str | None]:
+def _generated(answers: list[Answer | None]) -> list[str | None]:
     return [None if answer is None else answer["generated"] for answer in answers]
 
 

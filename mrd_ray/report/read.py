@@ -13,7 +13,8 @@ from mrd_ray.config import EvaluateConfig, ScoreConfig, UnlearnConfig
 from mrd_ray.data import samples
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import table as evaluation
-from mrd_ray.evaluation.evaluate import ANSWERS
+from mrd_ray.evaluation.aggregate import Figure
+from mrd_ray.evaluation.evaluate import ANSWERS, Answer
 from mrd_ray.runs.directory import REMAKE, RunDirectory, refuse_other_shape
 from mrd_ray.scoring import table
 from mrd_ray.unlearning import log
@@ -117,9 +118,9 @@ class Evaluation:
     """An evaluate run. figures, answers and lines: rows of figures.parquet, answers.parquet and evaluation.parquet."""
 
     about: About
-    figures: list[dict[str, Any]]
-    answers: list[dict[str, Any]]
-    lines: list[dict[str, Any]]
+    figures: list[Figure]
+    answers: list[Answer]
+    lines: list[evaluation.Line]
 
 
 Run = Scores | Unlearning | Evaluation
@@ -157,7 +158,8 @@ def _read(uri: str, name: str) -> Run:
         figures = run.read_table("figures.parquet", evaluation.FIGURES)
         answers = run.read_table("answers.parquet", ANSWERS)
         lines = run.read_table("evaluation.parquet", evaluation.SCHEMA, evaluation.REQUIRED)
-        return Evaluation(about, *(of_run.to_pylist() for of_run in (figures, answers, lines)))
+        known = [row for row in figures.select(evaluation.FIGURES.names).to_pylist() if row["value"] is not None]
+        return Evaluation(about, [Figure(**row) for row in known], answers.to_pylist(), lines.to_pylist())
     if run.exists("scores.parquet"):
         about = _about(run, name, "score")
         of_samples = run.read_table("samples.parquet", samples.SCHEMA, {"sample_id", "text"})

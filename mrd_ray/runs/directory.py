@@ -19,12 +19,11 @@ import yaml
 from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from rich.console import Console
 
 from mrd_ray.config import RunSettings
 from mrd_ray.config.credentials import recordable
 from mrd_ray.errors import SettingsError, UserError
-from mrd_ray.runs import storage
+from mrd_ray.runs import meter, storage
 
 T = TypeVar("T")
 _LONGEST_PAUSE = 15.0  # seconds between two attempts
@@ -325,7 +324,7 @@ class RunDirectory:
 
     def _kept_at(self, name: str, action: Callable[[], T], patience: float) -> T:
         """Repeat `action` after errors that may be temporary, with growing pauses. Raises OSError if that fails."""
-        pause, began, console = 0.5, time.monotonic(), Console(stderr=True, emoji=False)
+        pause, began, console = 0.5, time.monotonic(), meter.console()
         while True:
             try:
                 found = action()

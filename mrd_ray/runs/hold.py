@@ -8,9 +8,9 @@ import uuid
 from collections.abc import Iterator
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from rich.console import Console
 
 from mrd_ray.errors import UserError
+from mrd_ray.runs import meter
 from mrd_ray.runs.directory import RunDirectory
 
 BEAT = 10.0  # seconds between signs of life
@@ -73,7 +73,7 @@ def _wait_until_cold(run: RunDirectory) -> None:
     known = _read(run, _HOLDER)
     if known is None or (left := known.time + SILENT - time.time()) <= 0:
         return
-    Console(stderr=True, emoji=False).print(
+    meter.console().print(
         f"Process {known.pid} on {known.node} worked in {run.uri} {SILENT - left:.0f} s ago: waiting to see whether it "
         "is still alive",
         markup=False, soft_wrap=True,

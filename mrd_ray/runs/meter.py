@@ -14,9 +14,9 @@ WITHHELD = "left out, since a reason may quote the sample"
 _LOG_EVERY = 15.0  # seconds between lines where there is no terminal
 
 
-def console(output: OutputSettings) -> Console:
+def console(output: OutputSettings | None = None) -> Console:
     """The console for progress and notices, which prints nothing in a quiet run."""
-    return Console(stderr=True, quiet=output.quiet, emoji=False)
+    return Console(stderr=True, quiet=output is not None and output.quiet, emoji=False)
 
 
 def short(text: str, width: int) -> str:
@@ -33,9 +33,9 @@ class Meter:
         total: amount of work, in any unit that is proportional to time.
     """
 
-    def __init__(self, title: str, total: float, console: Console | None = None) -> None:
+    def __init__(self, title: str, total: float, on: Console | None = None) -> None:
         self._title, self._total, self._done, self._skipped = title, total, 0.0, 0.0
-        self._console = console or Console(stderr=True, emoji=False)
+        self._console = on or console()
         self._started = self._working_since = self._last_line = time.monotonic()
         self._bar = rich.progress.Progress(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[detail]}"),

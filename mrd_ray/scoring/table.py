@@ -5,7 +5,7 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ from mrd_ray.data.samples import PLACE
 from mrd_ray.mrd import eighths
 from mrd_ray.mrd.monte_carlo import Moments
 from mrd_ray.mrd.scores import Score, closed_form_score, monte_carlo_score, sampling_weights, with_flips
+from mrd_ray.scoring.result import Result
 
 
 def _field(name: str, kind: pa.DataType, unit: str, nullable: bool = True) -> pa.Field:
@@ -94,7 +95,7 @@ def scores_table(
             `order`; the tables are of result.RESULT_SCHEMA. All samples before the next pair's `first` are settled.
     """
     schema = pa.schema([*SCHEMA, *(field for name, field in MEASURES.items() if name in scoring.measures)])
-    parts: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    parts: dict[str, list[_Part]] = defaultdict(list)
     batches: list[pa.RecordBatch] = []
     settled = 0
 
@@ -120,7 +121,23 @@ def scores_table(
     return scores.set_column(schema.get_field_index("weight"), schema.field("weight"), weights)
 
 
-def _in_turn(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+class _Part(Result):
+    """A sample's result in one unit, and what the unit's precision says of it."""
+
+    low_precision: bool
+    no_mean: bool
+    unit_id: str
+
+
+class _Sample(TypedDict):
+    """Columns of the samples table, beside PLACE."""
+
+    sample_id: str
+    scored: list[bool] | None
+    error: str | None
+
+
+def _in_turn(parts: list[_Part]) -> list[_Part]:
     """Sorted by round, then draws, however units were cut, so that the first one is always from the same forward."""
     return sorted(parts, key=operator.itemgetter("unit_id"))
 
@@ -129,15 +146,17 @@ _NEEDED = ["sample_id", *PLACE, "scored", "error"]
 _BATCH = 4096  # rows
 
 
-def _row(sample: dict[str, Any], parts: list[dict[str, Any]], scoring: ScoringSettings) -> dict[str, Any]:
-    row: dict[str, Any] = {name: sample[name] for name in ("sample_id", *PLACE)} | {
+def _row(sample: _Sample, parts: list[_Part], scoring: ScoringSettings) -> dict[str, object]:
+    num_tokens = sum(sample["scored"] or [])
+    error = sample["error"] or next((part["error"] for part in parts if part["error"]), None)
+    row: dict[str, object] = {name: value for name, value in sample.items() if name != "scored"} | {
         "sigma": scoring.sigma,
         "estimator": scoring.estimator,
-        "num_tokens": sum(sample["scored"] or []),
+        "num_tokens": num_tokens,
         "num_draws": 0,
-        "error": sample["error"] or next((part["error"] for part in parts if part["error"]), None),
+        "error": error,
     }
-    if row["error"] is not None:
+    if error is not None:
         return row
     score, by_eighth = _score(parts, scoring)
     if (doubt := parts[0]["doubt"]) is not None:
@@ -161,19 +180,19 @@ def _row(sample: dict[str, Any], parts: list[dict[str, Any]], scoring: ScoringSe
             "low_precision": any(part["low_precision"] for part in parts),
             "mrd_eighths": by_eighth,
             "log_prob": log_prob,
-            "mean_log_prob": log_prob / row["num_tokens"],
+            "mean_log_prob": log_prob / num_tokens,
         }
     )
 
 
-def _score(parts: list[dict[str, Any]], scoring: ScoringSettings) -> tuple[Score, list[float] | None]:
+def _score(parts: list[_Part], scoring: ScoringSettings) -> tuple[Score, list[float] | None]:
     """The score, and the score from each eighth of its draws."""
     if scoring.estimator == "closed_form":
         (part,) = parts
         score = closed_form_score(scoring.sigma, part["gradient_norm"], part["probes"])
         return score, eighths.of_probes(scoring.sigma, score, scoring.statistic, part["probes"])
-    fields = [field.name for field in dataclasses.fields(Moments)]
-    moments = Moments.merge([Moments(*(part[name] for name in fields)) for part in parts])
+    of_part = operator.itemgetter(*(field.name for field in dataclasses.fields(Moments)))
+    moments = Moments.merge([Moments(*of_part(part)) for part in parts])
     norms = [part["gradient_norm"] for part in parts]
     first_std = None if None in norms else scoring.sigma * norms[0]
     paired = scoring.antithetic or first_std is not None
