@@ -1,4 +1,4 @@
-"""Metrics of sets and of the model, from the metrics of rows."""
+"""Computes the metrics of sets and of the model from those of rows."""
 
 import math
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ _TITLES = {
     "forget_quality": "forget quality: p-value against the reference",
     "model_utility": "model utility",
 }
-SUBJECT = "multiple_choice: "  # before the text in the rows' column of subjects
+SUBJECT = "multiple_choice: "  # before the name of a subject, which is a text from the data
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number to report: of a set (or of the whole model), with its standard error where one is known."""
+    """A number to report: of a set (or of the whole model), with its standard error if one is known."""
 
     set: str | None
     metric: str
@@ -40,7 +40,7 @@ class Figure:
     rows: int
 
     def plain(self) -> dict[str, Any]:
-        """As files hold it: null for a number that is not finite, which the harness can come to."""
+        """As it is in files: with null for a number that is not finite, which the harness can return."""
         return {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in asdict(self).items()
@@ -55,13 +55,13 @@ def mean(name: str, metric: str, values: Sequence[float]) -> Figure:
 
 
 def perplexity(name: str, log_probs: Sequence[float], tokens: Sequence[int]) -> Figure:
-    """exp(-sum of log p / number of tokens), over all texts together, given both for each."""
+    """exp(-sum of log p / number of tokens), over all texts together, from both for each text."""
     loss = -math.fsum(log_probs) / sum(tokens)
     return Figure(name, "perplexity", math.exp(min(loss, 700.0)), None, len(tokens))
 
 
 def membership_auc(metric: str, members: Sequence[float], non_members: Sequence[float]) -> Figure:
-    """P(a member's value > a non-member's) + P(equal) / 2: 0.5 where they cannot be told apart, 1 if members show.
+    """P(a member's value > a non-member's) + P(equal) / 2: 0.5 if nothing tells them apart, 1 if the value always does.
 
     The standard error is by Hanley and McNeil (1982).
     """
@@ -73,9 +73,9 @@ def membership_auc(metric: str, members: Sequence[float], non_members: Sequence[
 
 
 def forget_quality(truth_ratios: Sequence[float], reference: Sequence[float]) -> Figure:
-    """TOFU's: p-value of a two-sample Kolmogorov-Smirnov test that both models' truth ratios are of one distribution.
+    """TOFU's: p-value of a two-sample Kolmogorov-Smirnov test that both models' truth ratios have one distribution.
 
-    reference: of a model that never saw the forget set. Near 1, the two cannot be told apart; under 0.05, they can.
+    reference: of a model that never saw the forget set. Near 1, the test sees no difference; under 0.05, it does.
     """
     p = float(scipy.stats.ks_2samp(truth_ratios, reference).pvalue)
     return Figure(None, "forget_quality", p, None, len(truth_ratios))
@@ -93,7 +93,7 @@ def model_utility(parts: Sequence[float]) -> float:
 
 
 def title(metric: str) -> str:
-    """What a person reads for the name of a figure."""
+    """The name of a figure, for people."""
     if metric.startswith("min_"):
         return f"Min-{metric.removeprefix('min_').removesuffix('_auc')}% Prob, AUC of members"
     return _TITLES.get(metric, metric)

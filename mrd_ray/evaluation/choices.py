@@ -1,4 +1,4 @@
-"""Multiple choice in the shapes that benchmarks have it: the choices of a row, and which of them is right."""
+"""Multiple choice in the shapes that benchmarks use: the choices of a row, and which of them is right."""
 
 import re
 import string
@@ -14,11 +14,11 @@ from mrd_ray.errors import UserError
 _LETTERS = string.ascii_uppercase
 _FRAMED = re.compile(r"[(\[]?\s*(\w+)\s*[)\].:]{0,2}")  # (B), B., [2], b)
 _INDEX, _LABEL, _LETTER, _TEXT, _MARKED = "index", "label", "letter", "text", "marked"
-_Readings = dict[str, set[int]]  # of an answer: each kind that it can be, and the choices that it then names
+_Readings = dict[str, set[int]]  # each kind that an answer may be, with the choices it then names
 
 
 class Choices(NamedTuple):
-    """The choices of a row, and what the row itself calls them, if anything."""
+    """The choices of a row, and their labels in the row, if any."""
 
     texts: list[str]
     labels: list[str]
@@ -27,8 +27,8 @@ class Choices(NamedTuple):
 class Scheme(NamedTuple):
     """How the answers of a set name its choices.
 
-    first: the numbers that the first choice may have; none where numbers are no indices. settled: a setting says so.
-    kinds: of reading, those that some row leaves no other than.
+    first: the numbers that the first choice may have; none if numbers are no indices. settled: if a setting says so.
+    kinds: kinds of answer that are the only possible one in some row.
     """
 
     first: tuple[int, ...]
@@ -37,55 +37,55 @@ class Scheme(NamedTuple):
 
 
 def choices_of(values: Mapping[str, object], evaluated: EvaluatedSet) -> Choices:
-    """The choices of a row: of a list, of {text, label} (one or a list), of {label: text}, or of a column for each.
+    """The choices of a row: from a list, {text, label} (one or a list), {label: text}, or a column for each.
 
     Raises Unscorable.
     """
     column = evaluated.choices
     assert column is not None
     if not isinstance(column, str):
-        found = Choices([cell(values, one, evaluated.numbers_as_text) for one in column], _without_stem(column))
+        choices = Choices([cell(values, one, evaluated.numbers_as_text) for one in column], _without_stem(column))
     elif isinstance(named := lookup(values, column), dict) and "text" not in named:
-        found = _by_label(named, column, evaluated)
+        choices = _by_label(named, column, evaluated)
     else:
         of_objects = isinstance(named, list) and bool(named) and all(isinstance(one, dict) for one in named)
         if of_objects or isinstance(named, dict):
             column += ".text"
-        found = Choices(list_of_texts(values, column, evaluated), _labels_beside(values, column))
-    if len(found.texts) > len(_LETTERS):
-        raise Unscorable(f"column {column!r} has {len(found.texts)} choices; expected at most {len(_LETTERS)}")
-    if found.labels and len(found.labels) != len(found.texts):
-        raise Unscorable(f"column {column!r} has {len(found.texts)} choices, but {len(found.labels)} labels")
-    return found
+        choices = Choices(list_of_texts(values, column, evaluated), _labels_beside(values, column))
+    if len(choices.texts) > len(_LETTERS):
+        raise Unscorable(f"column {column!r} has {len(choices.texts)} choices; expected at most {len(_LETTERS)}")
+    if choices.labels and len(choices.labels) != len(choices.texts):
+        raise Unscorable(f"column {column!r} has {len(choices.texts)} choices, but {len(choices.labels)} labels")
+    return choices
 
 
 def scheme(records: Iterable[Row], column: str, evaluated: EvaluatedSet, say: Say) -> Scheme:
-    """How a set's answers, in `column`, name its choices. A row may leave it open; all of them together should not.
+    """How a set's answers, in `column`, name its choices. One row may leave it open; all rows together should not.
 
     Args:
-        say: told where all leave open whether numbers count from 0 or from 1, and are taken from 0.
+        say: called if all leave open whether numbers count from 0 or from 1; they are then taken to count from 0.
 
     Raises:
-        UserError: answers are numbers, and count from 0 as well as from 1.
+        UserError: answers are numbers, and some count from 0, others from 1.
     """
     asked = list(_readable(records, column, evaluated))
     if evaluated.answers_count_from == "auto":
         first, settled = _first(asked, column, say), False
     else:
         first, settled = () if (one := evaluated.answers_count_from) is None else (one,), True
-    found = Scheme(first, settled, frozenset())
-    readings = [_readings(right, choices, found) for _, right, choices in asked]
-    return found._replace(kinds=frozenset(kind for of_row in readings if len(of_row) == 1 for kind in of_row))
+    of_set = Scheme(first, settled, frozenset())
+    readings = [_readings(right, choices, of_set) for _, right, choices in asked]
+    return of_set._replace(kinds=frozenset(kind for of_row in readings if len(of_row) == 1 for kind in of_row))
 
 
 def right_one(values: Mapping[str, object], column: str, choices: Choices, of_set: Scheme) -> int:
     """The index of the right choice, if its row and set allow one reading. Raises Unscorable."""
     right = lookup(values, column)
     readings = _readings(right, choices, of_set)
-    if len(found := _named(readings)) != 1:  # then as the rows that can be read in one way
-        found = _named({kind: at for kind, at in readings.items() if kind in of_set.kinds})
-    if len(found) == 1:
-        return found.pop()
+    if len(named := _named(readings)) != 1:  # then read it like the rows that can be read in one way
+        named = _named({kind: at for kind, at in readings.items() if kind in of_set.kinds})
+    if len(named) == 1:
+        return named.pop()
     if not readings:
         raise Unscorable(
             f"column {column!r} is {right!r:.40}; expected the index of one of its choices, its letter, label or text"
@@ -96,7 +96,7 @@ def right_one(values: Mapping[str, object], column: str, choices: Choices, of_se
 
 
 def _by_label(named: Mapping[str, object], column: str, evaluated: EvaluatedSet) -> Choices:
-    """Choices of {"A": "Tom", "B": "Lily"}; tables give rows with fewer of them nulls at the end."""
+    """Choices of {"A": "Tom", "B": "Lily"}. In tables, rows with fewer choices have nulls at the end."""
     labels = list(named)
     while labels and named[labels[-1]] is None:
         labels.pop()
@@ -106,7 +106,7 @@ def _by_label(named: Mapping[str, object], column: str, evaluated: EvaluatedSet)
 
 
 def _without_stem(columns: Sequence[str]) -> list[str]:
-    """What columns call their choices: 1 and 2 of option1 and option2, else their names."""
+    """The labels in columns' names: 1 and 2 of option1 and option2, else the whole names."""
     numbered = [re.fullmatch(r"(\D*)(\d+)", name) for name in columns]
     if None in numbered or len({one[1] for one in numbered if one}) > 1:
         return list(columns)
@@ -114,14 +114,14 @@ def _without_stem(columns: Sequence[str]) -> list[str]:
 
 
 def _labels_beside(values: Mapping[str, object], column: str) -> list[str]:
-    """The labels that stand beside texts: in choices.label for choices.text."""
+    """The labels beside texts: in choices.label for choices.text."""
     before, dot, name = column.rpartition(".")
-    found = lookup(values, f"{before}.label") if dot and name == "text" else None
-    return [str(label).strip() for label in found if type(label) in (str, int)] if isinstance(found, list) else []
+    labels = lookup(values, f"{before}.label") if dot and name == "text" else None
+    return [str(label).strip() for label in labels if type(label) in (str, int)] if isinstance(labels, list) else []
 
 
 def _readable(records: Iterable[Row], column: str, evaluated: EvaluatedSet) -> Iterator[tuple[Row, object, Choices]]:
-    """The rows whose choices can be read, with what they say is right."""
+    """The rows whose choices can be read, each with its answer and its choices."""
     for record in records:
         try:
             choices = choices_of(record.values, evaluated)
@@ -131,7 +131,7 @@ def _readable(records: Iterable[Row], column: str, evaluated: EvaluatedSet) -> I
 
 
 def _first(asked: Iterable[tuple[Row, object, Choices]], column: str, say: Say) -> tuple[int, ...]:
-    """Whether the first choice is 0 or 1, by the answers that can only be indices. Both: no answer is such. Raises."""
+    """Whether the first choice is 0 or 1, by answers that can only be indices; both if there are none. Raises."""
     seen: dict[int | None, str] = {}
     for record, right, choices in asked:
         readings = _readings(right, choices, Scheme((0, 1), False, frozenset()))
@@ -142,18 +142,18 @@ def _first(asked: Iterable[tuple[Row, object, Choices]], column: str, say: Say) 
     if 0 in seen and 1 in seen:
         raise UserError(
             f"column {column!r}: answers count both from 0 ({seen[0]}) and from 1 ({seen[1]}, the number of its "
-            "choices); expected one of them. answers_count_from: 0 or answers_count_from: 1 makes the others errors"
+            "choices); expected one of them. With answers_count_from: 0 or answers_count_from: 1, the others are errors"
         )
     if seen.keys() == {None}:
         say(
-            f"Answers in {column!r} are taken to count from 0, so that 1 is the second choice ({seen[None]}; no row "
-            "has 0, or the number of its choices); answers_count_from: 1 if it is the first"
+            f"Answers in {column!r} are assumed to count from 0, so that 1 is the second choice ({seen[None]}; no row "
+            "has 0, or the number of its choices); set answers_count_from: 1 if it is the first"
         )
     return (0,) if 0 in seen or seen.keys() == {None} else (1,) if 1 in seen else (0, 1)
 
 
 def _readings(right: object, choices: Choices, of_set: Scheme) -> _Readings:
-    """All that an answer may be, for the row alone."""
+    """All that an answer may be, judged by its row only."""
     count = len(choices.texts)
     if (marked := _marked(right, count)) is not None:
         return {_MARKED: {marked}}
@@ -165,13 +165,13 @@ def _readings(right: object, choices: Choices, of_set: Scheme) -> _Readings:
     if of_set.settled and of_set.first and number is not None:
         return {_INDEX: index} if index else {}
     label = _called(text, choices.labels)
-    found = {
+    readings = {
         _LABEL: label,
         _LETTER: set() if label else _called(text, _LETTERS[:count]),
         _TEXT: {i for i, choice in enumerate(choices.texts) if choice.strip() == text},
-        _INDEX: set() if label and len(of_set.first) > 1 else index,  # labels count for themselves
+        _INDEX: set() if label and len(of_set.first) > 1 else index,  # labels need no index
     }
-    return {kind: at for kind, at in found.items() if at}
+    return {kind: at for kind, at in readings.items() if at}
 
 
 def _named(readings: _Readings) -> set[int]:
@@ -190,7 +190,7 @@ def _marked(right: Any, count: int) -> int | None:
 
 
 def _number(right: object) -> int | None:
-    """The whole number that an answer is, in digits perhaps, and perhaps in a list of one."""
+    """The answer as a whole number; it may be digits in a text, or in a list of one."""
     right = _only(right)
     if type(right) is int:
         return right
@@ -199,7 +199,7 @@ def _number(right: object) -> int | None:
 
 
 def _called(text: str, names: Iterable[str]) -> set[int]:
-    """Places of the names that a text is: exactly, or else but for case, brackets and full stops."""
+    """Places of the names that equal a text: exactly, or else without case, brackets and full stops."""
     exact = {i for i, name in enumerate(names) if name == text}
     return exact or {i for i, name in enumerate(names) if _bare(name) == _bare(text)}
 

@@ -1,4 +1,4 @@
-"""Other models that judge what the evaluated one says. On the workers."""
+"""Other models, on the workers, that rate the evaluated model's answers."""
 
 import importlib
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Judges:
     """The models that the settings name, on one device.
 
     Raises:
-        UserError: one cannot be loaded, or lacks what it is wanted for.
+        UserError: one cannot be loaded, or lacks what is needed of it.
     """
 
     def __init__(self, evaluation: EvaluationSettings, device: torch.device) -> None:
@@ -31,19 +31,19 @@ class Judges:
             self._classifier = _classifier(evaluation.toxicity_model, self._label, device)
 
     def similarities(self, text: str, others: Sequence[str]) -> list[float]:
-        """Cosines of a text's sentence embedding with those of others."""
+        """Cosines between the sentence embeddings of a text and of others."""
         vectors = self._embedder.encode([text, *others], normalize_embeddings=True, show_progress_bar=False)
         cosines: list[float] = (vectors[1:].astype("float64") @ vectors[0].astype("float64")).tolist()
         return cosines
 
     def toxicity(self, text: str) -> float:
-        """The classifier's probability of the label, each label being yes or no where the model says it has several."""
+        """The classifier's probability of the label; labels are independent if the model's settings say so."""
         scores = self._classifier(text, top_k=None, truncation=True)
         return float(next(score["score"] for score in scores if score["label"] == self._label))
 
 
 def identity(judge: str | None) -> str | None:
-    """Which model a setting names: the digest of a directory's files, hidden ones aside, or the hub id."""
+    """Identifies the model that a setting names: a digest of a folder's files, without hidden ones, or the hub id."""
     if judge is None or not (folder := Path(judge)).is_dir():
         return judge
     files = [file for file in sorted(folder.rglob("*")) if "/." not in f"/{file.relative_to(folder)}"]
@@ -66,8 +66,8 @@ def _folder(setting: str, path: str) -> str:
     for pickled in sorted(folder.rglob("pytorch_model*.bin")):
         if not safetensors_of(pickled.parent):
             raise UserError(
-                f"{setting}: {pickled} is a pickle, which can run any code when it is read; judges are read from "
-                "safetensors alone. Convert it (load the model, then save_pretrained), or name another model"
+                f"{setting}: {pickled} is a pickle, which can run any code when it is read; judges are read "
+                "only from safetensors. Convert it (load the model, then save_pretrained), or name another model"
             )
     return str(folder)
 

@@ -1,6 +1,6 @@
-"""Metrics of one row, each from log-probabilities (nats) of its scored tokens, or from texts.
+"""Metrics of one row, computed from log-probabilities (nats) of its scored tokens, or from texts.
 
-mean() below is over the tokens of a response, so that exp(mean(log p)) = P(a | q)^(1 / |a|), whatever its length.
+Means are over the tokens of a response, so that exp(mean(log p)) = P(a | q)^(1 / |a|) for any length.
 """
 
 import math
@@ -31,36 +31,36 @@ def probability(answer: LogProbs) -> float:
 
 
 def normalized_probability(answer: LogProbs, wrong: Sequence[LogProbs]) -> float:
-    """TOFU's probability where there are choices: that of the answer over the sum of all, each as `probability`."""
+    """TOFU's probability for choices: the answer's `probability` divided by the sum over all choices."""
     alternatives = [fmean(log_probs) for log_probs in [answer, *wrong]]
-    highest = max(alternatives)  # a ratio of exponentials, each of which might be too small for a float
+    highest = max(alternatives)  # a ratio of exponentials; each one might be too small for floats
     return math.exp(alternatives[0] - highest) / math.fsum(math.exp(x - highest) for x in alternatives)
 
 
 def truth_ratio(paraphrase: LogProbs, wrong: Sequence[LogProbs]) -> float:
-    """TOFU's R_truth: how likely wrong answers are beside the right one in other words; over 1, likelier.
+    """TOFU's R_truth: the probability of wrong answers relative to a paraphrase of the right one; over 1, higher.
 
     R = prod_i P(wrong_i | q)^(1 / |wrong_i| n) / P(paraphrase | q)^(1 / |paraphrase|)
 
-    with the geometric mean over the n wrong answers that TOFU's published figures have, and its code. (The formula in
-    the article has an arithmetic mean.)
+    with a geometric mean over the n wrong answers, as in TOFU's code and published figures. (The formula in the
+    article has an arithmetic mean.)
     """
-    # far larger than any that matters, and its squares still sum to a float
+    # far over any ratio that matters, and small enough that sums of squares, for standard errors, do not overflow
     return math.exp(min(fmean(map(fmean, wrong)) - fmean(paraphrase), 300.0))
 
 
 def accuracy(paraphrase: LogProbs, wrong: Sequence[LogProbs]) -> float:
-    """1 if the right answer in other words has a higher mean log-probability than every wrong one, else 0.
+    """1 if the paraphrase of the right answer has a higher mean log-probability than every wrong one, else 0.
 
-    Forget accuracy of arXiv 2504.06658 is its mean over the forget set; unlearning accuracy UA = 1 - that.
+    Forget accuracy of arXiv 2504.06658 is the mean over the forget set; unlearning accuracy UA = 1 - forget accuracy.
     """
     return float(all(fmean(paraphrase) > fmean(log_probs) for log_probs in wrong))
 
 
 def embedding_accuracy(similarities: Sequence[float]) -> float:
-    """1 if the model's own answer is more like the truth (the first) than like every wrong answer, else 0.
+    """1 if the model's own answer is closer to the truth (the first) than to every wrong answer, else 0.
 
-    `accuracy` by what the model says instead of what it prefers. Cosines of sentence embeddings.
+    Like `accuracy`, but for what the model says, not what it prefers. similarities: cosines of sentence embeddings.
     """
     return float(all(similarities[0] > other for other in similarities[1:]))
 
@@ -81,7 +81,7 @@ def memorization_accuracy(correct: Sequence[bool]) -> float:
 
 
 def min_k(log_probs: LogProbs, percent: float) -> float:
-    """Min-k% Prob (Shi et al., 2024): mean log p of the k% least likely tokens, of one at least. Higher: a member.
+    """Min-k% Prob (Shi et al., 2024): mean log p of the k% least likely tokens (at least one). Higher: a member.
 
     >>> min_k([-1.0, -4.0, -0.5, -2.0], percent=50)
     -3.0
@@ -91,9 +91,9 @@ def min_k(log_probs: LogProbs, percent: float) -> float:
 
 
 def rouge_l(generated: str, answer: str) -> float:
-    """ROUGE-L recall of a generated answer (Lin, 2004; stemmed, as TOFU has it). RR of arXiv 2504.06658 is 1 - this.
+    """ROUGE-L recall of a generated answer (Lin, 2004; stemmed, as in TOFU). RR of arXiv 2504.06658 is 1 - this.
 
-    answer: with one of `words` at least.
+    answer: must have at least one of `words`.
     """
     return float(_rouge().score(answer, generated)["rougeL"].recall)
 
@@ -101,15 +101,15 @@ def rouge_l(generated: str, answer: str) -> float:
 def words(text: str) -> list[str]:
     """The words of a text that ROUGE-L counts, in lower case; characters, in scripts without spaces between words.
 
-    ASCII words are those of rouge_score, stemmed; of other words it keeps only a-z and 0-9.
+    ASCII words are split and stemmed by rouge_score, which would drop all characters but a-z and 0-9 from others.
 
     >>> words("He sold plum cakes.")
     ['he', 'sold', 'plum', 'cake']
     """
     text = unicodedata.normalize("NFC", text.lower())
     kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text)  # letters, their marks, numbers
-    found = _WORD.findall(kept)
-    return [token for word in found for token in (_ascii().tokenize(word) if word.isascii() else [word])]
+    split = _WORD.findall(kept)
+    return [token for word in split for token in (_ascii().tokenize(word) if word.isascii() else [word])]
 
 
 class _Words:

@@ -1,4 +1,4 @@
-"""What a person looks at first: figures by set, the model's own, and rows that could not be evaluated."""
+"""The summary after an evaluation: figures of sets and of the model, and rows that could not be evaluated."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -42,11 +42,11 @@ def show(console: Console, finished: EvaluateRun) -> None:
 
 
 def show_beside(console: Console, runs: Mapping[str, EvaluateRun], examples: int = 3) -> None:
-    """Print the figures of several models side by side, and a few answers of each set. runs: by what they are of."""
-    found = [{(figure.set, figure.metric): figure for figure in _shown(run)} for run in runs.values()]
+    """Print the figures of several models side by side, and a few answers of each set. runs: by model name."""
+    of_runs = [{(figure.set, figure.metric): figure for figure in _shown(run)} for run in runs.values()]
     table = Table("set", "metric", *runs)
-    for name, metric in found[0]:
-        values = [figures.get((name, metric)) for figures in found]
+    for name, metric in of_runs[0]:
+        values = [figures.get((name, metric)) for figures in of_runs]
         cells = ["-" if figure is None else f"{figure.value:.4g}" for figure in values]
         table.add_row(name or "model", escape(title(metric)), *cells)
     console.print(table)
@@ -65,7 +65,7 @@ def show_beside(console: Console, runs: Mapping[str, EvaluateRun], examples: int
 
 
 def _shown(finished: EvaluateRun) -> list[Figure]:
-    """All figures, or those that no text names."""
+    """All figures, or only those whose names contain no text from the data."""
     texts = finished.config.output.texts
     return [figure for figure in finished.figures if texts or not figure.metric.startswith(SUBJECT)]
 

@@ -63,13 +63,13 @@ def lines(
     rows: pa.Table,
     records: Mapping[str, Record],
 ) -> pa.Table:
-    """One line of SCHEMA per row and metric of a set; one, without a metric, for a row with an error.
+    """A line of SCHEMA for each row and metric of a set; for a row with an error, one line without a metric.
 
     Args:
         rows: of sets.SCHEMA.
         records: by sample_id.
     """
-    found = []
+    of_set = []
     of_row = ["sample_id", *PLACE, "subject"]
     for row in rows.select([*of_row, "response", "right", "error"]).to_pylist():
         line = {"set": name} | {column: row[column] for column in of_row}
@@ -78,22 +78,22 @@ def lines(
         if record is not None and error is None and not all(math.isfinite(p) for ps in record["log_probs"] for p in ps):
             error = "its log-probability is not finite"
         if record is None or error is not None:
-            found.append(line | {"error": error})
+            of_set.append(line | {"error": error})
             continue
         log_probs = _of_row(record)
         line["tokens"] = len(log_probs.whole)
         for metric, value in _values(evaluated, evaluation, row, record, log_probs):
-            found.append(line | {"metric": metric, "value": value})
-    return pa.Table.from_pylist(found, SCHEMA)
+            of_set.append(line | {"metric": metric, "value": value})
+    return pa.Table.from_pylist(of_set, SCHEMA)
 
 
-# What arXiv 2504.06658 reports of the forget set: 1 - a metric's mean.
+# What arXiv 2504.06658 reports for the forget set: 1 - a metric's mean.
 _FORGOTTEN = {"rouge_l": "RR", "accuracy": "UA", "embedding_accuracy": "UA_by_embedding"}
 
 
 @dataclass(frozen=True)
 class _LogProbs:
-    """Of a row's sequences, by role; `whole` is of the response, or of all windows of a text."""
+    """Log-probabilities of a row's sequences, by role; `whole`: of the response, or of all windows of a text."""
 
     whole: list[float]
     paraphrase: list[float]
@@ -103,8 +103,8 @@ class _LogProbs:
 
 def _of_row(record: Record) -> _LogProbs:
     def of(role: str) -> list[list[float]]:
-        found: Iterator[tuple[str, list[float]]] = zip(record["roles"], record["log_probs"], strict=True)
-        return [log_probs for name, log_probs in found if name.split("-")[0] == role]
+        by_role: Iterator[tuple[str, list[float]]] = zip(record["roles"], record["log_probs"], strict=True)
+        return [log_probs for name, log_probs in by_role if name.split("-")[0] == role]
 
     whole = [p for log_probs in of(ANSWER) + of(WINDOW) for p in log_probs]
     paraphrase = of(PARAPHRASE)
@@ -166,7 +166,7 @@ class _Valued(TypedDict):
 
 
 class Lines:
-    """Lines of all sets, to be asked for the values of one metric."""
+    """Lines of all sets, to look up by set and metric."""
 
     def __init__(self, table: pa.Table) -> None:
         self._by: dict[tuple[str, str], list[_Valued]] = {}
@@ -175,7 +175,7 @@ class Lines:
                 self._by.setdefault((line["set"], line["metric"]), []).append(line)
 
     def of(self, name: str, metric: str) -> list[_Valued]:
-        """Those of a set with a value of this metric."""
+        """The lines of a set that have a value of this metric."""
         return self._by.get((name, metric), [])
 
     def values(self, name: str, metric: str) -> list[float]:
@@ -184,34 +184,34 @@ class Lines:
 
 
 def figures(table: pa.Table, evaluation: EvaluationSettings, reference: pa.Table | None) -> list[Figure]:
-    """What the lines of all sets come to.
+    """The figures that follow from the lines of all sets.
 
     reference: lines of the same sets, of a model that never saw the forget set.
     """
     by = Lines(table)
-    found: list[Figure] = []
+    of_all: list[Figure] = []
     for name, evaluated in evaluation.sets.items():
         for metric in evaluated.metrics:
             own = _of_set(by, name, metric)
             if own and name == evaluation.forget and metric in _FORGOTTEN:
                 own.append(replace(own[0], metric=_FORGOTTEN[metric], value=1 - own[0].value))
-            found += own
+            of_all += own
     if evaluation.membership is not None:
         for percent in evaluation.min_k_percent:
             min_k, sets = f"min_{percent:g}", evaluation.membership
             members, others = by.values(sets.members, min_k), by.values(sets.non_members, min_k)
             if members and others:
-                found.append(aggregate.membership_auc(f"{min_k}_auc", members, others))
+                of_all.append(aggregate.membership_auc(f"{min_k}_auc", members, others))
     if reference is not None and evaluation.forget is not None:
         ratios = [Lines(lines).values(evaluation.forget, "truth_ratio") for lines in (table, reference)]
         if all(ratios):
-            found.append(aggregate.forget_quality(*ratios))
+            of_all.append(aggregate.forget_quality(*ratios))
     if evaluation.utility:
         parts = [part for name in evaluation.utility for part in _utility(by, name, evaluation.sets[name])]
         rows = sum(len(by.of(name, "truth_ratio")) for name in evaluation.utility)
         if not any(map(math.isnan, parts)):
-            found.append(Figure(None, "model_utility", aggregate.model_utility(parts), None, rows))
-    return found
+            of_all.append(Figure(None, "model_utility", aggregate.model_utility(parts), None, rows))
+    return of_all
 
 
 def _of_set(by: Lines, name: str, metric: str) -> list[Figure]:
@@ -221,16 +221,16 @@ def _of_set(by: Lines, name: str, metric: str) -> list[Figure]:
     if metric == "perplexity":
         weighted = [-line["tokens"] * math.log(line["value"]) for line in rows]
         return [aggregate.perplexity(name, weighted, [line["tokens"] for line in rows])]
-    found = [aggregate.mean(name, metric, by.values(name, metric))]
+    of_set = [aggregate.mean(name, metric, by.values(name, metric))]
     if metric == "multiple_choice":
         for subject in sorted({line["subject"] for line in rows if line["subject"] is not None}):
             values = [line["value"] for line in rows if line["subject"] == subject]
-            found.append(aggregate.mean(name, f"multiple_choice: {subject}", values))
-    return found
+            of_set.append(aggregate.mean(name, f"multiple_choice: {subject}", values))
+    return of_set
 
 
 def _utility(by: Lines, name: str, evaluated: EvaluatedSet) -> Sequence[float]:
-    """The three parts of a set's share in the model utility; nan where no row has one."""
+    """The three values of a set that go into the model utility; nan if no row has one."""
     probability = "normalized_probability" if "normalized_probability" in evaluated.metrics else "probability"
     kept = [max(0.0, 1.0 - ratio) for ratio in by.values(name, "truth_ratio")]
     parts = (by.values(name, probability), by.values(name, "rouge_l"), kept)

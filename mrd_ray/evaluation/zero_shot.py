@@ -1,4 +1,4 @@
-"""Zero-shot suites of the LM Evaluation Harness (Gao et al., 2024), which does all of it."""
+"""Zero-shot suites of the LM Evaluation Harness (Gao et al., 2024), which does all the work."""
 
 import importlib
 import json
@@ -34,13 +34,13 @@ def require(config: EvaluateConfig) -> None:
     known = tasks.TaskManager(include_path=config.evaluation.zero_shot_tasks).all_tasks
     if unknown := [name for name in config.evaluation.zero_shot if name not in known]:
         raise UserError(
-            f"evaluation.zero_shot: the harness knows no {unknown[0]!r}; `lm-eval ls tasks` lists those that it does, "
-            "and evaluation.zero_shot_tasks is a folder with YAML files of your own"
+            f"evaluation.zero_shot: the harness does not know {unknown[0]!r}; `lm-eval ls tasks` lists what it knows. "
+            "For tasks of your own, set evaluation.zero_shot_tasks to a folder with their YAML files"
         )
 
 
 def tasks_digest(folder: str | None) -> str | None:
-    """Digest of the tasks in a folder: YAML files, and Python files, whose functions those may name."""
+    """Digest of the tasks in a folder: YAML files, and Python files with functions that those may name."""
     if folder is None:
         return None
     files = sorted(file for pattern in ("*yaml", "*.py") for file in Path(folder).rglob(pattern))
@@ -49,7 +49,7 @@ def tasks_digest(folder: str | None) -> str | None:
 
 
 def figures(config: EvaluateConfig, run: RunDirectory, files_digest: str, journal: Journal) -> list[Figure]:
-    """Figures of each suite, one Ray task each; those that are there from an earlier start are taken."""
+    """Figures of each suite. Suites that an earlier start has not finished run as one Ray task each."""
     names = {name: f"units/zero-shot-{name}.json" for name in config.evaluation.zero_shot}
     missing = [name for name, file in names.items() if not run.exists(file)]
     if missing:
@@ -65,8 +65,8 @@ def figures(config: EvaluateConfig, run: RunDirectory, files_digest: str, journa
                 raise UserError(f"evaluation.zero_shot: {name}: {fatal}")
             run.write(names[name], json.dumps(of_suite).encode())
             journal.console.print(f"Zero-shot: {name} done, {len(waiting)} to do", highlight=False)
-    found = [figure for file in names.values() for figure in run.read_json(file, list[Figure])]
-    return TypeAdapter(list[Figure]).validate_python(found)
+    of_all = [figure for file in names.values() for figure in run.read_json(file, list[Figure])]
+    return TypeAdapter(list[Figure]).validate_python(of_all)
 
 
 def _suite(
@@ -90,7 +90,7 @@ def _evaluated(config: EvaluateConfig, name: str, files_digest: str, on_gpu: boo
     wrapped = HFLM(
         pretrained=model, tokenizer=load.load_tokenizer(config.model), batch_size=evaluation.generation_batch
     )
-    found = simple_evaluate(
+    results = simple_evaluate(
         model=wrapped,
         tasks=[name],
         num_fewshot=0,
@@ -99,11 +99,11 @@ def _evaluated(config: EvaluateConfig, name: str, files_digest: str, on_gpu: boo
         task_manager=TaskManager(include_path=evaluation.zero_shot_tasks),
     )
     weights.check()
-    return figures_of(found)
+    return figures_of(results)
 
 
 def figures_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Figures of all tasks and groups of tasks in what the harness returns."""
+    """Figures of all tasks and groups of tasks in the harness's results."""
     figures = []
     for task, values in found["results"].items():
         samples = found["n-samples"].get(task, {"effective": values.get("sample_len", 0)})  # it has no groups

@@ -1,4 +1,4 @@
-"""How a step's batch is shared and cut: what the engine is configured for, and what the loop does."""
+"""How a step's batch is divided among the workers and into passes, for the engine and for the loop."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from mrd_ray.errors import UserError
 
 @dataclass(frozen=True)
 class Batching:
-    """A step's forget samples, and as many retain samples where there are any, on each worker.
+    """Each worker's samples of a step: forget samples, and as many retain samples if there are any.
 
     share: samples of each set per step and worker. micro_batch_size: samples of one pass. with_retain: whether steps
     take retain samples too.
@@ -22,12 +22,12 @@ class Batching:
 
     @classmethod
     def of(cls, config: UnlearnConfig, workers: int) -> "Batching":
-        """By the settings. Raises UserError if the samples do not come out even."""
+        """The batching that the settings ask for. Raises UserError if the workers' shares would differ."""
         unlearning = config.unlearning
         if unlearning.batch_size % workers:
             raise UserError(
-                f"unlearning.batch_size: {unlearning.batch_size} cannot be shared by {workers} workers (ray.workers); "
-                f"expected a multiple, such as {-(-unlearning.batch_size // workers) * workers}"
+                f"unlearning.batch_size: {unlearning.batch_size} cannot be divided among {workers} workers "
+                f"(ray.workers); expected a multiple, for example {-(-unlearning.batch_size // workers) * workers}"
             )
         share = unlearning.batch_size // workers
         micro = min(unlearning.micro_batch_size or share, share)
@@ -35,10 +35,10 @@ class Batching:
 
     @property
     def passes(self) -> int:
-        """Forwards and backwards of a step, per worker."""
+        """Forwards, each with a backward, of a step, per worker."""
         return (2 if self.with_retain else 1) * -(-self.share // self.micro_batch_size)
 
     def parts(self, rows: np.ndarray, rank: int) -> list[np.ndarray]:
-        """The micro-batches of one worker, of a step's rows of one set."""
+        """One worker's micro-batches, given a step's rows of one set."""
         own = rows[rank * self.share : (rank + 1) * self.share]
         return [own[first : first + self.micro_batch_size] for first in range(0, len(own), self.micro_batch_size)]

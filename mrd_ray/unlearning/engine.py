@@ -1,4 +1,4 @@
-"""A model under DeepSpeed: its configuration, its weights in whole and in part, its checkpoints."""
+"""A model under DeepSpeed: its configuration, its weights (gathered or sharded), its checkpoints."""
 
 import json
 import logging
@@ -22,10 +22,10 @@ from mrd_ray.unlearning.batching import Batching
 from mrd_ray.workers.ranks import Ranks
 
 _TAG = "engine"
-# Elements that DeepSpeed gathers before it sends them. Its own default, ten times as many, makes a buffer of 2 GB.
+# Elements that DeepSpeed collects before it sends them. Its own default, ten times as many, needs a 2 GB buffer.
 _BUCKET = 50_000_000
 _BATCH = "unlearning.batch_size and unlearning.micro_batch_size set it"
-# What other settings decide: our value where `configuration` leaves it out, and why. A DeepSpeed JSON may say the same.
+# DeepSpeed's settings that ours decide: the value if `configuration` has none, and why. A user's JSON may repeat it.
 _OURS: dict[str, tuple[object, str]] = {
     "train_batch_size": (None, _BATCH),
     "train_micro_batch_size_per_gpu": (None, _BATCH),
@@ -34,8 +34,8 @@ _OURS: dict[str, tuple[object, str]] = {
     "optimizer": (None, "it is AdamW with unlearning.learning_rate and unlearning.weight_decay"),
     "scheduler": (None, "unlearning.learning_rate is constant"),
     "fp16.enabled": (False, "model.dtype sets it"),
-    "amp": (None, "DeepSpeed has given it up"),
-    "torch_autocast": (None, "model.dtype says what forwards run in"),
+    "amp": (None, "DeepSpeed no longer supports it"),
+    "torch_autocast": (None, "model.dtype decides the precision of forwards"),
     "bf16.enabled": (None, "model.dtype sets it"),
     "zero_allow_untested_optimizer": (None, "it must be true for torch's AdamW"),
     "zero_force_ds_cpu_optimizer": (None, "it must be false for torch's AdamW"),
@@ -52,7 +52,7 @@ _OURS: dict[str, tuple[object, str]] = {
 
 
 def configuration(config: UnlearnConfig, workers: int) -> dict[str, Any]:
-    """The DeepSpeed configuration: ours, with the user's JSON merged in. Raises UserError where they contradict."""
+    """The DeepSpeed configuration: ours, with the user's JSON merged in. Raises UserError if they contradict."""
     batching = Batching.of(config, workers)
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batching.micro_batch_size,
@@ -73,7 +73,7 @@ def configuration(config: UnlearnConfig, workers: int) -> dict[str, Any]:
     if config.deepspeed.offload_parameters != "none":
         zero["offload_param"] = {"device": config.deepspeed.offload_parameters}
     if config.deepspeed.zero_stage == 3:
-        zero["stage3_param_persistence_threshold"] = 0  # a weight that stays gathered takes no noise, silently
+        zero["stage3_param_persistence_threshold"] = 0  # noise would silently miss a weight that stays gathered
     return _merged(ours, user_json(config.deepspeed.config), "")
 
 
@@ -82,10 +82,10 @@ def user_json(path: str | None) -> dict[str, object]:
     if path is None:
         return {}
     try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it holds no object")
-        if secrets := sorted(set(secret_names(found))):
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("expected an object")
+        if secrets := sorted(set(secret_names(content))):
             raise UserError(
                 f"deepspeed.config: {path} holds a secret ({', '.join(secrets)}), which would be recorded with the "
                 "run; leave it out, and set it in the environment"
@@ -94,7 +94,7 @@ def user_json(path: str | None) -> dict[str, object]:
         raise UserError(f"deepspeed.config: cannot read {path}: {problem}") from None
     except ValueError as problem:
         raise UserError(f"deepspeed.config: {path} is not a DeepSpeed JSON file: {problem}") from None
-    return found
+    return content
 
 
 def _merged(ours: dict[str, Any], theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -123,9 +123,9 @@ class Engine:
     """A model in training on several ranks. All ranks must call every method alike.
 
     Args:
-        model: whole, in eval mode (no dropout: the same on any number of ranks), the parameters to train requiring
-            gradients. It must not be used other than through the engine from then on.
-        deepspeed: of `configuration`.
+        model: complete, in eval mode (dropout would depend on the number of ranks). The parameters to train require
+            gradients. From now on, use it only through the engine.
+        deepspeed: what `configuration` returns.
     """
 
     def __init__(self, model: PreTrainedModel, config: UnlearnConfig, deepspeed: dict[str, Any], ranks: Ranks) -> None:
@@ -146,9 +146,9 @@ class Engine:
             self._forget_first_step()
 
     def _forget_first_step(self) -> None:
-        """Undo the step without gradients by which DeepSpeed's wrapper for this case makes the optimiser's states.
+        """Undo the step without gradients with which DeepSpeed's wrapper for this case makes the optimiser's states.
 
-        It would be step 1 of Adam's bias correction, and decay the float32 masters.
+        That step would count in Adam's bias correction, and would decay the float32 masters.
         """
         wrapper = self._engine.optimizer
         wrapper.optimizer.state.clear()
@@ -162,27 +162,27 @@ class Engine:
         return self._engine.module
 
     def logits(self, batch: MicroBatch) -> torch.Tensor:
-        """[B, T, V], to be differentiated. No attention mask: with padding on the right the causal one is exact."""
+        """[B, T, V], differentiable. No attention mask: with padding on the right, the causal mask is exact."""
         return self._engine(input_ids=batch.token_ids, use_cache=False).logits
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of the sum over ranks of their losses; after the last pass of a step, take the step."""
-        # DeepSpeed takes the mean over ranks, and would over passes
+        """Add the gradient of the losses' sum over ranks. After the last pass of a step, take the step."""
+        # DeepSpeed takes the mean over ranks, and by default over passes
         self._engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
         self._engine.step()
 
     @property
     def grad_norm(self) -> float | None:
-        """Of the last step, before clipping; None where DeepSpeed does not know it, at stage 0 in float32."""
+        """The last step's gradient norm before clipping; None if DeepSpeed does not know it (stage 0 in float32)."""
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     def shards(self) -> dict[str, Shard]:
-        """The parts of all parameters that this rank holds, to write to before the next forward (see `Replica`)."""
+        """This rank's parts of all parameters. Write to them only before the next forward (see `Replica`)."""
         parameters: dict[str, Any] = dict(self.model.named_parameters())
         if self.stage < 3:
             return {name: Shard(parameter.data, 0) for name, parameter in parameters.items()}
-        # forwards leave weights gathered, which a write to their shards would not reach
+        # forwards leave weights gathered, and a write to their shards would not change those
         self._engine.optimizer.empty_partition_cache()
         shards = {}
         for name, parameter in parameters.items():
@@ -195,11 +195,11 @@ class Engine:
         return shards
 
     def settle(self) -> None:
-        """Let go of gathered weights, before and after work that is not a training step."""
+        """Release gathered weights, before and after work that is not a training step."""
         self.shards()
 
     def digest(self) -> str:
-        """Digest of the parts of the weights that this rank holds."""
+        """Digest of this rank's parts of the weights."""
         return weights_digest({name: shard.tensor for name, shard in self.shards().items()})
 
     def save_model(self, folder: Path) -> None:
@@ -231,13 +231,13 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint that as many ranks have written."""
+        """Continue from a checkpoint that the same number of ranks has written."""
         self._engine.load_checkpoint(str(folder), tag=_TAG)
         self.settle()
 
 
 def _deepspeed(device: torch.device) -> Any:
-    """The library, told that there is no GPU where we use none."""
+    """The library, set to the CPU if we use no GPU."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -1,4 +1,4 @@
-"""Evaluation of the live model in the course of unlearning, on its possibly sharded weights."""
+"""Evaluation of the live model during unlearning, on its possibly sharded weights."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ from mrd_ray.unlearning.engine import Engine
 
 @dataclass(frozen=True)
 class InTraining:
-    """Lines of all sets (table.SCHEMA), from the live weights of a training run, which stay as they are."""
+    """Lines of all sets (table.SCHEMA), from the live weights of a training run, which it does not change."""
 
     config: UnlearnConfig
     tables: dict[str, pa.Table]
 
     def __call__(self, engine: Engine) -> pa.Table:
-        """All ranks must call this. The numbers are those of `mrd-ray evaluate`: rows go in the same batches."""
+        """All ranks must call this. `mrd-ray evaluate` returns the same numbers, from the same batches."""
         evaluation = self.config.evaluation
         engine.settle()
         measurer = Measurer(

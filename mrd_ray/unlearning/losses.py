@@ -1,7 +1,7 @@
 """Losses of the unlearning methods, one value per sample, from log p(sample) = sum_t P_t over its scored tokens.
 
 GA and GradDiff (Maini et al., arXiv 2401.06121), PO (ibid.), NPO (Zhang et al., arXiv 2404.05868). Likelihoods are
-means over tokens, so that long samples weigh no more than short ones; NPO compares whole sequences, as its source does.
+means over tokens, so that long samples weigh as much as short ones; NPO compares whole sequences, as its paper does.
 """
 
 import torch
@@ -21,7 +21,7 @@ def log_probs(logits: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
 
 
 def ascent(log_prob: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
-    """Gradient ascent on the likelihood's loss: mean_t P_t, to be minimised. [B] -> [B]."""
+    """Gradient ascent on the negative log-likelihood: mean_t P_t, to be minimised. [B] -> [B]."""
     return log_prob / num_tokens
 
 
@@ -33,6 +33,6 @@ def descent(log_prob: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
 def npo(log_prob: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.Tensor:
     """Negative preference: -(2 / beta) log sigmoid(-beta (log p - log p_ref)). [B], [B] -> [B].
 
-    For beta -> 0 its gradient is that of gradient ascent on whole sequences; it vanishes as log p falls.
+    For beta -> 0 its gradient tends to gradient ascent on whole sequences. It vanishes as log p falls.
     """
     return -2 / beta * logsigmoid(-beta * (log_prob - reference))

@@ -1,4 +1,4 @@
-"""The model to train, on this worker: whole weights, LoRA factors put in, and what is to change marked."""
+"""The model to train, on this worker: its weights, new LoRA factors, and which parameters to train."""
 
 import torch
 from transformers import PreTrainedModel
@@ -11,7 +11,7 @@ from mrd_ray.models.load import load_model
 
 
 def load(config: UnlearnConfig, device: torch.device) -> PreTrainedModel:
-    """The same on every rank. Raises UserError."""
+    """Load the model, the same on every rank. Raises UserError."""
     refuse(config)
     model = load_model(config.model, device)
     if config.lora.rank:
@@ -23,12 +23,12 @@ def load(config: UnlearnConfig, device: torch.device) -> PreTrainedModel:
 
 
 def refuse(config: UnlearnConfig) -> None:
-    """Raises UserError if the adapter that model.path may be cannot be trained. Reads its settings alone."""
+    """Raises UserError if model.path is an adapter that cannot be trained. Reads only its settings."""
     if (adapter := parts(config.model).adapter) is None:
         return
     if config.lora.rank:
         raise UserError(
-            f"lora.rank: model.path {adapter} holds an adapter already; set lora.rank: 0, which trains that one"
+            f"lora.rank: model.path {adapter} holds an adapter already; set lora.rank: 0 to train that adapter"
         )
     if (more := adapters.more_than_factors(adapter)) is not None:
         raise UserError(
@@ -38,9 +38,9 @@ def refuse(config: UnlearnConfig) -> None:
 
 
 def add_lora(model: PreTrainedModel, config: UnlearnConfig) -> None:
-    """Put new factors in. Raises UserError."""
+    """Add new LoRA factors. Raises UserError."""
     peft = adapters.require_peft("lora.rank")
-    torch.manual_seed(config.unlearning.seed)  # of the factors; all ranks draw the same
+    torch.manual_seed(config.unlearning.seed)  # for the factors, so that all ranks draw the same
     try:
         model.add_adapter(
             peft.LoraConfig(
@@ -55,5 +55,5 @@ def add_lora(model: PreTrainedModel, config: UnlearnConfig) -> None:
         )
     except ValueError as problem:
         raise UserError(f"lora.target_modules: {config.lora.target_modules}: {problem}") from None
-    for parameter in model.parameters():  # factors come in float32
+    for parameter in model.parameters():  # new factors are float32
         parameter.data = parameter.data.to(model.dtype)

@@ -1,4 +1,4 @@
-"""MRDSampler: a forget set's samples drawn by their scores, for the DataLoader of any unlearning code."""
+"""MRDSampler: draws a forget set's samples by their scores, for the DataLoader of any unlearning code."""
 
 import itertools
 import os
@@ -17,7 +17,7 @@ from mrd_ray.runs import storage
 from mrd_ray.unlearning.sampling import ForgetStream, sampling_probabilities
 
 _NAMED = 5  # samples that a message names
-_CHUNK = 1 << 18  # draws per step: another number changes the draws
+_CHUNK = 1 << 18  # draws of one step; changing it changes the draws
 
 
 class MRDSampler(torch.utils.data.Sampler[int]):
@@ -26,8 +26,8 @@ class MRDSampler(torch.utils.data.Sampler[int]):
         sampler = MRDSampler("run/scores.parquet", length=len(forget_set))
         loader = DataLoader(forget_set, batch_size=8, sampler=sampler)
 
-    Like torch's DistributedSampler it has other draws in every epoch if `set_epoch` is called before it; unlike it, it
-    has the same draws on all ranks. Epoch e of a seed always has the same draws; more of them begin with the same ones.
+    As with torch's DistributedSampler, every epoch has other draws if you call `set_epoch` before it. Unlike there, all
+    ranks get the same draws. Epoch e of a seed always has the same draws; a larger `num_samples` only adds to them.
     """
 
     def __init__(
@@ -40,24 +40,24 @@ class MRDSampler(torch.utils.data.Sampler[int]):
         *,
         length: int | None = None,
     ) -> None:
-        """Match the scores with the data set, with numpy and Arrow only: ten million samples take seconds.
+        """Match the scores with the data set, using only numpy and Arrow: ten million samples take seconds.
 
         Args:
-            scores: a scores.parquet (local path or fsspec URI), or its table. Of its columns, sample_id and mrd count,
+            scores: a scores.parquet (local path or fsspec URI), or its table. It uses the columns sample_id and mrd,
                 and without sample_ids also index (or row).
-            sample_ids: the sample at each index of the data set; scores of others are ignored. Whole
-                numbers count as text, as in scoring. An Arrow column is faster than a list. None: the data set is the
+            sample_ids: the sample at each index of the data set; scores of others are ignored. Whole numbers
+                count as text, as in scoring. An Arrow column is faster than a list. None: the data set is the
                 whole source that was scored, in its order. Index i gets the score whose column `index` is i.
             weighting: see `sampling_probabilities`.
             num_samples: draws per epoch; None for the length of the data set.
             seed: 0 <= seed < 2**64.
-            length: the length of the data set, which must fit. With it and without sample_ids, scores of a part of the
-                source are taken for those of a data set that was cut to the same samples, in the order of the source.
+            length: the length of the data set, which must fit. With it and without sample_ids, a table with scores of
+                a part of the source is taken to match a data set that was cut to the same samples, in source order.
 
         Raises:
             UserError: the scores cannot be read, ids occur twice or have no row there, the data set has another length,
-                the scores do not say where their samples stand or are of a part of the source (and neither sample_ids
-                nor length is given), scores cannot serve as weights, or a number is out of its range.
+                the scores do not say where their samples are or cover only a part of the source (and neither
+                sample_ids nor length is given), scores cannot be weights, or a number is out of its range.
         """
         super().__init__()
         if not 0 <= seed < 2**64:
@@ -99,7 +99,7 @@ _OF_IDENTITY, _OF_PLACE = ("sample_id", "mrd"), ("index", "row", "file")  # colu
 
 
 def _table(scores: pa.Table | str | os.PathLike[str]) -> tuple[str, pa.Table]:
-    """The columns that count, and what to call the table in messages. Raises UserError."""
+    """The name of the table in messages, and its columns that are used. Raises UserError."""
     if isinstance(scores, pa.Table):
         name, table = "scores", scores
     else:
@@ -115,7 +115,7 @@ def _table(scores: pa.Table | str | os.PathLike[str]) -> tuple[str, pa.Table]:
     if absent := set(_OF_IDENTITY) - set(table.column_names):
         raise UserError(f"{name}: not a table of scores; it has no column {', '.join(sorted(absent))}")
     if len(table.column_names) > len(set(table.column_names)):
-        raise UserError(f"{name}: not a table of scores; some of its columns stand there twice")
+        raise UserError(f"{name}: not a table of scores; some of its columns occur twice")
     return name, table
 
 
@@ -126,7 +126,7 @@ def _scores(name: str, table: pa.Table) -> tuple[pa.Array, np.ndarray]:
         mrd = table["mrd"].cast(pa.float64()).to_numpy()
     except pa.ArrowException as problem:
         raise UserError(f"{name}, column mrd: expected numbers ({problem})") from None
-    if not pc.all(pc.less(ids[:-1], ids[1:])).as_py():  # scores.parquet is sorted; to sort takes long
+    if not pc.all(pc.less(ids[:-1], ids[1:])).as_py():  # scores.parquet is sorted; sorting takes long
         ordered = ids.take(pc.sort_indices(ids))
         twice = pc.unique(ordered[1:].filter(pc.equal(ordered[:-1], ordered[1:])))
         if len(twice):
@@ -135,10 +135,10 @@ def _scores(name: str, table: pa.Table) -> tuple[pa.Array, np.ndarray]:
 
 
 def _source_order(name: str, table: pa.Table, length: int | None) -> np.ndarray:
-    """Where the table has the samples of a data set without ids, which is in the source's order: int64 [n].
+    """The table's row of each sample of a data set without ids, which is in the source's order: int64 [n].
 
     Raises:
-        UserError: the table does not say, or its samples are not all those of the data set.
+        UserError: the table does not say, or does not have all samples of the data set.
     """
     if length is not None and length != len(table):
         raise UserError(
@@ -154,68 +154,68 @@ def _source_order(name: str, table: pa.Table, length: int | None) -> np.ndarray:
         raise UserError(
             f"{name}, column {column}: {places.null_count} of {len(places)} are null; give sample_ids to match by"
         )
-    found = places.to_numpy()
-    order = np.argsort(found, kind="stable")
-    found = found[order]
-    if len(twice := np.unique(found[1:][found[1:] == found[:-1]])):
+    spots = places.to_numpy()
+    order = np.argsort(spots, kind="stable")
+    spots = spots[order]
+    if len(twice := np.unique(spots[1:][spots[1:] == spots[:-1]])):
         shown = ", ".join(map(str, twice[:_NAMED].tolist())) + (", ..." if len(twice) > _NAMED else "")
         raise UserError(
             f"{name}, column {column}: {len(twice)} place(s) occur more than once: {shown}. Were tables of several "
             "runs joined? Keep one row for each sample, or give sample_ids to match by"
         )
-    if length is None and len(found) and (found[0], found[-1]) != (first, first + len(found) - 1):
+    if length is None and len(spots) and (spots[0], spots[-1]) != (first, first + len(spots) - 1):
         raise UserError(
-            f"{name}: its {len(found)} scores are of a part of the source: column {column} goes from {found[0]} to "
-            f"{found[-1]}, expected {first} to {first + len(found) - 1}. Give sample_ids; or length=len(dataset), if "
+            f"{name}: its {len(spots)} scores are of a part of the source: column {column} goes from {spots[0]} to "
+            f"{spots[-1]}, expected {first} to {first + len(spots) - 1}. Give sample_ids; or length=len(dataset), if "
             "the data set holds exactly these samples, in the source's order"
         )
     return order
 
 
 def _place_column(name: str, table: pa.Table) -> tuple[str, int]:
-    """The column with each sample's place in the source, and its first value. Raises UserError."""
+    """The column with each sample's place in the source, and its value for the first one. Raises UserError."""
     if "index" in table.column_names:
         return "index", 0
     if "row" not in table.column_names:
         raise UserError(
-            f"{name}: no column index or row, which say where each sample is in the data set: was it written by an "
-            "earlier version? Start its score command again on the same directory, which adds them and computes no "
+            f"{name}: no column index or row, which say where each sample is in the data set. An earlier version "
+            "may have written it: run its score command again on the same directory, which adds them and computes no "
             "score twice; or give sample_ids"
         )
     if "file" in table.column_names and table["file"].null_count < len(table):
         raise UserError(
             f"{name}: its rows are numbered in each of several files, and it has no column index, their place in the "
-            "whole; add it, or give sample_ids"
+            "whole source; add it, or give sample_ids"
         )
     return "row", 1
 
 
 def _strings(ids: Sequence[str] | pa.Array | pa.ChunkedArray, name: str) -> pa.Array:
-    """As one array of large_string, since one of string ends at 2 GiB. Raises UserError."""
+    """The ids as one array of large_string, since arrays of string end at 2 GiB. Raises UserError."""
     try:
         arrow = (ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids)).cast(pa.large_string())
     except pa.ArrowException as problem:
         raise UserError(f"{name}: expected ids that are text or whole numbers ({problem})") from None
     if arrow.null_count:
-        raise UserError(f"{name}: {arrow.null_count} of {len(arrow)} ids are null; give every sample one")
+        raise UserError(f"{name}: {arrow.null_count} of {len(arrow)} ids are null; give every sample an id")
     return arrow.combine_chunks() if isinstance(arrow, pa.ChunkedArray) else arrow
 
 
 def _rows(ids: pa.Array, known: pa.Array) -> np.ndarray:
-    """The index of each of `ids` in `known`, which holds no id twice: int32 [n]. Raises UserError."""
-    found = pc.index_in(ids, value_set=known)
-    if found.null_count:
-        lacking = ids.filter(pc.is_null(found))
+    """The index of each of `ids` in `known`, which has no id twice: int32 [n]. Raises UserError."""
+    indices = pc.index_in(ids, value_set=known)
+    if indices.null_count:
+        lacking = ids.filter(pc.is_null(indices))
         raise UserError(
             f"{len(lacking)} of {len(ids)} sample ids of the data set have no row in the scores: {_named(lacking)}; "
             "score them, or remove them from the forget set"
         )
-    rows = found.to_numpy()
+    rows = indices.to_numpy()
     twice = np.flatnonzero(np.bincount(rows, minlength=1) > 1)
     if len(twice):
         raise UserError(
             f"{len(twice)} sample ids occur more than once in the data set: {_named(known.take(pa.array(twice)))}; "
-            "remove their repetitions"
+            "keep each of them once"
         )
     return rows
 

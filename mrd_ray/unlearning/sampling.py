@@ -21,7 +21,7 @@ def sampling_probabilities(sample_ids: Sequence[str], mrd: np.ndarray | None, we
 
     Args:
         sample_ids: n names, for messages.
-        mrd: [n], nan where there is no score; not looked at for `uniform`.
+        mrd: [n], nan where there is no score; ignored for `uniform`.
         weighting: `mrd`, proportional to MRD (Algorithm 2 of arXiv 2504.06658), so easy samples are drawn more often;
             `inverse_mrd`, proportional to 1 / MRD (the text of its Section 3.4), so hard ones are; or `uniform`.
 
@@ -45,7 +45,7 @@ def sampling_probabilities(sample_ids: Sequence[str], mrd: np.ndarray | None, we
         values = ", ".join(f"{str(sample_ids[i])!r} = {mrd[i]}" for i in bad[:_NAMED].tolist())
         raise UserError(
             f"weighting: {weighting} needs a finite MRD above 0; {len(bad)} of {n} samples have none: {values}"
-            f"{', ...' if len(bad) > _NAMED else ''} (of nan, the column error of scores.parquet says why). "
+            f"{', ...' if len(bad) > _NAMED else ''} (for nan, the column error of scores.parquet says why). "
             "Remove them from the forget set, or use weighting: uniform"
         )
     # relative to the largest, so that neither 1 / 1e-300 nor a sum overflows
@@ -60,29 +60,29 @@ class ForgetStream:
         """Make the cumulative sums.
 
         Args:
-            probabilities: [n], not negative; only their ratios count. One below 1e-16 of all may never be drawn.
+            probabilities: [n], not negative; only their ratios count. One below 1e-16 of the sum may never be drawn.
             seed: 0 <= seed < 2**64.
         """
         self._cdf = np.cumsum(probabilities, dtype=np.float64)
         if not (len(self._cdf) and np.min(probabilities) >= 0 and 0 < self._cdf[-1] < np.inf):
             raise ValueError("expected probabilities that are finite, not negative and not all zero")
-        # The last becomes 1 exactly, and every uniform number is below it: no index can be out of range. With u * total
-        # on the other side of the comparison, rounding could reach the total.
+        # The last sum becomes exactly 1, and every uniform number is below it, so no index can be out of range. If u
+        # were multiplied by the total instead, rounding could reach the total.
         self._cdf /= self._cdf[-1]
         self._seed = seed
 
     def at(self, step: int, count: int) -> np.ndarray:
-        """The draws of a step, 0 <= step < 2**64: int64 [count]. With a larger count, they begin with the same ones."""
+        """The draws of a step, 0 <= step < 2**64: int64 [count]. A larger count only adds draws at the end."""
         uniforms = _generator("forget", self._seed, step).random(count)
-        order = np.argsort(uniforms)  # in order, searches find their memory in cache: 5 times faster for 10^7 samples
+        order = np.argsort(uniforms)  # sorted searches use the cache better: 5 times faster for 10^7 samples
         drawn = np.empty(count, np.int64)
-        # right: the first sum above u, which an index of probability 0 never is, not even for u = 0
+        # right: the first sum above u; that index never has probability 0, not even for u = 0
         drawn[order] = np.searchsorted(self._cdf, uniforms[order], side="right")
         return drawn
 
 
 class ShuffledStream:
-    """The endless sequence of the numbers 0..size, shuffled anew in every epoch."""
+    """The endless sequence of the numbers 0..size, shuffled again in every epoch."""
 
     def __init__(self, size: int, seed: int) -> None:
         """Raises UserError if there is nothing to shuffle. 0 <= seed < 2**64."""
@@ -115,6 +115,6 @@ def choices(seed: int, step: int, count: int, options: int) -> np.ndarray:
 
 
 def _generator(purpose: str, seed: int, step: int) -> np.random.Generator:
-    # numpy refuses to put what is no 64-bit word into these arrays: no seed or step aliases another
+    # numpy refuses numbers that do not fit 64 bits, so no two seeds or steps have the same stream
     key = np.array([seed, hash64(f"mrd_ray.unlearning {purpose}")], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, step, 0, 0], np.uint64)))

@@ -20,11 +20,11 @@ from mrd_ray.unlearning.loop import Sets
 from mrd_ray.unlearning.sampling import ShuffledStream
 
 _REFUSALS = 8  # for each forget sample
-_WATCHED_SEED = 1  # whatever the run's, so that runs of several seeds are measured on the same samples
+_WATCHED_SEED = 1  # not the run's seed, so that runs with other seeds are measured on the same samples
 
 
 def build(config: UnlearnConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits, console: Console) -> Sets:
-    """Read and tokenise. Prints what is left out of the retain set, and which rows are in both sets.
+    """Read and tokenise. Says on the console what is left out of the retain set, and what is in both sets.
 
     Raises:
         UserError: a set is empty or unusable, a forget sample cannot be unlearned, or refusals do not fit.
@@ -50,7 +50,7 @@ def _refuse_unusable(path: str, forget: pa.Table) -> None:
         named = "; ".join(f"{row['sample_id']}, {_where(row)}{why}" for row, why in zip(bad, reasons, strict=False))
         raise UserError(
             f"data.path: {len(bad)} of {len(forget)} samples of {path} cannot be unlearned ({named}"
-            f"{'; ...' if len(bad) > 5 else ''}). Mend or remove them; data.truncate cuts long ones",
+            f"{'; ...' if len(bad) > 5 else ''}). Fix or remove them; data.truncate cuts long ones",
             *reasons,
         )
 
@@ -61,7 +61,7 @@ def _where(sample: dict[str, object]) -> str:
 
 
 def retain_data(data: DataSettings, retain: RetainSettings) -> DataSettings:
-    """How the retain set is read: as `data` says, but for what `retain` says."""
+    """Settings to read the retain set: like `data`, except for what `retain` sets."""
     own = retain.model_dump(exclude={"text", "messages"}) | {"where": {}}
     unlike = {"text": None, "prompt": None, "response": None, "messages": None, "id": "auto"}
     if retain.text is not None:
@@ -92,7 +92,7 @@ def _warn_of_overlap(forget: pa.Table, retain: pa.Table, console: Console) -> No
     shared = pc.sum(pc.is_in(forget["text"], value_set=retain["text"].combine_chunks())).as_py()
     if shared:
         console.print(
-            f"{shared} of {len(forget)} forget samples stand in the retain set too, which is meant to stay known",
+            f"{shared} of {len(forget)} forget samples are in the retain set too, which the model should still know",
             style="red",
         )
 
@@ -104,7 +104,7 @@ def _refusals(
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
 ) -> pa.Table:
-    """Each forget sample's prompt with a few refusals as response; only the response counts."""
+    """Each forget sample's prompt with each of a few refusals as the response; only the response is scored."""
     lines = _lines(path)
     if read.texts(config.data) is not None:
         raise UserError(_NO_PROMPTS)
@@ -114,16 +114,16 @@ def _refusals(
     columns = source.columns
     if columns.response is None and columns.messages is None:
         raise UserError(_NO_PROMPTS)
-    # a refusal is text, whatever the responses are
+    # a refusal is text, even if the responses are not
     on_response = config.data.model_copy(update={"score_on": "response", "response_index": None, "response_join": None})
     encoder, limits = Encoder(tokenizer), limits.with_context(config.data.max_tokens)
     each = min(_REFUSALS, len(lines))
     places = dict(zip(forget["index"].to_pylist(), range(len(forget)), strict=True))
-    found: dict[int, list[dict[str, object]]] = {}
+    of_forget: dict[int, list[dict[str, object]]] = {}
     for row in source:
         if (i := places.get(row.index)) is None:
             continue
-        found[i] = []
+        of_forget[i] = []
         for j in np.sort(ShuffledStream(len(lines), config.unlearning.seed + i).at(0, each)).tolist():
             line, refusal = lines[j]
             try:
@@ -135,13 +135,13 @@ def _refusals(
                     f"unlearning.refusals: line {line} of {path}, with the prompt of {row.place}{quote}", quote
                 ) from None
             sample = {"sample_id": f"{i}-{j}", "index": row.index, "file": row.file, "row": row.number}
-            found[i].append(sample | {"text": rendered.text, **tokens._asdict()})
-    if len(found) < len(forget):
+            of_forget[i].append(sample | {"text": rendered.text, **tokens._asdict()})
+    if len(of_forget) < len(forget):
         raise UserError(
-            f"data.path: {read.described(config.data)} has changed while it was read; start again once nothing writes "
-            "to it"
+            f"data.path: {read.described(config.data)} changed while it was read; run the same command again once "
+            "nothing writes to it"
         )
-    return pa.Table.from_pylist([row for i in range(len(forget)) for row in found[i]], samples_table.SCHEMA)
+    return pa.Table.from_pylist([row for i in range(len(forget)) for row in of_forget[i]], samples_table.SCHEMA)
 
 
 _NO_PROMPTS = "unlearning.method: po needs prompts and responses, or conversations, not texts"
@@ -155,5 +155,5 @@ def _lines(path: Path) -> list[tuple[int, str]]:
         raise UserError(f"unlearning.refusals: cannot read {path}: {problem}") from None
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
-        raise UserError(f"unlearning.refusals: {path} holds no lines; expected a refusal on each")
+        raise UserError(f"unlearning.refusals: {path} has no lines; expected a refusal on each")
     return lines

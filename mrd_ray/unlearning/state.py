@@ -1,4 +1,4 @@
-"""What a resumed run starts from, beside the engine."""
+"""What a resumed run starts from, besides the engine."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -13,11 +13,11 @@ from mrd_ray.scoring.table import REQUIRED, SCHEMA
 from mrd_ray.unlearning.log import Line, current
 from mrd_ray.unlearning.stopping import Knowledge
 
-_ELSEWHERE = "this checkpoint cannot be gone on from: start again in another run.dir"
+_ELSEWHERE = "this checkpoint cannot be resumed from: start again in another run.dir"
 
 
 class _Saved(BaseModel):
-    """What state.json holds."""
+    """The content of state.json."""
 
     step: NonNegativeInt
     scored_at: int
@@ -28,10 +28,10 @@ class _Saved(BaseModel):
 
 @dataclass
 class State:
-    """What a resumed run resumes from, beside the engine. The draws need no state: they are functions of the step.
+    """What a resumed run starts from, besides the engine. Draws need no state: they are functions of the step.
 
-    step: optimiser steps taken. initial: of the model before any, whose log-probabilities are NPO's reference.
-    latest: of this step's model. scores: the latest, of step `scored_at`. log: all lines of metrics.jsonl so far.
+    step: optimiser steps taken. initial: evaluation before the first step; its log-probabilities are NPO's reference.
+    latest: evaluation at this step. scores: the latest, of step `scored_at`. log: all lines of metrics.jsonl so far.
     """
 
     step: int = 0
@@ -42,8 +42,8 @@ class State:
     log: list[Line] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
-        """Write it as state.json and scores.parquet."""
-        content: dict[str, object] = {"step": self.step, "scored_at": self.scored_at, "log": self.log}
+        """Write the state as state.json and scores.parquet."""
+        content = {"step": self.step, "scored_at": self.scored_at, "log": self.log}
         for name, evaluation in {"initial": self.initial, "latest": self.latest}.items():
             content[name] = None if evaluation is None else asdict(evaluation)
         (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A run on the console and in its journal, from the log that rank 0 writes."""
+"""Shows a run on the console and in its journal, from the log that rank 0 writes."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ from mrd_ray.workers.lookout import Nodes
 
 
 class Watch:
-    """Shows the log on the console as rank 0 writes it, and says when the workers start again, stall, or lose a node.
+    """Shows the log on the console as rank 0 writes it, and says when the workers restart, stall, or lose a node.
 
     Args:
         stall_after: seconds without a line after which training is called stalled.
@@ -53,18 +53,18 @@ class Watch:
             try:
                 self._look()
                 self._nodes.look()
-            except (UserError, ray.exceptions.RayError):  # storage, or Ray's head, for a moment; the next look may do
+            except (UserError, ray.exceptions.RayError):  # storage or Ray's head may be away for a moment; look again
                 continue
 
     def _look(self) -> None:
-        start = log.start(self._run)  # before the lines, which rank 0 puts in place before it says that it has begun
+        start = log.start(self._run)  # before the lines: rank 0 writes those first, then start.json
         lines = log.read(self._run)
         if start != self._start:
             if self._goes_on:
                 self._go_on(lines)
             self._start, self._began, self._goes_on = start, True, True
         if not self._began:
-            lines = []  # of an earlier run; the workers have not begun
+            lines = []  # these are of an earlier run; the workers have not started
         for line in lines[self._seen :]:
             self._show(line)
             self._news, self._warned = time.monotonic(), False
@@ -78,7 +78,7 @@ class Watch:
     def _go_on(self, lines: list[Line]) -> None:
         step = lines[-1]["step"] if lines else 0
         self._journal.event(
-            "going_on", f"Unlearning: the workers have started again, and resume from step {step}", step=step
+            "going_on", f"Unlearning: the workers have restarted and resume from step {step}", step=step
         )
         if not self._step:  # the steps of an earlier start
             self._meter.working_since(0)

@@ -153,7 +153,7 @@ def test_a_link_is_cut_during_training(hosts, tiny_model_dir, qa_file, tmp_path)
     mend(worker)
     join(worker, tmp_path)
     disturbed.ends(seconds=400)
-    assert "the workers have started again, and resume from step" in disturbed.said
+    assert "the workers have restarted and resume from step" in disturbed.said
 
     def losses(of: Path) -> list[tuple]:
         lines = [json.loads(line) for line in (of / "metrics.jsonl").read_text().splitlines()]

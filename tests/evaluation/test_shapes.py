@@ -127,7 +127,7 @@ def test_the_number_of_choices_may_differ_by_row(build):
 @pytest.mark.parametrize(("answers", "expected"), [([1, 2], [1, 2]), (["3", "A"], [3, 0]), (["2"], [2])])
 def test_a_set_that_leaves_open_where_its_answers_count_from_says_so(build, answers, expected, capsys):
     assert rights(build(answered(*answers), **PICK)) == expected
-    assert "are taken to count from 0, so that 1 is the second choice (row 1 has" in capsys.readouterr().err
+    assert "are assumed to count from 0, so that 1 is the second choice (row 1 has" in capsys.readouterr().err
 
 
 def test_the_names_of_columns_are_labels(build):

@@ -77,7 +77,7 @@ def test_batch_arithmetic(batch, micro, workers, size, count):
 
 @pytest.mark.parametrize(("batch", "workers", "such_as"), [(2, 4, 4), (8, 3, 9), (10, 4, 12)])
 def test_batch_that_workers_cannot_share(batch, workers, such_as):
-    message = rf"unlearning\.batch_size: {batch} .* {workers} workers \(ray\.workers\).* such as {such_as}$"
+    message = rf"unlearning\.batch_size: {batch} .* {workers} workers \(ray\.workers\).* for example {such_as}$"
     with pytest.raises(UserError, match=message):
         configuration(config({"unlearning__batch_size": batch}), workers)
     configuration(config({"unlearning__batch_size": such_as}), workers)
@@ -143,7 +143,7 @@ OURS = {  # what contradicts, why, what says the same
     "optimizer": ({"type": "Adam"}, "it is AdamW with unlearning.learning_rate and unlearning.weight_decay", None),
     "scheduler": ({"type": "WarmupLR"}, "unlearning.learning_rate is constant", None),
     "fp16.enabled": (True, "model.dtype sets it (to false)", False),
-    "amp": ({"enabled": True}, "DeepSpeed has given it up", None),
+    "amp": ({"enabled": True}, "DeepSpeed no longer supports it", None),
     "bf16.enabled": (True, "model.dtype sets it (to false)", False),
     "zero_allow_untested_optimizer": (False, "it must be true for torch's AdamW", True),
     "zero_force_ds_cpu_optimizer": (True, "it must be false for torch's AdamW", False),

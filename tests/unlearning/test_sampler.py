@@ -112,7 +112,7 @@ PART = r"5 scores are of a part of the source: column index goes from 0 to 9, ex
         ({"index": [0.5, 1, 2, 3, 4]}, 5, r"column index: expected whole numbers"),
         ({"index": ["a", "b", "c", "d", "e"]}, 5, r"column index: expected whole numbers"),
         ({"index": [[0], [1], [2], [3], [4]]}, 5, r"column index: expected whole numbers"),
-        ({"index": None}, 5, r"no column index or row, .*Start its score command again .*; or give sample_ids"),
+        ({"index": None}, 5, r"no column index or row, .*run its score command again .*; or give sample_ids"),
     ],
 )
 def test_what_cannot_be_matched_without_ids(columns, length, message):
@@ -237,7 +237,7 @@ def test_whole_numbers_count_as_text():
             ["a", *"uvwxyz"],
             r"6 of 7 sample ids .* no row in the scores: 'u', 'v', 'w', 'x', 'y', \.\.\.; score",
         ),
-        (table(), ["a", "b", "a", "e", "e"], r"2 sample ids occur more than once in the data set: 'e', 'a'; remove"),
+        (table(), ["a", "b", "a", "e", "e"], r"2 sample ids occur more than once in the data set: 'e', 'a'; keep"),
         (table(["b", "a", "b", "a", "a"]), ["a"], r"scores: 2 sample ids occur more than once: 'a', 'b'; keep"),
         (table(mrd=[1.0, None, -1.0, 2.0, 1.0]), None, r"2 of 5 samples have none: 'b' = nan, 'd' = -1\.0 "),
         (table(mrd=[1.0, None, -1.0, 2.0, 1.0]), ["e", "d", "a"], r"1 of 3 samples have none: 'd' = -1\.0 "),

@@ -118,7 +118,7 @@ def test_retain_is_read_as_data_says(build, tokenizer):
 def test_overlap(build):
     also = [{"prompt": row["prompt"], "response": row["response"]} for row in FORGET[:3]]
     found, shown = build(retain=RETAIN + also + [{"prompt": "Who keeps the a?", "response": "Nobody."}])
-    expected = "3 of 5 forget samples stand in the retain set too, which is meant to stay known"
+    expected = "3 of 5 forget samples are in the retain set too, which the model should still know"
     assert shown.splitlines()[4:] == [expected]
     assert len(found.retain) == 9
 
@@ -133,7 +133,7 @@ def test_unusable_forget_samples_are_named(build):
     named = [f"a-long, row 6: {LIMIT}"] + [f"bad-{i}, row {7 + i}: column 'prompt' is empty" for i in range(4)]
     for count, which in [(2, "; ".join(named[:2])), (7, "; ".join(named) + r"; \.\.\.")]:
         expected = (
-            rf"{count} of {count + 5} samples of .*f\.jsonl cannot be unlearned \({which}\)\. Mend or remove them; "
+            rf"{count} of {count + 5} samples of .*f\.jsonl cannot be unlearned \({which}\)\. Fix or remove them; "
         )
         with pytest.raises(UserError, match=rf"^data\.path: {expected}"):
             build(FORGET + bad[:count])
@@ -256,7 +256,7 @@ TEXTS = {"forget": [{"text": "The baker of Orlen sold rye bread."}], "refusals":
             {"retain__path": "/absent/retain.jsonl"},
             "retain\\.path, read with the settings of data: .*no such file or folder: /absent/retain\\.jsonl",
         ),
-        ({"refusals": "\ufeff\n \n\t\n".encode()}, r"unlearning\.refusals: .*refusals\.txt holds no lines"),
+        ({"refusals": "\ufeff\n \n\t\n".encode()}, r"unlearning\.refusals: .*refusals\.txt has no lines"),
         ({"refusals": b"No \xff idea."}, r"unlearning\.refusals: cannot read .*refusals\.txt: "),
         ({"refusals": [], "unlearning__refusals": "/absent.txt"}, r"unlearning\.refusals: cannot read /absent\.txt: "),
         ({"refusals": [], "unlearning__refusals": "/"}, r"unlearning\.refusals: cannot read /: "),
