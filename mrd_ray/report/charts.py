@@ -18,7 +18,7 @@ _TRACES = 60  # samples whose ranks are drawn
 
 @dataclass(frozen=True)
 class Chart:
-    """legend: (class, label) of each series. says: the chart in words, with its numbers."""
+    """legend: (class, label) of each series. says: what the chart shows, in words, with its numbers."""
 
     title: str
     says: str
@@ -28,7 +28,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Line:
-    """A series over steps. Where a value is null, the line goes straight from the one before to the one after."""
+    """A series over steps. If a value is null, a straight line joins the values before and after it."""
 
     label: str
     steps: Sequence[int]
@@ -36,24 +36,24 @@ class Line:
 
 
 def distribution(mrd: np.ndarray, se: np.ndarray) -> Chart:
-    """How many samples have which score. se: nan where not known."""
+    """How many samples have which score. se: nan if unknown."""
     edges = summary.histogram_edges(mrd)
     counts, _ = np.histogram(mrd, edges)
     x, y = svg.x_axis(edges), svg.y_axis([0, *counts.tolist()], whole=True)
     marks = [
         Markup('<rect class="bar c0" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>').format(
-            x(low), y(found), round(max(x(high) - x(low) - 1, 0.5), 1), round(y(0) - y(found), 1),
-            f"{number(low)} to {number(high)}: {count(found, 'sample')}",
+            x(low), y(many), round(max(x(high) - x(low) - 1, 0.5), 1), round(y(0) - y(many), 1),
+            f"{number(low)} to {number(high)}: {count(many, 'sample')}",
         )
-        for (low, high), found in zip(itertools.pairwise(edges), counts.tolist(), strict=True)
-        if found
+        for (low, high), many in zip(itertools.pairwise(edges), counts.tolist(), strict=True)
+        if many
     ]  # fmt: skip
     low, quarter, median, three, high = np.quantile(mrd, [0, 0.25, 0.5, 0.75, 1])
     if number(low) == number(high):
         says = f"The score of {count(len(mrd), 'sample')} is {number(median)}."
     else:
         says = (
-            f"The scores of {len(mrd):,} samples run from {number(low)} to {number(high)}; half of them lie between "
+            f"The scores of {len(mrd):,} samples range from {number(low)} to {number(high)}; half of them lie between "
             f"{number(quarter)} and {number(three)}, around a median of {number(median)}."
         )
     known = se[np.isfinite(se) & (mrd > 0)] / mrd[np.isfinite(se) & (mrd > 0)]
@@ -66,7 +66,7 @@ def distribution(mrd: np.ndarray, se: np.ndarray) -> Chart:
 
 
 def by_rank(mrd: np.ndarray, se: np.ndarray) -> Chart:
-    """Scores from hardest to easiest, with standard errors. mrd: sorted; se: nan where not known."""
+    """Scores from hardest to easiest, with standard errors. mrd: sorted; se: nan if unknown."""
     n = len(mrd)
     shown = np.unique(np.linspace(0, n - 1, min(n, _BARS)).round().astype(int))
     low, high = mrd - np.nan_to_num(se), mrd + np.nan_to_num(se)
@@ -76,8 +76,8 @@ def by_rank(mrd: np.ndarray, se: np.ndarray) -> Chart:
     part = "all samples" if len(shown) == n else f"{len(shown)} of {n:,} samples, evenly spaced by rank"
     says = f"{part[0].upper()}{part[1:]} from the hardest to unlearn (rank 1) to the easiest (rank {n:,})"
     if np.nanmax(se, initial=0) > 0:
-        says += ", each with its standard error as a bar (a bar twice as long holds the truth in 95% of scores)"
-    says += f". The easiest scores {mrd[-1] / mrd[0]:.3g} times as much as the hardest." if mrd[0] > 0 else "."
+        says += ", each with its standard error as a bar (a bar twice as long has the true value for 95% of scores)"
+    says += f". The easiest sample's score is {mrd[-1] / mrd[0]:.3g} times the hardest's." if mrd[0] > 0 else "."
     title = "Hardest to easiest"
     return Chart(title, says, svg.draw(title, x, y, "rank", "MRD", marks))
 
@@ -92,7 +92,7 @@ def against(name: str, other: np.ndarray, mrd: np.ndarray, spearman: float) -> C
 
 def _trend(spearman: float, name: str) -> str:
     if math.isnan(spearman):
-        return f"no rank correlation, since the {name} or the score is the same for all"
+        return f"no rank correlation, since {name} or score is the same for all"
     how = "hardly go together" if abs(spearman) < 0.2 else "go together" if spearman > 0 else "go against one another"
     strength = " loosely" if 0.2 <= abs(spearman) < 0.5 else " closely" if abs(spearman) >= 0.8 else ""
     return f"they {how}{strength}, with a Spearman rank correlation of {spearman:.2f}"
@@ -103,8 +103,8 @@ def two_runs(a: str, b: str, scores: np.ndarray, apart: np.ndarray | None, spear
 
     Args:
         scores: [n, 2].
-        apart: which are over three standard errors apart.
-        unlike: what tells the runs apart, in words.
+        apart: whether scores are over three standard errors apart, per sample.
+        unlike: how the runs differ, in words.
     """
     log = svg.is_log(scores.reshape(-1))
     x, y = svg.x_axis(scores[:, 0].tolist(), log=log), svg.y_axis(scores[:, 1].tolist(), log=log)
@@ -127,7 +127,7 @@ def two_runs(a: str, b: str, scores: np.ndarray, apart: np.ndarray | None, spear
 def over_steps(
     title: str, unit: str, lines: Sequence[Line], refreshes: Sequence[int], stop: int | None
 ) -> Chart | None:
-    """Something logged as unlearning goes, with the steps of refreshes and of the stop; None where nothing is."""
+    """Something that is logged during unlearning, with the steps of refreshes and of the stop; None if nothing is."""
     lines = [line for line in lines if any(value is not None for value in line.values)]
     if not lines:
         return None
@@ -166,7 +166,7 @@ def over_steps(
 
 
 def rank_history(steps: Sequence[int], ranks: np.ndarray, says: str) -> Chart:
-    """How samples' ranks move from refresh to refresh. ranks: [refreshes, samples], 1 the hardest."""
+    """How samples' ranks move from refresh to refresh. ranks: [refreshes, samples]; 1 is the hardest."""
     n = ranks.shape[1]
     by_first = np.argsort(ranks[0], kind="stable")
     shown = by_first[np.unique(np.linspace(0, n - 1, min(n, _TRACES)).round().astype(int))]
@@ -190,9 +190,9 @@ Row = tuple[str, bool, Sequence[tuple[float, float | None] | None]]
 
 
 def dots(names: Sequence[str], rows: Sequence[Row]) -> Chart | None:
-    """Figures in [0, 1] of several runs, a row each; None where there are none.
+    """Figures in [0, 1] of several runs, a row each; None if there are none.
 
-    rows: (label, whether the runs compare, figure and standard error of each run).
+    rows: (label, whether runs can be compared by it, figure and standard error of each run).
     """
     if not rows:
         return None

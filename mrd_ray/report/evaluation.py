@@ -17,9 +17,9 @@ from mrd_ray.report.tables import Cell, Column, DataTable, Table, Text
 from mrd_ray.report.words import number
 from mrd_ray.runs.meter import WITHHELD
 
-_EXAMPLES = 3  # of each set, of those that changed most, and as many others
+_EXAMPLES = 3  # per set: answers that changed most, and as many others
 _REASONS = 10
-# not from 0 to 1, or 1 minus another; what is left lies from 0 to 1
+# not from 0 to 1, or 1 minus another metric; all others lie between 0 and 1
 _NOT_DRAWN = {"perplexity", "truth_ratio", "UA", "UA_by_embedding", "RR"}
 
 _SHORT = {"rouge_l": "ROUGE-L", "memorization_accuracy": "MA", "extraction_likelihood": "EL"}
@@ -38,7 +38,7 @@ class EvaluationSection:
 
 
 def section(runs: Sequence[Evaluation], include_text: bool) -> EvaluationSection | None:
-    """Of all evaluate runs; None without any."""
+    """The section on all evaluate runs; None if there are none."""
     if not runs:
         return None
     other = _asked_otherwise(runs)
@@ -47,8 +47,8 @@ def section(runs: Sequence[Evaluation], include_text: bool) -> EvaluationSection
     chart = _dots(runs, other)
     figures = (_figures(runs, kind, other, include_text) for kind in _CAPTIONS)
     return EvaluationSection(
-        warning=f"Asked otherwise in one run than in another (other rows, tokens or metrics): {', '.join(other)}. "
-        "Figures of such a set are not compared, and its answers are left out."
+        warning=f"Not the same in all runs (other rows, tokens or metrics): {', '.join(other)}. "
+        "Figures of such a set are not compared, and its answers are not shown."
         if other
         else None,
         figures=[table for table in figures if table is not None],
@@ -60,13 +60,13 @@ def section(runs: Sequence[Evaluation], include_text: bool) -> EvaluationSection
 
 
 def _asked_otherwise(runs: Sequence[Evaluation]) -> list[str]:
-    """Sets of one name that are not the same in all runs, by their digests."""
+    """Names of sets that are not the same in all runs, by their digests."""
     digests: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         for key, digest in run.about.manifest["identity"].items():
             if key.startswith("evaluation.sets."):
                 digests[key.removeprefix("evaluation.sets.")].add(digest)
-    return [name for name, found in digests.items() if len(found) > 1]
+    return [name for name, of_runs in digests.items() if len(of_runs) > 1]
 
 
 def _compared(name: str | None, other: Sequence[str]) -> bool:
@@ -75,9 +75,9 @@ def _compared(name: str | None, other: Sequence[str]) -> bool:
 
 
 def over_steps(evaluations: Mapping[int, pa.Table], refreshes: Sequence[int], stop: int | None) -> list[Chart]:
-    """What evaluations in the course of unlearning found: a chart of each set, and one of perplexities."""
+    """Results of evaluations during unlearning: a chart for each set, and one for perplexities."""
     steps = sorted(evaluations)
-    found: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    means: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for step in steps:
         values: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
         for line in evaluations[step].to_pylist():
@@ -89,9 +89,9 @@ def over_steps(evaluations: Mapping[int, pa.Table], refreshes: Sequence[int], st
                 mean = aggregate.perplexity(name, log_probs, [tokens for _, tokens in of_rows])
             else:
                 mean = aggregate.mean(name, metric, [value for value, _ in of_rows])
-            found[name, metric][step] = mean.value
+            means[name, metric][step] = mean.value
     lines: dict[str, list[Line]] = defaultdict(list)
-    for (name, metric), by_step in found.items():
+    for (name, metric), by_step in means.items():
         title = f"Evaluation of the set {name}" if metric != "perplexity" else "Perplexity of evaluated sets"
         label = aggregate.title(metric).split(":")[0] if metric != "perplexity" else name
         lines[title].append(Line(label, steps, [by_step.get(step) for step in steps]))
@@ -100,8 +100,8 @@ def over_steps(evaluations: Mapping[int, pa.Table], refreshes: Sequence[int], st
 
 
 _CAPTIONS = {
-    "forget": "Completeness: what the model still knows of the set that was to be forgotten",
-    "kept": "Utility: what it knows of everything else",
+    "forget": "Completeness: what the model still knows of the forget set",
+    "kept": "Utility: what the model knows of everything else",
     "all": "What the model knows of each set",
     "model": "The model as a whole",
 }
@@ -122,7 +122,7 @@ def _by_metric(run: Evaluation) -> dict[tuple[str | None, str], Figure]:
 
 
 def _keys(runs: Sequence[Evaluation]) -> list[tuple[str | None, str]]:
-    """(set, metric) of every figure that a run has, in the order of the first that has it."""
+    """(set, metric) of every figure of any run, in the order of the first run that has it."""
     return list(dict.fromkeys(key for run in runs for key in _by_metric(run)))
 
 
@@ -131,10 +131,10 @@ def _figures(runs: Sequence[Evaluation], kind: str, other: Sequence[str], includ
     for name, metric in _keys(runs):
         if _kind(name, runs) != kind or (metric.startswith(aggregate.SUBJECT) and not include_text):
             continue
-        found = [_by_metric(run).get((name, metric)) for run in runs]
-        row: list[Cell] = [aggregate.title(metric), *([] if name is None else [name]), *map(_figure, found)]
+        of_runs = [_by_metric(run).get((name, metric)) for run in runs]
+        row: list[Cell] = [aggregate.title(metric), *([] if name is None else [name]), *map(_figure, of_runs)]
         if len(runs) > 1:
-            row.append(_change(found[0], found[-1]) if _compared(name, other) else None)
+            row.append(_change(of_runs[0], of_runs[-1]) if _compared(name, other) else None)
         rows.append(row)
     if not rows:
         return None
@@ -183,11 +183,11 @@ Answers = dict[tuple[str, str], list[Answer | None]]
 
 def _answers(runs: Sequence[Evaluation]) -> Answers:
     """Rows of answers.parquet of each run, by (set, sample_id)."""
-    found: Answers = {}
+    answers: Answers = {}
     for index, run in enumerate(runs):
         for answer in run.answers:
-            found.setdefault((answer["set"], answer["sample_id"]), [None] * len(runs))[index] = answer
-    return found
+            answers.setdefault((answer["set"], answer["sample_id"]), [None] * len(runs))[index] = answer
+    return answers
 
 
 def _asked(answers: list[Answer | None]) -> Answer:
@@ -221,7 +221,7 @@ def _examples(runs: Sequence[Evaluation], answers: Answers, name: str) -> Table:
         rows.append([Text(asked["prompt"]), Text(asked["answer"]), *map(Text, _generated(of_runs))])
     which = f"{len(chosen)} of {len(ids):,}"
     if any(map(change, most)):
-        which += f"; first the {len(most)} whose ROUGE-L recall changed most, then some at even distances"
+        which += f"; first the {len(most)} whose ROUGE-L recall changed most, then some evenly spaced"
     return Table(f"Answers on the set {name} ({which})", head, rows, even=True)
 
 

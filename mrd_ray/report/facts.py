@@ -1,4 +1,4 @@
-"""What was run and on what: from manifests and settings, in the words of the page."""
+"""What was run, and on what: from manifests and settings, in words for the page."""
 
 import shlex
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from mrd_ray.report.read import About, Run, Scores, Unlearning
 
 @dataclass(frozen=True)
 class Facts:
-    """A run's name, its command, (term, description) pairs, more of them that fewer ask for, settings as YAML."""
+    """A run's name and command, (term, description) pairs, more pairs that fewer people need, and settings as YAML."""
 
     name: str
     command: str
@@ -58,7 +58,7 @@ def _particulars(run: Run) -> dict[str, str]:
 
 
 def _draws(about: About, scores: Iterable[pa.Table]) -> str:
-    """Draws of a sample: those that were made, which may be more than the settings ask for at first."""
+    """Draws per sample, as made; with adaptive scoring, these may be more than the settings' number."""
     made = [draws for table in scores for draws in table["num_draws"].to_pylist() if draws]
     counts = sorted({min(made), max(made)}) if made else [about.setting("scoring.num_draws")]
     return " to ".join(map(str, counts))

@@ -1,6 +1,6 @@
 "use strict";
-// Each table of all samples: sorted, searched, and shown a page at a time, since a browser cannot hold them all as rows.
-// Whatever comes from a run is set as text, never as HTML.
+// Each table of all samples: sorts, searches, and shows a page at a time, since a browser cannot hold them all as rows.
+// Everything from a run is set as text, never as HTML.
 const PAGE = 25;
 
 function dataTable(section) {
@@ -12,7 +12,7 @@ function dataTable(section) {
   const body = section.querySelector("tbody");
   const buttons = Object.fromEntries([...section.querySelectorAll(".pager button")].map((b) => [b.dataset.to, b]));
   let order = Array.from({ length: total }, (_, row) => row); // as sorted
-  let found = order; // those of them that the search finds
+  let found = order; // the rows that the search finds, in the same order
   let haystack = null; // lower-case words of each row, made at the first search
   let page = 0;
   const rising = columns[0].every((value, row, all) => row === 0 || value === null || all[row - 1] <= value); // answers may not be
@@ -34,7 +34,7 @@ function dataTable(section) {
 
   function cell(column, row) {
     const value = columns[column][row];
-    const td = document.createElement(column ? "td" : "th"); // the first names its row
+    const td = document.createElement(column ? "td" : "th"); // the first cell is the row's name
     if (!column) td.scope = "row";
     td.className = kinds[column];
     if (value === null) {
@@ -85,7 +85,7 @@ function dataTable(section) {
     const sign = sorted.down ? -1 : 1;
     order = Array.from(order).sort((a, b) => {
       const [x, y] = [values[a], values[b]];
-      if (x === null || y === null) return (x === null) - (y === null); // last, either way
+      if (x === null || y === null) return (x === null) - (y === null); // missing values come last, in either direction
       return x < y ? -sign : x > y ? sign : a - b;
     });
     filter();

@@ -1,4 +1,4 @@
-"""Run directories -> what the page is made of."""
+"""Reads run directories for the page."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -28,7 +28,7 @@ _CONFIGS: dict[str, Any] = {"score": ScoreConfig, "unlearn": UnlearnConfig, "eva
 
 
 class _Invocation(BaseModel):
-    """What the page says of the times that a run was started."""
+    """What the page shows of each start of a run."""
 
     time: str
     command: list[str]
@@ -44,7 +44,7 @@ class _Outcome(BaseModel):
 
 
 class _Recorded(BaseModel):
-    """What is read of a manifest."""
+    """The part of a manifest that is read."""
 
     invocations: list[_Invocation] = Field(min_length=1)
     outcome: _Outcome | None = None
@@ -52,9 +52,9 @@ class _Recorded(BaseModel):
 
 @dataclass(frozen=True)
 class About:
-    """Which run: its short name (unique in a report), where it is, what made it ("score", ...) and its manifest.
+    """A run: its short name (unique in a report), where it is, its command ("score", ...) and its manifest.
 
-    config: the settings it was last started with.
+    config: the settings of its last start.
     """
 
     name: str
@@ -64,7 +64,7 @@ class About:
     config: dict[str, Any]
 
     def setting(self, key: str) -> Any:
-        """The setting named so, as "group.name"; None where this kind of run has no such setting."""
+        """The setting "group.name"; None if this kind of run has no such setting."""
         group, name = key.split(".")
         return (self.config.get(group) or {}).get(name)
 
@@ -92,10 +92,10 @@ class Unlearning:
 
     @property
     def outcome(self) -> dict[str, Any] | None:
-        """Why it stopped and which step the result is of; None while it has not ended."""
-        found: dict[str, Any] | None = self.about.manifest.get("outcome")
-        # that of fewer steps stays in the manifest while a run is continued
-        return None if found is None or found["config"] != self.about.manifest["invocations"][-1]["config"] else found
+        """Why it stopped, and the result's step; None if it has not finished."""
+        saved: dict[str, Any] | None = self.about.manifest.get("outcome")
+        # while a run is extended to more steps, the manifest still has the earlier outcome
+        return None if saved is None or saved["config"] != self.about.manifest["invocations"][-1]["config"] else saved
 
     @property
     def before(self) -> EvaluationLine | None:
@@ -107,10 +107,10 @@ class Unlearning:
         """The evaluation of the result, or the latest one of an unfinished run."""
         evaluations = log.evaluations(self.log)
         if self.outcome is None:
-            found = evaluations[1:]
+            of_result = evaluations[1:]
         else:
-            found = [line for line in evaluations if line["step"] == self.outcome["step"]]
-        return found[-1] if found else None
+            of_result = [line for line in evaluations if line["step"] == self.outcome["step"]]
+        return of_result[-1] if of_result else None
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,12 @@ Run = Scores | Unlearning | Evaluation
 
 
 def read(uris: Sequence[str]) -> list[Run]:
-    """Read runs of any kind. Raises UserError: a directory with nothing to report, or a damaged file."""
+    """Read runs of any kind. Raises UserError for a directory with nothing to report, or a damaged file."""
     return [_read(uri, name) for uri, name in zip(uris, _names(uris), strict=True)]
 
 
 def _names(uris: Sequence[str]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """The shortest ends of the paths that are all different."""
     places = [uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().resolve()) for uri in uris]
     if twice := [place for place in places if places.count(place) > 1]:
         raise UserError(f"runs: {twice[0]} is named twice; name each run directory once")
@@ -167,25 +167,25 @@ def _read(uri: str, name: str) -> Run:
         return Scores(about, run.read_table("scores.parquet", _SCORES, _SCORE_COLUMNS), texts)
     run.manifest()
     raise UserError(
-        f"{uri}: nothing to report yet: no scores.parquet, metrics.jsonl or figures.parquet in it. Start its command "
+        f"{uri}: nothing to report yet: no scores.parquet, metrics.jsonl or figures.parquet in it. Run its command "
         "again, so that it finishes"
     )
 
 
 def _about(run: RunDirectory, name: str, command: str) -> About:
     manifest, where = run.manifest(), run.path("manifest.json")
-    remedy = "start the run's command again, which adds what it was started with"
+    remedy = "run its command again, which records its settings"
     refuse_other_shape(where, _Recorded, manifest, remedy)
     config, shape = manifest["invocations"][-1]["config"], _CONFIGS[command]
     refuse_other_shape(where, shape, config, remedy)
     if absent := sorted(shape.model_fields.keys() - config.keys() - {"output"}):
         raise UserError(f"{where} is damaged (no {', '.join(absent)} in its settings); {remedy}")
-    whole = shape.model_validate(config).model_dump(mode="json")  # settings that are newer than the run
+    whole = shape.model_validate(config).model_dump(mode="json")  # adds settings that are newer than the run
     return About(name, run.uri, command, manifest, whole)
 
 
 def _refuse_impossible(where: str, lines: pa.Table) -> None:
-    """Raises UserError if a value is of no metric or no tokens, or is one that its metric cannot have."""
+    """Raises UserError if a value has no metric or no tokens, or is impossible for its metric."""
     for line in lines.select(["sample_id", "metric", "value", "tokens"]).to_pylist():
         value, metric = line["value"], line["metric"]
         if value is not None and (

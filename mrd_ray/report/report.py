@@ -17,13 +17,13 @@ from mrd_ray.runs.directory import RunDirectory
 
 
 def write_report(config: ReportConfig) -> str:
-    """Write one HTML page of all runs and give its path.
+    """Write one HTML page about all runs. Returns its path.
 
     Raises:
-        UserError: a directory with nothing to report, a damaged file, or a place that cannot be written to.
+        UserError: a directory with nothing to report, a damaged file, or a path that cannot be written to.
     """
     whole = page(read(config.runs), config.output.texts)
-    content = whole.encode(errors="replace")  # a recorded command may hold bytes that are no text
+    content = whole.encode(errors="replace")  # a recorded command may have bytes that are not text
     if config.out is None:
         run = RunDirectory(config.runs[0])
         run.write("report.html", content, mode=0o600)
@@ -58,7 +58,7 @@ def page(runs: list[Run], include_text: bool) -> str:
         unlearning=unlearning.sections([run for run in runs if isinstance(run, Unlearning)], texts),
         evaluation=evaluation.section([run for run in runs if isinstance(run, Evaluation)], include_text),
         include_text=include_text,
-        style=Markup(style),  # our own files: the policy below lets no other style or script in
+        style=Markup(style),  # our own files; the policy below allows no other style or script
         script=Markup(script),
         policy=f"default-src 'none'; img-src data:; style-src {_source(style)}; script-src {_source(script)}; "
         "base-uri 'none'; form-action 'none'",
@@ -66,5 +66,5 @@ def page(runs: list[Run], include_text: bool) -> str:
 
 
 def _source(content: str) -> str:
-    """How a content security policy names an inline style or script."""
+    """The name of an inline style or script in a content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

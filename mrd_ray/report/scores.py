@@ -20,7 +20,7 @@ from mrd_ray.runs.meter import WITHHELD
 from mrd_ray.scoring import compare, summary
 
 _SHOWN = 10
-_MEASURES = {  # columns that a score is held against, as they are called in a chart
+_MEASURES = {  # columns to compare scores with, and their names in charts
     "num_tokens": "number of tokens",
     "log_prob": "log-probability (nats)",
     "mean_log_prob": "mean log-probability (nats per token)",
@@ -44,7 +44,7 @@ class ScoreSection:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Score runs held against one another."""
+    """A comparison of score runs."""
 
     table: Table
     charts: list[Chart]
@@ -88,7 +88,7 @@ def section(run: Scores, number: int, include_text: bool) -> ScoreSection:
 
 
 def _against(scored: pa.Table, mrd: np.ndarray) -> list[Chart]:
-    found = []
+    drawn = []
     for column, name in _MEASURES.items():
         if column not in scored.column_names:
             continue
@@ -98,22 +98,22 @@ def _against(scored: pa.Table, mrd: np.ndarray) -> list[Chart]:
             with np.errstate(all="ignore"):
                 varied = np.ptp(other[both]) > 0 and np.ptp(mrd[both]) > 0
                 spearman = float(scipy.stats.spearmanr(other[both], mrd[both]).statistic) if varied else float("nan")
-            found.append(charts.against(name, other[both], mrd[both], spearman))
-    return found
+            drawn.append(charts.against(name, other[both], mrd[both], spearman))
+    return drawn
 
 
 def _checked(checked: dict[str, Any] | None) -> list[str]:
-    """What was checked of the closed form by draws."""
+    """How the closed form was checked with draws."""
     if checked is None:
         return []
     said = []
     if checked["worst"] is not None:
         said.append(
-            f"The closed form was held against {checked['draws']} draws of {checked['samples']} samples: they differ "
-            f"from what the gradient says by {checked['worst']:.2g} of their standard deviation at most."
+            f"The closed form was compared with {checked['draws']} draws of {checked['samples']} samples: they differ "
+            f"from the gradient's prediction by at most {checked['worst']:.2g} of their standard deviation."
         )
     if checked["every_sample"]:
-        said.append("Every sample was checked so" + (", and choices inside the model." if checked["choices"] else "."))
+        said.append("Every sample was checked" + (", and choices inside the model." if checked["choices"] else "."))
     if checked["unchecked"]:
         said.append(f"What was not checked: {checked['unchecked']}.")
     return said
@@ -121,12 +121,12 @@ def _checked(checked: dict[str, Any] | None) -> list[str]:
 
 def _extremes(caption: str, rows: pa.Table, include_text: bool) -> Table:
     head = ("MRD", "± s.e.", *(["text"] if include_text else []), "tokens", "log p", "draws", "sample")
-    found: list[list[Cell]] = []
+    cells: list[list[Cell]] = []
     for row in rows.to_pylist():
         text = [Text(row["text"])] if include_text else []
         of_sample = (row["num_tokens"], row["log_prob"], row["num_draws"], Text(row["sample_id"]))
-        found.append([row["mrd"], row["mrd_se"], *text, *of_sample])
-    return Table(caption, head, found)
+        cells.append([row["mrd"], row["mrd_se"], *text, *of_sample])
+    return Table(caption, head, cells)
 
 
 def _samples(rows: pa.Table, scored: int, number: int, name: str, include_text: bool) -> DataTable:
@@ -160,7 +160,7 @@ def _samples(rows: pa.Table, scored: int, number: int, name: str, include_text: 
 
 
 def agreement(runs: Sequence[Scores], include_text: bool) -> Agreement | None:
-    """How far the runs agree; None with fewer than two of them."""
+    """How well the runs agree; None with fewer than two runs."""
     if len(runs) < 2:
         return None
     rows: list[list[Cell]] = []
@@ -168,41 +168,41 @@ def agreement(runs: Sequence[Scores], include_text: bool) -> Agreement | None:
     for a, b in itertools.combinations(runs, 2):
         names = f"{b.about.name} against {a.about.name}"
         try:
-            found = compare.compare(CompareConfig(run_a=a.about.uri, run_b=b.about.uri))
+            comparison = compare.compare(CompareConfig(run_a=a.about.uri, run_b=b.about.uri))
         except UserError as problem:
             rows.append([names, None, None, None, None, None, f"not compared: {problem}"])
             continue
-        far = found.share_apart if found.apart is None else f"{found.apart:.1%} over 3 s.e. apart"
-        if 0 < found.judged < found.compared:
-            far += f", of {found.judged:,} that have standard errors"
+        far = comparison.share_apart if comparison.apart is None else f"{comparison.apart:.1%} over 3 s.e. apart"
+        if 0 < comparison.judged < comparison.compared:
+            far += f", of {comparison.judged:,} that have standard errors"
         unlike = _unlike(a, b)
         difference = "; ".join(filter(None, (far, unlike)))
-        figures = (found.compared, found.spearman, found.kendall, found.median_ratio)
-        rows.append([names, *figures, found.draws, difference])
+        figures = (comparison.compared, comparison.spearman, comparison.kendall, comparison.median_ratio)
+        rows.append([names, *figures, comparison.draws, difference])
         if a is runs[0]:
-            drawn.append(_scatter(a, b, found, unlike))
-            apart.append(_apart(a, b, found, include_text))
+            drawn.append(_scatter(a, b, comparison, unlike))
+            apart.append(_apart(a, b, comparison, include_text))
     head = ("runs", "samples", "Spearman", "Kendall", "median ratio", "errors of differences", "difference")
-    return Agreement(Table("Agreement of each two runs", head, rows), drawn, apart)
+    return Agreement(Table("Agreement of each pair of runs", head, rows), drawn, apart)
 
 
 def _unlike(a: Scores, b: Scores) -> str:
-    """What makes the scores differ beyond their sampling error, if anything; "" where nothing does."""
+    """Why the scores differ beyond their sampling error; "" if nothing is known to make them differ."""
     words = {"model": "another model", "scoring.sigma": "another sigma: compare ranks only"}
     of_a, of_b = (run.about.manifest["identity"] for run in (a, b))
     return "; ".join(said for key, said in words.items() if of_a.get(key) != of_b.get(key))
 
 
-def _scatter(a: Scores, b: Scores, found: compare.Comparison, unlike: str) -> Chart:
-    scores = np.array([(row["a"], row["b"]) for row in found.rows])
-    far = None if found.apart is None else np.array([abs(row["z"]) > 3 for row in found.rows])
-    return charts.two_runs(a.about.name, b.about.name, scores, far, found.spearman, unlike)
+def _scatter(a: Scores, b: Scores, comparison: compare.Comparison, unlike: str) -> Chart:
+    scores = np.array([(row["a"], row["b"]) for row in comparison.rows])
+    far = None if comparison.apart is None else np.array([abs(row["z"]) > 3 for row in comparison.rows])
+    return charts.two_runs(a.about.name, b.about.name, scores, far, comparison.spearman, unlike)
 
 
-def _apart(a: Scores, b: Scores, found: compare.Comparison, include_text: bool) -> Table:
+def _apart(a: Scores, b: Scores, comparison: compare.Comparison, include_text: bool) -> Table:
     head = ["sample", *(["text"] if include_text else []), a.about.name, b.about.name, "apart"]
     rows: list[list[Cell]] = []
-    for row in found.rows[: _SHOWN // 2]:
+    for row in comparison.rows[: _SHOWN // 2]:
         text = [Text(row["text"])] if include_text else []
-        rows.append([Text(row["sample_id"]), *text, row["a"], row["b"], found.how_far(row)])
+        rows.append([Text(row["sample_id"]), *text, row["a"], row["b"], comparison.how_far(row)])
     return Table(f"Where {b.about.name} and {a.about.name} disagree most", head, rows)

@@ -1,6 +1,6 @@
 """Axes and marks as SVG.
 
-All marks carry classes and no colours of their own, so that one drawing serves light, dark and paper.
+Marks have classes but no colours, so that the same drawing suits light and dark screens and paper.
 """
 
 import math
@@ -12,9 +12,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from mrd_ray.report.words import number
 
-WIDTH, HEIGHT = 460, 280  # pixels, as all lengths here
+WIDTH, HEIGHT = 460, 280  # in pixels, like all lengths here
 LEFT, RIGHT, TOP, BOTTOM = 68, 12, 12, 46
-MANY = 1500  # points; more are shown as the density that they have
+MANY = 1500  # points; more points are drawn as a density
 
 
 class Axis:
@@ -23,8 +23,8 @@ class Axis:
     def __init__(
         self, values: Iterable[float], pixels: tuple[float, float], *, log: bool = False, whole: bool = False
     ) -> None:
-        found = [float(value) for value in values if math.isfinite(value)] or [0.0, 1.0]
-        low, high = min(found), max(found)
+        finite = [float(value) for value in values if math.isfinite(value)] or [0.0, 1.0]
+        low, high = min(finite), max(finite)
         if high - low <= 1e-9 * max(abs(low), abs(high)):
             low, high = (low - abs(low) * 0.1, high + abs(high) * 0.1) if low else (0.0, 1.0)
         self.log, self.pixels = log, pixels
@@ -36,7 +36,7 @@ class Axis:
             margin = (high - low) * 0.03
             self.low, self.high = (low - margin, high + margin) if low != 0 else (0.0, high + margin)
             ticks = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=whole).tick_values(low, high)
-        first, last = (low, high) if whole else (self.low, self.high)  # no rank 0 beside the first
+        first, last = (low, high) if whole else (self.low, self.high)  # no tick for rank 0
         self.ticks = [float(tick) for tick in ticks if first <= tick <= last and not (whole and tick % 1)]
 
     def __call__(self, value: float) -> float:
@@ -47,12 +47,12 @@ class Axis:
 
 
 def x_axis(values: Iterable[float], *, log: bool = False, whole: bool = False) -> Axis:
-    """From the left of a drawing to its right."""
+    """An axis from the left of a drawing to its right."""
     return Axis(values, (LEFT, WIDTH - RIGHT), log=log, whole=whole)
 
 
 def y_axis(values: Iterable[float], *, log: bool = False, whole: bool = False, down: bool = False) -> Axis:
-    """From the bottom of a drawing to its top, or down."""
+    """An axis from the bottom of a drawing to its top, or down."""
     ends = (TOP, HEIGHT - BOTTOM) if down else (HEIGHT - BOTTOM, TOP)
     return Axis(values, ends, log=log, whole=whole)
 
@@ -83,7 +83,7 @@ def draw(title: str, x: Axis, y: Axis, x_label: str, y_label: str, marks: Iterab
 
 
 def text(x: float, y: float, text: str, anchor: str, kind: str = "number") -> Markup:
-    """Written at a place; `anchor` says which end of it is there."""
+    """Text at a place; `anchor` says which part of the text is there."""
     return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>').format(kind, x, y, anchor, text)
 
 
@@ -103,7 +103,7 @@ def path(points: Iterable[tuple[float, float]], kind: str) -> Markup:
 
 
 def points(x: Axis, y: Axis, xs: np.ndarray, ys: np.ndarray) -> list[Markup]:
-    """Dots; of very many, cells that are the darker the more samples fall into them."""
+    """Dots, or, if there are very many, cells that are darker if more points fall into them."""
     px, py = np.array([x(v) for v in xs.tolist()]), np.array([y(v) for v in ys.tolist()])
     if len(px) <= MANY:
         return [dot(*at) for at in zip(px.tolist(), py.tolist(), strict=True)]
@@ -118,5 +118,5 @@ def points(x: Axis, y: Axis, xs: np.ndarray, ys: np.ndarray) -> list[Markup]:
 
 
 def is_log(values: np.ndarray) -> bool:
-    """Whether positive values span so much that a linear axis would hide most."""
+    """Whether all values are positive and span so much that a linear axis would hide most."""
     return bool(len(values) and values.min() > 0 and values.max() / values.min() > 30)

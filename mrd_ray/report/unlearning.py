@@ -1,4 +1,4 @@
-"""The part of the page on unlearn runs: what each did to the model, step by step, and how its scores moved."""
+"""The part of the page about unlearn runs: what each did to the model, step by step, and how scores moved."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ class UnlearnSection:
 
 @dataclass(frozen=True)
 class UnlearnSections:
-    """All unlearn runs: before and after side by side, one over another where there are several, then each."""
+    """All unlearn runs: before and after side by side, several runs in one chart, then each run."""
 
     table: Table | None
     charts: list[Chart]
@@ -40,7 +40,7 @@ class UnlearnSections:
 
 
 def sections(runs: Sequence[Unlearning], texts: Mapping[str, Mapping[str, str | None]]) -> UnlearnSections | None:
-    """Of all unlearn runs. texts: of samples by sample_id, by the digest of their set, as far as they are known."""
+    """The sections on all unlearn runs. texts: known texts by sample_id, by the digest of their set."""
     if not runs:
         return None
     head = ["measure", *(f"{run.about.name}: {when}" for run in runs for when in ("before", "after"))]
@@ -97,33 +97,33 @@ def _section(run: Unlearning, texts: Mapping[str, str | None]) -> UnlearnSection
     for title, unit, names in _EVALUATED:
         at = [line["step"] for line in evaluations]
         lines = [Line(_label(name), at, [_measure(name, line) for line in evaluations]) for name in names]
-        found.append(charts.over_steps(title, unit, lines, refreshes, stop))
-    found += evaluation.over_steps(run.evaluations, refreshes, stop)
+        drawn.append(charts.over_steps(title, unit, lines, refreshes, stop))
+    drawn += evaluation.over_steps(run.evaluations, refreshes, stop)
     tables: list[Table] = []
     if len(run.refreshes) > 1 and (history := _history(run, texts)) is not None:
         chart, tables = history
-        found.append(chart)
-    return UnlearnSection(run.about.name, _outcome(run), [chart for chart in found if chart is not None], tables)
+        drawn.append(chart)
+    return UnlearnSection(run.about.name, _outcome(run), [chart for chart in drawn if chart is not None], tables)
 
 
 def _outcome(run: Unlearning) -> list[str]:
     if not run.log:
-        return ["Not finished: no step so far. The same command starts it again."]
-    taken = run.log[-1]["step"]  # a step at which it diverged counts, and has no line of its own
+        return ["Not finished: no step so far. Run the same command again to start it."]
+    taken = run.log[-1]["step"]  # a step that diverged counts too, but has no line of its own
     if run.outcome is None:
         last = run.log[-1]["of"]
         return [f"Not finished: {taken:,} of {last:,} steps so far. The same command resumes from its last checkpoint."]
     says = [f"Stopped after {count(taken, 'step')}: {run.outcome['reason']}."]
     step = run.outcome["step"]
     if step == 0:
-        says.append("The result is the model as it was: nothing has been unlearned.")
+        says.append("The result is the initial model: nothing has been unlearned.")
     elif step != taken:
         says.append(f"The result is the model of step {step:,}.")
     return says
 
 
 def _history(run: Unlearning, texts: Mapping[str, str | None]) -> tuple[Chart, list[Table]] | None:
-    """How ranks move from refresh to refresh, of the samples that all refreshes score; None with fewer than three."""
+    """How the ranks of samples that all refreshes score move; None with fewer than three such samples."""
     steps = sorted(run.refreshes)
     by_step = [
         {i: mrd for i, mrd in zip(table["sample_id"].to_pylist(), table["mrd"].to_pylist(), strict=True) if _known(mrd)}
@@ -133,7 +133,7 @@ def _history(run: Unlearning, texts: Mapping[str, str | None]) -> tuple[Chart, l
     if len(ids) < 3:
         return None
     mrd = np.array([[scores[i] for i in ids] for scores in by_step])
-    ranks = np.array([scipy.stats.rankdata(row) for row in mrd])  # those of equal scores are equal
+    ranks = np.array([scipy.stats.rankdata(row) for row in mrd])  # equal scores have equal ranks
     to_first = [_spearman(mrd[0], row) for row in mrd]
     third = max(1, len(ids) // 3)
     moves = np.abs(ranks[-1] - ranks[0])

@@ -32,7 +32,7 @@ def count(n: int, noun: str) -> str:
 
 
 def correlation(spearman: float) -> str:
-    """That of two scores of the same samples in words."""
+    """The rank correlation of two scores of the same samples, in words."""
     if math.isnan(spearman):
         return "no rank correlation, since in one of them all scores are the same"
     return f"a Spearman rank correlation of {spearman:.2f}"
