@@ -1,4 +1,4 @@
-"""The `mrd-ray` command, also as `python -m mrd_ray`: --help at once, all else by `mrd_ray.cli.main`."""
+"""The `mrd-ray` command, also as `python -m mrd_ray`: prints --help quickly, leaves the rest to `mrd_ray.cli.main`."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from mrd_ray.cli.commands import COMMANDS, DESCRIPTION
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, by default this process's; returns the exit code."""
+    """Run a command line, by default that of this process. Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if list(arguments) not in (["--help"], ["-h"]):
         try:

@@ -15,10 +15,10 @@ __all__ = ["MRDSampler", "compare", "evaluate", "plan", "score", "unlearn", "wri
 
 
 def score(config: "ScoreConfig") -> "ScoreRun":
-    """Score every sample of a forget set; resume, if the run directory holds such a run already.
+    """Score every sample of a forget set; resume if the run directory holds this run already.
 
     Raises:
-        UserError: bad input or settings, or a run directory that holds something else.
+        UserError: bad input or settings, or a run directory of another run.
     """
     from mrd_ray.scoring.score import score
 
@@ -26,17 +26,17 @@ def score(config: "ScoreConfig") -> "ScoreRun":
 
 
 def plan(config: "PlanConfig") -> "Estimate":
-    """Say what scoring would cost. Raises UserError as `score` does."""
+    """Estimate what scoring would cost. Raises UserError as `score` does."""
     from mrd_ray.planning.estimate import plan
 
     return plan(config)
 
 
 def unlearn(config: "UnlearnConfig") -> "UnlearnRun":
-    """Unlearn a forget set; resume, if the run directory holds such a run already.
+    """Unlearn a forget set; resume if the run directory holds this run already.
 
     Raises:
-        UserError: bad input or settings, a run directory of something else, or workers that failed too often.
+        UserError: bad input or settings, a run directory of another run, or workers that failed too often.
     """
     from mrd_ray.unlearning.unlearn import unlearn
 
@@ -44,10 +44,10 @@ def unlearn(config: "UnlearnConfig") -> "UnlearnRun":
 
 
 def evaluate(config: "EvaluateConfig") -> "EvaluateRun":
-    """Measure what a model still knows; resume, if the run directory holds such a run already.
+    """Measure what a model still knows; resume if the run directory holds this run already.
 
     Raises:
-        UserError: bad input or settings, or a run directory that holds something else.
+        UserError: bad input or settings, or a run directory of another run.
     """
     from mrd_ray.evaluation.evaluate import evaluate
 
@@ -62,7 +62,7 @@ def compare(config: "CompareConfig") -> "Comparison":
 
 
 def write_report(config: "ReportConfig") -> str:
-    """Make the HTML page of finished runs; returns its path. Raises UserError if a run cannot be read."""
+    """Write an HTML page about runs. Returns its path. Raises UserError if a run cannot be read."""
     from mrd_ray.report.report import write_report
 
     return write_report(config)

@@ -1,15 +1,15 @@
-"""The exceptions that mean "you can fix this", as opposed to a defect of ours."""
+"""The exceptions that mean "you can fix this", not "this is a bug of mrd_ray"."""
 
 import traceback
 
 
 class UserError(Exception):
-    """Bad input or setting. The message names it, says what was expected and what to do.
+    """Bad input or a bad setting. The message names it, and says what was expected and what to do.
 
     The command line prints it without a traceback and exits with 1.
 
     Args:
-        quotes: parts of the message that quote rows, or may.
+        quotes: parts of the message that quote rows, or may do so.
     """
 
     def __init__(self, message: str, *quotes: str) -> None:
@@ -26,15 +26,15 @@ class UserError(Exception):
 
 
 class SettingsError(UserError):
-    """Settings that are wrong by themselves, whatever the data and models: the command line exits with 2."""
+    """Settings that are wrong with any data and model: the command line exits with 2."""
 
 
 class Unfit(UserError):
-    """What is asked cannot be done on this node, and may be on another."""
+    """This node cannot do what is needed, but another node may."""
 
 
 def whole_traceback(problem: BaseException) -> str:
-    """The traceback with all that led to it, also where a UserError hides a library's exception from its reader."""
+    """The traceback with all its causes, even if a UserError hides a library's exception from readers."""
     seen: BaseException | None = problem
     while seen is not None:
         seen.__suppress_context__ = seen.__cause__ is not None

@@ -1,4 +1,4 @@
-"""Unlearning one sample, or a few together, from the model as it was: how many updates it takes, how far they go."""
+"""Unlearns one sample, or a few together, from the initial model: counts updates, and measures how far they go."""
 
 import itertools
 import math
@@ -75,14 +75,14 @@ def identity(model: ModelSettings, alone: AloneSettings, tasks: TasksOfSweep) ->
     own = {f"alone.{name}": value for name, value in alone.model_dump().items()}
     if alone.reference is not None:
         own["alone.reference"] = model_digest(_reference(model, alone.reference))
-    return own | {"ray.samples_per_task": tasks.samples_per_task}  # which decides what a cell of the sweep is
+    return own | {"ray.samples_per_task": tasks.samples_per_task}  # which decides the cells of the sweep
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Averages of the forget set on the reference model: what is below both is forgotten.
+    """Averages of the forget set on the reference model: samples below both are forgotten.
 
-    memorization_accuracy, extraction_likelihood: in [0, 1]; the latter None where it is left out, or has no n-gram.
+    memorization_accuracy, extraction_likelihood: in [0, 1]; the latter is None if not used, or without an n-gram.
     """
 
     memorization_accuracy: float
@@ -97,9 +97,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a group went.
+    """The outcome of unlearning a group.
 
-    updates: of the weights. forgotten: whether the limits were reached; else it ran out of updates, or diverged.
+    updates: of the weights. forgotten: whether it got below the limits; if not, it ran out of updates or diverged.
     mean_change, change_norm: mean absolute and Euclidean difference of the weights, in units of the weights.
     memorization_accuracy: before each update and after the last, mean over the group.
     """
@@ -146,11 +146,11 @@ def _extraction(model: PreTrainedModel, samples: Sequence[Tokenised], alone: Alo
     """Mean EL_n, None if it is left out or no sample is long enough."""
     if not alone.extraction_n:
         return None
-    found = extraction_likelihoods(
+    likelihoods = extraction_likelihoods(
         model, [sample["token_ids"] for sample in samples], alone.extraction_n, alone.extraction_stride,
         scored=[sample["scored"] for sample in samples],
     )  # fmt: skip
-    known = [likelihood for likelihood in found if not math.isnan(likelihood)]
+    known = [likelihood for likelihood in likelihoods if not math.isnan(likelihood)]
     return fmean(known) if known else None
 
 
@@ -172,7 +172,7 @@ def ascend(
     """Gradient ascent (SGA) from theta on these samples, all in each update, until they are forgotten.
 
     Args:
-        theta: weights to start from, by name; they stay as they are.
+        theta: weights to start from, by name; they are not changed.
     """
     with torch.no_grad():
         for name, weights in model.named_parameters():
@@ -210,5 +210,5 @@ def ascend(
 
 
 def _below(value: float, limit: float) -> bool:
-    """Zero counts as below, since nothing is: there is no less memory than none."""
+    """Zero counts as below, since no value is below zero."""
     return value < limit or value == 0

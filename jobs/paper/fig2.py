@@ -1,4 +1,4 @@
-"""Figure 2: how much does the outcome of the same unlearning vary with which samples are to be forgotten?"""
+"""Figure 2: how much does the outcome of unlearning vary with the choice of the forget set?"""
 
 import json
 import random
@@ -29,7 +29,7 @@ _MANY_SHARE = 0.5
 
 
 def experiment(config: Fig2Config) -> tuple[Findings, Subject]:
-    """Unlearn several selections, each with several seeds; compare the spread between with that within."""
+    """Unlearn several selections, each with several seeds; compare the spread between and within selections."""
     names = ("unlearning", "stopping", "scoring", "checkpoints", "deepspeed")
     own = {name: getattr(config, name).model_dump(mode="json") for name in names}
     subject = prepare(
@@ -53,13 +53,13 @@ def experiment(config: Fig2Config) -> tuple[Findings, Subject]:
     rows: list[dict[str, Cell]] = [row(TITLES[metric], values) for metric, values in changes.items()]
     varied = [row for row in rows if isinstance(row["p"], float) and row["p"] < 0.05 / len(rows)]
     found = [
-        f"{'Agrees' if varied else 'Undecided'}: the change of {len(varied)} of {len(rows)} figures differs between "
-        f"selections beyond what seeds do (analysis of variance, p < 0.05 / {len(rows)}).",
+        f"{'Agrees' if varied else 'Undecided'}: the change of {len(varied)} of {len(rows)} figures differs more "
+        f"between selections than between seeds (analysis of variance, p < 0.05 / {len(rows)}).",
         *unlearned.stopped_early(results),
     ]
     many = [str(row["change of"]) for row in rows if isinstance(row["share"], float) and row["share"] > _MANY_SHARE]
     if many:
-        found.append(f"The selection makes over half of the variance in the change of: {'; '.join(many)}.")
+        found.append(f"The selection causes over half of the variance in the change of: {'; '.join(many)}.")
     found.append(
         f"{config.selections} selections of {config.size} samples (selection seed {config.selection_seed}), each with "
         f"seeds {', '.join(map(str, config.seeds))}; {config.unlearning.method}, weighting "
@@ -76,7 +76,7 @@ def selections(config: Fig2Config, run: RunDirectory) -> list[DataSettings]:
     rows = [row.values for row in read.rows(config.data)]
     if config.size > len(rows):
         raise UserError(f"size: {config.size} is over the {len(rows)} samples of {config.data.path}")
-    found = []
+    of_run = []
     for i in range(config.selections):
         chosen = random.Random(f"{config.selection_seed} {i}").sample(range(len(rows)), config.size)
         name = f"selections/{i}.jsonl"
@@ -89,8 +89,8 @@ def selections(config: Fig2Config, run: RunDirectory) -> list[DataSettings]:
             "max_samples": None,
         }
         update["sample_seed"] = None
-        found.append(config.data.model_copy(update=update))
-    return found
+        of_run.append(config.data.model_copy(update=update))
+    return of_run
 
 
 def change(result: sweep.Result, metric: Measure) -> float:
@@ -100,11 +100,11 @@ def change(result: sweep.Result, metric: Measure) -> float:
 
 
 def row(title: str, values: list[list[float]]) -> dict[str, Cell]:
-    """Between selections and within them, over seeds: one-way analysis of variance, and its variance components."""
+    """One-way analysis of variance, between selections and over seeds within them, with its variance components."""
     of_selections = [float(np.mean(one)) for one in values]
     within = float(np.mean([np.var(one, ddof=1) for one in values]))
     between = max(0.0, float(np.var(of_selections, ddof=1)) - within / len(values[0]))
-    p = float(scipy.stats.f_oneway(*values).pvalue) if within else float(not between)  # seeds make no difference at all
+    p = float(scipy.stats.f_oneway(*values).pvalue) if within else float(not between)  # seeds make no difference
     return {
         "change of": title,
         "mean over selections": mean(of_selections),

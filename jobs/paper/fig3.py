@@ -1,4 +1,4 @@
-"""Figure 3: how far do parameters move until a composite sample is forgotten, and is it the same for all?"""
+"""Figure 3: how far do parameters move until a composite sample is forgotten, and is this the same for all?"""
 
 import random
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ _CLAIM = (
 
 
 def experiment(config: Fig3Config) -> tuple[Findings, Subject]:
-    """Unlearn composite samples, each from the model as it was, and measure how far the parameters moved."""
+    """Unlearn composite samples, each from the initial model, and measure how far the parameters move."""
     own = {name: getattr(config, name) for name in ("size", "composites", "seed")}
     subject = prepare(config, alone.identity(config.model, config.alone, config.ray) | own | {"experiment": "fig3"})
     members = _members(config, subject)
@@ -50,8 +50,9 @@ def experiment(config: Fig3Config) -> tuple[Findings, Subject]:
         f"{_verdict(outcomes.values())}: updates from {min(updates)} to {max(updates)}; the mean change of a "
         f"weight from {min(changes):.3g} to {max(changes):.3g}, with a coefficient of variation of {spread}.",
         f"Spearman's correlation of the change with the composite samples' mean MRD is {with_mrd}.",
-        f"{len(rows)} composite samples of {config.size}, put together with seed {config.seed}; forgotten is what has, "
-        f"on average, {limits}" + (f"; {kept} were not within {config.alone.max_updates} updates." if kept else "."),
+        f"{len(rows)} composite samples of {config.size}, combined with seed {config.seed}; a forgotten one has, "
+        f"on average, {limits}"
+        + (f"; {kept} were not forgotten within {config.alone.max_updates} updates." if kept else "."),
     ]
     title = "Figure 3: change of the parameters for each composite sample"
     return Findings("fig3", title, _CLAIM, rows, found, _page(changes, [row["updates"] for row in rows])), subject
@@ -59,7 +60,7 @@ def experiment(config: Fig3Config) -> tuple[Findings, Subject]:
 
 def _verdict(outcomes: Iterable[alone.Outcome]) -> str:
     updates = [outcome.updates for outcome in outcomes if outcome.forgotten]
-    # the samples differ by what is more than one update, below which forgetting is not resolved
+    # samples differ only if their updates differ by more than one: forgetting is not measured more finely
     return "Agrees" if updates and max(updates) - min(updates) > 1 else "Undecided"
 
 

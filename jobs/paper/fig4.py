@@ -1,4 +1,4 @@
-"""Figure 4: is MRD the number of updates that unlearning a single sample takes?"""
+"""Figure 4: does MRD predict the number of updates that unlearning a single sample takes?"""
 
 import matplotlib.figure
 import numpy as np
@@ -10,8 +10,8 @@ from jobs.paper.statistics import Interval, excess, spearman
 from jobs.paper.subject import Subject, prepare
 from mrd_ray.config import RaySettings
 
-_CLAIM = "MRD ranks samples by the number of updates that unlearning each alone takes: the larger MRD, the fewer."
-# by column of scores.parquet; the first is what the others are held against
+_CLAIM = "MRD ranks samples by the number of updates that unlearning each one takes: the larger MRD, the fewer."
+# by column of scores.parquet; the others are compared with the first
 _MEASURES = {
     "mrd": "MRD",
     "num_tokens": "length, tokens",
@@ -22,7 +22,7 @@ _MEASURES = {
 
 
 def experiment(config: Fig4Config) -> tuple[Findings, Subject]:
-    """Score the set, unlearn every sample alone, and rank one by the other."""
+    """Score the set, unlearn every sample separately, and correlate scores with updates."""
     subject = prepare(config, alone.identity(config.model, config.alone, config.ray) | {"experiment": "fig4"})
     scores = subject.score(config, RaySettings(gpus_per_actor=config.ray.gpus_per_task or None)).scores
     groups: alone.Groups = {row["sample_id"]: [row] for row in subject.samples.to_pylist()}
@@ -45,8 +45,8 @@ def experiment(config: Fig4Config) -> tuple[Findings, Subject]:
     found = [_verdict(of_mrd), *_beside(rows[1:])]
     found.append(
         f"{len(updates)} samples; updates from {min(updates)} to {max(updates)}, median {np.median(updates):g}. "
-        f"Forgotten is what has {limits}"
-        + (f"; {kept} were not, and count as {config.alone.max_updates} updates." if kept else ".")
+        f"A forgotten sample has {limits}"
+        + (f"; {kept} were not forgotten, and count as {config.alone.max_updates} updates." if kept else ".")
     )
     title = "Figure 4: MRD and the updates that unlearning a single sample takes"
     page = _page(measures["mrd"], updates, of_mrd)
@@ -64,7 +64,7 @@ def _verdict(of_mrd: Interval) -> str:
 
 
 def _beside(rows: list[dict[str, Cell]]) -> list[str]:
-    """How MRD compares with each baseline, where the difference is beyond chance."""
+    """How MRD compares with each baseline, if the difference is beyond chance."""
     by = {True: [], False: []}  # type: dict[bool, list[str]]
     for row in rows:
         better = row["|MRD's| - |this one's|"]
@@ -72,8 +72,8 @@ def _beside(rows: list[dict[str, Cell]]) -> list[str]:
         if better.decided:
             by[better.value > 0].append(str(row["measure"]))
     words = {True: "MRD ranks updates better than", False: "MRD ranks updates worse than"}
-    found = [f"{words[which]}: {', '.join(names)}." for which, names in by.items() if names]
-    return found or ["No measure beside MRD is better or worse beyond chance."]
+    sentences = [f"{words[which]}: {', '.join(names)}." for which, names in by.items() if names]
+    return sentences or ["No other measure is better or worse than MRD beyond chance."]
 
 
 def _page(mrd: list[float], updates: list[int], of_mrd: Interval) -> matplotlib.figure.Figure:

@@ -1,4 +1,4 @@
-"""Figure 5: what becomes of MRD with sigma, with the precision, and with the number of draws K?"""
+"""Figure 5: how does MRD change with sigma, with the precision, and with the number of draws K?"""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ from mrd_ray.scoring.score import score
 
 _CLAIM = "MRD is measured with sigma = 1e-5 and K = 200; the order it puts samples in is stable around these values."
 
-_SETTINGS = ("parameters", "seed", "micro_batch_tokens")  # of scoring, beside what the sweep varies
+_SETTINGS = ("parameters", "seed", "micro_batch_tokens")  # of scoring, besides what the sweep varies
 
 
 def experiment(config: Fig5Config) -> tuple[Findings, Subject]:
-    """Algorithm 1 at each sigma and precision, and at each K, against the closed form in float32."""
+    """Compare Algorithm 1, at each sigma and precision and at each K, with the closed form in float32."""
     settings = {f"scoring.{name}": getattr(config.scoring, name) for name in _SETTINGS}
     own = {
         "scored": config.scored,
@@ -55,7 +55,7 @@ def _runs(config: Fig5Config, subject: Subject) -> dict[str, ScoreConfig]:
     for dtype in dict.fromkeys(("float32", *config.dtypes)):
         name = f"closed-form-{dtype}"
         runs[name] = run(name, dtype, estimator="closed_form", sigma=sigma)
-    # what low precision does is the question, so none is refused
+    # the effect of low precision is the question, so allow it
     of_draws = {"estimator": "monte_carlo", "allow_low_precision": True}
     for dtype in config.dtypes:
         for other in sorted(config.sigmas):
@@ -80,13 +80,13 @@ def _score(config: ScoreConfig) -> sweep.Result:
 
 
 def _ratios(result: sweep.Result, exact: sweep.Result) -> list[float]:
-    """MRD / sigma of each sample, over the same of the closed form in float32: 1 where MRD is first order in sigma."""
+    """Each sample's MRD / sigma, divided by the closed form's in float32: 1 if MRD is first order in sigma."""
     pairs = zip(result["mrd"], exact["mrd"], strict=True)
     return [(mrd / result["sigma"]) / (other / exact["sigma"]) for mrd, other in pairs]
 
 
 def _is_linear(result: sweep.Result, exact: sweep.Result) -> bool:
-    """Whether MRD is within 25%, and two standard errors of a sample's score, of its small-sigma limit."""
+    """Whether MRD is its small-sigma limit, within 25% plus two standard errors of a sample's score."""
     relative = np.median([se / mrd for se, mrd in zip(result["mrd_se"], result["mrd"], strict=True) if mrd])
     return abs(float(np.median(_ratios(result, exact))) - 1) < 0.25 + 2 * float(relative)
 
@@ -108,30 +108,30 @@ def _row(name: str, result: sweep.Result, exact: sweep.Result) -> dict[str, Cell
 
 
 def _found(config: Fig5Config, results: dict[str, sweep.Result], exact: sweep.Result) -> list[str]:
-    """Where MRD is proportional to sigma, where the order of samples holds, by precision; and what K buys."""
-    found = []
+    """For each precision: where MRD is proportional to sigma, and where samples keep their order; the effect of K."""
+    sentences = []
     for dtype in config.dtypes:
         runs = [results[f"{dtype}-sigma-{sigma:g}"] for sigma in sorted(config.sigmas)]
         linear = [run["sigma"] for run in runs if _is_linear(run, exact)]
         orders = {run["sigma"]: spearman(run["mrd"], exact["mrd"]) for run in runs}
         bent = [run["sigma"] for run in runs if run["sigma"] not in linear]
         held = [sigma for sigma, order in orders.items() if order.low > 0]
-        found.append(
-            f"{dtype}, K = {config.sigma_draws}: MRD is its small-sigma limit, to 25% and two standard errors, at "
-            f"sigma {_list(linear)} and not at {_list(bent)}; samples stand in its order, "
+        sentences.append(
+            f"{dtype}, K = {config.sigma_draws}: MRD is its small-sigma limit, within 25% and two standard errors, at "
+            f"sigma {_list(linear)}, not at {_list(bent)}; samples have the limit's order, "
             f"beyond chance, at {_list(held)}."
         )
     draws = {k: spearman(results[f"float32-draws-{k}"]["mrd"], exact["mrd"]) for k in sorted(config.draws)}
-    found.append(
+    sentences.append(
         f"float32, sigma {config.scoring.sigma:g}: Spearman's correlation with the closed form is "
         + ", ".join(f"{order} at K = {k}" for k, order in draws.items())
         + "."
     )
-    found.append(
-        f"{len(exact['mrd'])} samples, noise seed {config.scoring.seed}. All share their draws, so that their errors "
-        "go together, and a mean over them is less sure than its interval says."
+    sentences.append(
+        f"{len(exact['mrd'])} samples, noise seed {config.scoring.seed}. All share their draws, so their errors are "
+        "correlated, and a mean over them is less certain than its interval says."
     )
-    return found
+    return sentences
 
 
 def _list(sigmas: list[float]) -> str:

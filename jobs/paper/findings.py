@@ -1,4 +1,4 @@
-"""What an experiment found, beside what the paper says: on the terminal, as JSON and as a picture."""
+"""An experiment's findings beside the paper's claim: on the terminal, as JSON and as a picture."""
 
 import json
 import math
@@ -21,7 +21,7 @@ Cell = str | int | float | None | Interval
 
 @dataclass(frozen=True)
 class Findings:
-    """name: of files. claim: of the paper, in words. rows: ours, with the same columns each. found: in sentences."""
+    """name: of the files. claim: the paper's, in words. rows: ours, all with the same columns. found: sentences."""
 
     name: str
     title: str
@@ -32,7 +32,7 @@ class Findings:
 
 
 def publish(findings: Findings, config: ExperimentConfig, run: RunDirectory, console: Console) -> None:
-    """Print, and write RUN/findings.json and findings.png, and copies into `config.results`."""
+    """Print the findings; write RUN/findings.json and findings.png, and copies into `config.results`."""
     console.print(f"[bold]{escape(findings.title)}", highlight=False)
     sides = Table("the paper (arXiv 2504.06658)", "found here", show_lines=True)
     sides.add_row(escape(findings.claim), escape("\n".join(findings.found)))

@@ -32,7 +32,7 @@ LINE = CommandLine(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run an experiment and print what it found; the exit code is 0 whether it agrees with the paper or not."""
+    """Run an experiment and print its findings. The exit code is 0 whether they agree with the paper or not."""
     return LINE.run(sys.argv[1:] if arguments is None else arguments, _call)
 
 

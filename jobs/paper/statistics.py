@@ -10,12 +10,12 @@ import numpy as np
 import scipy.stats
 
 _LEVEL, _RESAMPLES = 0.95, 9999
-_FEWEST = 10  # pairs; of fewer, a bootstrap is sure of what is chance
+_FEWEST = 10  # pairs; with fewer, a bootstrap's intervals are too narrow
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate, and its 95% confidence interval; nan where the data do not say."""
+    """An estimate, and its 95% confidence interval; nan if the data are too few or all the same."""
 
     value: float
     low: float
@@ -33,7 +33,7 @@ class Interval:
 
 
 def mean(values: Sequence[float], comparisons: int = 1) -> Interval:
-    """Mean, with Student's interval; of 95% for so many such comparisons together (Bonferroni)."""
+    """Mean, with Student's interval: 95% for all `comparisons` together (Bonferroni)."""
     if len(values) < 2 or np.ptp(values) == 0:
         return Interval(float(np.mean(values)), math.nan, math.nan)
     interval = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(1 - (1 - _LEVEL) / comparisons)
@@ -46,8 +46,8 @@ def spearman(
     """Spearman's rank correlation of paired values, with a percentile bootstrap over the pairs.
 
     Args:
-        given: a third value of each pair, to be held fixed: the partial correlation of ranks.
-        comparisons: the interval is of 95% for so many together (Bonferroni).
+        given: a third value for each pair, to hold fixed: the result is the partial correlation of ranks.
+        comparisons: the interval is 95% for this many together (Bonferroni).
     """
     columns = (x, y) if given is None else (x, y, given)
     return _bootstrap(_rank_correlation, *columns, comparisons=comparisons)
@@ -70,17 +70,18 @@ def variation(values: Sequence[float]) -> Interval:
 def _bootstrap(statistic: Any, *columns: Sequence[float], comparisons: int = 1) -> Interval:
     data = tuple(np.asarray(column, float) for column in columns)
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)  # where a resample has nan, see below
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)  # if a resample has nan, see below
         value = float(statistic(*data))
-        if math.isnan(value) or len(data[0]) < _FEWEST:  # all alike, or too few
+        if math.isnan(value) or len(data[0]) < _FEWEST:  # all the same, or too few
             return Interval(value, math.nan, math.nan)
-        found = scipy.stats.bootstrap(
+        resampled = scipy.stats.bootstrap(
             data, statistic, paired=True, vectorized=True, n_resamples=_RESAMPLES, method="percentile",
             rng=np.random.default_rng(0), batch=500,
         )  # fmt: skip
         tail = (1 - _LEVEL) / comparisons / 2
         tails = [tail, 1 - tail]
-        low, high = np.nanquantile(found.bootstrap_distribution, tails)  # nan: a resample of pairs that are all alike
+        # nan: a resample of pairs that are all the same
+        low, high = np.nanquantile(resampled.bootstrap_distribution, tails)
     return Interval(value, float(low), float(high))
 
 

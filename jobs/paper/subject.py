@@ -1,4 +1,4 @@
-"""What an experiment is made on: the model, made to learn the sets where it must, and the samples."""
+"""The subject of an experiment: the model, after it learned the sets if needed, and the samples."""
 
 import hashlib
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from mrd_ray.unlearning.sets import retain_data
 
 _MEASURES = ("mean_log_prob", "memorization_accuracy", "log_prob_gradient_norm")
 
-_FEWEST = 10  # of which a rank correlation says something
+_FEWEST = 10  # samples for a meaningful rank correlation
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Subject:
 
 
 def prepare(config: ExperimentConfig, identity: dict[str, Any]) -> Subject:
-    """Read the sets, let the model learn them if it must, and claim the run directory.
+    """Read the sets, let the model learn them if asked, and claim the run directory.
 
-    identity: the settings, beside the sets and the model, that results in RUN/cells depend on.
+    identity: the settings, besides the sets and the model, that results in RUN/cells depend on.
 
     Raises:
-        UserError: bad input, a sample that cannot be scored, or a run directory of something else.
+        UserError: bad input, a sample that cannot be scored, or a run directory of another run.
     """
     console = meter.console()
     run = RunDirectory(config.run.dir)

@@ -1,4 +1,4 @@
-"""A sweep: cells with a name, each a Ray task whose result is a file, so that what is done is not done again."""
+"""A sweep: named cells, each a Ray task whose result is a file, so that finished cells are not computed again."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -29,13 +29,13 @@ def work_off(
     """The results of all cells, by name, in their order. Those in RUN/cells are not computed again.
 
     Args:
-        function: a cell -> its result, of what JSON can hold; run by Ray wherever it has room.
-        cpus, gpus: of each task; none where a task only starts others.
-        at_once: tasks at a time; None leaves it to Ray.
+        function: a cell -> its result, which must be valid JSON; Ray runs it wherever it has room.
+        cpus, gpus: for each task; 0 if a task only starts others.
+        at_once: the number of tasks at a time; None lets Ray decide.
         tidy: takes the name of a cell whose result is on disk.
 
     Raises:
-        UserError: what a task raises.
+        UserError: what a task raises, or a task whose worker died too often.
     """
     files = {name: f"cells/{name}.json" for name in cells}
     missing = {name: cell for name, cell in cells.items() if not run.exists(files[name])}
@@ -70,8 +70,8 @@ def _compute(
                 if isinstance(problem.cause, UserError):
                     raise UserError(f"{name}: {problem.cause}") from None
                 raise
-            except RayError as problem:  # its worker was killed, or its node lost, more often than Ray tries again
-                raise UserError(f"{name}: {problem}. What is done is kept; start the same command again") from None
+            except RayError as problem:  # its worker or node was lost more often than Ray retries
+                raise UserError(f"{name}: {problem}. Finished tasks are kept; run the same command again") from None
             run.write(f"cells/{name}.json", json.dumps(result, indent=1).encode())
             tidy(name)
             meter.advance(1, f"{name} done")

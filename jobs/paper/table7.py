@@ -1,4 +1,4 @@
-"""Table 7: what are the samples like that are hard to unlearn?"""
+"""Table 7: which characteristics do samples have that are hard to unlearn?"""
 
 import re
 from collections import Counter
@@ -17,13 +17,13 @@ from mrd_ray.data import read
 from mrd_ray.errors import UserError
 
 _CLAIM = (
-    "MRD goes with what a sample is like: its semantic complexity, how frequent it is, its initial probability, and "
-    "whether it holds rare words."
+    "MRD correlates with a sample's characteristics: its semantic complexity, its frequency, its initial probability, "
+    "and whether it has rare words."
 )
 
 
 def experiment(config: Table7Config) -> tuple[Findings, Subject]:
-    """MRD of the samples with less and with more of each characteristic."""
+    """Compare MRD of samples with less and with more of each characteristic."""
     subject = prepare(config, {"experiment": "table7"})
     scores = subject.score(config, config.ray).scores
     mrd, tokens = (scores[name].to_pylist() for name in ("mrd", "num_tokens"))
@@ -41,8 +41,8 @@ def experiment(config: Table7Config) -> tuple[Findings, Subject]:
     held = {name: of for name, of in tests.items() if of.decided}
     verdict = "Agrees" if len(held) == len(tests) else "Agrees in part" if held else "Undecided"
     found = [
-        f"{verdict}: {len(held)} of {len(tests)} characteristics go with MRD at equal length, beyond chance for all of "
-        "these together."
+        f"{verdict}: {len(held)} of {len(tests)} characteristics correlate with MRD at equal length, beyond chance for "
+        "all of them together."
     ]
     for name, of in held.items():
         found.append(f"The more {name.split(':')[0]}, the {_easier(of.value)} to unlearn by its MRD.")
@@ -61,7 +61,7 @@ def words(text: str) -> list[str]:
 
 
 def complexity(of: list[str]) -> float:
-    """Guiraud's index of lexical diversity: different words over the square root of all."""
+    """Guiraud's index of lexical diversity: different words divided by the square root of all words."""
     return len(set(of)) / len(of) ** 0.5 if of else 0.0
 
 
@@ -71,7 +71,7 @@ def rarity(of: list[str], common: set[str]) -> float:
 
 
 def frequencies(texts: list[str], others: list[str], n: int = 3) -> list[float]:
-    """For each text, the share of its word n-grams that stand in another of the texts, or in one of the others."""
+    """For each text, the share of its word n-grams that also occur in another of the texts, or in one of `others`."""
     grams = [_grams(text, n) for text in texts]
     count = Counter(gram for one in (*grams, *(_grams(text, n) for text in others)) for gram in one)
     return [sum(count[gram] > 1 for gram in one) / len(one) if one else 0.0 for one in grams]

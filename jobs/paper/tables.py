@@ -1,4 +1,4 @@
-"""Tables 1, 4, 5, 6: does drawing forget samples by MRD improve each method, in what is forgotten and what is kept?"""
+"""Tables 1, 4, 5, 6: does drawing forget samples by MRD improve each method, for what is forgotten and what is kept?"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from mrd_ray.unlearning.stopping import TITLES
 
 _CLAIM = (
     "Drawing forget samples by MRD improves each of SGA (which makes it CGA), GradDiff, PO and NPO: more is forgotten, "
-    "and less of what is to stay is lost."
+    "and less of the other knowledge is lost."
 )
 _METHODS = {"ga": "SGA", "graddiff": "GradDiff", "po": "PO", "npo": "NPO"}
 _KNOWLEDGE = (
@@ -34,7 +34,7 @@ Values = dict[Figure, list[float]]  # of all seeds
 
 
 def experiment(config: TablesConfig) -> tuple[Findings, Subject]:
-    """Every method, weighting and seed; each figure's mean over seeds, and the paired gain over uniform weights."""
+    """Run every method, weighting and seed; report each figure's mean over seeds, and the gain over uniform weights."""
     names = ("unlearning", "stopping", "scoring", "checkpoints", "deepspeed", "evaluation")
     own: dict[str, Any] = {name: getattr(config, name).model_dump(mode="json") for name in names}
     evaluated = bool(config.evaluation.sets or config.evaluation.zero_shot)
@@ -62,20 +62,20 @@ def experiment(config: TablesConfig) -> tuple[Findings, Subject]:
 
 
 def _contents(config: TablesConfig) -> dict[str, Any]:
-    """Digests of what the settings name by path."""
+    """Digests of the files that the settings name."""
     tokenizer = load.load_tokenizer(config.model)
     limits = Limits.of(load.skeleton(config.model))
     evaluation = config.evaluation
-    found: dict[str, str | None] = {
+    known: dict[str, str | None] = {
         name: sets.digest(rows) for name, rows in sets.build_all(evaluation, tokenizer, limits).items()
     }
     for name in ("embedding_model", "toxicity_model"):
-        found[name] = judges.identity(getattr(evaluation, name))
-    found["zero_shot_tasks"] = zero_shot.tasks_digest(evaluation.zero_shot_tasks)
+        known[name] = judges.identity(getattr(evaluation, name))
+    known["zero_shot_tasks"] = zero_shot.tasks_digest(evaluation.zero_shot_tasks)
     refusals = [Path(of["refusals"]).expanduser() for of in config.methods.values() if "refusals" in of]
     if missing := [file for file in refusals if not file.is_file()]:
         raise UserError(f"methods: refusals: there is no file {missing[0]}")
-    return {f"content.{name}": value for name, value in found.items()} | {"content.refusals": content_digest(refusals)}
+    return {f"content.{name}": value for name, value in known.items()} | {"content.refusals": content_digest(refusals)}
 
 
 def _unlearning(config: TablesConfig, method: Method, more: dict[str, object]) -> UnlearningSettings:
@@ -92,14 +92,14 @@ def _before(config: TablesConfig, subject: Subject) -> unlearned.UnlearnedModel:
 
 
 def _values(results: Sequence[Mapping[str, Any]]) -> Values:
-    """By figure, its value in each result; of figures that all results have."""
-    found: Values = {}
+    """The values of each figure, one for each result; only figures that all results have."""
+    by_figure: Values = {}
     for result in results:
         for name, value in result["after"].items():
-            found.setdefault((None, name), []).append(value)
+            by_figure.setdefault((None, name), []).append(value)
         for of, metric, value in result.get("figures", ()):
-            found.setdefault((of, metric), []).append(value)
-    return {figure: values for figure, values in found.items() if len(values) == len(results)}
+            by_figure.setdefault((of, metric), []).append(value)
+    return {figure: values for figure, values in by_figure.items() if len(values) == len(results)}
 
 
 def _title(figure: Figure) -> str:
@@ -109,7 +109,7 @@ def _title(figure: Figure) -> str:
 
 
 def better(figure: Figure, forget: str | None) -> int:
-    """Whether more of a figure is what unlearning is for (1), or less of it (-1); 0 where that depends on the task."""
+    """Whether unlearning should raise a figure (1) or lower it (-1); 0 if that depends on the task."""
     of, metric = figure
     if metric in TITLES or metric == "toxicity":
         return -1
@@ -117,7 +117,7 @@ def better(figure: Figure, forget: str | None) -> int:
         return 1
     if of is None or forget is None:
         return 0
-    known = {"perplexity": -1} | dict.fromkeys(_KNOWLEDGE, 1)  # of what is to stay
+    known = {"perplexity": -1} | dict.fromkeys(_KNOWLEDGE, 1)  # for sets that should stay known
     return known.get(metric, 0) * (-1 if of == forget else 1)
 
 
@@ -134,7 +134,7 @@ def _row(figure: Figure, before: Values, values: Mapping[tuple[str, str], Values
 def _gain(
     figure: Figure, method: str, values: Mapping[tuple[str, str], Values], comparisons: int = 1
 ) -> Interval | None:
-    """Of MRD over uniform weights, seed by seed; None if either is not there."""
+    """The gain of MRD over uniform weights, seed by seed; None if one of them is missing."""
     pair = [values.get((method, weighting), {}).get(figure) for weighting in ("mrd", "uniform")]
     if pair[0] is None or pair[1] is None:
         return None
@@ -142,7 +142,7 @@ def _gain(
 
 
 def _gains(values: Mapping[tuple[str, str], Values], forget: str | None) -> list[str]:
-    """Per method, what MRD weights make better and worse beyond chance."""
+    """For each method, the figures that MRD weights make better or worse beyond chance."""
     judged: dict[str, Values] = {}  # by method, the figures that both weightings have and that can be better or worse
     for method in dict.fromkeys(method for method, _ in values):
         own = values.get((method, "mrd"), {})
@@ -150,7 +150,7 @@ def _gains(values: Mapping[tuple[str, str], Values], forget: str | None) -> list
             figure: of for figure, of in own.items() if better(figure, forget) and _gain(figure, method, values)
         }
     comparisons = sum(map(len, judged.values()))
-    found = []
+    sentences = []
     for method, figures in judged.items():
         if not figures:
             continue
@@ -164,10 +164,10 @@ def _gains(values: Mapping[tuple[str, str], Values], forget: str | None) -> list
             if of
         ]
         words = ", and ".join(parts) or f"neither better nor worse in any of {len(gains)} figures"
-        found.append(
+        sentences.append(
             f"{_METHODS[method]}: {verdict}. MRD weights are {words}, beyond chance in {comparisons} comparisons."
         )
-    return found
+    return sentences
 
 
 def _setting(config: TablesConfig, results: Mapping[str, sweep.Result]) -> str:
@@ -178,7 +178,7 @@ def _setting(config: TablesConfig, results: Mapping[str, sweep.Result]) -> str:
 
 
 def _page(before: Values, values: Mapping[tuple[str, str], Values]) -> matplotlib.figure.Figure:
-    """What is forgotten against what is kept: forget MA and retain perplexity, a point for each seed."""
+    """Plot what is forgotten against what is kept: forget MA and retain perplexity, a point for each seed."""
     page = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
     axis = page.add_subplot()
     forget, retain = (None, "forget_memorization_accuracy"), (None, "retain_perplexity")

@@ -1,4 +1,4 @@
-"""A cell that unlearns a set as a whole and asks what is left; Figure 2 and the tables are sweeps of it."""
+"""A cell that unlearns a whole set and measures what is left; Figure 2 and the tables are sweeps of such cells."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,14 +73,14 @@ def work(one: UnlearnedModel) -> sweep.Result:
         found |= {"failed": finished.failed, "steps": finished.step}
     if one.evaluation is not None:
         figures = evaluate(one.evaluation).figures
-        found["figures"] = [[figure.set, figure.metric, figure.value] for figure in figures]
-    return found
+        result["figures"] = [[figure.set, figure.metric, figure.value] for figure in figures]
+    return result
 
 
 def work_off(
     config: UnlearningSweep, subject: Subject, title: str, cells: Mapping[str, UnlearnedModel]
 ) -> dict[str, sweep.Result]:
-    """The results of all cells. Models are not kept: a cell can make its own again."""
+    """The results of all cells. Models are deleted; a cell can make its model again."""
 
     def tidy(name: str) -> None:
         for folder in ("model", "checkpoints"):
@@ -94,11 +94,11 @@ def work_off(
 
 
 def stopped_early(results: Mapping[str, sweep.Result]) -> list[str]:
-    """A sentence on the runs that diverged or fell below the utility floor, if there are any."""
+    """A sentence about runs that diverged or fell below the utility floor, if there are any."""
     failed = [name for name, result in results.items() if result.get("failed")]
     if not failed:
         return []
     return [
         f"{len(failed)} of {len(results)} runs diverged or fell below the utility floor, and count with the last good "
-        f"state, maybe the model as it was: {', '.join(failed)}."
+        f"state, which may be the initial model: {', '.join(failed)}."
     ]

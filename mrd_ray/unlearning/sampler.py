@@ -215,7 +215,7 @@ def _rows(ids: pa.Array, known: pa.Array) -> np.ndarray:
     if len(twice):
         raise UserError(
             f"{len(twice)} sample ids occur more than once in the data set: {_named(known.take(pa.array(twice)))}; "
-            "keep each of them once"
+            "remove the repetitions"
         )
     return rows
 
