@@ -1,4 +1,4 @@
-"""docs/models.md, written from what was measured: `make models`, or PYTHONPATH=. python tests/mrd/zoo_page.py."""
+"""Measures all architectures and writes docs/models.md: `make models`, or PYTHONPATH=. python tests/mrd/zoo_page.py."""
 
 import collections
 import sys
@@ -15,20 +15,20 @@ _LONGEST = 240  # characters of a reason
 _TEXT = """# Models
 
 Every architecture for which transformers {version} has a causal language model: {names} model types, of which {built}
-were built small, with random weights, and scored; the others are at the end. `make models` measures anew and writes
-this page, in some minutes; a test (`pytest -m slow tests/mrd/test_zoo.py`) holds that the table is still true.
+were built small, with random weights, and scored; the others are at the end. `make models` repeats the measurement and
+writes this page, in a few minutes; a test (`pytest -m slow tests/mrd/test_zoo.py`) checks that the table is still true.
 
-**How to read it.** *right* means that four short samples of different lengths, scored together, get what a few lines of
-plain code give for each alone: each draw's Delta for Monte Carlo, the norm of autograd's gradient for the closed form,
-and the gradient's product with the draw for the control variate. *refused* means that mrd_ray ends with a message
-instead of a number; the messages are below the table, one for each model type. "N of M parameters by autograd" need
-`--scoring.allow_slow_parameters true`, since no rule covers them.
+**How to read it.** *right* means that four short samples of different lengths, scored together, get the same values as
+from a few lines of plain code for each sample separately: each draw's Delta for Monte Carlo, the norm of autograd's
+gradient for the closed form, and the gradient's product with the draw for the control variate. *refused* means that
+mrd_ray stops with a message instead of a number; the messages are below the table, one for each model type. "N of M parameters by
+autograd" need `--scoring.allow_slow_parameters true`, since no rule covers them.
 
 *causal: if is_decoder* means that the model is refused unless its config.json has `is_decoder: true`. *chooses: yes*
-means that experts, or positions to attend to, are chosen by size: noise can change the choice, which no gradient sees,
-so the closed form may then differ from Monte Carlo. A right number here says that the architecture is handled, in
-float64 (in float32 where it knows no other); it does not say that sigma suits a trained model, which Monte Carlo tries
-out by itself.
+means that the model chooses experts, or positions to attend to, by size. Noise can change the choice, but no gradient
+shows this, so the closed form may differ from Monte Carlo. A right number here means that mrd_ray handles the
+architecture, in float64 (in float32 if it has no other). It does not mean that sigma suits a trained model; Monte Carlo
+tries that out before it scores.
 
 {counts}
 
@@ -47,7 +47,7 @@ out by itself.
 
 
 def page(rows: list[Row]) -> str:
-    """The whole text."""
+    """The text of the page."""
     return _TEXT.format(
         version=transformers.__version__,
         names=len(NAMES),
@@ -66,8 +66,8 @@ def _counts(rows: list[Row]) -> str:
     kinds = [RIGHT, REFUSED, WRONG, CRASHED]
     lines = [f"| | {' | '.join(kinds)} |", f"|{' --- |' * (len(kinds) + 1)}"]
     for title, name in zip(_HEAD[4:7], ("monte_carlo", "closed_form", "control_variate"), strict=True):
-        found = collections.Counter(getattr(row, name).partition(",")[0] for row in rows)
-        lines.append(f"| {title} | {' | '.join(str(found[kind]) for kind in kinds)} |")
+        verdicts = collections.Counter(getattr(row, name).partition(",")[0] for row in rows)
+        lines.append(f"| {title} | {' | '.join(str(verdicts[kind]) for kind in kinds)} |")
     return "\n".join(lines)
 
 
@@ -77,16 +77,16 @@ def _short(reason: str) -> str:
 
 
 def listed() -> dict[str, list[str]]:
-    """The cells of each row that the page has, by model type; no cells for what was not built."""
+    """The cells of each row of the page, by model type; no cells for types that were not built."""
     table, _, not_built = PAGE.read_text(encoding="utf-8").partition("## What the refusals say")
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
-    found = {cells[0].strip("`"): [cells[0].strip("`"), *cells[1:]] for cells in rows}
+    built = {cells[0].strip("`"): [cells[0].strip("`"), *cells[1:]] for cells in rows}
     lines = not_built.partition("## Not built")[2].splitlines()
-    return found | {line.split("`")[1]: [] for line in lines if line.startswith("- `")}
+    return built | {line.split("`")[1]: [] for line in lines if line.startswith("- `")}
 
 
 def version() -> str:
-    """The version of transformers that the page was measured with."""
+    """The version of transformers that the page is about."""
     return PAGE.read_text(encoding="utf-8").partition("transformers ")[2].split()[0]
 
 
