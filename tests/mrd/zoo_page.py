@@ -21,8 +21,8 @@ writes this page, in a few minutes; a test (`pytest -m slow tests/mrd/test_zoo.p
 **How to read it.** *right* means that four short samples of different lengths, scored together, get the same values as
 from a few lines of plain code for each sample separately: each draw's Delta for Monte Carlo, the norm of autograd's
 gradient for the closed form, and the gradient's product with the draw for the control variate. *refused* means that
-mrd_ray stops with a message instead of a number; the messages are below the table, one for each model type. "N of M parameters by
-autograd" need `--scoring.allow_slow_parameters true`, since no rule covers them.
+mrd_ray stops with a message instead of a number; the messages are below the table, one for each model type. "N of M
+parameters by autograd" need `--scoring.allow_slow_parameters true`, since no rule covers them.
 
 *causal: if is_decoder* means that the model is refused unless its config.json has `is_decoder: true`. *chooses: yes*
 means that the model chooses experts, or positions to attend to, by size. Noise can change the choice, but no gradient
