@@ -62,15 +62,15 @@ def evaluation_of(
 
 def work(one: UnlearnedModel) -> sweep.Result:
     """Figures by name, of the log and of the evaluation."""
-    found: sweep.Result = {}
+    result: sweep.Result = {}
     if one.unlearning is not None:
         finished = unlearn(one.unlearning)
         evaluations = log.evaluations(finished.log)
         # of the model that results: a state that diverged, or fell below the floor, is logged too
         after = next(line for line in reversed(evaluations) if line["step"] == finished.step)
         for when, line in {"before": evaluations[0], "after": after}.items():
-            found[when] = {name: line[name] for name in TITLES if line[name] is not None}
-        found |= {"failed": finished.failed, "steps": finished.step}
+            result[when] = {name: line[name] for name in TITLES if line[name] is not None}
+        result |= {"failed": finished.failed, "steps": finished.step}
     if one.evaluation is not None:
         figures = evaluate(one.evaluation).figures
         result["figures"] = [[figure.set, figure.metric, figure.value] for figure in figures]

@@ -92,7 +92,7 @@ def _section(run: Unlearning, texts: Mapping[str, str | None]) -> UnlearnSection
         Line("forget loss", at, [line.get("forget_loss") for line in steps]),
         Line("retain loss", at, [line.get("retain_loss") for line in steps]),
     ]
-    found = [charts.over_steps("Losses in training", "loss", losses, refreshes, stop)]
+    drawn = [charts.over_steps("Losses in training", "loss", losses, refreshes, stop)]
     evaluations = log.evaluations(run.log)
     for title, unit, names in _EVALUATED:
         at = [line["step"] for line in evaluations]
