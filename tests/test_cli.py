@@ -13,7 +13,8 @@ from mrd_ray import UserError
 from mrd_ray.cli import main as cli
 from mrd_ray.cli.commands import COMMANDS, DESCRIPTION
 from mrd_ray.config import DemoConfig, PlanConfig, ReportConfig, ScoreConfig, UnlearnConfig
-from mrd_ray.config.words import default_of, kind_of, leaves
+from mrd_ray.config.renamed import same_settings
+from mrd_ray.config.words import default_in, default_of, kind_of, leaves
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
@@ -173,10 +174,14 @@ def test_help(capsys, monkeypatch, command):
     first = capsys.readouterr().out
     assert len(first.splitlines()) <= 160
     for name, setting in leaves(config.model_fields):
+        section, _, inner = name.partition(".")
+        of_section = config.model_fields[section]
+        own = None if of_section.is_required() or not inner else of_section.default
+        default = default_of(setting) if own is None else default_in(own, inner, setting)
         entry = f"{name.upper() if name in words else '--' + name} {kind_of(setting).removesuffix(', or unset')} ("
-        assert f"{entry}{'' if setting.is_required() else 'default: '}{default_of(setting)})" in whole
+        assert f"{entry}{'' if setting.is_required() else 'default: '}{default})" in whole
         assert " ".join((setting.description or "").split()) in whole
-        if setting.is_required() and config.model_fields[name.partition(".")[0]].is_required():
+        if setting.is_required() and of_section.is_required():
             assert name.upper() if name in words else f"--{name} " in first.split("\n\n")[0]
     assert "Annotated" not in whole
 
@@ -216,6 +221,46 @@ def test_nested_settings_are_named(tmp_path, capsys, settings, sentence):
 def test_everything_wrong_is_said_at_once(capsys):
     said = error(capsys, "score", "--scoring.sigma", "x", "--ray.actors", "0", "--run.dir", "r")
     assert "--model.path, --data.path are required; scoring.sigma: expected number > 0, not 'x'; ray.actors: " in said
+
+
+def test_help_shows_the_default_of_the_command(capsys):
+    assert cli.main(["unlearn", "--help"]) == 0
+    assert "--scoring.estimator  one of monte_carlo, closed_form (default: closed_form)" in capsys.readouterr().out
+
+
+def test_a_wrong_value_that_holds_credentials_is_not_shown(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("ray: {actors: 's3://AKIA:hunter2hunter2@b/x'}")
+    assert cli.main([*SCORE, "--config", str(tmp_path / "c.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert "ray.actors: a URI here holds credentials" in said
+    assert "hunter2" not in said
+
+
+def test_later_files_go_over_earlier_ones(tmp_path):
+    (tmp_path / "a.yaml").write_text("scoring: {sigma: 1e-4, num_draws: 3}")
+    (tmp_path / "b.yaml").write_text("scoring: {num_draws: 7}")
+    found = parse(*SCORE, "--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml").scoring
+    assert (found.sigma, found.num_draws) == (1e-4, 7)
+
+
+def test_broken_yaml_is_one_line(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("scoring: {sigma: 1\nrun: [")
+    said = error(capsys, *SCORE, "--config", tmp_path / "c.yaml")
+    assert "c.yaml: line 2, column" in said
+    assert said.count("\n") == 1
+
+
+def test_a_task_that_is_no_task(tmp_path, capsys):
+    (tmp_path / "t.yaml").write_text("data: 5")
+    assert "data: expected" in error(capsys, *SCORE, "--task", tmp_path / "t.yaml")
+
+
+def test_stored_settings_under_old_names_are_the_same():
+    now = parse("unlearn", *SCORE[1:], "--retain.path", "d").model_dump()
+    before = now | {"ray": {**now["ray"], "cpus_per_worker": now["ray"]["cpus_per_process"]}, "output": None}
+    del before["ray"]["cpus_per_process"]
+    assert same_settings(before, now)
+    assert not same_settings(before | {"ray": {**before["ray"], "cpus_per_worker": 9.0}}, now)
 
 
 @pytest.mark.parametrize("flag", ["--scoring.sigmaa", "--ray.cpus_per_proces"])

@@ -55,9 +55,9 @@ class CommandLine:
         config = self.commands[command]
         given = self._given(command, arguments[1:])
         printed = given.pop(_PRINT, False)
-        sources = [_with_new_names(_of_file(given.pop("config"))) if "config" in given else {}]
-        sources.append(_with_new_names(_tree(config, given)))
-        settings = _merged(config, *sources)
+        settings: dict[Any, Any] = {}
+        for source in [*map(_of_file, given.pop("config", [])), _tree(config, given)]:
+            settings = _merged(config, settings, _with_new_names(source))
         if (task := given.get("task")) is not None:
             copies = _read("task_data", dict[str, str], given.get("task_data", "{}"))
             settings = _merged(config, self._of_task(config, task, copies, settings), settings)
@@ -89,9 +89,10 @@ class CommandLine:
         names = [name for name, _ in leaves(config.model_fields) if name not in positional]
         names += sections(config.model_fields)
         names += [old for old, new in OLD_NAMES.items() if new in names]
-        names += ["config", *(["task", "task_data"] if command in self.of_tasks else [])]
+        names += ["task", "task_data"] if command in self.of_tasks else []
         for name in names:
             line.add_argument(f"--{name}", dest=name)
+        line.add_argument("--config", dest="config", action="append")  # later files go over earlier ones
         for name in (_PRINT, *([_QUIET] if "output" in config.model_fields else [])):
             line.add_argument(f"--{name}", dest=name, action="store_true")
         known, others = line.parse_known_args(arguments)

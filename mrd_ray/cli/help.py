@@ -8,7 +8,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from mrd_ray.config.base import is_common
-from mrd_ray.config.words import default_of, is_section, kind_of, known_part, leaves
+from mrd_ray.config.words import default_in, default_of, is_section, kind_of, known_part, leaves
 
 _FLAGS = {
     "--config FILE": "YAML file of these settings; flags override it.",
@@ -52,8 +52,9 @@ def help_of(
         left_out += len(shown) - len(chosen)
         if chosen:
             lines += ["", *_wrapped(f"{name}: {section.__doc__ or ''}".split("\n\n")[0], width, "")]
+        own = None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
         for flag, one in chosen.items():
-            lines += _entry(f"--{flag}", one, width)
+            lines += _entry(f"--{flag}", one, width, default_in(own, flag.partition(".")[2], one))
     if left_out:
         lines += ["", f"{left_out} more settings: {prog} {command} --help=all"]
     return "\n".join(lines)
@@ -67,13 +68,15 @@ def _required(fields: Mapping[str, FieldInfo], positional: Mapping[str, object])
                     yield name, inner
 
 
-def _entry(name: str, field: FieldInfo, width: int) -> list[str]:
-    default = default_of(field)
+def _entry(name: str, field: FieldInfo, width: int, default: str | None = None) -> list[str]:
+    default = default_of(field) if default is None else default
     type_of = kind_of(field).removesuffix(", or unset")
     about = default if default == "required" else f"default: {default}"
-    head = textwrap.wrap(f"{name}  {type_of} ({about})", width - 2, subsequent_indent="      ")
+    head = textwrap.wrap(f"{name}  {type_of} ({about})", width - 2, subsequent_indent="      ", break_on_hyphens=False)
     return [f"  {line}" for line in head] + _wrapped(field.description or "", width, "      ")
 
 
 def _wrapped(text: str, width: int, indent: str) -> list[str]:
-    return textwrap.wrap(" ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent)
+    return textwrap.wrap(
+        " ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )

@@ -94,8 +94,8 @@ class TasksConfig(Frozen):
 class DemoConfig(Frozen):
     """Score a bundled set of invented authors on a small real model that has memorised it, and unlearn it."""
 
-    model: str | None = Field(None, description="Your own model (directory or hub id). Unset: SmolLM2-135M-Instruct.")
-    data: str | None = Field(None, description="Your own forget set. Unset: 40 questions about invented authors.")
+    model: Name | None = Field(None, description="Your own model (directory or hub id). Unset: SmolLM2-135M-Instruct.")
+    data: Name | None = Field(None, description="Your own forget set. Unset: 40 questions about invented authors.")
     dir: Annotated[str, NamesFile(created=True)] | None = Field(
         None, description="Run directory of the scores. Unset: a folder under runs/."
     )

@@ -26,6 +26,10 @@ def load(content: str) -> Any:
         if (root := yaml.compose(content, Loader=yaml.SafeLoader)) is not None:
             _size(root, {})
         return _Loader(content).get_single_data()
+    except yaml.MarkedYAMLError as problem:
+        mark = problem.problem_mark
+        where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ValueError(f"{where}{problem.problem}") from None
     except (yaml.YAMLError, RecursionError) as problem:
         raise ValueError(str(problem)) from None
 

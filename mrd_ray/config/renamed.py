@@ -37,6 +37,15 @@ def section_with_new_names(section: str, settings: Mapping[object, object]) -> d
     return found
 
 
+def same_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether stored settings mean the same run, under whatever names. What is shown, `output`, does not count."""
+    return _meaning(one) == _meaning(other)
+
+
+def _meaning(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in with_new_names(settings).items() if name != "output"}
+
+
 def _setting(name: str) -> str:
     return name.partition(".")[2]
 

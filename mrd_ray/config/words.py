@@ -9,6 +9,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from mrd_ray.config.credentials import refuse_credentials
+
 _BOUNDS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}"}
 _WORDS: dict[object, str] = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "unset"}
 
@@ -55,7 +57,20 @@ def default_of(field: FieldInfo) -> str:
     """The default of a setting as people write it: `required`, `unset`, `none` of a list, or the value."""
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True, validated_data={})
+    return _written(field.get_default(call_default_factory=True, validated_data={}))
+
+
+def default_in(section: BaseModel | None, name: str, field: FieldInfo) -> str:
+    """The default of a setting in a section's own default, which may differ from the class's."""
+    if section is None or field.is_required():
+        return default_of(field)
+    value: Any = section
+    for part in name.split("."):
+        value = None if value is None else getattr(value, part)
+    return _written(value)
+
+
+def _written(value: Any) -> str:
     if value is None:
         return "unset"
     if isinstance(value, bool):
@@ -102,7 +117,7 @@ def sections(fields: Mapping[str, FieldInfo], prefix: str = "") -> dict[str, Fie
 
 
 def problems(config: type[BaseModel], error: ValidationError) -> list[str]:
-    """What is wrong with settings of this class, a sentence for each."""
+    """What is wrong with settings of this class, a sentence for each. Raises UserError if a value holds credentials."""
     found: dict[str, str] = {}
     for one in error.errors(include_url=False):
         name, sentence = _problem(config, one)
@@ -131,13 +146,23 @@ def _problem(config: type[BaseModel], error: Any) -> tuple[str, str]:
             break
     name = ".".join(names)
     if error["type"] == "value_error":  # in our own words, which name the setting
-        sentence = str(error["ctx"]["error"])
-        inner = len(names) > 1 and not sentence.startswith(names[0])
-        return "", f"{name}.{sentence}" if inner else sentence
+        return "", _in_place(names, annotation, str(error["ctx"]["error"]))
     if error["type"] == "missing":
         return name, f"{name} is required"
     expected = "settings by name" if is_section(known_part(annotation)) else kind(annotation, metadata)
-    return name, f"{name}: expected {expected}, not {_shown(error['input'])}"
+    refuse_credentials(name, error["input"])  # before the value is shown
+    where = f"{name}: " if name else ""
+    return name, f"{where}expected {expected}, not {_shown(error['input'])}"
+
+
+def _in_place(names: list[str], annotation: Any, sentence: str) -> str:
+    """A sentence of ours, with the whole name of the setting, of which it may hold a part or nothing."""
+    if not names or sentence.startswith(names[0]):
+        return sentence
+    section = known_part(annotation)
+    about = sentence.partition(":")[0].partition(" ")[0]
+    joined = "." if is_section(section) and about in section.model_fields else ": "
+    return f"{'.'.join(names)}{joined}{sentence}"
 
 
 def _unknown(names: list[str], known: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from mrd_ray.config import (
 )
 from mrd_ray.config.base import Frozen, NamesFile, SettingsOf
 from mrd_ray.config.paths import with_paths
+from mrd_ray.config.words import problems
 from mrd_ray.data.formats import ending
 from mrd_ray.errors import UserError
 from mrd_ray.models import foreign
@@ -188,9 +189,8 @@ def _read(task: str) -> tuple[Path, Task]:
         if read.evaluation:
             EvaluationSettings.model_validate(read.evaluation)
     except ValidationError as problem:
-        first = problem.errors()[0]
-        parts = [f"task: {file}", ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]
-        raise UserError(": ".join(filter(None, parts))) from None
+        kind = Task if problem.title == Task.__name__ else EvaluationSettings
+        raise UserError(f"task: {file}: {'; '.join(problems(kind, problem))}") from None
     return file, read
 
 

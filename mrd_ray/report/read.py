@@ -10,6 +10,7 @@ import pyarrow as pa
 from pydantic import BaseModel, Field
 
 from mrd_ray.config import EvaluateConfig, ScoreConfig, UnlearnConfig
+from mrd_ray.config.renamed import same_settings
 from mrd_ray.data import samples
 from mrd_ray.errors import UserError
 from mrd_ray.evaluation import table as evaluation
@@ -95,7 +96,8 @@ class Unlearning:
         """Why it stopped, and the result's step; None if it has not finished."""
         saved: dict[str, Any] | None = self.about.manifest.get("outcome")
         # while a run is extended to more steps, the manifest still has the earlier outcome
-        return None if saved is None or saved["config"] != self.about.manifest["invocations"][-1]["config"] else saved
+        now = self.about.manifest["invocations"][-1]["config"]
+        return saved if saved is not None and same_settings(saved["config"], now) else None
 
     @property
     def before(self) -> EvaluationLine | None:

@@ -17,6 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from mrd_ray.config import RaySettings, RunSettings, ScoreConfig, UnlearnConfig
 from mrd_ray.config.paths import with_absolute_paths
+from mrd_ray.config.renamed import same_settings
 from mrd_ray.data import samples as samples_table
 from mrd_ray.data.tokens import Limits
 from mrd_ray.errors import UserError
@@ -109,7 +110,7 @@ def unlearn(config: UnlearnConfig) -> UnlearnRun:
         run.record("unused_weights", unused)
         done = _outcome(run)
         settings = config.model_dump(mode="json", exclude={"output"})
-        if done is None or done.config != settings:
+        if done is None or not same_settings(done.config, settings):
             # what matters is in the log; the rest is libraries' chatter
             with Journal(run, "unlearn", config.output) as journal:
                 grows = journal.within(cluster(log_to_driver=False))

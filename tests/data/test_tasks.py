@@ -29,10 +29,10 @@ def test_local_copies_are_read_instead_of_the_hub(tofu_dir):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("evaluation: {sets: {a: {path: x.txt, metrics: [beauty]}}}", "sets.a.metrics.0"),
-        ("sets: {}", "sets: Extra inputs"),
+        ("evaluation: {sets: {a: {path: x.txt, metrics: [beauty]}}}", "sets.a.metrics: expected one of"),
+        ("sets: {}", "sets: there is no such setting"),
         ("a: [", "cannot read"),
-        ("[1]", "task.yaml: Input should be"),
+        ("[1]", "task.yaml: expected settings by name, not"),
         ("data: {path: 5}", "task.yaml: data: path is 5; expected text"),
         ("retain: {path: [a]}", r"task.yaml: retain: path is \['a'\]; expected text"),
         ("unlearning: {refusals: [a]}", "unlearning: refusals is"),
