@@ -1,1 +1,1 @@
-"""What the engine costs, beside bounds and peers measured in the same run: `python -m benchmarks NAME`."""
+"""What the engine costs, compared with bounds and peers in the same run: `python -m benchmarks NAME`."""

@@ -1,4 +1,4 @@
-"""A scoring run on a bucket and several nodes while all around it fails: is anything lost, doubled or changed?"""
+"""A scoring run on a bucket and several nodes, with failures all around: is anything lost, doubled or changed?"""
 
 import json
 import logging
@@ -32,33 +32,33 @@ _CALM = (10.0, 30.0)  # seconds between two events
 def main(
     model: str, samples: int = 20_000, draws: int = 40, minutes: float = 20.0, out: str = "benchmarks/results"
 ) -> int:
-    """Run it with and without failures; exit code 1 if a row is lost or doubled, or a bit of the scores differs.
+    """Run with and without failures; exit code 1 if a row is lost or doubled, or a bit of the scores differs.
 
-    Outages of the bucket, actors and the driver killed, a node that cannot load the model, a second driver.
+    The failures: outages of the bucket, killed actors and drivers, a node that cannot load the model, second drivers.
 
     Args:
         model: directory of a small model.
-        samples: short texts that are made up.
-        draws: K; so many that the run takes the minutes below.
-        minutes: things fail for so long, and the run must last.
+        samples: number of invented short texts.
+        draws: K; enough for the run to take the minutes below.
+        minutes: how long things fail; the run must last at least as long.
         out: folder of the JSON file.
     """
     results = Results("chaos", locals(), out)
     with tempfile.TemporaryDirectory() as folder:
-        found = _Chaos(Path(folder), Path(model), samples, draws).run(minutes * 60)
-    results.keep("found", found)
-    rows = found["rows"]
+        seen = _Chaos(Path(folder), Path(model), samples, draws).run(minutes * 60)
+    results.keep("found", seen)
+    rows = seen["rows"]
     results.show(
         [
-            Figure("duration", found["seconds"], "s", at_least=minutes * 60),
-            *(Figure(what, times, at_least=1) for what, times in found["events"].items()),
-            Figure("second drivers that got in", found["got in"], at_most=0),
+            Figure("duration", seen["seconds"], "s", at_least=minutes * 60),
+            *(Figure(what, times, at_least=1) for what, times in seen["events"].items()),
+            Figure("second drivers that got in", seen["got in"], at_most=0),
             Figure("rows lost", rows["lost"], detail=f"{rows['scored']:,} scored", at_most=0),
             Figure("rows or draws doubled", rows["doubled"], at_most=0),
-            Figure("scores that differ from a quiet run's", found["differing"], at_most=0),
+            Figure("scores that differ from a quiet run's", seen["differing"], at_most=0),
         ]
     )
-    return 0 if rows["lost"] == rows["doubled"] == found["differing"] == found["got in"] == 0 else 1
+    return 0 if rows["lost"] == rows["doubled"] == seen["differing"] == seen["got in"] == 0 else 1
 
 
 class _Chaos:
@@ -91,7 +91,7 @@ class _Chaos:
     def run(self, seconds: float) -> Raw:
         """The run with failures, then a quiet one."""
         try:
-            found = self._chaotic(seconds)
+            seen = self._chaotic(seconds)
             quiet = self._driver(str(self._folder / "quiet"), "quiet")
             assert quiet.wait() == 0
             run = self._fetched()
@@ -100,7 +100,7 @@ class _Chaos:
             self._server.stop()
         scores = [pq.read_table(one / "scores.parquet").to_pylist() for one in (run, self._folder / "quiet")]
         differing = sum(a != b for a, b in zip(*scores, strict=True))
-        return found | {"rows": rows_of(run, self._samples, self._draws), "differing": differing}
+        return seen | {"rows": rows_of(run, self._samples, self._draws), "differing": differing}
 
     def _fetched(self) -> Path:
         """A copy of the run's folder in the bucket."""
@@ -152,7 +152,7 @@ class _Chaos:
         }  # fmt: skip
 
     def _outage(self) -> float:
-        """Seconds that nobody listened for."""
+        """Seconds without a listener."""
         length = self._random.uniform(*_OUTAGES)
         self._server.stop()
         time.sleep(length)

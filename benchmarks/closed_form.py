@@ -1,6 +1,6 @@
-"""What the closed form costs against a plain forward and backward of the same batches, and against Monte Carlo.
+"""Compares the closed form's cost with a plain forward and backward of the same batches, and with Monte Carlo.
 
-Only ratios within one run mean anything, on a machine that does nothing else meanwhile. On Linux.
+Only ratios within one run are meaningful, on a machine that does nothing else at the time. On Linux.
 """
 
 import ctypes
@@ -42,19 +42,19 @@ def main(
     device: Literal["cpu", "cuda"] = "cpu",
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
-    """Benchmark the estimators here, on one thread or a GPU; beside the JSON file, write a plot of error against time.
+    """Benchmark the estimators here, on one thread or a GPU. Writes a JSON file and a plot of error against time.
 
     Args:
         model: directory or hub id; the demo keeps one under ~/.cache/mrd_ray.
         data: forget set, for example TOFU's ../shared/data/tofu/forget10.json.
         out: folder of the JSON file and the plot.
         max_samples: rows of the forget set.
-        repeats: passes over the samples in each of the ways, which take turns.
-        draws: Monte Carlo draws that are really made; 200 cost so many times more.
+        repeats: passes over the samples for each way; the ways take turns.
+        draws: Monte Carlo draws to make; the cost of 200 is extrapolated.
         micro_batch_tokens: tokens per forward, padding included.
         sigma: standard deviation of the parameter noise.
-        device: that holds the model.
-        dtype: of the weights; Monte Carlo goes along in float32 alone.
+        device: where the model is.
+        dtype: of the weights; Monte Carlo only runs in float32.
     """
     results = Results("closed_form", locals(), out)
     torch.set_num_threads(1)
@@ -66,14 +66,14 @@ def main(
     results.keep("size", work.size)
     seconds, norms = passes(work, repeats)
     results.keep("seconds", seconds)
-    if dtype == "float32":  # whose rounding leaves sigma alone
+    if dtype == "float32":  # only here is sigma not lost to rounding
         results.keep("monte carlo", monte_carlo(work, sigma, draws, norms))
         results.file.with_suffix(".png").write_bytes(figure(results.raw))
     results.show(figures(results.raw))
 
 
 def ways(model: PreTrainedModel) -> dict[str, Callable[[MicroBatch], torch.Tensor | None]]:
-    """Passes over a batch; the closed form's give per-sample squared norms."""
+    """Passes over a batch; the closed form's passes return per-sample squared norms."""
     scoring = ScoringSettings(estimator="closed_form")
     recomputing, norms = (
         GradientNorms(model, activations=0.0),
@@ -108,15 +108,15 @@ def passes(work: Batches, repeats: int) -> tuple[dict[str, list[float]], np.ndar
     for repeat in range(repeats + 1):  # the first is the warm-up, on one batch
         for way, run in ways(work.model).items():
             lap = stopwatch()
-            found = [run(batch) for batch in (work.batches if repeat else work.batches[:1])]
+            outputs = [run(batch) for batch in (work.batches if repeat else work.batches[:1])]
             if repeat:
                 seconds.setdefault(way, []).append(lap())
-    squares = torch.cat([squares for squares in found if squares is not None])
+    squares = torch.cat([squares for squares in outputs if squares is not None])
     return seconds, squares.sqrt().cpu().numpy()
 
 
 def monte_carlo(work: Batches, sigma: float, draws: int, norms: np.ndarray) -> Raw:
-    """Seconds of a draw, and the error that so many draws leave against the closed form."""
+    """Seconds per draw, and the error after each number of draws, relative to the closed form."""
     exact = sigma * np.sqrt(2 / np.pi) * norms
     replica, likelihood = Replica(work.model), Likelihood(work.model)
     lap = stopwatch()
@@ -137,7 +137,7 @@ def monte_carlo(work: Batches, sigma: float, draws: int, norms: np.ndarray) -> R
 
 
 def peaks(config: ScoreConfig, device: str) -> dict[str, float]:
-    """MiB that a pass over the largest batch adds to a loaded model, each way in a process of its own."""
+    """MiB that a pass over the largest batch adds to a loaded model; each way has its own process."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as process:
         names = (FROZEN, TRAINABLE, RECOMPUTING, CLOSED)
@@ -148,50 +148,50 @@ def _peak(config: ScoreConfig, way: str, device: str) -> float:
     torch.set_num_threads(1)
     work = Batches(config, device)
     run = ways(work.model)[way]
-    run(MicroBatch(work.batches[0].token_ids[:1], work.batches[0].scored[:1]))  # libraries' own buffers
+    run(MicroBatch(work.batches[0].token_ids[:1], work.batches[0].scored[:1]))  # allocates the libraries' buffers
     largest = max(work.batches, key=lambda batch: batch.token_ids.numel())
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run(largest)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)  # what the small pass has freed would be used again unseen
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak so far was that of loading
+    ctypes.CDLL(None).malloc_trim(0)  # memory that the small pass freed would be reused without being counted
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak of loading
     resident_before = resident("VmRSS")
     run(largest)
     return resident("VmHWM") - resident_before
 
 
 def figures(raw: Raw) -> list[Figure]:
-    """What the raw timings come to."""
-    found = []
+    """The figures that follow from the raw timings."""
+    shown = []
     for way, laps in raw["seconds"].items():
-        found.append(Figure.of(way, laps, "s", f"{raw['size']['samples']} samples"))
+        shown.append(Figure.of(way, laps, "s", f"{raw['size']['samples']} samples"))
     for way in (FROZEN, TRAINABLE):
         ratio = ratios(raw["seconds"][CLOSED], raw["seconds"][way])
-        found.append(Figure.of(f"closed form / {way}, time", ratio, at_most=1.0))
+        shown.append(Figure.of(f"closed form / {way}, time", ratio, at_most=1.0))
     for way in (FROZEN, TRAINABLE):
         ours, theirs = raw["peak MiB"][CLOSED], raw["peak MiB"][way]
         detail = f"{ours:.0f} MiB over {theirs:.0f}, beyond the loaded model"
-        found.append(Figure(f"closed form / {way}, peak memory", ours / theirs, detail=detail, at_most=1.0))
+        shown.append(Figure(f"closed form / {way}, peak memory", ours / theirs, detail=detail, at_most=1.0))
     detail = "every layer's activations made again in the backward, none kept"
     ratio = ratios(raw["seconds"][RECOMPUTING], raw["seconds"][CLOSED])
-    found.append(Figure.of(f"{RECOMPUTING} / kept, time", ratio, detail=detail))
+    shown.append(Figure.of(f"{RECOMPUTING} / kept, time", ratio, detail=detail))
     ours, theirs = raw["peak MiB"][RECOMPUTING], raw["peak MiB"][CLOSED]
     detail = f"{ours:.0f} MiB over {theirs:.0f}"
-    found.append(Figure(f"{RECOMPUTING} / kept, peak memory", ours / theirs, detail=detail))
+    shown.append(Figure(f"{RECOMPUTING} / kept, peak memory", ours / theirs, detail=detail))
     if (drawn := raw.get("monte carlo")) is None:
-        return found
+        return shown
     whole = [drawn["theta seconds"] + PAPER_DRAWS * lap for lap in drawn["draw seconds"]]
     name = f"Monte Carlo, K = {PAPER_DRAWS}"
-    found.append(Figure.of(name, whole, "s", f"from {len(whole)} draws, {PAPER_DRAWS / len(whole):.3g} times as many"))
+    shown.append(Figure.of(name, whole, "s", f"from {len(whole)} draws, {PAPER_DRAWS / len(whole):.3g} times as many"))
     faster = median(whole) / median(raw["seconds"][CLOSED])
-    found.append(Figure(f"{name} / closed form, time", faster, at_least=65.0))
+    shown.append(Figure(f"{name} / closed form, time", faster, at_least=65.0))
     errors = drawn["relative error by draws"]
-    found.append(Figure(f"error at K = {len(errors)}", errors[-1], detail="root mean square, relative"))
+    shown.append(Figure(f"error at K = {len(errors)}", errors[-1], detail="root mean square, relative"))
     detail = "largest, relative, against float64"
-    found.append(Figure("error of the closed form", drawn["relative error of the closed form"], detail=detail))
-    return found
+    shown.append(Figure("error of the closed form", drawn["relative error of the closed form"], detail=detail))
+    return shown
 
 
 def figure(raw: Raw) -> bytes:

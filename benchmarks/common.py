@@ -1,4 +1,4 @@
-"""What the benchmarks share: samples in the engine's micro-batches, clocks, memory, and the machine they ran on."""
+"""Shared by the benchmarks: samples in the engine's micro-batches, clocks, memory, and facts about the machine."""
 
 import os
 import platform
@@ -44,14 +44,14 @@ class Batches:
 
 
 def micro_batches(samples: pa.Table, tokens: int, device: str = "cpu") -> list[MicroBatch]:
-    """As the engine makes them."""
+    """Make the samples and micro-batches as the engine does."""
     rows, layout = samples.to_pylist(), lay_out(lengths(samples), tokens)
     on = torch.device(device)
     return [collate([rows[i] for i in layout.samples(number)], on) for number in range(len(layout))]
 
 
 def stopwatch() -> Callable[[], float]:
-    """A function that gives the seconds since it was last called, what a GPU was given to do included."""
+    """A function that returns the seconds since it was last called, including the GPU's queued work."""
     times: list[float] = []
 
     def lap() -> float:
@@ -65,7 +65,7 @@ def stopwatch() -> Callable[[], float]:
 
 
 def machine() -> Raw:
-    """The hardware, how busy it was before we began, and the packages that matter."""
+    """The hardware, its load before the benchmark, and the versions of relevant packages."""
     cpus = [
         line.split(": ")[1]
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -85,7 +85,7 @@ def machine() -> Raw:
 
 
 def resident(field: Literal["VmRSS", "VmHWM", "RssAnon"]) -> float:
-    """MiB now, at most so far, or now without mapped files. Not getrusage, whose ru_maxrss starts at the parent's."""
+    """MiB now, the peak so far, or now without mapped files. Not getrusage: its ru_maxrss starts at the parent's."""
     (line,) = (
         line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(field)
     )

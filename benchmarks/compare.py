@@ -1,4 +1,4 @@
-"""Whether a result file is worse than an older one."""
+"""Checks whether a result file is worse than an older one."""
 
 from rich.console import Console
 from rich.table import Table
@@ -9,12 +9,12 @@ from benchmarks.figures import read
 def main(old: str, new: str, tolerance: float = 0.1) -> int:
     """Compare two result files figure by figure, by ratio; exit code 1 if one is worse by more than the tolerance.
 
-    Figures without a target are shown alone. Those with a unit count on the same CPU alone; ratios count anywhere.
+    Figures without a target are only shown. Figures with a unit only count on the same CPU; ratios count everywhere.
 
     Args:
         old: result file.
         new: result file of the same benchmark.
-        tolerance: relative change that is taken for noise.
+        tolerance: relative change that counts as noise.
     """
     before, were = read(old)
     after, are = read(new)

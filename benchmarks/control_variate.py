@@ -1,4 +1,4 @@
-"""What a draw's control variate costs, and how much less is then left to chance."""
+"""What a draw's control variate costs, and how much it reduces the variance."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from mrd_ray.mrd.likelihood import Likelihood
 from mrd_ray.mrd.monte_carlo import delta, noise_key
 from mrd_ray.mrd.perturb import Replica
 
-_WANTED = {1e-5: 30.0, 1e-4: 5.0}  # times smaller, by sigma: the error at equal time
+_WANTED = {1e-5: 30.0, 1e-4: 5.0}  # by sigma: how many times smaller the error should be at equal time
 
 
 def main(
@@ -26,25 +26,25 @@ def main(
     threads: int = 1,
     out: str = "benchmarks/results",
 ) -> None:
-    """Benchmark plain draws of Monte Carlo against pairs with a control variate, of the same noise.
+    """Compare plain Monte Carlo draws with pairs that have a control variate, for the same noise.
 
     Args:
         model: directory of a model.
         data: forget set.
         dtype: of the weights.
-        max_samples: of the forget set.
-        draws: for each sigma.
-        threads: of torch.
+        max_samples: rows of the forget set.
+        draws: number of draws for each sigma.
+        threads: number of torch threads.
         out: folder of the JSON file.
     """
     results = Results("control_variate", locals(), out)
     torch.set_num_threads(threads)
     settings = {"model": {"path": model, "dtype": dtype}, "data": {"path": data, "max_samples": max_samples}}
     work = Batches(ScoreConfig.model_validate(settings | {"run": {"dir": "unused"}}))
-    found = {sigma: _drawn(work, sigma, draws) for sigma in _WANTED}
-    results.keep("found", {"size": work.size, **{f"{sigma:g}": of_sigma for sigma, of_sigma in found.items()}})
+    drawn = {sigma: _drawn(work, sigma, draws) for sigma in _WANTED}
+    results.keep("found", {"size": work.size, **{f"{sigma:g}": of_sigma for sigma, of_sigma in drawn.items()}})
     figures = []
-    for sigma, of in found.items():
+    for sigma, of in drawn.items():
         cost = (of["plain"] + of["first order"] + of["other sign"]) / of["plain"]
         each = f"sigma {sigma:g}"
         figures += [
@@ -59,7 +59,7 @@ def main(
 
 
 def _drawn(work: Batches, sigma: float, draws: int) -> Raw:
-    """Seconds of a draw, of its L and of its other sign; the variance of |Delta| over that of a pair's, less |L|."""
+    """Seconds of a draw, its L and its other sign; variance of |Delta| divided by that of a pair's mean minus |L|."""
     replica, likelihood = Replica(work.model), Likelihood(work.model)
     first_order = FirstOrder(work.model, replica.base)
     theta = [likelihood.log_neg_log_probs(batch) for batch in work.batches]

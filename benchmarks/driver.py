@@ -1,4 +1,4 @@
-"""The driver alone, with millions of samples: its memory and time when results cost nothing to make."""
+"""Only the driver, with millions of samples: its memory and time if results cost nothing to compute."""
 
 import dataclasses
 import tempfile
@@ -26,19 +26,19 @@ from mrd_ray.scoring.result import RESULT_SCHEMA
 from mrd_ray.scoring.table import scores_table
 from mrd_ray.scoring.units import Unit, first_draws, missing_units
 
-_TOKENS = (20, 80)  # of a sample, evenly spread
+_TOKENS = (20, 80)  # per sample, uniform
 _TEXT = "What does it say there about her? "
 
 
 class MadeUp:
-    """Stands in for `ScoringActor`: results of the right shape, at once; a sample's score goes with its number."""
+    """Stands in for `ScoringActor`: returns results of the right shape at once; a sample's score follows its number."""
 
     def __init__(self, task: ScoringSetup) -> None:
-        """Which estimator's is all that is needed of the task."""
+        """Of the task, it only needs the estimator."""
         self._of_draws = task.scoring.estimator == "monte_carlo"
 
     def __call__(self, unit_id: str, samples: pa.Table) -> pa.Table:
-        """Draws, and a gradient norm, of 1 more than the sample's number."""
+        """Draws, and a gradient norm, equal to the sample's number plus 1."""
         unit = Unit.of_id(unit_id)
         draws = unit.stop_draw - unit.first_draw
         of_all: Raw = {
@@ -48,13 +48,13 @@ class MadeUp:
             "measures": {},
         }
         of_all |= {"sum": [1.0], "sum_squares": [1.0], "probes": []}
-        found = []
+        scored = []
         for sample_id in samples["sample_id"].to_pylist():
             value = int(sample_id, 16) + 1.0
             of_draws: Raw = {"sum_abs": [draws * value], "sum_abs_squares": [draws * value**2]}
             of_draws |= {} if self._of_draws else {"gradient_norm": value}
-            found.append({"sample_id": sample_id, **of_all, **of_draws})
-        row = {"unit_id": unit_id, "worker": "made up", "seconds": 0.0, "samples": found}
+            scored.append({"sample_id": sample_id, **of_all, **of_draws})
+        row = {"unit_id": unit_id, "worker": "made up", "seconds": 0.0, "samples": scored}
         return pa.Table.from_pylist([row], RESULT_SCHEMA)
 
 
@@ -65,27 +65,27 @@ def main(
     parameters: int = 135_000_000,
     out: str = "benchmarks/results",
 ) -> None:
-    """Benchmark the driver: plan, feed two actors that make results up, gather the scores.
+    """Benchmark the driver: plan, feed two actors that invent results, gather the scores.
 
-    Reading and tokenising go before this and are left out.
+    Reading and tokenising come before this and are not measured.
 
     Args:
-        samples: that are made up, of 20 to 80 tokens.
-        estimator: whose results are made up.
+        samples: number of invented samples, of 20 to 80 tokens.
+        estimator: whose results are invented.
         draws: K of monte_carlo.
-        parameters: of the model for which units are cut, for actors of one GPU each.
+        parameters: size of the model for which units are cut, for actors with one GPU each.
         out: folder of the JSON file.
     """
     results = Results("driver", locals(), out)
     with tempfile.TemporaryDirectory() as folder:
         scoring = {"estimator": estimator} | ({"num_draws": draws} if estimator == "monte_carlo" else {})
-        found = _drive(Path(folder), samples, scoring, parameters)
-    results.keep("found", found)
+        drove = _drive(Path(folder), samples, scoring, parameters)
+    results.keep("found", drove)
     results.show(
         [
-            *(Figure(name, of["seconds"], "s", f"peak {of['peak MiB']:,} MiB") for name, of in found["phases"].items()),
-            Figure("peak", max(of["peak MiB"] for of in found["phases"].values()) / 1024, "GiB",
-                   f"{found['samples table, MiB']:,} MiB of it are the samples' table"),
+            *(Figure(name, of["seconds"], "s", f"peak {of['peak MiB']:,} MiB") for name, of in drove["phases"].items()),
+            Figure("peak", max(of["peak MiB"] for of in drove["phases"].values()) / 1024, "GiB",
+                   f"{drove['samples table, MiB']:,} MiB of it are the samples' table"),
         ]
     )  # fmt: skip
 
@@ -126,14 +126,14 @@ _lap = stopwatch()
 
 
 def _phase() -> Raw:
-    """What has passed since the last one: seconds, and the peak of resident memory (Ray's shared memory included)."""
+    """Seconds since the last call, and the peak of resident memory since then (including Ray's shared memory)."""
     peak = resident("VmHWM")
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     return {"seconds": round(_lap(), 1), "peak MiB": round(peak)}
 
 
 def _samples(n: int) -> pa.Table:
-    """As `data.samples.build` makes it."""
+    """The samples' table, like `data.samples.build` makes it."""
     lengths = np.random.default_rng(0).integers(*_TOKENS, n)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int64())
     tokens, scored = np.zeros(lengths.sum(), np.int32), np.ones(lengths.sum(), bool)

@@ -1,6 +1,6 @@
-"""What evaluation costs against a plain batched transformers loop over the same rows, in likelihoods and in answers.
+"""Compares evaluation's cost with a plain batched transformers loop over the same rows: likelihoods and answers.
 
-Only ratios within one run mean anything, on a machine that does nothing else meanwhile. For CPUs, on Linux.
+Only ratios within one run are meaningful, on a machine that does nothing else at the time. For CPUs, on Linux.
 """
 
 from typing import Any
@@ -37,8 +37,8 @@ def main(
         out: folder of the JSON file.
         max_samples: rows of the set.
         max_new_tokens: tokens of an answer.
-        repeats: passes over the rows in each of the two ways, which take turns.
-        threads: of torch.
+        repeats: passes over the rows for each of the two ways, which take turns.
+        threads: number of torch threads.
     """
     results = Results("evaluation", locals(), out)
     torch.set_num_threads(threads)
@@ -54,16 +54,16 @@ def main(
         table = sets.build(part, evaluation.sets[part], evaluation, tokenizer, Limits.of(loaded))
         units = [rows for _, rows in sets.units(part, table)]
         measurer = Measurer(loaded, tokenizer, evaluation)
-        if part == "answers":  # their likelihood is the other part's
+        if part == "answers":  # the other part measures their likelihood
             units = [[row | {"sequences": []} for row in rows] for rows in units]
         seconds: dict[str, list[float]] = {OURS: [], PLAIN: []}
         for repeat in range(repeats + 1):  # the first one warms up
             lap = stopwatch()
-            found = [record for rows in units for record in measurer(rows)]
+            records = [record for rows in units for record in measurer(rows)]
             ours = lap()
             expected = [value for rows in units for value in plain(loaded, tokenizer, rows, evaluation)]
             theirs = lap()
-            check(found, expected)
+            check(records, expected)
             if repeat:
                 seconds[OURS].append(ours)
                 seconds[PLAIN].append(theirs)
@@ -81,9 +81,9 @@ def plain(
     rows: list[sets.EvaluatedRow],
     evaluation: EvaluationSettings,
 ) -> list[Any]:
-    """What anyone would write: sort by length, pad, forward with an attention mask, log_softmax; generate.
+    """The usual code: sort by length, pad, forward with an attention mask, log_softmax; generate.
 
-    Gives the sum of log p of each sequence's scored tokens, in the rows' order, then the answers' texts.
+    Returns the sum of log p of each sequence's scored tokens, in the rows' order, then the answers' texts.
     """
     sequences = [(i, sequence) for i, row in enumerate(rows) for sequence in row["sequences"]]
     order = sorted(range(len(sequences)), key=lambda at: len(sequences[at][1]["token_ids"]))
@@ -128,7 +128,7 @@ def plain(
 
 
 def check(records: list[Record], expected: list[Any]) -> None:
-    """Both ways must have done the same work."""
+    """Check that both ways did the same work."""
     if records[0]["generated"] is not None:
         same = sum(record["generated"] == answer for record, answer in zip(records, expected, strict=True))
         assert same >= 0.9 * len(records), f"{same} of {len(records)} answers are the same"

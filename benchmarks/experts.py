@@ -1,4 +1,4 @@
-"""Per-sample gradient norms of mixtures of experts: the rules against autograd, one sample at a time."""
+"""Per-sample gradient norms of mixtures of experts: compares the rules with autograd, one sample at a time."""
 
 import functools
 from typing import Any
@@ -33,13 +33,13 @@ def main(
     """Benchmark norms of random models with random samples; the ways take turns.
 
     Args:
-        hidden: size of the models, whose experts are as wide.
-        layers: of the models.
-        samples: of the batch.
-        tokens: of a sample.
+        hidden: width of the models and of their experts.
+        layers: number of layers of the models.
+        samples: number of samples in the batch.
+        tokens: per sample.
         repeats: of each way.
-        threads: of torch.
-        device: of torch.
+        threads: number of torch threads.
+        device: where the models are.
         out: folder of the JSON file.
     """
     results = Results("experts", locals(), out)
@@ -48,10 +48,10 @@ def main(
     for family in _FAMILIES:
         model: Any = _model(family, hidden, layers)
         model.to(device)
-        found = _timed(model, samples, tokens, repeats)
-        results.keep(family, found | {"parameters": model.num_parameters()})
-        times = ratios(found["autograd"], found["rules"])
-        size = f"{model.num_parameters() / 1e6:.0f} M parameters; largest difference {found['difference']:.1g}"
+        timed = _timed(model, samples, tokens, repeats)
+        results.keep(family, timed | {"parameters": model.num_parameters()})
+        times = ratios(timed["autograd"], timed["rules"])
+        size = f"{model.num_parameters() / 1e6:.0f} M parameters; largest difference {timed['difference']:.1g}"
         figures.append(Figure.of(f"{family}: autograd / rules, time", times, detail=size, at_least=1.0))
     results.show(figures)
 
@@ -88,7 +88,7 @@ def _timed(model: PreTrainedModel, samples: int, tokens: int, repeats: int) -> R
         theirs = autograd()
         seconds["autograd"].append(lap())
     difference = float((ours.sqrt() / theirs.sqrt() - 1).abs().max())
-    return {way: timed[1:] for way, timed in seconds.items()} | {"difference": difference}  # the first was the warm-up
+    return {way: timed[1:] for way, timed in seconds.items()} | {"difference": difference}  # the first is the warm-up
 
 
 def _objective(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a benchmark found: figures with their spread and targets, printed as a table and written as JSON."""
+"""The results of a benchmark: figures with their spread and targets, printed as a table and written as JSON."""
 
 import json
 import math
@@ -21,8 +21,8 @@ Raw = dict[str, Any]
 class Figure:
     """One figure of a benchmark.
 
-    what: its name. unit: none for a ratio, which alone means anything on another machine. low, high: of its
-    repetitions. at_least, at_most: what it should be, where there is a target; which of them says what is better.
+    what: its name. unit: none for a ratio; only ratios are meaningful on another machine. low, high: the range of its
+    repetitions. at_least, at_most: the target, if there is one; which of them it is shows if higher or lower is better.
     """
 
     what: str
@@ -37,18 +37,18 @@ class Figure:
 
     @classmethod
     def of(cls, what: str, values: Sequence[float], unit: str = "", detail: str = "", **target: float) -> "Figure":
-        """The median of repetitions."""
+        """A figure that is the median of repetitions."""
         return cls(what, median(values), unit, detail, len(values), min(values), max(values), **target)
 
     @property
     def met(self) -> bool | None:
-        """Whether it is as it should be; None without a target."""
+        """Whether it meets its target; None without a target."""
         if self.at_least is None and self.at_most is None:
             return None
         return (self.at_least or -math.inf) <= self.value <= (math.inf if self.at_most is None else self.at_most)
 
     def cells(self) -> tuple[str, str, str, str]:
-        """Of a table: what, value, target and detail."""
+        """The figure's row in a table: what, value, target and detail."""
         spread = "" if self.repetitions == 1 else f" ({self.low:.4g} .. {self.high:.4g})"
         value = f"{self.value:.4g}{f' {self.unit}' if self.unit else ''}{spread}"
         target = f">= {self.at_least:g}" if self.at_least is not None else ""
@@ -57,12 +57,12 @@ class Figure:
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Of repetitions that took turns, so that a machine that drifts shows as spread and not as a result."""
+    """Ratios of repetitions that took turns, so that changes of the machine's speed show as spread, not as a result."""
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
 def _handed_on(settings: Mapping[str, object]) -> Raw:
-    """Without where files lie on this machine."""
+    """The settings without the folders of files on this machine."""
     return {
         name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
         for name, value in settings.items()
@@ -70,7 +70,7 @@ def _handed_on(settings: Mapping[str, object]) -> Raw:
 
 
 class Results:
-    """results/NAME.json, which is written anew with every part that is there, so that a killed run leaves some."""
+    """results/NAME.json, which is written again after every part, so that a killed run leaves the finished parts."""
 
     def __init__(self, name: str, settings: Mapping[str, object], out: str) -> None:
         self.file = Path(out) / f"{name}.json"
@@ -81,13 +81,13 @@ class Results:
         self._content |= {"machine": machine(), "figures": [], "raw": self.raw}
 
     def keep(self, part: str, found: Any) -> None:
-        """A part of the raw measurements."""
+        """Keep a part of the raw measurements."""
         self.raw[part] = found
         self._write()
         self.console.log(part)
 
     def show(self, figures: Sequence[Figure]) -> None:
-        """Print what the measurements come to, and write it with them."""
+        """Print the figures, and write them with the measurements."""
         self._content["figures"] = [asdict(figure) for figure in figures]
         self._write()
         title = f"{self._content['benchmark']} on {self._content['machine']['cpu']}"

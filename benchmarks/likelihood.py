@@ -1,4 +1,4 @@
-"""Forwards of a forget set: their FLOPs against a matrix product's, where the time goes, and what padding wastes."""
+"""Forwards of a forget set: their rate compared with matrix products, where the time goes, and the share of padding."""
 
 from typing import Literal
 
@@ -26,17 +26,17 @@ def main(
 ) -> None:
     """Benchmark the pass over a forget set that every draw makes.
 
-    Model FLOPs are two for each weight and token: the output layer's for scored tokens alone, and none for padding.
+    Model FLOPs are two for each weight and token. The output layer only counts scored tokens; padding does not count.
 
     Args:
         model: directory or hub id; the demo keeps one under ~/.cache/mrd_ray.
         data: forget set, for example TOFU's ../shared/data/tofu/forget10.json.
         out: folder of the JSON file.
         max_samples: rows of the forget set.
-        micro_batch_tokens: tokens per forward, padding included; unset, as scoring has it.
-        repeats: passes; each goes with a matrix product just before and after it.
-        threads: of torch.
-        device: that holds the model.
+        micro_batch_tokens: tokens per forward, padding included (default: as in scoring).
+        repeats: passes, each with a matrix product just before and after it.
+        threads: number of torch threads.
+        device: where the model is.
         dtype: of the weights and of the matrix product.
     """
     results = Results("likelihood", locals(), out)

@@ -1,4 +1,4 @@
-"""Memory of a scoring actor over one unit, beside its weights: two copies for Monte Carlo, one for the closed form."""
+"""Memory of a scoring actor during one unit, in sizes of its weights: two for Monte Carlo, one for the closed form."""
 
 import ctypes
 import gc
@@ -33,16 +33,16 @@ def main(
 ) -> None:
     """Benchmark an actor's memory at small and large vocabularies, and for few and many draws.
 
-    Copies of the weights are what an actor holds after a unit, once the heap has been trimmed; what it held more in
-    between is activations. The files are float32, as are the actors: the copies that are the mapped file are shared by
-    the actors of a node.
+    What an actor holds after a unit, with a trimmed heap, counts as copies of the weights; what it held in addition
+    during the unit counts as activations. Files and actors use float32, so the copies that are the mapped file are
+    shared by the actors of a node.
 
     Args:
         out: folder of the JSON file.
-        vocabularies: of models made up, which decide how large the output layer is.
+        vocabularies: of invented models; they decide the size of the output layer.
         draws: K of monte_carlo.
-        hidden_size: of the models.
-        tokens: of a sample; eight samples are a unit.
+        hidden_size: width of the models.
+        tokens: per sample; a unit has eight samples.
     """
     results = Results("memory", locals(), out)
     shape: Raw = {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, "num_hidden_layers": 2}
@@ -50,16 +50,16 @@ def main(
         for vocabulary in vocabularies:
             llama = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, num_attention_heads=16, **shape)
             LlamaForCausalLM(llama).save_pretrained(f"{folder}/{vocabulary}")
-        # a fresh process each, for a peak cannot be undone; one after another, since they are large
+        # a fresh process each, since peaks add up; one after another, since they are large
         spawn = multiprocessing.get_context("spawn")
         cases: list[tuple[int, Estimator, int]] = []
         for vocabulary in vocabularies:
             cases += [(vocabulary, "monte_carlo", k) for k in draws] + [(vocabulary, "closed_form", 1)]
         with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
-            found = [processes.submit(_case, folder, *case, tokens).result() for case in cases]
-    results.keep("cases", [[*case, mebibytes] for case, mebibytes in zip(cases, found, strict=True)])
+            usage = [processes.submit(_case, folder, *case, tokens).result() for case in cases]
+    results.keep("cases", [[*case, mebibytes] for case, mebibytes in zip(cases, usage, strict=True)])
     figures = []
-    for (vocabulary, estimator, k), mebibytes in zip(cases, found, strict=True):
+    for (vocabulary, estimator, k), mebibytes in zip(cases, usage, strict=True):
         weights = mebibytes["weights"]
         name = f"{estimator}{f', K = {k}' if estimator == 'monte_carlo' else ''}, vocabulary {vocabulary:,}"
         detail = f"weights of {weights:.0f} MiB; activations of {8 * tokens} tokens {mebibytes['activations']:.0f} more"
@@ -81,7 +81,7 @@ def _case(folder: str, vocabulary: int, estimator: Estimator, draws: int, tokens
     _touch_libraries(samples, scoring)
     before = _resting()
     actor = ScoringActor(ScoringSetup(model, scoring, model_digest(model), 1, False, samples[:1]))
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak so far was that of loading
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak of loading
     (result,) = actor(Unit(0, 0, 1, 0, draws).unit_id, pa.Table.from_pylist(samples)).to_pylist()
     if result["fatal"] or any(sample["error"] for sample in result["samples"]):
         raise RuntimeError(f"the unit failed: {result}")
@@ -101,7 +101,7 @@ def _resting() -> dict[Literal["VmRSS", "RssAnon"], float]:
 
 
 def _touch_libraries(samples: list[Sample], scoring: ScoringSettings) -> None:
-    """What the first model of a process brings with it, whatever its size: code and buffers of the libraries."""
+    """Make a tiny first model, so that the libraries load their code and buffers."""
     with tempfile.TemporaryDirectory() as folder:
         tiny = LlamaConfig(vocab_size=1 << 17, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                            num_attention_heads=1, tie_word_embeddings=True)  # fmt: skip

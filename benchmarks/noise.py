@@ -1,4 +1,4 @@
-"""Normals by the keyed generator against torch's own stream, on one core."""
+"""Compares normals from the keyed generator with torch's own stream, on one core."""
 
 import collections
 import itertools
@@ -18,7 +18,7 @@ def main(out: str = "benchmarks/results", repeats: int = 30, size: int = 1 << 24
     Args:
         out: folder of the JSON file.
         repeats: of each way.
-        size: normals made each time.
+        size: normals per repetition.
     """
     results = Results("noise", locals(), out)
     torch.set_num_threads(1)
@@ -33,7 +33,7 @@ def main(out: str = "benchmarks/results", repeats: int = 30, size: int = 1 << 24
         lap = stopwatch()
         run()
         seconds[way].append(lap())
-    seconds = {way: timed[1:] for way, timed in seconds.items()}  # the first was the warm-up
+    seconds = {way: timed[1:] for way, timed in seconds.items()}  # the first one is the warm-up
     results.keep("seconds", seconds)
     figures = [Figure.of(way, [size / 1e6 / s for s in timed], "M normals/s") for way, timed in seconds.items()]
     for way in ("chunk by chunk", "base + sigma z"):

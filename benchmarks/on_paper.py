@@ -1,4 +1,4 @@
-"""Models larger than a device, on paper: what `mrd-ray plan` says of their memory and time; nothing is run."""
+"""Models larger than a device, on paper: `mrd-ray plan` estimates their memory and time; nothing runs."""
 
 import dataclasses
 import tempfile
@@ -41,16 +41,16 @@ def main(
     tflops_bfloat16: float = 300.0,
     tflops_float32: float = 25.0,
 ) -> None:
-    """Plan scoring with Llama 3.1 of 8B and 70B by one actor.
+    """Plan scoring with Llama 3.1 8B and 70B and one actor.
 
     Args:
-        tokenizer: directory or hub id; another one than Llama's makes other numbers of tokens.
+        tokenizer: directory or hub id; other tokenizers than Llama's make other numbers of tokens.
         data: forget set.
         out: folder of the JSON file.
         max_samples: rows of the forget set.
         draws: K of monte_carlo.
         gpu_gib: memory of a GPU.
-        tflops_bfloat16: that a GPU keeps up, an assumption. Of an actor's GPUs one works at a time.
+        tflops_bfloat16: sustained rate of a GPU, an assumption. One of an actor's GPUs works at a time.
         tflops_float32: the same without TF32.
     """
     results = Results("on_paper", locals(), out)
@@ -68,14 +68,12 @@ def main(
             tree["scoring"] = {"estimator": way.estimator, "micro_batch_tokens": 16384, "num_draws": draws}
             tree["ray"] = {"actors": 1, "gpus_per_actor": way.gpus}
             tree["tflops"] = tflops_bfloat16 if way.dtype == "bfloat16" else tflops_float32
-            found = plan(PlanConfig.model_validate(tree))
+            cost = plan(PlanConfig.model_validate(tree))
         name = f"{way.size}, {way.estimator}, {way.dtype}"
-        results.keep(name, dataclasses.asdict(found))
-        each = found.weight_bytes_per_actor / 2**30 / way.gpus
+        results.keep(name, dataclasses.asdict(cost))
+        each = cost.weight_bytes_per_actor / 2**30 / way.gpus
         detail = f"on each of {way.gpus} GPU(s), on average; {gpu_gib - each:.0f} GiB are left"
         figures.append(Figure(f"{name}: weights", each, "GiB", detail, at_most=0.9 * gpu_gib))
-        detail = (
-            f"{found.device_hours:.3g} GPU-hours for {found.samples} samples of {found.tokens:,} tokens; no loading"
-        )
-        figures.append(Figure(f"{name}: time", found.seconds / 60, "min", detail))
+        detail = f"{cost.device_hours:.3g} GPU-hours for {cost.samples} samples of {cost.tokens:,} tokens; no loading"
+        figures.append(Figure(f"{name}: time", cost.seconds / 60, "min", detail))
     results.show(figures)

@@ -1,6 +1,6 @@
-"""The ways to score that people write today, and ours, on the same samples and model: what each costs.
+"""Compares the cost of the ways to score that people write today with ours, on the same samples and model.
 
-Only ratios within one run mean anything, on a machine that does nothing else meanwhile. For CPUs.
+Only ratios within one run are meaningful, on a machine that does nothing else at the time. For CPUs.
 """
 
 import sys
@@ -20,7 +20,7 @@ from mrd_ray.mrd.monte_carlo import delta, noise_key
 from mrd_ray.mrd.perturb import Replica
 from mrd_ray.workers.memory import activation_bytes, collate
 
-PROJECTIONS = "proj"  # in the names of the layers that Opacus has a rule for: it has none for a Llama's norms
+PROJECTIONS = "proj"  # in the names of the layers for which Opacus has a rule; it has none for a Llama's norms
 ALGORITHM_1, PERTURB_ONCE, MONTE_CARLO = "Algorithm 1, line by line", "perturb once, plain loop", "Monte Carlo"
 AUTOGRAD, OPACUS = "autograd, sample by sample", "Opacus, ghost norms of projections"
 CLOSED, CLOSED_PROJECTIONS = "closed form", "closed form of projections"
@@ -38,19 +38,19 @@ def main(
     batch_size: int = 8,
     sigma: float = 1e-5,
 ) -> None:
-    """Benchmark what each way takes for a sample, on one thread. Needs opacus.
+    """Benchmark the time of each way per sample, on one thread. Needs opacus.
 
-    Each repeat takes another part of the samples, of all lengths; times are by token, since forwards and backwards
-    are. A way that perturbs for each sample, or differentiates it alone, is too slow for all of them.
+    Each repeat takes another part of the samples, with all lengths. Times are per token, like the cost of forwards and
+    backwards. Ways that perturb or differentiate for each sample separately are too slow for all samples.
 
     Args:
         model: directory or hub id of a Llama; the demo keeps one under ~/.cache/mrd_ray.
         data: forget set, for example TOFU's ../shared/data/tofu/forget10.json.
         out: folder of the JSON file.
         max_samples: rows of the forget set.
-        few: samples for the ways that take one at a time; with 24, ratios to them differed by a sixth from run to run.
+        few: samples for the ways that take one at a time; with 24, their ratios differed by a sixth from run to run.
         repeats: parts of the samples; the ways take turns.
-        draws: K that costs are for; each way is timed for one draw, and once unperturbed.
+        draws: K for the costs; each way is timed for one draw, and once unperturbed.
         micro_batch_tokens: tokens per forward of ours, padding included.
         batch_size: samples per forward of the plain loop, in the file's order.
         sigma: standard deviation of the parameter noise.
@@ -94,17 +94,17 @@ class Ways:
 
     def __init__(self, work: Batches, sigma: float, draws: int) -> None:
         self._model, self._sigma, self._draws = work.model, sigma, draws
-        self._share = len(work.order)  # samples over which a shared perturbation is spread
+        self._share = len(work.order)  # samples that share a perturbation
         self._kept = {name: parameter.detach().clone() for name, parameter in work.model.named_parameters()}
         self._replica, self._likelihood = Replica(work.model), Likelihood(work.model)
         projections = [name for name, _ in work.model.named_parameters() if PROJECTIONS in name]
-        budget = activation_bytes(work.model, ScoringSettings(estimator="closed_form"))  # as an actor has it
+        budget = activation_bytes(work.model, ScoringSettings(estimator="closed_form"))  # like an actor
         self._norms = GradientNorms(work.model, None, budget)
         self._norms_of_projections = GradientNorms(work.model, projections, budget)
 
     @torch.no_grad()
     def algorithm_1(self, batches: Sequence[MicroBatch]) -> float:
-        """As one would first write it: each sample is perturbed for alone, and r = (P - P') / P is taken literally."""
+        """As one would first write it: a perturbation for each sample, and r = (P - P') / P taken literally."""
         total = 0.0
         for batch in batches:
             self._replica.restore()
@@ -158,7 +158,7 @@ class Ways:
         return lap()
 
     def opacus(self, batches: Sequence[MicroBatch]) -> float:
-        """A forward and backward of a batch, of which Opacus takes the norms."""
+        """A forward and backward of a batch, for which Opacus computes the norms."""
         self._replica.restore()
         with _Opacus(self._model) as norms:
             lap = stopwatch()
@@ -171,11 +171,11 @@ class Ways:
         return self._closed_form(self._norms, batches)
 
     def closed_form_of_projections(self, batches: Sequence[MicroBatch]) -> float:
-        """Ours, over what Opacus can do."""
+        """Ours, over the layers that Opacus can do."""
         return self._closed_form(self._norms_of_projections, batches)
 
     def difference(self, way: str, batch: MicroBatch) -> float:
-        """Of norms of the log-likelihood's gradient, ours and theirs: the largest, relative."""
+        """The largest relative difference between our norms of the log-likelihood's gradient and theirs."""
         self._replica.restore()
         if way == AUTOGRAD:
             alone = [MicroBatch(batch.token_ids[i : i + 1], batch.scored[i : i + 1]) for i in range(len(batch.scored))]
@@ -208,7 +208,7 @@ class Ways:
 
 
 class _Opacus:
-    """Per-sample gradient norms of the projections by Opacus, which wants a model in training; as it was afterwards."""
+    """Per-sample gradient norms of the projections by Opacus, which needs training mode; restores the model's mode."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
@@ -230,9 +230,9 @@ class _Opacus:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the first layer's input needs no gradient
                 _loss(self._wrapped, batch).backward()
-            found: torch.Tensor = self._wrapped.get_norm_sample().clone()
+            of_samples: torch.Tensor = self._wrapped.get_norm_sample().clone()
             self._wrapped.zero_grad(set_to_none=True)
-            return found
+            return of_samples
 
         return norms
 
@@ -253,11 +253,11 @@ def _loss(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
 
 
 def figures(raw: dict, draws: int) -> list[Figure]:
-    """What each way takes, and ours beside it."""
+    """The times of each way, and ratios with ours."""
     seconds, tokens = raw["seconds per token"], raw["size"]["tokens"] / raw["size"]["samples"]
     k = f", K = {draws}"
     names = {way: way + k * (way in (ALGORITHM_1, PERTURB_ONCE, MONTE_CARLO)) for way in seconds}
-    found = [Figure.of(names[way], [tokens * s for s in laps], "s a sample") for way, laps in seconds.items()]
+    shown = [Figure.of(names[way], [tokens * s for s in laps], "s a sample") for way, laps in seconds.items()]
     differences = raw["relative difference of norms"]
     pairs = [
         (MONTE_CARLO, ALGORITHM_1, 8.0, "one perturbation serves all samples, and their forwards share batches"),
@@ -269,7 +269,7 @@ def figures(raw: dict, draws: int) -> list[Figure]:
         (CLOSED_PROJECTIONS, OPACUS, 1.0, "the backward makes no gradients of parameters; "
                                           f"norms differ by {differences[OPACUS]:.1g}"),
     ]  # fmt: skip
-    found += [
+    shown += [
         Figure.of(
             f"{names[ours]}, over {names[theirs]}",
             ratios(seconds[theirs], seconds[ours]),
@@ -279,4 +279,4 @@ def figures(raw: dict, draws: int) -> list[Figure]:
         )
         for ours, theirs, target, why in pairs
     ]
-    return found
+    return shown

@@ -1,4 +1,4 @@
-"""A draw's perturbation of a whole model, against a copy of the same weights and against a forward."""
+"""Compares a draw's perturbation of a whole model with a copy of the same weights and with a forward."""
 
 from typing import Any, Literal
 
@@ -21,15 +21,15 @@ def main(
     device: Literal["cpu", "cuda"] = "cpu",
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
-    """Benchmark `Replica.perturb`: what of it is memory traffic, and what it costs in tokens' forwards.
+    """Benchmark `Replica.perturb`: its share of memory traffic, and its cost in tokens' forwards.
 
     Args:
         model: directory or hub id; the demo keeps one under ~/.cache/mrd_ray.
         out: folder of the JSON file.
         repeats: of each way; they take turns.
-        threads: of torch.
-        tokens: of the forward that it is compared with.
-        device: that holds the model.
+        threads: number of torch threads.
+        tokens: of the forward to compare with.
+        device: where the model is.
         dtype: of the weights.
     """
     results = Results("perturb", locals(), out)

@@ -1,4 +1,4 @@
-"""What `mrd-ray plan --probe` foresees against what the run then takes."""
+"""Compares the prediction of `mrd-ray plan --probe` with the run."""
 
 import dataclasses
 import tempfile
@@ -18,16 +18,16 @@ def main(
     draws: int = 8,
     estimators: tuple[Literal["monte_carlo", "closed_form"], ...] = ("monte_carlo", "closed_form"),
 ) -> None:
-    """Plan and make runs of several sizes and numbers of actors of one CPU.
+    """Plan and do runs of several sizes, with several numbers of actors with one CPU each.
 
     Args:
         model: directory or hub id.
         data: forget set.
         out: folder of the JSON file.
         samples: rows of the forget set.
-        actors: of one CPU each.
+        actors: numbers of actors, with one CPU each.
         draws: K of monte_carlo.
-        estimators: that are planned and run.
+        estimators: to plan and run.
     """
     results = Results("planner", locals(), out)
     figures = []

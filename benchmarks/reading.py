@@ -1,4 +1,4 @@
-"""From a file to micro-batches: reading, tokenising and laying out, before anything is scored."""
+"""From a file to micro-batches: reading, tokenising and cutting, before anything is scored."""
 
 import json
 import tempfile
@@ -25,7 +25,7 @@ def main(model: str, lines: int = 1_000_000, out: str = "benchmarks/results") ->
 
     Args:
         model: directory of a model, for its tokenizer and its limits.
-        lines: of the file.
+        lines: number of lines of the file.
         out: folder of the JSON file.
     """
     results = Results("reading", locals(), out)

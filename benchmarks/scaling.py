@@ -1,8 +1,8 @@
-"""Throughput by the number of actors, on one node and on a node each, beside what the planner's simulation says.
+"""Throughput by the number of actors, on one node and on a node each, compared with the planner's simulation.
 
-The nodes are Ray's alone: all are on this machine, so that what a network costs is not in it.
+All nodes are on this machine, so the cost of a network is not included.
 
-Only ratios within one run mean anything, on a machine that does nothing else meanwhile and has a core for each actor.
+Only ratios within one run are meaningful, on a machine that does nothing else and has a core for each actor.
 """
 
 import multiprocessing
@@ -40,20 +40,20 @@ def main(
     straggling: float = 0.2,
     losses_per_hour: float = 0.1,
 ) -> None:
-    """Benchmark how Monte Carlo scales; beside the JSON file, write a plot.
+    """Benchmark how Monte Carlo scales. Writes a JSON file and a plot.
 
     Args:
         model: directory or hub id; the demo keeps one under ~/.cache/mrd_ray.
         data: forget set, for example TOFU's ../shared/data/tofu/forget10.json.
         out: folder of the JSON file and the plot.
-        actors: of one CPU each; the first is what the others are held against.
+        actors: numbers of actors, with one CPU each; the others are compared with the first.
         max_samples: rows of the forget set.
-        draws: K for each actor, so that all have as much to do.
+        draws: K for each actor, so that all have the same work.
         micro_batch_tokens: tokens per forward, padding included.
-        simulated_samples: of the run that is simulated, with lengths of the forget set, K = 200, and 1 to 1,000 actors
-            at the rates of the first one measured.
+        simulated_samples: samples of the simulated run, with the forget set's lengths, K = 200, and 1 to 1,000 actors
+            at the rates of the first measured run.
         straggling: how far simulated actors differ in speed, as in `mrd-ray plan`.
-        losses_per_hour: of simulated actors, as in `mrd-ray plan`.
+        losses_per_hour: how often simulated actors are lost, as in `mrd-ray plan`.
     """
     results = Results("scaling", locals(), out)
     scoring = {"micro_batch_tokens": micro_batch_tokens}
@@ -82,7 +82,7 @@ def main(
 
 
 def _in_a_process(config: Raw, actors: int, draws: int) -> Raw:
-    """`costs` of a run, whose driver is a process of its own: Ray Data keeps objects of the last cluster it was in."""
+    """`costs` of a run whose driver is a process of its own: Ray Data keeps objects of the last cluster it used."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(_run, config, actors, draws).result()
 
@@ -95,7 +95,7 @@ def _run(config: Raw, actors: int, draws: int) -> Raw:
 
 @contextmanager
 def _nodes(count: int) -> Iterator[None]:
-    """A cluster of a head without work and so many nodes of one CPU, which runs in this block join."""
+    """A cluster with an idle head and N nodes with one CPU each; runs in this block join it."""
     before = {name: os.environ.get(name) for name in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
     os.environ["RAY_AUTH_MODE"] = "disabled"
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -117,18 +117,18 @@ def _per_token(cost: Raw, work: Batches) -> tuple[float, float, float]:
 
 
 def figures(raw: Raw, actors: tuple[int, ...]) -> list[Figure]:
-    """Throughput, against as many times the first one's."""
-    found = []
+    """Throughput, compared with the same multiple of the first one's."""
+    shown = []
     for way in (ONE_NODE, NODES):
         of_first = raw[f"{actors[0]}, {way}"]
         for count in actors:
             cost = raw[f"{count}, {way}"]
             rate = cost["draws"] * raw["size"]["samples"] / cost["span"]
-            found.append(Figure(f"{count}, {way}", rate, "samples x draws/s", f"{cost['wall']:.3g} s by the clock"))
+            shown.append(Figure(f"{count}, {way}", rate, "samples x draws/s", f"{cost['wall']:.3g} s by the clock"))
             if count != actors[0]:
                 ratio = (cost["draws"] / cost["span"]) / (of_first["draws"] / of_first["span"])
                 share = ratio * actors[0] / count
-                found.append(
+                shown.append(
                     Figure(
                         f"{count} / {actors[0]}, {way}", ratio, detail=f"{share:.0%}", at_least=0.95 * count / actors[0]
                     )
@@ -136,8 +136,8 @@ def figures(raw: Raw, actors: tuple[int, ...]) -> list[Figure]:
     seconds = raw["simulated seconds"]
     stops = next((count for count in seconds if seconds[FLEETS[0]] / (count * seconds[count]) < 0.5), None)
     detail = "more than half would wait" if stops else "not below a half"
-    found.append(Figure("simulated: scaling stops at", stops or FLEETS[-1], "actors", detail))
-    return found
+    shown.append(Figure("simulated: scaling stops at", stops or FLEETS[-1], "actors", detail))
+    return shown
 
 
 def figure(raw: Raw, actors: tuple[int, ...]) -> bytes:

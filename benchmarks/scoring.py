@@ -1,6 +1,6 @@
-"""What scoring costs in the engine: against the best single process, and with a second actor.
+"""What scoring costs in the engine, compared with the best single process, and with a second actor.
 
-Only ratios within one run mean anything, on a machine that does nothing else meanwhile. For CPUs, on Linux.
+Only ratios within one run are meaningful, on a machine that does nothing else at the time. For CPUs, on Linux.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ from mrd_ray.scoring.result import RESULT_SCHEMA
 from mrd_ray.scoring.units import Unit
 
 Part = Literal["ideal", "engine"]
-LONG_UNIT = 30.0  # seconds; a shorter unit says little about those of a real run
+LONG_UNIT = 30.0  # seconds; shorter units say little about a real run's
 
 
 def main(
@@ -41,10 +41,10 @@ def main(
         model: directory or hub id; the demo keeps one under ~/.cache/mrd_ray.
         data: forget set, for example TOFU's ../shared/data/tofu/forget10.json.
         out: folder of the JSON file.
-        parts: which of ideal and engine; a ratio is given if both its sides are run.
-        max_samples: rows of the forget set. They should take over 30 s to run through the model once.
-        draws: K of `ideal` and of the engine with one actor. Two actors do 2 K, so that each actor has as much to do,
-            its pass over the unperturbed model included; with K that pass would hide how draws scale.
+        parts: ideal, engine or both; ratios need both sides.
+        max_samples: rows of the forget set. One pass over them should take over 30 s.
+        draws: K of `ideal` and of the engine with one actor. Two actors do 2 K, so that each actor has the same work,
+            including its pass over the unperturbed model; with K, that pass would hide how draws scale.
         micro_batch_tokens: tokens per forward, padding included.
         sigma: standard deviation of the parameter noise.
     """
@@ -54,7 +54,7 @@ def main(
     config = {"model": {"path": model}, "data": {"path": data, "max_samples": max_samples}, "scoring": scoring}
     work = Work(ScoreConfig.model_validate(config | {"run": {"dir": "unused"}}))
     results.keep("size", work.size)
-    # the sides of a ratio take turns, so that a machine that drifts shows as spread and not as a result
+    # the sides of a ratio take turns, so that changes of the machine's speed show as spread, not as a result
     if "ideal" in parts:
         results.keep("ideal, theta", work.ideal_theta())
         results.keep("ideal, first half", [work.ideal_draw(k) for k in range(draws // 2)])
@@ -95,7 +95,7 @@ class Work(Batches):
 
 
 def engine(config: Raw, work: Batches, actors: int, draws: int) -> Raw:
-    """`mrd-ray score` in a fresh run directory: its wall-clock time, and every unit as its actor timed it."""
+    """`mrd-ray score` in a fresh run directory: its wall-clock time, and every unit's time from its actor."""
     with tempfile.TemporaryDirectory() as folder:
         pool = {"actors": actors, "cpus_per_process": 1, "gpus_per_actor": 0}
         scoring = config["scoring"] | {"num_draws": draws}
@@ -115,7 +115,7 @@ def engine(config: Raw, work: Batches, actors: int, draws: int) -> Raw:
             units.append(row | vars(unit) | {"work": tokens * (unit.stop_draw - unit.first_draw), "written": written})
     units.sort(key=lambda unit: unit["written"])
     held: dict[str, int] = {}
-    for unit in units:  # an actor that turns to other samples first runs them through the unperturbed model
+    for unit in units:  # an actor that switches to other samples first runs them through the unperturbed model
         unit["with_theta"] = held.get(unit["worker"]) != unit["first_micro_batch"]
         held[unit["worker"]] = unit["first_micro_batch"]
     scores = {row["sample_id"]: row["mean_abs"] for row in finished.scores.to_pylist()}
@@ -124,42 +124,42 @@ def engine(config: Raw, work: Batches, actors: int, draws: int) -> Raw:
 
 
 def figures(raw: Raw) -> list[Figure]:
-    """What the raw timings come to."""
-    found: list[Figure] = []
+    """The figures that follow from the raw timings."""
+    shown: list[Figure] = []
     ideal, one, two = None, None, None
     if "ideal, first half" in raw:
         passes = raw["ideal, first half"] + raw["ideal, second half"]
         per_draw = [one_pass["perturb"] + one_pass["forward"] for one_pass in passes]
         ideal = raw["ideal, theta"] + sum(per_draw)
         detail = f"K = {len(passes)}; unperturbed {raw['ideal, theta']:.3g} s, then per draw {_spread(per_draw)}"
-        found.append(Figure("ideal", ideal, "s", detail))
+        shown.append(Figure("ideal", ideal, "s", detail))
     if "1 actor" in raw:
         one, two = (costs(raw[pool]) for pool in ("1 actor", "2 actors"))
-        found.append(Figure("engine, 1 actor", one["busy"], "s", one["detail"]))
-        found.append(Figure("engine, 2 actors", two["busy"], "s", two["detail"]))
+        shown.append(Figure("engine, 1 actor", one["busy"], "s", one["detail"]))
+        shown.append(Figure("engine, 2 actors", two["busy"], "s", two["detail"]))
         ratio = (two["draws"] / two["busy"]) / (one["draws"] / one["busy"])
-        found.append(
+        shown.append(
             Figure("2 actors / 1", ratio, detail="sample-draws per second of the busiest actor's units", at_least=1.9)
         )
         ratio = (two["draws"] / two["wall"]) / (one["draws"] / one["wall"])
-        found.append(Figure("2 actors / 1, by the clock", ratio, detail="start-up included"))
-        found.append(Figure("s of a draw, 2 / 1", two["draw"] / one["draw"], detail="what two actors cost each other"))
+        shown.append(Figure("2 actors / 1, by the clock", ratio, detail="start-up included"))
+        shown.append(Figure("s of a draw, 2 / 1", two["draw"] / one["draw"], detail="what two actors cost each other"))
     if ideal and one:
-        found.append(
+        shown.append(
             Figure("ideal / engine", ideal / one["busy"], detail="same samples and draws, inside units", at_least=0.97)
         )
-        found.append(
+        shown.append(
             Figure("ideal / engine, between units too", ideal / one["span"], detail="by when their files were written")
         )
         mine = [fmean(map(abs, deltas)) for deltas in zip(*(one_pass["deltas"] for one_pass in passes), strict=True)]
         pairs = zip(mine, raw["1 actor"]["mean_abs"], strict=True)
         off = max((abs(a / b - 1) for a, b in pairs if b), default=0.0)
-        found.append(Figure("ideal - engine", off, detail="largest relative difference of a score"))
-    return found
+        shown.append(Figure("ideal - engine", off, detail="largest relative difference of a score"))
+    return shown
 
 
 def costs(run: Raw) -> Raw:
-    """Seconds: `busy`, `span` and `wall` of the run; `theta` and `draw`, of one actor on all samples."""
+    """Seconds: `busy`, `span` and `wall` for the run; `theta` and `draw` for one actor on all samples."""
     units, draws = run["units"], run["draws"]
     seconds = [unit["seconds"] for unit in units]
     workers = {unit["worker"] for unit in units}

@@ -17,7 +17,7 @@ from mrd_ray.scoring.estimators import estimator_of
 from mrd_ray.workers.memory import Sample
 
 _SIGMA = 1e-5
-_JUMP, _FAR = 5.5, 4.0  # of s; standard deviations of what sigma moves a gap by
+_JUMP, _FAR = 5.5, 4.0  # in s; in standard deviations of a gap's change by sigma
 
 
 def main(
@@ -29,15 +29,15 @@ def main(
     draws: int = 200,
     out: str = "benchmarks/results",
 ) -> None:
-    """Benchmark the check of a smooth model before it is scored, and that of each sample of a mixture of experts.
+    """Benchmark the check of a smooth model before scoring, and the check of each sample of a mixture of experts.
 
     Args:
         model: directory of a model.
         data: forget set.
-        max_samples: of the forget set, whose scoring the check is compared with.
-        repeats: of both.
-        planted: samples of random tokens, of which a small random Mixtral changes an expert in some of the draws.
-        draws: that show which samples these are.
+        max_samples: rows of the forget set; the check is compared with the cost of scoring them.
+        repeats: of both, check and scoring.
+        planted: number of random samples for which a small random Mixtral changes an expert in some of the draws.
+        draws: number of draws to find these samples.
         out: folder of the JSON file.
     """
     results = Results("self_check", locals(), out)
@@ -59,7 +59,7 @@ def main(
 
 
 def cost(model: str, data: str, max_samples: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of making an estimator with the check, less those without, and of scoring."""
+    """Seconds for making an estimator with the check, minus those without it; seconds for scoring."""
     tree: dict[str, object] = {"model": {"path": model}, "data": {"path": data, "max_samples": max_samples}}
     work = Batches(ScoreConfig.model_validate(tree | {"run": {"dir": "unused"}}))
     samples: list[Sample] = [
@@ -68,7 +68,7 @@ def cost(model: str, data: str, max_samples: int, repeats: int) -> dict[str, lis
         for j, (tokens, scored) in enumerate(zip(batch.token_ids, batch.scored, strict=True))
     ]
     trial = samples[len(samples) // 4 :][:2]
-    found: dict[str, list[float]] = {"check": [], "scoring": []}
+    times: dict[str, list[float]] = {"check": [], "scoring": []}
     for _ in range(repeats):
         made = []
         for verify in (0, 2):
@@ -76,11 +76,11 @@ def cost(model: str, data: str, max_samples: int, repeats: int) -> dict[str, lis
             scoring = ScoringSettings(estimator="closed_form", verify_draws=verify)
             estimator = estimator_of(work.model, scoring, trial)
             made.append(time.perf_counter() - began)
-        found["check"].append(made[1] - made[0])
+        times["check"].append(made[1] - made[0])
         began = time.perf_counter()
         estimator(samples, range(1))
-        found["scoring"].append(time.perf_counter() - began)
-    return found
+        times["scoring"].append(time.perf_counter() - began)
+    return times
 
 
 def mixture() -> PreTrainedModel:
@@ -100,8 +100,8 @@ def mixture() -> PreTrainedModel:
 
 
 def flips(planted: int, draws: int) -> dict[str, int]:
-    """How many samples flip an expert in some draw, and of these are missed; and of those far from it, are marked."""
-    model, found = mixture(), dict.fromkeys(("flip", "missed", "others", "others marked"), 0)
+    """Counts samples that flip an expert in some draw, how many are missed; samples far from it, how many marked."""
+    model, counts = mixture(), dict.fromkeys(("flip", "missed", "others", "others marked"), 0)
     samples = torch.randint(1, 61, (64 * planted, 60), generator=torch.Generator().manual_seed(1))
     for tokens in samples.split(64):
         batch = MicroBatch(tokens, torch.ones(len(tokens), tokens.shape[1] - 1, dtype=torch.bool))
@@ -113,17 +113,17 @@ def flips(planted: int, draws: int) -> dict[str, int]:
         scoring = ScoringSettings(estimator="closed_form", sigma=_SIGMA, allow_slow_parameters=True)
         results = estimator_of(model, scoring, rows[:2])(rows, range(1))
         marked = torch.tensor([result["doubt"] is not None for result in results])
-        found["flip"] += int(jumped.sum())
-        found["missed"] += int((jumped & ~marked).sum())
-        found["others"] += int(others.sum())
-        found["others marked"] += int((others & marked).sum())
-        if found["flip"] >= planted:
+        counts["flip"] += int(jumped.sum())
+        counts["missed"] += int((jumped & ~marked).sum())
+        counts["others"] += int(others.sum())
+        counts["others marked"] += int((others & marked).sum())
+        if counts["flip"] >= planted:
             break
-    return found
+    return counts
 
 
 def drawn(model: PreTrainedModel, batch: MicroBatch, draws: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whether Delta jumped in some draw, and whether each gap is far beyond what moves it: bool [B]."""
+    """Whether Delta jumped in some draw, and whether every gap is too large to flip: bool [B]."""
     likelihood, replica = Likelihood(model), Replica(model)
     theta, at_theta = heard(likelihood, batch)
     s = _SIGMA * GradientNorms(model)(batch)[1].sqrt()

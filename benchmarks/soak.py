@@ -1,4 +1,4 @@
-"""A long scoring run whose actors are killed one after another: does it lose or double a row, does memory grow?"""
+"""A long scoring run whose actors are killed one after another: is a row lost or doubled, does memory grow?"""
 
 import itertools
 import json
@@ -19,8 +19,8 @@ from benchmarks.common import Raw
 from benchmarks.figures import Figure, Results
 
 _LOOK_EVERY, _WARM_UP = 5.0, 120.0  # seconds
-_BOUND = 5.0  # MiB per minute that the driver may grow by after warming up, and the larger actor
-_SETTLED, _OF_ONE = 30.0, 100.0  # seconds of an actor's life after which it may grow by so many MiB in all
+_BOUND = 5.0  # MiB per minute by which the driver and the larger actor may grow after warming up
+_SETTLED, _OF_ONE = 30.0, 100.0  # after this many seconds of its life, an actor may grow by this many MiB in total
 _WHO = ["the miller", "a ferryman", "her sister", "the old king", "a red fox", "the baker", "my uncle", "the nurse"]
 _DID = ["sold", "hid", "lost", "painted", "wanted", "carried", "broke", "found", "washed", "forgot"]
 _WHAT = ["a blue hat", "two eggs", "the key", "a wooden boat", "seven bells", "the letter", "a pear", "his coat"]
@@ -36,40 +36,40 @@ def main(
     actors: int = 2,
     out: str = "benchmarks/results",
 ) -> int:
-    """Run it and kill its actors; exit code 1 if a row is lost or doubled, or memory grows.
+    """Run and kill actors; exit code 1 if a row is lost or doubled, or memory grows.
 
     Args:
         model: directory of a small model.
-        samples: short texts that are made up.
-        draws: K; so many that the run takes the minutes below.
-        minutes: actors are killed for so long, and the run must last.
-        kill_every: seconds.
-        actors: of one CPU each.
+        samples: number of invented short texts.
+        draws: K; enough for the run to take the minutes below.
+        minutes: how long actors are killed; the run must last at least as long.
+        kill_every: seconds between kills.
+        actors: number of actors, with one CPU each.
         out: folder of the JSON file.
     """
     results = Results("soak", locals(), out)
     with tempfile.TemporaryDirectory() as folder:
-        found = _soak(Path(folder), model, samples, draws, minutes * 60, kill_every, actors)
-    results.keep("found", found)
-    results.show(figures := _figures(found, minutes * 60))
-    return 0 if found["exit code"] == 0 and all(figure.met is not False for figure in figures) else 1
+        seen = _soak(Path(folder), model, samples, draws, minutes * 60, kill_every, actors)
+    results.keep("found", seen)
+    results.show(figures := _figures(seen, minutes * 60))
+    return 0 if seen["exit code"] == 0 and all(figure.met is not False for figure in figures) else 1
 
 
-def _figures(found: Raw, seconds: float) -> list[Figure]:
-    rows = found["rows"]
-    detail = f"{found['restarts']} restarts seen by the run, {found['lost units']} units made again"
-    of_one = f"in {found['longest life']:.0f} s at most; after its first {_SETTLED:g} s"
+def _figures(raw: Raw, seconds: float) -> list[Figure]:
+    rows = raw["rows"]
+    detail = f"{raw['restarts']} restarts seen by the run, {raw['lost units']} units made again"
+    of_one = f"in {raw['longest life']:.0f} s at most; after its first {_SETTLED:g} s"
     return [
-        Figure("duration", found["seconds"], "s", at_least=seconds),
-        Figure("actors killed", found["actors killed"], detail=detail, at_least=1),
+        Figure("duration", raw["seconds"], "s", at_least=seconds),
+        Figure("actors killed", raw["actors killed"], detail=detail, at_least=1),
         Figure("rows lost", rows["lost"], detail=f"{rows['scored']:,} scored", at_most=0),
         Figure("rows or draws doubled", rows["doubled"], at_most=0),
         *(
-            Figure(f"growth of {who}", slope, "MiB/min", f"after two minutes; {found['peak MiB'][who]:.0f} MiB at most",
+            Figure(f"growth of {who}", slope, "MiB/min", f"after two minutes; {raw['peak MiB'][who]:.0f} MiB at most",
                    at_most=_BOUND)
-            for who, slope in found["growth"].items()
+            for who, slope in raw["growth"].items()
         ),
-        Figure("growth of one actor", found["growth of one"], "MiB", of_one, at_most=_OF_ONE),
+        Figure("growth of one actor", raw["growth of one"], "MiB", of_one, at_most=_OF_ONE),
     ]  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def _soak(folder: Path, model: str, samples: int, draws: int, seconds: float, ki
     settings += ["--scoring.num_draws", str(draws), "--ray.actors", str(actors)]
     started, kills, killed_at = time.monotonic(), 0, time.monotonic()
     memory: dict[str, list[tuple[float, float]]] = {"driver": [], "actors": []}
-    lives: dict[int, list[tuple[float, float]]] = {}  # by process: when it had how many MiB
+    lives: dict[int, list[tuple[float, float]]] = {}  # by process: (time, MiB)
     driver = subprocess.Popen([sys.executable, "-m", "mrd_ray", "score", *settings])
     while driver.poll() is None:
         time.sleep(_LOOK_EVERY)
@@ -110,7 +110,7 @@ def _soak(folder: Path, model: str, samples: int, draws: int, seconds: float, ki
 
 
 def texts(samples: int) -> list[tuple[int, str]]:
-    """Made-up samples, with their numbers."""
+    """Invented samples that contain their numbers."""
     every = [
         f"Once {who} {did} {what} {where}." for who, did, what, where in itertools.product(_WHO, _DID, _WHAT, _WHERE)
     ]
@@ -118,16 +118,16 @@ def texts(samples: int) -> list[tuple[int, str]]:
 
 
 def _actors(driver: int) -> list[psutil.Process]:
-    """Ray Data's, of the driver's own Ray."""
+    """Ray Data's actors in the driver's own Ray."""
     own = psutil.Process(driver).children(recursive=True) if psutil.pid_exists(driver) else []
-    found = []
+    alive = []
     for process in own:
         try:
             if "MapWorker" in " ".join(process.cmdline()):
-                found.append(process)
+                alive.append(process)
         except psutil.NoSuchProcess:
             continue
-    return found
+    return alive
 
 
 def _mib(pid: int) -> float:
@@ -138,19 +138,19 @@ def _mib(pid: int) -> float:
 
 
 def _growth(points: list[tuple[float, float]]) -> float:
-    """Slope of a line through what follows the warm-up, in MiB per minute; nan where nothing does."""
+    """Slope of a line through the values after the warm-up, in MiB per minute; nan if there are none."""
     times, values = np.array([point for point in points if point[0] > _WARM_UP and point[1]]).reshape(-1, 2).T
     return float(np.polyfit(times / 60, values, 1)[0]) if len(times) > 1 else float("nan")
 
 
 def _growth_in_life(life: list[tuple[float, float]]) -> float:
-    """MiB that a process was larger than when it had settled."""
+    """MiB by which a process was larger than after it had settled."""
     settled = [size for moment, size in life if moment - life[0][0] >= _SETTLED and size]
     return max(settled) - settled[0] if settled else 0.0
 
 
 def rows_of(run: Path, samples: int, draws: int) -> Raw:
-    """Of scores.parquet, and of the draws in all units."""
+    """Rows of scores.parquet, and of draws in all units."""
     scores = pq.read_table(run / "scores.parquet")
     counted: dict[str, int] = {}
     for file in (run / "units").glob("*.parquet"):

@@ -1,4 +1,4 @@
-"""How long one waits: for --help, for the settings to be wrong, and for the first score."""
+"""How long one waits for --help, for an error in the settings, and for the first score."""
 
 import json
 import subprocess
@@ -28,12 +28,12 @@ def main(model: str, data: str, out: str = "benchmarks/results", repeats: int = 
 
     Args:
         model: directory of a small model.
-        data: forget set, of which one sample is scored.
+        data: forget set; one of its samples is scored.
         out: folder of the JSON file.
-        repeats: of the first two; what takes seconds is timed twice.
+        repeats: of the first two; slower parts are timed twice.
     """
     results = Results("startup", locals(), out)
-    _ended("--help")  # files come into the cache
+    _ended("--help")  # fills the file cache
     helps = [_ended("--help") for _ in range(repeats)]
     results.keep("--help", helps)
     refused = [_ended("score", "--scoring.sigma", "no") for _ in range(repeats)]
@@ -64,7 +64,7 @@ def _ended(*arguments: str) -> float:
 
 
 def _python(program: str) -> float:
-    """Seconds that a program takes, as it says itself: without what ending Ray takes."""
+    """Seconds that a program takes by its own clock: without the time to stop Ray."""
     began = time.time()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
     return float(done.stdout.split()[-1]) - began

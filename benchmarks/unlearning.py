@@ -1,6 +1,6 @@
-"""What unlearning costs: steps against plain torch, a second worker, refreshes in place, and memory by ZeRO stage.
+"""What unlearning costs: steps compared with plain torch, a second worker, refreshes in place, memory by ZeRO stage.
 
-Only ratios within one run mean anything, on a machine that does nothing else meanwhile. For CPUs, on Linux.
+Only ratios within one run are meaningful, on a machine that does nothing else at the time. For CPUs, on Linux.
 """
 
 import importlib
@@ -41,9 +41,9 @@ from mrd_ray.workers.ranks import Ranks
 
 Part = Literal["throughput", "workers", "refresh", "memory"]
 Stage = Literal[0, 1, 2, 3]
-Runs = list[list[Raw]]  # per repeat, per worker, what `steps_of` found
+Runs = list[list[Raw]]  # per repeat and worker, what `steps_of` returned
 WARM_UP = 2  # steps
-FEW_DRAWS = (2, 6)  # what more draws cost is extrapolated from these
+FEW_DRAWS = (2, 6)  # the cost of more draws is extrapolated from these
 PLAIN = "plain torch"
 
 
@@ -61,7 +61,7 @@ def main(
     max_samples: int = 40,
     num_draws: int = 200,
 ) -> None:
-    """Benchmark unlearning by npo here.
+    """Benchmark unlearning with npo here.
 
     Example: python -m benchmarks unlearning --model DIR --data FILE --retain FILE --parts '[memory]' --stages '[0, 3]'
 
@@ -70,15 +70,15 @@ def main(
         data: forget set, for example TOFU's ../shared/data/tofu/forget01.json.
         retain: retain set, for example ../shared/data/tofu/retain99.json.
         out: folder of the JSON file.
-        parts: throughput, steps of a worker of `threads` threads against plain torch; workers, two of a thread each
-            against one; refresh, its price to a worker of `threads` threads; memory, of each of two workers.
-        stages: of ZeRO, to measure.
-        threads: of the single worker and of plain torch.
-        steps: optimiser steps that are timed each time, after two that are not.
-        repeats: how often each way is measured, in fresh processes (but for refreshes); the ways take turns.
-        batch_size: an even number of forget samples per step, over all workers; as many retain samples go along.
-        max_samples: rows of the forget set, all of which a refresh scores.
-        num_draws: K of a refresh by monte_carlo; over 6, its price is extrapolated from those of 2 and of 6 draws.
+        parts: throughput (a worker with `threads` threads, compared with plain torch), workers (two with a thread each,
+            compared with one), refresh (its cost for a worker with `threads` threads), memory (of each of two workers).
+        stages: ZeRO stages to measure.
+        threads: of the single worker, and of plain torch.
+        steps: optimiser steps to time, after two for the warm-up.
+        repeats: how often each way is measured, in fresh processes (except for refreshes); the ways take turns.
+        batch_size: an even number of forget samples per step, over all workers; a step has as many retain samples.
+        max_samples: rows of the forget set; a refresh scores all of them.
+        num_draws: K of a refresh with monte_carlo; over 6, its cost is extrapolated from 2 and 6 draws.
     """
     results = Results("unlearning", locals(), out)
     tree: Raw = {"model": {"path": model}, "data": {"path": data, "max_samples": max_samples}, "run": {"dir": "unused"}}
@@ -102,7 +102,7 @@ def main(
     if "refresh" in parts:
         draws = FEW_DRAWS if num_draws > max(FEW_DRAWS) else (num_draws,)
         results.keep("refresh", {way: job.run(refreshes, draws, repeats)[0] for way, job in ours.items()})
-    if "memory" in parts:  # of the warm-up; plain torch takes as many samples as one of the two workers
+    if "memory" in parts:  # during the warm-up; plain torch takes as many samples as one of the two workers
         half = replace(plain, config=_with(config, "unlearning", batch_size=batch_size // 2))
         ways = {f"{PLAIN}, half a batch": half}
         ways |= {f"{way}, 2 workers": replace(job, workers=2) for way, job in ours.items()}
@@ -117,9 +117,9 @@ def _with(config: UnlearnConfig, group: str, **settings: object) -> UnlearnConfi
 
 @dataclass(frozen=True)
 class Job:
-    """What processes of their own are to do: `steps` are timed, of the engine or of plain torch.
+    """Work for separate processes: time `steps` of the engine or of plain torch.
 
-    initial: of the model before any step, as npo needs it.
+    initial: the evaluation before the first step, which npo needs.
     """
 
     config: UnlearnConfig
@@ -131,11 +131,11 @@ class Job:
     plain: bool = False
 
     def under(self, stage: int) -> "Job":
-        """The engine's, under this ZeRO stage."""
+        """The engine's work with this ZeRO stage."""
         return replace(self, config=_with(self.config, "deepspeed", zero_stage=stage), plain=False)
 
     def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
-        """work(self, ranks, *args) in so many fresh processes; what each gives back, which is plain JSON."""
+        """Run work(self, ranks, *args) in N fresh processes. Returns what each returns, as plain JSON."""
         with tempfile.TemporaryDirectory() as folder:
             spawn(_process, (folder, work, self, args), nprocs=self.workers)
             return [json.loads(Path(folder, str(rank)).read_text(encoding="utf-8")) for rank in range(self.workers)]
@@ -145,7 +145,7 @@ def _process(rank: int, folder: str, work: Callable[..., object], job: Job, args
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(job.threads)
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(job.workers), DS_ACCELERATOR="cpu")
-    for module in ("deepspeed", "torch._inductor.compile_fx"):  # the engine would, some 40 MiB of the latter for ZeRO
+    for module in ("deepspeed", "torch._inductor.compile_fx"):  # as the engine would; the latter takes 40 MiB for ZeRO
         importlib.import_module(module)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=job.workers)
     Path(folder, str(rank)).write_text(json.dumps(work(job, Ranks(rank, job.workers), *args)), encoding="utf-8")
@@ -153,12 +153,12 @@ def _process(rank: int, folder: str, work: Callable[..., object], job: Job, args
 
 
 def take_turns(ways: dict[str, Job], repeats: int) -> dict[str, Runs]:
-    """Time the steps of each way so many times, forwards and backwards in turn, so that drift hits all alike."""
-    found: dict[str, Runs] = {way: [] for way in ways}
+    """Time the steps of each way N times, in forward and reverse order in turn, so that drift affects all ways."""
+    taken: dict[str, Runs] = {way: [] for way in ways}
     for repeat in range(repeats):
         for way in list(ways)[:: -1 if repeat % 2 else 1]:
-            found[way].append(ways[way].run(steps_of))
-    return found
+            taken[way].append(ways[way].run(steps_of))
+    return taken
 
 
 def reference(job: Job, ranks: Ranks) -> Raw:
@@ -167,7 +167,7 @@ def reference(job: Job, ranks: Ranks) -> Raw:
 
 
 def steps_of(job: Job, ranks: Ranks) -> Raw:
-    """Each step after the warm-up, with its seconds; and this worker's memory on the way."""
+    """Each step after the warm-up, with its seconds, and this worker's memory."""
     mebibytes = {"imports": resident("VmRSS")}
     model = trained.load(job.config, torch.device("cpu"))
     weights = sum(4 * parameter.numel() for parameter in model.parameters()) / 2**20
@@ -194,7 +194,7 @@ def refreshes(job: Job, ranks: Ranks, draws: tuple[int, ...], repeats: int) -> R
     for name, scoring in estimators.items():
         turn.append((name, partial(refresh.score_in_place, loop.engine, loop.sets.forget, scoring)))
     for repeat in range(repeats + 1):
-        for name, do in turn if repeat else turn[:-1]:  # the most draws need no warm-up of their own
+        for name, do in turn if repeat else turn[:-1]:  # the largest number of draws needs no warm-up of its own
             lap = stopwatch()
             do()
             if repeat:
@@ -209,7 +209,7 @@ def _loop(job: Job, ranks: Ranks, model: PreTrainedModel) -> Loop:
 
 
 def _engine_step(loop: Loop) -> Callable[[], Raw]:
-    """A function that takes an optimiser step, and gives its tokens and losses."""
+    """A function that takes an optimiser step and returns its tokens and losses."""
 
     def step() -> Raw:
         if (problem := loop.take_step()) is not None:
@@ -220,7 +220,7 @@ def _engine_step(loop: Loop) -> Callable[[], Raw]:
 
 
 def _plain_step(job: Job, model: PreTrainedModel) -> Callable[[], Raw]:
-    """The same steps by whoever has his batches ready and writes his own loop."""
+    """The same steps in a plain loop with batches that are ready."""
     unlearning, size = job.config.unlearning, job.config.unlearning.batch_size
     assert job.initial is not None
     assert job.sets.retain is not None
@@ -255,26 +255,26 @@ def _plain_step(job: Job, model: PreTrainedModel) -> Callable[[], Raw]:
 
 
 def figures(raw: Raw, threads: str, num_draws: int) -> list[Figure]:
-    """What the raw measurements come to."""
-    found: list[Figure] = []
+    """The figures that follow from the raw measurements."""
+    shown: list[Figure] = []
     if "throughput" in raw:
         runs = raw["throughput"]
-        found += [_rate(f"{way}, {threads}", runs[way]) for way in runs]
-        found += [_faster(f"{way} / {PLAIN}", runs[way], runs[PLAIN]) for way in runs if way != PLAIN]
+        shown += [_rate(f"{way}, {threads}", runs[way]) for way in runs]
+        shown += [_faster(f"{way} / {PLAIN}", runs[way], runs[PLAIN]) for way in runs if way != PLAIN]
     if "workers" in raw:
         runs, ways = raw["workers"], list(raw["workers"])
-        found += [_rate(f"{way} of a thread", runs[way]) for way in ways]
+        shown += [_rate(f"{way} of a thread", runs[way]) for way in ways]
         pairs = zip(ways[::2], ways[1::2], strict=True)
-        found += [_faster(f"{two} / {one.split(', ')[1]}", runs[two], runs[one]) for one, two in pairs]
+        shown += [_faster(f"{two} / {one.split(', ')[1]}", runs[two], runs[one]) for one, two in pairs]
     for way, refreshed in raw.get("refresh", {}).items():
-        found += _prices(way, refreshed, num_draws, f"{raw['forget set']['samples']} samples, {threads}")
+        shown += _prices(way, refreshed, num_draws, f"{raw['forget set']['samples']} samples, {threads}")
     for way, (workers,) in raw.get("memory", {}).items():
         memory = max((worker["MiB"] for worker in workers), key=lambda mebibytes: mebibytes["peak"])
         for level, name in {"imports": "imports", "loaded": "the loaded model"}.items():
             over, weights = memory["peak"] - memory[level], memory["weights"]
             detail = f"of the largest worker; {over / weights:.3g} times the weights, {weights:.4g} MiB in float32"
-            found.append(Figure(f"{way}: peak over {name}", over, "MiB", detail))
-    return found
+            shown.append(Figure(f"{way}: peak over {name}", over, "MiB", detail))
+    return shown
 
 
 def _steps(runs: Runs) -> list[Raw]:
@@ -286,18 +286,18 @@ def _rate(what: str, runs: Runs) -> Figure:
 
 
 def _faster(what: str, runs: Runs, than: Runs) -> Figure:
-    pairs = list(zip(_steps(runs), _steps(than), strict=True))  # of the same batches
+    pairs = list(zip(_steps(runs), _steps(than), strict=True))  # for the same batches
     off = max(abs(ours[loss] / theirs[loss] - 1) for ours, theirs in pairs for loss in ("forget_loss", "retain_loss"))
     speed = ratios(*([step["seconds"] for step in _steps(of)] for of in (than, runs)))
     return Figure.of(what, speed, detail=f"speed, step by step; losses differ by {off:.1g} at most")
 
 
-def _prices(way: str, found: Raw, num_draws: int, of_what: str) -> list[Figure]:
-    """Of refreshes, in steps."""
-    seconds, step = found["seconds"], median(found["seconds"]["step"])
-    first, last = min(found["draws"]), max(found["draws"])
+def _prices(way: str, refreshed: Raw, num_draws: int, of_what: str) -> list[Figure]:
+    """The cost of refreshes, in steps."""
+    seconds, step = refreshed["seconds"], median(refreshed["seconds"]["step"])
+    first, last = min(refreshed["draws"]), max(refreshed["draws"])
     drawn, name = seconds[f"K = {last}"], f"monte_carlo, K = {num_draws}"
-    if last < num_draws:  # turn by turn, since drift between turns would count many times over
+    if last < num_draws:  # turn by turn, since drift between turns would be multiplied
         pairs = zip(seconds[f"K = {first}"], drawn, strict=True)
         drawn = [many + (num_draws - last) * (many - few) / (last - first) for few, many in pairs]
         name += ", EXTRAPOLATED"

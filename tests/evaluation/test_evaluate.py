@@ -267,7 +267,7 @@ def test_rows_shared_with_the_forget_set_are_counted_aloud(stories_dir, settings
     forget = settings["sets"]["forget"]
     evaluate(config(stories_dir, {"sets": {"forget": forget, "retain": forget}, "forget": "forget",
                                   "max_new_tokens": 4}, tmp_path))  # fmt: skip
-    assert "8 of 8 rows of the forget set stand in retain too" in capsys.readouterr().err
+    assert "8 of 8 rows of the forget set are in retain too" in capsys.readouterr().err
 
 
 @pytest.mark.slow
