@@ -237,7 +237,7 @@ def test_whole_numbers_count_as_text():
             ["a", *"uvwxyz"],
             r"6 of 7 sample ids .* no row in the scores: 'u', 'v', 'w', 'x', 'y', \.\.\.; score",
         ),
-        (table(), ["a", "b", "a", "e", "e"], r"2 sample ids occur more than once in the data set: 'e', 'a'; keep"),
+        (table(), ["a", "b", "a", "e", "e"], r"2 sample ids occur more than once in the data set: 'e', 'a'; remove"),
         (table(["b", "a", "b", "a", "a"]), ["a"], r"scores: 2 sample ids occur more than once: 'a', 'b'; keep"),
         (table(mrd=[1.0, None, -1.0, 2.0, 1.0]), None, r"2 of 5 samples have none: 'b' = nan, 'd' = -1\.0 "),
         (table(mrd=[1.0, None, -1.0, 2.0, 1.0]), ["e", "d", "a"], r"1 of 3 samples have none: 'd' = -1\.0 "),
